@@ -1,0 +1,3 @@
+"""LoRA fine-tuning over a frozen 4-bit base sharded across GPUs; `train.py` is the program, the file list the explanation."""
+
+__version__ = "0.1.0"

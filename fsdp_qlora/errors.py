@@ -1,0 +1,9 @@
+"""The two ways a run ends early: the user can mend it before it starts, or it stopped in the middle."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line saying what, its value, what is allowed and what to do. Exit code 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """A run that had begun cannot go on: one line saying where, why, and what to do. Exit code 1."""
