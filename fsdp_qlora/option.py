@@ -1,0 +1,162 @@
+"""What one option is, described once in its dataclass field, and how the text a user wrote becomes its value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+REQUIRED: Any = object()  # the default of an option that has none
+
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
+
+Raw = str | list[str] | None  # a value as written: text, a list of texts, or null
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the dataclass field's type cannot say."""
+
+    meaning: str
+    why: str  # the reason of the default
+    price: str  # what choosing a larger, or the other, value costs or buys
+    unit: str = ""
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+    special: Mapping[int, str] = field(default_factory=dict)  # values outside the range, and what they mean
+    aliases: Mapping[str, str] = field(default_factory=dict)  # another spelling of an allowed value -> the value
+    refused: Mapping[object, str] = field(
+        default_factory=dict
+    )  # a known value whose feature is not built -> what to do
+    known_as: Sequence[str] = ()  # what other programs call it: only for "did you mean"
+
+
+def option(default: Any, meaning: str, why: str, price: str, **limits: Any) -> Any:
+    """A dataclass field with its `Spec`; `limits` are Spec's other fields. Texts may be wrapped at will."""
+    spec = Spec(*(" ".join(text.split()) for text in (meaning, why, price)), **limits)
+    metadata = {"spec": spec}
+    if default is REQUIRED:
+        return field(metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def nearest(word: str, words: Sequence[str]) -> str | None:
+    """The one of `words` that `word` most likely meant, or None."""
+    close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as parser, help and documentation see it: the field's name, type and default with its Spec."""
+
+    name: str
+    group: str  # the attribute of Config that holds it
+    kind: type  # str, int, float or bool: of the value, or of each item where `many`
+    many: bool
+    nullable: bool
+    choices: tuple[Any, ...]  # empty: anything of the kind
+    default: Any  # REQUIRED where there is none
+    spec: Spec
+
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        spec, words = (
+            self.spec,
+            {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[self.kind],
+        )
+        if self.choices:
+            listed = ", ".join(str(choice) for choice in self.choices)
+            words = listed if len(self.choices) == 1 else f"one of {listed}"
+            words = f"a list of {listed}" if self.many else words
+        elif self.many:
+            words = "a list of names, comma-separated"
+        ranges = ((spec.above, "above"), (spec.at_least, "at least"), (spec.at_most, "at most"), (spec.below, "below"))
+        limits = [f"{label} {limit:g}" for limit, label in ranges if math.isfinite(limit)]
+        words += (" " if limits else "") + " and ".join(limits)
+        words += "".join(f", or {value} ({meaning})" for value, meaning in spec.special.items())
+        return words + (", or null" if self.nullable else "")
+
+    def read(self, raw: Raw) -> Any:
+        """The value that `raw` means. Raises ValueError with what is wrong, what is allowed and what to do."""
+        if raw is None:
+            if self.nullable:
+                return None
+            raise ValueError(f"null is not a value; give {self.allowed()}")
+        if not self.many:
+            if isinstance(raw, list):
+                raise ValueError(f"takes one value, not a list; give {self.allowed()}")
+            return self._read_one(raw)
+        values, wrong = [], []
+        for item in raw if isinstance(raw, list) else raw.split(","):
+            try:
+                values.append(self._read_one(item.strip()))
+            except ValueError as error:
+                wrong.append(str(error))
+        if not values and not wrong:
+            wrong.append(f"the list is empty; give {self.allowed()}")
+        if len(set(values)) < len(values):
+            wrong.append("the list names something twice; name each once")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return values
+
+    def _read_one(self, text: str) -> Any:
+        value = self.spec.aliases.get(text, self._convert(text))
+        if value in self.spec.refused:
+            raise ValueError(self.spec.refused[value])
+        if self.choices and value not in self.choices:
+            near = nearest(text, [*map(str, self.choices), *self.spec.aliases])
+            raise ValueError(self._bad(text, near))
+        if self.kind in (int, float) and not self.choices and value not in self.spec.special:
+            spec = self.spec
+            inside = spec.at_least <= value <= spec.at_most and spec.above < value < spec.below
+            if not inside or not math.isfinite(value):
+                raise ValueError(f"{text} is out of range; give {self.allowed()}")
+        return value
+
+    def _convert(self, text: str) -> Any:
+        if not text:
+            raise ValueError(f"the value is empty; give {self.allowed()}")
+        if self.kind is bool:
+            if text.lower() in TRUE_WORDS + FALSE_WORDS:
+                return text.lower() in TRUE_WORDS
+            raise ValueError(self._bad(text))
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise ValueError(self._bad(text)) from None
+
+    def _bad(self, text: str, near: str | None = None) -> str:
+        meant = f"; did you mean {near}?" if near else ";"
+        return f"{text!r} is not allowed{meant} give {self.allowed()}"
+
+
+def describe(group: str, group_class: type) -> list[Option]:
+    """The options of one dataclass whose fields were made by `option`, in order."""
+    hints = typing.get_type_hints(group_class)
+    found = []
+    for item in dataclasses.fields(group_class):
+        hint, nullable, many, choices = hints[item.name], False, False, ()
+        if isinstance(hint, types.UnionType):  # X | None
+            nullable, hint = True, next(part for part in typing.get_args(hint) if part is not type(None))
+        if typing.get_origin(hint) is list:
+            many, hint = True, typing.get_args(hint)[0]
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            hint = type(choices[0])
+        default = REQUIRED if item.default is dataclasses.MISSING else item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        found.append(Option(item.name, group, hint, many, nullable, choices, default, item.metadata["spec"]))
+    return found
