@@ -1,0 +1,215 @@
+"""NF4 to floats: packed 4-bit weights become a matrix that can be multiplied, bit for bit as in bitsandbytes.
+
+The format (QLoRA, Dettmers et al. 2023, arXiv 2305.14314; as bitsandbytes stores it). A tensor is read as one flat run
+of n numbers. Byte i holds numbers 2i (high nibble) and 2i+1 (low nibble), each an index into 16 fixed levels. Every 64
+numbers share one float32 scale, so
+
+    number = round_to_dtype(LEVELS[code] * scale)                          one float32 product, one rounding
+
+With double quantization the scales are themselves 8-bit indices into a fixed 256-entry map, 256 of them sharing one
+float32, all shifted by one offset:
+
+    scale = (MAP[index] * nested_absmax) + offset                          two float32 roundings, never one fused
+
+Equal bits matter: a checkpoint quantized elsewhere must mean the same weights here. So the kernel is compiled without
+fused multiply-add, and the plain form below is its oracle.
+
+How the kernel is laid out: a row of its tile is 4 packed bytes, which become 8 numbers, so in bf16 a thread loads 4
+bytes and stores 16, both contiguous across the warp. The 16 levels sit in one cache line and are looked up through L1:
+about five instructions a number, where a tree of selects takes twenty and starves the memory pipe.
+"""
+
+import functools
+
+import torch
+
+from fsdp_qlora.kernels.device import on_triton, tl, triton
+
+BLOCK = 64  # numbers that share a scale
+NESTED_BLOCK = 256  # scales that share a nested scale
+Scales = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+# Quantiles of a normal distribution, scaled to [-1, 1] and with an exact zero (QLoRA, appendix E).
+# fmt: off
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
+# fmt: on
+_CHUNK = 1 << 18  # numbers decoded at a time on the CPU: the float32 intermediate stays in cache (4x faster than whole)
+
+
+def dynamic_map() -> torch.Tensor:
+    """The 256 levels of the 8-bit scales: float32 [256], ascending, on the CPU.
+
+    Dettmers, "8-bit approximations for parallelism in deep learning" (arXiv 1511.04561): seven decades, 1e-6 to 1, and
+    each decade up twice as many evenly spread levels as the one below; both signs, 0 and 1.
+    """
+    decades = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        centres = (edges[:-1] + edges[1:]) / 2
+        decades.append(10 ** (decade - 6) * centres)
+    positive = torch.cat(decades)
+    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
+
+
+def dequantize_nf4(
+    codes: torch.Tensor,
+    absmax: Scales,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The numbers behind packed NF4 codes.
+
+    codes: uint8, ceil(n / 2) of them, n = product of `shape`. absmax: float32 [ceil(n / 64)], or for double
+    quantization the triple (uint8 [ceil(n / 64)], float32 [ceil(blocks / 256)], float32 [1]). All contiguous, on one
+    device; views into a larger buffer are fine. Returns `out` if given (contiguous, of `shape` and `dtype`), else a new
+    tensor. dtype: bfloat16, float16 or float32. Raises ValueError for anything else.
+    """
+    n = _check(codes, absmax, shape, dtype, out)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+    if on_triton(codes):
+        _launch(codes, absmax, out.view(-1), n)
+    else:
+        _plain(codes.view(-1), _plain_scales(absmax), out.view(-1), n)
+    return out
+
+
+def _check(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...], dtype: torch.dtype, out) -> int:
+    n = 1
+    for extent in shape:
+        n *= extent
+    blocks = -(-n // BLOCK)
+    parts = [("codes", codes, torch.uint8, -(-n // 2))]
+    if isinstance(absmax, torch.Tensor):
+        parts.append(("absmax", absmax, torch.float32, blocks))
+    else:
+        parts.append(("absmax indices", absmax[0], torch.uint8, blocks))
+        parts.append(("nested absmax", absmax[1], torch.float32, -(-blocks // NESTED_BLOCK)))
+        parts.append(("offset", absmax[2], torch.float32, 1))
+    for name, tensor, want, numel in parts:
+        if tensor.dtype != want or tensor.numel() != numel or not tensor.is_contiguous():
+            raise ValueError(
+                f"NF4 {name} for shape {tuple(shape)} must be {numel} contiguous {want}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        if tensor.device != codes.device:
+            raise ValueError(f"NF4 {name} must be on {codes.device} like its codes, got {tensor.device}")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"NF4 decodes to bfloat16, float16 or float32, got {dtype}")
+    if out is not None and (out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous()):
+        raise ValueError(f"out must be contiguous {tuple(shape)} {dtype}, got {tuple(out.shape)} {out.dtype}")
+    return n
+
+
+# ---- meaning, and the path on a CPU
+
+
+@functools.cache
+def _pairs() -> torch.Tensor:
+    """Byte -> its two float32 levels, as one int64 [256], so that a lookup moves both at once."""
+    byte = torch.arange(256)
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).view(torch.int64).view(-1)
+
+
+@functools.cache
+def _map(device: torch.device) -> torch.Tensor:
+    return dynamic_map().to(device)
+
+
+def _plain_scales(absmax: Scales) -> torch.Tensor:
+    """float32 [blocks]."""
+    if isinstance(absmax, torch.Tensor):
+        return absmax.view(-1)
+    indices, nested, offset = absmax
+    blocks = indices.numel()
+    spread = nested.view(-1, 1).expand(-1, NESTED_BLOCK).reshape(-1)[:blocks]
+    return (_map(indices.device)[indices.view(-1).int()] * spread).add_(offset.view(()))
+
+
+def _plain(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, n: int) -> None:
+    pairs = _pairs().to(codes.device)
+    whole = n - n % BLOCK
+    for start in range(0, whole, _CHUNK):
+        end = min(start + _CHUNK, whole)
+        levels = pairs.index_select(0, codes[start // 2 : end // 2].int()).view(torch.float32)
+        scale = scales[start // BLOCK : end // BLOCK, None]
+        torch.mul(levels.view(-1, BLOCK), scale, out=out[start:end].view(-1, BLOCK))
+    if whole < n:
+        levels = pairs.index_select(0, codes[whole // 2 :].int()).view(torch.float32)
+        torch.mul(levels[: n - whole], scales[-1], out=out[whole:])
+
+
+# ---- Triton
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr,
+    scale_ptr,  # float32 scales, or their uint8 indices if NESTED
+    nested_ptr,
+    offset_ptr,
+    tables_ptr,  # float32 [272]: the 16 levels, then the 256-entry map
+    out_ptr,
+    n_bytes,
+    n,
+    NESTED: tl.constexpr,
+    ROWS: tl.constexpr,  # a row: 4 bytes, 8 numbers
+):
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    byte = (row * 4)[:, None] + tl.arange(0, 4)[None, :]
+    code = tl.load(codes_ptr + byte, mask=byte < n_bytes, other=0).to(tl.int32)
+
+    block = row // 8
+    live = row * 8 < n
+    if NESTED:
+        index = tl.load(scale_ptr + block, mask=live, other=0).to(tl.int32)
+        nested = tl.load(nested_ptr + block // 256, mask=live, other=0.0)
+        scale = tl.load(tables_ptr + 16 + index) * nested
+        scale = scale + tl.load(offset_ptr)
+    else:
+        scale = tl.load(scale_ptr + block, mask=live, other=0.0)
+
+    high = tl.load(tables_ptr + (code >> 4)) * scale[:, None]
+    low = tl.load(tables_ptr + (code & 15)) * scale[:, None]
+    numbers = tl.reshape(tl.join(high, low), [ROWS * 8])
+    at = first_row * 8 + tl.arange(0, ROWS * 8)
+    tl.store(out_ptr + at, numbers.to(out_ptr.dtype.element_ty), mask=at < n)
+
+
+@functools.cache
+def _tables(device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.tensor(LEVELS, dtype=torch.float32), dynamic_map()]).to(device)
+
+
+_ROWS = 512
+_WARPS = 4
+
+
+def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> None:
+    tables = _tables(codes.device)
+    nested = not isinstance(absmax, torch.Tensor)
+    scale, nested_absmax, offset = absmax if nested else (absmax, tables, tables)
+    n_bytes = codes.numel()
+    if n_bytes:
+        _dequantize_kernel[(-(-n_bytes // (4 * _ROWS)),)](
+            codes,
+            scale,
+            nested_absmax,
+            offset,
+            tables,
+            out,
+            n_bytes,
+            n,
+            NESTED=nested,
+            ROWS=_ROWS,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )

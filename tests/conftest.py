@@ -1,0 +1,31 @@
+"""What every test runs under: Triton's interpreter where there is no GPU, and NaN in all memory nobody has written."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Must be set before a kernel is decorated, so before any test module imports one.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty and its kin give NaN (the largest value for integers): a kernel that skips an element is seen."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def triton_device():
+    """A device whose tensors go through the Triton kernels: the GPU, or the CPU through the interpreter."""
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    from fsdp_qlora.kernels.device import interpreting
+
+    with interpreting():
+        yield torch.device("cpu")
