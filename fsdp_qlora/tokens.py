@@ -1,0 +1,102 @@
+"""The tokenizer, and pieces of text -> ids and what trains of them: BOS once, EOS learnt, no token over a border."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.templates import Example
+
+SENTINEL = "\n"
+
+
+def load_tokenizer(model_name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id, with a pad token. Raises UserError where there is none to load.
+
+    A missing pad token becomes the unknown token, else EOS: no embedding row is added, and which token it is does not
+    matter, since padding is masked by its position.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
+    except Exception as error:  # the hub's client and every tokenizer library raise kinds of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model_name {model_name!r}: its tokenizer could not be loaded ({reason})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row. ids [S] int32; trains [S] bool: whether the token is learnt (never the first: nothing predicts it)."""
+
+    ids: npt.NDArray[np.int32]
+    trains: npt.NDArray[np.bool_]
+
+
+class Encoder:
+    """Examples -> Tokens with one tokenizer, many at a time (fast tokenizers use all cores for a list)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool):
+        """Raises UserError if the tokenizer has no EOS token."""
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the model's tokenizer has no EOS token, so answers would never end; set eos_token in its folder"
+            )
+        self.tokenizer, self.train_on_prompt, self.eos = tokenizer, train_on_prompt, int(tokenizer.eos_token_id)
+        self.start = _start_ids(tokenizer)
+        self.sentinel = self._plain([SENTINEL])[0]
+        # SentencePiece tokenizers put a space before whatever they are given. An answer that follows a prompt has none.
+        self.adds_space = self._plain(["x"])[0] != self._plain([SENTINEL + "x"])[0][len(self.sentinel) :]
+
+    def encode(self, examples: Sequence[Example]) -> list[Tokens]:
+        """Each piece is tokenized apart from its neighbours, so the ids of a prompt alone begin the ids of its row."""
+        firsts = iter(self._plain([example.pieces[0].text for example in examples if example.pieces]))
+        rests = iter(self._continued([piece.text for example in examples for piece in example.pieces[1:]]))
+        return [
+            self._row(example, [next(firsts), *(next(rests) for _ in example.pieces[1:])] if example.pieces else [])
+            for example in examples
+        ]
+
+    def _row(self, example: Example, parts: list[list[int]]) -> Tokens:
+        ids = [token for part in parts for token in part]
+        trains = [piece.is_answer for piece, part in zip(example.pieces, parts, strict=True) for _ in part]
+        if not example.complete:
+            if ids[: len(self.start)] != self.start:
+                ids, trains = self.start + ids, [False] * len(self.start) + trains
+            if ids[-1:] != [self.eos]:
+                ids.append(self.eos)
+                trains.append(bool(example.pieces) and example.pieces[-1].is_answer)
+        trained = np.ones(len(ids), dtype=np.bool_) if self.train_on_prompt else np.array(trains, dtype=np.bool_)
+        trained[:1] = False
+        return Tokens(np.array(ids, dtype=np.int32), trained)
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def _continued(self, texts: list[str]) -> list[list[int]]:
+        """As _plain, but as the text would be tokenized after another, without the space that a beginning gets."""
+        if not self.adds_space:
+            return self._plain(texts)
+        count = len(self.sentinel)
+        led = self._plain([SENTINEL + text for text in texts])
+        alone = iter(self._plain([text for text, ids in zip(texts, led, strict=True) if ids[:count] != self.sentinel]))
+        return [ids[count:] if ids[:count] == self.sentinel else next(alone) for ids in led]
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text (BOS for Llama and Gemma, nothing for Qwen and SmolLM2)."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    for count in range(len(whole) - len(bare) + 1):
+        if whole[count : count + len(bare)] == bare:
+            return list(whole[:count])
+    return []
