@@ -5,12 +5,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.errors import UserError
-
-if TYPE_CHECKING:
-    from fsdp_qlora.config import LaunchOptions
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -66,7 +63,7 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
     return Launch(rank, size, local_rank, local_size, environ["MASTER_ADDR"], port)
 
 
-def check_launch(asked: "LaunchOptions", launch: Launch) -> None:
+def check_launch(asked: LaunchOptions, launch: Launch) -> None:
     """Raises UserError, with the torchrun command that would do it, when the options ask for another launch."""
     wrong = []
     if asked.world_size not in (-1, launch.size):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import numpy
 import psutil
@@ -17,12 +16,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore  # torch.distributed hands it on without saying so
 from tqdm import tqdm
 
+from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.environment import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
 from fsdp_qlora.environment import rank_from_environment as rank_from_environment
 from fsdp_qlora.errors import TrainingStopped, UserError
-
-if TYPE_CHECKING:
-    from fsdp_qlora.config import LaunchOptions
 
 # A rank that dies is noticed by torchrun in a second, so this only bounds real deadlocks. It must outlast what ranks
 # lawfully wait for: rank 0 tokenising a large dataset, or its turn at encoding a block on a slow disk.
@@ -79,7 +76,7 @@ class World:
 
 
 @contextmanager
-def open_world(launch: "LaunchOptions", seed: int) -> Iterator[World]:
+def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
     """The `World` of this process, from torchrun's environment, or alone without it.
 
     Sets the device, the CPU threads and the seeds (the same on every rank, so that what is initialised at random is
