@@ -1,4 +1,4 @@
-"""Every option once: name, type, default with its reason, meaning, unit, price. Help, docs and checks are read off here."""
+"""Every option once: type, default with its reason, meaning, unit, price; help, docs and checks are read off here."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fsdp_qlora.option import REQUIRED, Option, describe, option
 
 NOT_BUILT = "is known but not built yet"
+Sharding = Literal["full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"]
 
 
 @dataclass
@@ -16,15 +17,16 @@ class ModelOptions:
 
     model_name: str = option(
         REQUIRED,
-        "The model to fine-tune: a hub id (meta-llama/Llama-2-70b-hf) or a local folder with config.json and safetensors.",
-        "none, it must be given",
+        """The model to fine-tune: a hub id (meta-llama/Llama-2-70b-hf) or a local folder with config.json and
+        safetensors.""",
+        "",
         "a hub model is downloaded once into the Hugging Face cache",
         known_as=("model", "model_name_or_path", "base_model", "model_id"),
     )
     revision: str | None = option(
         None,
         "Branch, tag or commit of a hub model.",
-        "null is the hub's main branch",
+        "the hub's main branch",
         "none; a commit makes the run repeatable",
         known_as=("model_revision",),
     )
@@ -50,14 +52,13 @@ class ModelOptions:
         "Bits per weight of the quantized base. 4 is NF4, bitsandbytes' format bit for bit, in blocks of 64 weights.",
         "NF4 keeps 16-bit quality on most tasks; fewer bits do not",
         "fewer bits are smaller and less accurate",
-        unit="bits",
         refused={bits: f"{bits} bits {NOT_BUILT} (needs HQQ); use 4" for bits in (1, 2, 3, 8)},
         known_as=("bits", "load_in_4bit"),
     )
     double_quant: bool = option(
         True,
         "Quantize NF4's scales as well: 8-bit scales in nested blocks of 256.",
-        "true saves 0.37 bits per weight (3.2 GB at 70B) with no measurable loss (QLoRA paper)",
+        "it saves 0.37 bits per weight (3.2 GB at 70B) with no measurable loss (QLoRA paper)",
         "one more lookup when a weight is decoded",
         known_as=("bnb_4bit_use_double_quant", "use_double_quant", "double_quantization"),
     )
@@ -67,35 +68,35 @@ class ModelOptions:
         bf16_autocast: float32 residual stream, matmuls under autocast in float16 (with dynamic loss scaling) or
         bfloat16. bf16_buffers_autocast: bfloat16 under autocast, float32 buffers. Adapters' master weights and
         optimizer state are float32 in every mode.""",
-        "bf16 is the smallest and fastest on cards that have it (Ampere and later)",
-        "autocast doubles activation memory; fp32 does too and is many times slower on a GPU; older cards need fp16_autocast",
+        "the smallest and fastest on cards that have it (Ampere and later)",
+        "fp32 and autocast take twice the activation memory, fp32 is many times slower; older cards need fp16_autocast",
         known_as=("dtype", "torch_dtype", "mixed_precision"),
     )
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = option(
         "auto",
         """Attention implementation. sdpa: PyTorch's scaled_dot_product_attention. flash_attention_2: the flash-attn
         package. eager: plain matmuls and softmax. auto: the best that is installed and that the card can run.""",
-        "auto needs nothing installed and is told at start",
+        "it needs nothing installed; what it chose is told at start",
         "eager needs memory quadratic in context_length; flash_attention_2 has to be compiled at install",
         known_as=("attn_implementation", "flash_attention", "use_flash_attention"),
     )
     dummy_weights: bool = option(
         False,
         "Random weights of the model's shape, made from its config alone: to try a rig before downloading 140 GB.",
-        "false, since the result of such a run is of no use",
+        "the result of such a run is of no use",
         "same speed and memory as real weights, no download of weights",
     )
     low_memory: bool = option(
         True,
         "Load block by block, so that no rank ever holds the whole unquantized model.",
-        "true is the only way built: host memory stays at the frozen bytes plus a few blocks",
+        "the only way built: host memory stays at the frozen bytes plus a few blocks",
         "none",
         refused={False: f"false {NOT_BUILT} and not planned (each rank would load the whole model); leave it true"},
     )
     loading_workers: int = option(
         -1,
         "Threads per rank that read the checkpoint ahead of the encoder.",
-        "-1 follows the machine's cores",
+        "it follows the machine's cores",
         "each holds about one tensor in host memory",
         unit="threads",
         at_least=1,
@@ -104,7 +105,7 @@ class ModelOptions:
     llama_pro_path: str | None = option(
         None,
         "Checkpoint expanded with new blocks, for the Llama-Pro train types. Not built yet: only null is accepted.",
-        "null, there is no train type yet that reads it",
+        "no train type reads it yet",
         "none",
     )
 
@@ -116,22 +117,22 @@ class AdapterOptions:
     lora_rank: int = option(
         64,
         "Rank r of the update W + scale * B A of each adapted linear.",
-        "64 is fsdp_qlora's and the QLoRA paper's; 8 to 16 is enough for narrow tasks",
-        "adapters, gradients and optimizer state grow in proportion: 828 M parameters at 70B and rank 64, 16 bytes each",
+        "fsdp_qlora's and the QLoRA paper's; 8 to 16 is enough for narrow tasks",
+        "adapters, gradients and optimizer state grow in proportion: 828 M parameters at 70B and rank 64",
         at_least=1,
         known_as=("lora_r", "r", "rank"),
     )
     lora_alpha: float = option(
         16.0,
         "Numerator of the update's scale: alpha / r, or alpha / sqrt(r) with use_rslora.",
-        "16 is fsdp_qlora's and the QLoRA paper's; it works with the default lr",
+        "fsdp_qlora's and the QLoRA paper's; it works with the default lr",
         "none; doubling it acts much like doubling lr",
         above=0,
     )
     lora_dropout: float = option(
         0.0,
         "Probability of dropping an input element of A during training.",
-        "0: over one to three epochs it changes little and costs time (fsdp_qlora's was 0.1)",
+        "over one to three epochs dropout changes little and costs time (fsdp_qlora's was 0.1)",
         "one more elementwise pass for each adapted linear",
         at_least=0,
         below=1,
@@ -139,15 +140,15 @@ class AdapterOptions:
     use_rslora: bool = option(
         False,
         "Rank-stabilized scale alpha / sqrt(r) in place of alpha / r.",
-        "false, so that lora_alpha means what it means elsewhere; true helps at rank 64 and above with a lower lora_alpha",
+        "lora_alpha then means what it means elsewhere; true keeps large ranks from learning too slowly",
         "none",
     )
-    lora_target_modules: list[str] = option(
+    lora_target_modules: list[str] = option(  # noqa: RUF009 (a dataclasses.field)
         ["all"],
-        """Linears that get an adapter. all: every linear of the decoder layers. default: k_proj, q_proj, v_proj, up_proj,
-        down_proj, gate_proj. Otherwise names or patterns (regular expressions over module paths); one that matches
+        """Linears that get an adapter. all: every linear of the decoder layers. default: k_proj, q_proj, v_proj,
+        up_proj, down_proj, gate_proj. Otherwise names, or regular expressions over whole module paths; one that matches
         nothing is an error. Commas or spaces separate them on the command line.""",
-        "all matches full fine-tuning best (QLoRA paper); default leaves out o_proj",
+        "it comes closest to full fine-tuning (QLoRA paper); default leaves out o_proj",
         "adapter memory and time in proportion to the linears chosen",
         known_as=("target_modules", "lora_target", "lora_target_linear"),
     )
@@ -159,9 +160,9 @@ class DataOptions:
 
     dataset: str = option(
         "alpaca_sample",
-        """Training rows: alpaca, alpaca_sample (its first 128 rows), dummy (synthetic rows, nothing read), guanaco, sql,
-        orca_math, any hub dataset id, or a local .json, .jsonl, .parquet or .csv file.""",
-        "alpaca_sample is a small download that shows whether everything works",
+        """Training rows: alpaca, alpaca_sample (its first 512 rows), dummy (synthetic rows, nothing read), guanaco,
+        sql, orca_math, any hub dataset id, or a local .json, .jsonl, .parquet or .csv file.""",
+        "a small download that shows whether everything works",
         "a hub dataset is downloaded once into the Hugging Face cache",
         known_as=("data", "data_path", "dataset_name", "train_file", "datasets"),
     )
@@ -170,14 +171,14 @@ class DataOptions:
         """Form of a row. alpaca: instruction, input, output. prompt_completion: prompt, completion. text: one text,
         learnt whole. messages: role and content turns, put through the tokenizer's chat template. auto: recognised from
         the columns.""",
-        "auto is right wherever the columns have their usual names, and is told at start",
+        "it is right wherever the columns have their usual names; what it chose is told at start",
         "none",
         known_as=("data_format", "template", "prompt_template"),
     )
     dataset_samples: int | None = option(
         None,
         "Use only this many rows, the first ones.",
-        "null is all of them",
+        "all of them",
         "none",
         unit="rows",
         at_least=1,
@@ -186,7 +187,7 @@ class DataOptions:
     context_length: int = option(
         512,
         "Longest row, prompt and answer together; the rest of a longer row is cut off.",
-        "512 holds nearly all Alpaca-like rows",
+        "it holds nearly all Alpaca-like rows",
         "activations, logits and time grow in proportion, attention's time with the square",
         unit="tokens",
         at_least=2,
@@ -195,7 +196,7 @@ class DataOptions:
     train_on_prompt: bool = option(
         False,
         "Take the loss over the prompt's tokens too, instead of the answer's alone.",
-        "false: the model is to answer, not to write questions",
+        "the model is to answer, not to write questions",
         "none",
         known_as=("train_on_inputs", "train_on_input", "train_on_source"),
     )
@@ -209,7 +210,7 @@ class TrainingOptions:
         1,
         """Rows per rank in one forward and backward pass (the micro-batch). Rows of one optimizer step:
         batch_size * gradient_accumulation_steps * ranks.""",
-        "1 fits wherever anything fits",
+        "it fits wherever anything fits",
         "activation memory grows in proportion; larger is faster, most of all with CPU offload",
         unit="rows",
         at_least=1,
@@ -219,7 +220,7 @@ class TrainingOptions:
         1,
         """Micro-batches per optimizer step. The loss is the mean over the label tokens of the whole step, so 4 x 1 row
         equals 1 x 4 rows.""",
-        "1: every pass updates",
+        "every pass updates",
         "a larger effective batch without more activation memory; the step takes as many times longer",
         unit="micro-batches",
         at_least=1,
@@ -228,7 +229,7 @@ class TrainingOptions:
     num_epochs: int = option(
         1,
         "Passes over the dataset.",
-        "1: instruction data is overfitted quickly",
+        "instruction data is overfitted quickly",
         "time in proportion",
         unit="epochs",
         at_least=1,
@@ -237,7 +238,7 @@ class TrainingOptions:
     max_steps: int = option(
         -1,
         "Stop after this many optimizer steps, if num_epochs have not ended before; the schedule is fitted to it.",
-        "-1 leaves the length to num_epochs",
+        "num_epochs decides",
         "none",
         unit="optimizer steps",
         at_least=1,
@@ -246,7 +247,7 @@ class TrainingOptions:
     lr: float = option(
         2e-4,
         "Peak learning rate.",
-        "2e-4 is the QLoRA paper's up to 13B; take 1e-4 for 33B and above (fsdp_qlora's 1e-5 learns very slowly)",
+        "the QLoRA paper's up to 13B; take 1e-4 for 33B and above (fsdp_qlora's 1e-5 learns very slowly)",
         "none; too high shows as a loss that jumps",
         above=0,
         known_as=("learning_rate",),
@@ -255,16 +256,15 @@ class TrainingOptions:
         "cosine",
         """Learning rate after the warm-up: cosine and linear fall to 0 at the last step; constant stays, and has no
         warm-up.""",
-        "cosine ends at a lower loss than constant at the same length",
+        "it ends at a lower loss than constant at the same length",
         "none",
         known_as=("lr_scheduler_type", "scheduler"),
     )
     warmup_ratio: float = option(
         0.03,
         "Share of all optimizer steps over which the learning rate climbs from 0 to lr.",
-        "0.03 is the QLoRA paper's; it keeps Adam's first, noisy steps small",
+        "the QLoRA paper's; it keeps Adam's first, noisy steps small",
         "none",
-        unit="fraction of steps",
         at_least=0,
         at_most=1,
         known_as=("warmup_steps",),
@@ -272,7 +272,7 @@ class TrainingOptions:
     wd: float = option(
         0.0,
         "Weight decay of the adapters: decoupled in the adamw optimizers, an L2 term in the others.",
-        "0: adapters start at zero update and are small (fsdp_qlora's was 0.1)",
+        "adapters start at zero update and stay small (fsdp_qlora's was 0.1)",
         "none",
         at_least=0,
         known_as=("weight_decay",),
@@ -281,20 +281,20 @@ class TrainingOptions:
         "adamw",
         """Optimizer over the adapters, state sharded as they are. adamw takes PyTorch's fused kernel where it can;
         fused_adam and fused_adamw insist on it.""",
-        "adamw is what LoRA's published learning rates are for",
+        "LoRA's published learning rates are for it",
         "state in bytes per adapter parameter: the Adams and adadelta 8, sgd 0",
         known_as=("optim",),
     )
     apply_gradient_clipping: bool = option(
         True,
         "Scale the gradient down to grad_norm where its norm over all adapters and ranks is larger.",
-        "true: one bad row cannot throw the adapters off",
+        "one bad row cannot throw the adapters off",
         "one small reduction over the ranks each step",
     )
     grad_norm: float = option(
         1.0,
         "Largest L2 norm of the gradient.",
-        "1.0 is the field's usual value (fsdp_qlora's was 0.3)",
+        "the field's usual value (fsdp_qlora's was 0.3)",
         "none",
         above=0,
         known_as=("max_grad_norm", "gradient_clipping", "clip_grad_norm"),
@@ -302,7 +302,7 @@ class TrainingOptions:
     seed: int = option(
         42,
         "Seed of the adapters' initial values, the rows' order and the dropout.",
-        "42 by custom",
+        "custom",
         "none",
         at_least=0,
         at_most=2**32 - 1,
@@ -314,21 +314,19 @@ class TrainingOptions:
 class MemoryOptions:
     """Memory: where the model is kept and what is computed twice to save space."""
 
-    sharding_strategy: Literal["full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"] = (
-        option(
-            "full_shard",
-            """How the ranks divide the model. full_shard: each keeps 1/ranks of every block and gathers it for forward and
+    sharding_strategy: Sharding = option(  # noqa: RUF009 (a dataclasses.field)
+        "full_shard",
+        """How the ranks divide the model. full_shard: each keeps 1/ranks of every block and gathers it for forward and
         again for backward. shard_grad_op: gathered once, kept until backward. ddp: a whole copy on each. hybrid_*: the
         same within groups of hybrid_shard_size ranks, copies between groups.""",
-            "full_shard needs the least memory",
-            "full_shard moves every block twice a step, shard_grad_op once at the cost of the whole base in memory, ddp never",
-            known_as=("fsdp", "fsdp_sharding_strategy"),
-        )
+        "it needs the least memory",
+        "full_shard moves every block twice a step; shard_grad_op once, with the whole base in memory; ddp never",
+        known_as=("fsdp", "fsdp_sharding_strategy"),
     )
     hybrid_shard_size: int = option(
         -1,
         "Ranks that share one copy of the model under hybrid_*.",
-        "-1, the ranks of one node: gathers then never cross the network",
+        "gathers then never cross the network",
         "a larger group takes less memory on each GPU and moves more between them",
         unit="ranks",
         at_least=1,
@@ -338,41 +336,41 @@ class MemoryOptions:
         False,
         """Keep the frozen base in pinned host memory and copy each block to the GPU ahead of its use. Adapters and
         optimizer stay on the GPU.""",
-        "false: faster wherever the shards fit (fsdp_qlora's was true)",
+        "faster wherever the shards fit (fsdp_qlora's was true)",
         "the base leaves the GPUs for host RAM (35 GB at 70B) and crosses PCIe twice a step",
         known_as=("cpu_offload", "offload_params", "fsdp_offload_params"),
     )
     use_gradient_checkpointing: bool = option(
         True,
         "Keep only each block's input for backward and compute the block's inside again there.",
-        "true: without it activations outgrow small cards at once",
+        "without it activations outgrow small cards at once",
         "about a third more arithmetic for a fraction of the activation memory",
         known_as=("gradient_checkpointing", "activation_checkpointing"),
     )
     reentrant_checkpointing: bool = option(
         False,
         "Use the reentrant variant of torch.utils.checkpoint. Results are the same.",
-        "false is what PyTorch recommends",
+        "what PyTorch recommends",
         "none worth naming; it is here for comparison and for old scripts",
         known_as=("use_reentrant",),
     )
     use_activation_cpu_offload: bool = option(
         False,
-        "Keep checkpointed activations in host memory.",
-        "false",
+        "Keep checkpointed activations in host memory. Not built yet: only false is accepted.",
+        "the only way built",
         "GPU memory bought with PCIe traffic",
         refused={True: f"true {NOT_BUILT}; leave it false and lower batch_size or context_length"},
     )
     no_sync: bool = option(
         False,
         "With gradient accumulation, sum the adapters' gradients locally and reduce them over the ranks once per step.",
-        "false: gradients stay sharded between micro-batches",
+        "gradients stay sharded between micro-batches",
         "fewer reductions, and on each rank the whole adapters' gradients in float32 (3.3 GB at 70B and rank 64)",
     )
     reduce_dtype: Literal["fp32", "bf16"] = option(
         "fp32",
         "Type in which the adapters' gradients are summed over the ranks.",
-        "fp32: small gradients are not rounded away",
+        "small gradients are not rounded away",
         "bf16 halves the bytes sent",
     )
 
@@ -384,26 +382,26 @@ class OutputOptions:
     output_dir: str = option(
         "output",
         "Folder for the adapter in PEFT's format, the tokenizer, config.yaml, metrics.jsonl and loss.png.",
-        "output, under the current folder",
+        "under the current folder",
         "adapters take 2 or 4 bytes a parameter",
     )
     overwrite_output_dir: bool = option(
         False,
         "Write into an output_dir that is not empty.",
-        "false: an earlier adapter is not lost by accident",
+        "an earlier adapter is not lost by accident",
         "files of the same name are replaced",
     )
     save_model: bool = option(
         True,
         "Save the adapter and tokenizer at the end, and on Ctrl-C.",
-        "true (fsdp_qlora's was false): training is not lost by forgetting a flag",
+        "training is not lost by forgetting a flag (fsdp_qlora's was false)",
         "disk space of the adapter",
     )
-    log_to: list[Literal["tqdm", "stdout", "wandb", "tensorboard"]] = option(
+    log_to: list[Literal["tqdm", "stdout", "wandb", "tensorboard"]] = option(  # noqa: RUF009 (a dataclasses.field)
         ["tqdm"],
         """Where progress goes, besides metrics.jsonl. tqdm: a progress bar. stdout: one line a step. wandb,
         tensorboard: those loggers, which must be installed. Commas or spaces separate several.""",
-        "tqdm needs no account and leaves no files",
+        "it needs no account and leaves no files",
         "wandb needs a network, or WANDB_MODE=offline",
         known_as=("report_to", "logger", "log_with"),
     )
@@ -415,13 +413,15 @@ class OutputOptions:
         known_as=("wandb_project",),
     )
     name: str | None = option(
-        None, "Run name in wandb.", "null lets wandb choose", "none", known_as=("run_name", "wandb_name")
+        None, "Run name in wandb.", "wandb makes one up", "none", known_as=("run_name", "wandb_name")
     )
-    group: str | None = option(None, "Run group in wandb.", "null is no group", "none", known_as=("wandb_group",))
-    entity: str | None = option(
-        None, "User or team in wandb.", "null is the account's own", "none", known_as=("wandb_entity",)
+    group: str | None = option(
+        None, "Run group in wandb.", "most runs belong to none", "none", known_as=("wandb_group",)
     )
-    verbose: bool = option(False, "Print more at start and while loading.", "false: the short version", "none")
+    entity: str | None = option(None, "User or team in wandb.", "the account's own", "none", known_as=("wandb_entity",))
+    verbose: bool = option(
+        False, "Print more at start and while loading.", "the short version is enough to see that all is well", "none"
+    )
 
 
 @dataclass
@@ -431,32 +431,34 @@ class ProfileOptions:
     profile: bool = option(
         False,
         "Record a few steps after the warm-up and write tables of where the time went.",
-        "false: recording slows those steps",
+        "recording slows those steps",
         "the steps recorded are slower",
     )
-    profiling_output: str = option("profiles", "Folder for what the profiler writes.", "profiles", "none")
+    profiling_output: str = option(
+        "profiles", "Folder for what the profiler writes.", "apart from the adapter's folder", "none"
+    )
     with_stack: bool = option(
         False,
         "Record the Python line behind each operation.",
-        "false: it distorts the times most",
+        "it distorts the times most",
         "slower steps, much larger traces",
     )
     with_shapes: bool = option(
-        False, "Record the operations' input shapes.", "false: seldom needed", "slower steps, larger traces"
+        False, "Record the operations' input shapes.", "seldom needed", "slower steps, larger traces"
     )
     profile_memory: bool = option(
-        False, "Record allocations and frees.", "false: seldom needed", "slower steps, larger traces"
+        False, "Record allocations and frees.", "seldom needed", "slower steps, larger traces"
     )
     export_trace: bool = option(
         False,
         "Write a Chrome trace for each rank (open it in ui.perfetto.dev).",
-        "false: it can be hundreds of MB",
+        "it can be hundreds of MB",
         "disk space and seconds at the end of the recording",
     )
     export_memory_timeline: bool = option(
         False,
         "Write memory over time by category for each rank. Turns on with_stack, with_shapes and profile_memory.",
-        "false: it is slow to write",
+        "it is slow to write",
         "as those three together, and minutes of export for large models",
     )
 
@@ -468,7 +470,7 @@ class LaunchOptions:
     world_size: int = option(
         -1,
         "Ranks (processes, one per GPU) that the run must have.",
-        "-1 takes what was launched",
+        "most runs take what was launched",
         "none",
         unit="ranks",
         at_least=1,
@@ -476,12 +478,12 @@ class LaunchOptions:
         known_as=("num_processes", "nproc_per_node", "num_gpus"),
     )
     master_addr: str | None = option(
-        None, "Address of the rendezvous host that torchrun must have used.", "null does not check", "none"
+        None, "Address of the rendezvous host that torchrun must have used.", "it is not checked", "none"
     )
     master_port: int | None = option(
         None,
         "Port of the rendezvous that torchrun must have used.",
-        "null does not check",
+        "it is not checked",
         "none",
         at_least=1,
         at_most=65535,

@@ -41,8 +41,8 @@ class Spec:
 
 def option(default: Any, meaning: str, why: str, price: str, **limits: Any) -> Any:
     """A dataclass field with its `Spec`; `limits` are Spec's other fields. Texts may be wrapped at will."""
-    spec = Spec(*(" ".join(text.split()) for text in (meaning, why, price)), **limits)
-    metadata = {"spec": spec}
+    meaning, why, price = (" ".join(text.split()) for text in (meaning, why, price))
+    metadata = {"spec": Spec(meaning, why, price, **limits)}
     if default is REQUIRED:
         return field(metadata=metadata)
     if isinstance(default, list):
@@ -54,6 +54,13 @@ def nearest(word: str, words: Sequence[str]) -> str | None:
     """The one of `words` that `word` most likely meant, or None."""
     close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.6)
     return close[0] if close else None
+
+
+def show(value: Any) -> str:
+    """A value as a user writes it."""
+    if isinstance(value, list):
+        return ",".join(map(show, value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,9 @@ class Option:
 
     def allowed(self) -> str:
         """What may be given, in words."""
-        spec, words = (
-            self.spec,
-            {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[self.kind],
-        )
+        spec = self.spec
+        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[self.kind]
+        words += f" of {spec.unit}" if spec.unit else ""
         if self.choices:
             listed = ", ".join(str(choice) for choice in self.choices)
             words = listed if len(self.choices) == 1 else f"one of {listed}"
@@ -82,8 +88,8 @@ class Option:
         elif self.many:
             words = "a list of names, comma-separated"
         ranges = ((spec.above, "above"), (spec.at_least, "at least"), (spec.at_most, "at most"), (spec.below, "below"))
-        limits = [f"{label} {limit:g}" for limit, label in ranges if math.isfinite(limit)]
-        words += (" " if limits else "") + " and ".join(limits)
+        limits = [f"{label} {limit:.10g}" for limit, label in ranges if math.isfinite(limit)]
+        words += ((", " if spec.unit else " ") if limits else "") + " and ".join(limits)
         words += "".join(f", or {value} ({meaning})" for value, meaning in spec.special.items())
         return words + (", or null" if self.nullable else "")
 
@@ -120,14 +126,14 @@ class Option:
             raise ValueError(self._bad(text, near))
         if self.kind in (int, float) and not self.choices and value not in self.spec.special:
             spec = self.spec
-            inside = spec.at_least <= value <= spec.at_most and spec.above < value < spec.below
-            if not inside or not math.isfinite(value):
+            # written so that NaN and the infinities are outside of every range
+            if not (spec.at_least <= value <= spec.at_most and spec.above < value < spec.below):
                 raise ValueError(f"{text} is out of range; give {self.allowed()}")
         return value
 
     def _convert(self, text: str) -> Any:
         if not text:
-            raise ValueError(f"the value is empty; give {self.allowed()}")
+            raise ValueError(f"needs a value; give {self.allowed()}")
         if self.kind is bool:
             if text.lower() in TRUE_WORDS + FALSE_WORDS:
                 return text.lower() in TRUE_WORDS
@@ -147,7 +153,8 @@ def describe(group: str, group_class: type) -> list[Option]:
     hints = typing.get_type_hints(group_class)
     found = []
     for item in dataclasses.fields(group_class):
-        hint, nullable, many, choices = hints[item.name], False, False, ()
+        hint, nullable, many = hints[item.name], False, False
+        choices: tuple[Any, ...] = ()
         if isinstance(hint, types.UnionType):  # X | None
             nullable, hint = True, next(part for part in typing.get_args(hint) if part is not type(None))
         if typing.get_origin(hint) is list:
