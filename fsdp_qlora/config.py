@@ -279,8 +279,8 @@ class TrainingOptions:
     )
     optimizer: Literal["adamw", "adam", "fused_adam", "fused_adamw", "sgd", "adadelta"] = option(
         "adamw",
-        """Optimizer over the adapters, state sharded as they are. adamw takes PyTorch's fused kernel where it can;
-        fused_adam and fused_adamw insist on it.""",
+        """Optimizer over the adapters, state sharded as they are. adamw and adam take PyTorch's fused kernel on a GPU,
+        fused_adamw and fused_adam everywhere.""",
         "LoRA's published learning rates are for it",
         "state in bytes per adapter parameter: the Adams and adadelta 8, sgd 0",
         known_as=("optim",),

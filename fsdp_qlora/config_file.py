@@ -24,6 +24,8 @@ class Given:
 
 def read_file(path: str) -> tuple[list[Given], list[str]]:
     """(what a YAML or, where it ends in .json, JSON file gives, mistakes of its form); never raises for a bad file."""
+    if not path:
+        return [], ["--config: needs a value; give a YAML or JSON file"]
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:

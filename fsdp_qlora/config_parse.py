@@ -1,5 +1,7 @@
 """Flags and a config file become a checked Config; every mistake in them is found before the first is reported."""
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from fsdp_qlora.environment import rank_from_environment
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.option import REQUIRED, nearest, show
 
-CONFIG, FILE = "config", "a YAML or JSON file"
+CONFIG = "config"
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -22,16 +24,14 @@ def parse(argv: Sequence[str]) -> Config:
     """
     if _wants_help(argv):
         if rank_from_environment() == 0:
-            print(help_text())
+            _print_to_pager(help_text())
         raise SystemExit(0)
     flags, mistakes = read_flags(argv)
     in_file: list[Given] = []
     lost = False  # of a file that cannot be read nothing is known, not even that it lacks a required option
     for flag in flags:
         if flag.name == CONFIG:
-            in_file, wrong = (
-                read_file(str(flag.raw)) if flag.raw else ([], [f"{flag.written}: needs a value; give {FILE}"])
-            )
+            in_file, wrong = read_file(str(flag.raw))
             mistakes += wrong
             lost = bool(wrong) and not in_file
     in_file, wrong = _once(in_file)
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> Config:
 
 
 def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
-    """(flags with their values, mistakes of form). A bare flag is true or lacks its value; values never begin with --."""
+    """(flags with their values, mistakes of form). No value begins with `--`: a bare flag is true, or lacks its value."""
     given, mistakes, rest = [], [], list(argv)
     while rest:
         token = rest.pop(0)
@@ -66,6 +66,14 @@ def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
         given.append(Given(name, raw, " ".join([flag, *values])))
     once, twice = _once(given)
     return once, mistakes + twice
+
+
+def _print_to_pager(text: str) -> None:
+    """Print, and stay silent where the reader (`| head`) has gone before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
 
 
 def _wants_help(argv: Sequence[str]) -> bool:
