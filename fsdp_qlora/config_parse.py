@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> Config:
 
 
 def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
-    """(flags with their values, mistakes of form). No value begins with `--`: a bare flag is true, or lacks its value."""
+    """(flags with values, mistakes of form). No value begins with `--`: a flag alone is true, or lacks its value."""
     given, mistakes, rest = [], [], list(argv)
     while rest:
         token = rest.pop(0)
