@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -17,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_SECONDS = 1.0
 # Torchrun kills its ranks 30 s after it has passed a signal on. A rank that waits on a dead peer inside CUDA would
 # vanish without a word then; it leaves a little earlier, saying why.
-STUCK_SECONDS = 25.0
+STUCK_SECONDS = 20.0
 UNWIND_SECONDS = 5.0
 
 
@@ -27,8 +28,8 @@ class Interrupt:
     A thread reads the signals' numbers from Python's wake-up descriptor, which the C-level handler writes: so the
     user is answered, and a second signal obeyed, also while the main thread is deep inside a CUDA or gloo call."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, rescue: Callable[[], str] | None = None) -> None:
+        self.world, self.rescue = world, rescue
         self.signal_number: int | None = None
         self._asked_at = 0.0
         self._polled = False
@@ -87,10 +88,11 @@ class Interrupt:
                 numbers = self._reader.recv(64)
             except TimeoutError:
                 if first is not None and time.monotonic() - first > STUCK_SECONDS and self._would_be_killed():
+                    saved = self.rescue() if self.rescue is not None else ""
                     self._leave(
                         1,
                         f"rank {self.world.rank}: no step ended within {STUCK_SECONDS:.0f} s of being told to stop, so "
-                        "another rank has probably ended (its messages say why); leaving without saving",
+                        f"another rank has probably ended (its messages say why){saved or '; leaving without saving'}",
                     )
                 continue
             if not numbers:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Generic, TypeVar
 
 import numpy
 import psutil
@@ -43,6 +44,15 @@ _PEER_GONE = (
 )
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    value: T
+    error: UserError | None
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the ranks. A process group exists as long as this does, also for one rank."""
@@ -66,6 +76,36 @@ class World:
     def barrier(self) -> None:
         """Returns when every rank has called it. Over gloo, so that a dead peer is an error and not a hang."""
         dist.all_reduce(torch.zeros(1))
+
+    def main_only(self, do: Callable[[], object]) -> None:
+        """Runs `do` on rank 0 while the others wait. A collective: what is wrong there ends every rank alike."""
+        self._tell(self._try(do) if self.is_main else None)
+
+    def first_on_node(self, do: Callable[[], T]) -> T:
+        """Runs `do` on one rank of each node and then on its others, which find what the first has cached. A collective."""
+        first = self.local_rank == 0
+        done = self._try(do) if first else None
+        self._tell(done)
+        done = done if first else self._try(do)
+        self._tell(done)
+        assert done is not None
+        return done.value
+
+    def _try(self, do: Callable[[], T]) -> "_Outcome[T]":
+        try:
+            return _Outcome(do(), None)
+        except UserError as error:
+            return _Outcome(None, error)  # type: ignore[arg-type]
+
+    def _tell(self, outcome: "_Outcome[T] | None") -> None:
+        """Every rank raises the UserError that some rank met, so that all leave with the same exit code."""
+        error = outcome.error if outcome is not None else None
+        failed = [rank for rank, (flag,) in enumerate(self.gather([float(error is not None)])) if flag]
+        if not failed:
+            return
+        message = [str(error)]
+        dist.broadcast_object_list(message, src=failed[0], device=torch.device("cpu"))
+        raise UserError(message[0]) from error
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Every rank's `numbers` (the same count on each), in rank order, on every rank. A collective, on the host."""

@@ -1,0 +1,116 @@
+"""A decoder layer over frozen bytes: every `nn.Linear` a frozen linear + LoRA, every other parameter a view, under checkpointing.
+
+This is the generic block: it works for any layer of plain linears. It does not know ranks or placements; the bytes come
+through `FrozenTensor`, whose buffer is gathered by whoever placed it before `Block.forward` runs and again before its backward.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fsdp_qlora.frozen import FrozenBytes, FrozenTensor
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x @ W^T + b with W decoded on the fly, forward and backward; nothing is saved, the bytes are there again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenTensor, bias: FrozenTensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.decode(x.dtype), None if bias is None else bias.decode(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, None]:
+        return d_y @ ctx.weight.decode(d_y.dtype), None, None
+
+
+class FrozenLinear(nn.Module):
+    """y [..., O] = x [..., I] @ W^T + b + scale * dropout(x) @ A^T @ B^T, W and b frozen; A [R, I], B [O, R] train if there.
+
+    Everything is computed in `dtype`, to which x is cast. `add_lora` makes the adapter; without it the layer is the base alone.
+    """
+
+    def __init__(self, weight: FrozenTensor, bias: FrozenTensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.out_features, self.in_features = weight.shape
+        self.lora_A: nn.Parameter | None = None
+        self.lora_B: nn.Parameter | None = None
+        self.scale = 0.0
+        self.dropout = 0.0
+
+    def add_lora(self, rank: int, scale: float, dropout: float) -> None:
+        """Declare the adapter on the meta device; `ShardedAdapters` gives it values."""
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=self.dtype, device="meta"))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=self.dtype, device="meta"))
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TI = x.to(self.dtype).flatten(0, -2)
+        y_TO = _FrozenMatmul.apply(x_TI, self.weight, self.bias)
+        if self.lora_A is not None and self.lora_B is not None:
+            dropped_TI = F.dropout(x_TI, self.dropout, self.training) if self.dropout else x_TI
+            y_TO = y_TO.addmm_(dropped_TI @ self.lora_A.T, self.lora_B.T, alpha=self.scale)
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+
+class FrozenViews:
+    """Parameters that are not linears (norm weights, ...): taken off their modules and bound as views before each forward."""
+
+    def __init__(self, bindings: list[tuple[nn.Module, str, FrozenTensor]]) -> None:
+        self.bindings = bindings
+        for module, attribute, _ in bindings:
+            del module._parameters[attribute]
+
+    def bind(self) -> None:
+        for module, attribute, tensor in self.bindings:
+            # Stored `plain`, so its one part is the tensor itself. Past Module.__setattr__, which would look for a parameter.
+            module.__dict__[attribute] = tensor.home.parts(tensor.name)["values"]
+
+
+class Block(nn.Module):
+    """One decoder layer, its frozen bytes, and its checkpointing. Replaces the layer in the Hugging Face model's list.
+
+    remat: None keeps every activation, "reentrant" and "non_reentrant" keep the layer's input and recompute the rest.
+    """
+
+    def __init__(self, layer: nn.Module, frozen: FrozenBytes, views: FrozenViews, remat: str | None) -> None:
+        super().__init__()
+        self.layer, self.frozen, self.views = layer, frozen, views
+        self.remat: Callable[..., Any] | None = None
+        if remat is not None:
+            self.remat = partial(checkpoint, use_reentrant=remat == "reentrant", preserve_rng_state=_drops(layer))
+
+    def linears(self) -> dict[str, FrozenLinear]:
+        """Path inside the layer -> linear."""
+        return {name: m for name, m in self.layer.named_modules() if isinstance(m, FrozenLinear)}
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.views.bind()
+        if self.remat is None or not torch.is_grad_enabled():
+            return self.layer(hidden, *args, **kwargs)
+        return self.remat(lambda h: self.layer(h, *args, **kwargs), hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        """What Hugging Face's model reads off its layers (`attention_type`, ...) is the inner layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(super().__getattr__("layer"), name)
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether the layer draws random numbers, adapters' dropout and the base model's own together."""
+    return any(
+        (isinstance(m, FrozenLinear) and m.dropout > 0)
+        or (isinstance(m, nn.Dropout) and m.p > 0)
+        or getattr(m, "attention_dropout", 0.0) > 0
+        for m in layer.modules()
+    )

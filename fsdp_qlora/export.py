@@ -1,0 +1,77 @@
+"""What a run leaves behind: a LoRA adapter that `PeftModel.from_pretrained` opens, and the tokenizer it was trained with."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.adapters import peft_config, peft_key, peft_targets
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import TrainingStopped, UserError
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def prepare_output(folder: Path, overwrite: bool) -> None:
+    """Make `output_dir` and prove that it can be written. Raises UserError where it cannot, or holds something already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not overwrite:
+            raise UserError(
+                f"output_dir: {folder} is not empty; choose another folder, or --overwrite_output_dir true "
+                "to replace what an earlier run left there"
+            )
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def save_adapter(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    linears: list[str],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Path:
+    """Write the adapter (float32, PEFT's names), its config and the tokenizer to `folder`; the adapter's path.
+
+    tensors: `path.lora_A` and `path.lora_B` by path in the Hugging Face model. linears: the paths of all linears.
+    Each file appears whole or not at all. Raises TrainingStopped where the disk is full or gone.
+    """
+    named, paths = {}, []
+    for name, tensor in tensors.items():
+        path, _, matrix = name.rpartition(".")
+        named[peft_key(path, matrix)] = tensor.contiguous()
+        paths.append(path)
+    targets = peft_targets(list(dict.fromkeys(paths)), linears)
+    settings = peft_config(config.adapter, config.model.model_name, config.model.revision, targets)
+    try:
+        _whole(folder / ADAPTER, lambda file: save_file(named, file, metadata={"format": "pt"}))
+        _whole(
+            folder / ADAPTER_CONFIG, lambda file: file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # safetensors raises its own kind for a full disk
+        raise TrainingStopped(
+            f"output_dir: the adapter could not be saved in {folder} ({error}); free some space there"
+        ) from error
+    return folder / ADAPTER
+
+
+def _whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `target`, reach the disk, then rename: an old file stays until the new one is complete."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""The frozen bytes of a block: a layout computed from shapes alone, and the one flat buffer that holds every frozen tensor.
+
+A frozen tensor has no gradient and no optimizer state, so it is kept as bytes at a known offset and not as a parameter
+with metadata hanging off it. One buffer a block means one copy, one all-gather, one pinned range, one file record.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fsdp_qlora.codecs import Codec
+
+ALIGN = 256  # bytes; every part starts here, so that a kernel may load 16 bytes at a time from any of them
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor (codes, scales, ...) of an entry. offset and nbytes in bytes from the start of the buffer."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One frozen tensor: how it is coded, its shape when decoded, and where its parts lie."""
+
+    codec: Codec
+    shape: tuple[int, ...]
+    parts: dict[str, Part]
+
+
+class Layout:
+    """name -> Entry for one block. The same on every rank without communication: it depends on codecs and shapes only.
+
+    nbytes is the buffer's length, a multiple of ALIGN * multiple_of so that `multiple_of` ranks can hold equal shards.
+    """
+
+    def __init__(self, tensors: Mapping[str, tuple[Codec, tuple[int, ...]]], multiple_of: int = 1) -> None:
+        self.entries: dict[str, Entry] = {}
+        offset = 0
+        for name, (codec, shape) in tensors.items():
+            parts = {}
+            for part, (dtype, part_shape) in codec.parts(shape).items():
+                nbytes = torch.Size(part_shape).numel() * dtype.itemsize
+                parts[part] = Part(dtype, tuple(part_shape), offset, nbytes)
+                offset += _round_up(nbytes, ALIGN)
+            self.entries[name] = Entry(codec, tuple(shape), parts)
+        self.nbytes = _round_up(max(offset, 1), ALIGN * multiple_of)
+
+    def write(self, buffer: Tensor, name: str, parts: Mapping[str, Tensor]) -> None:
+        """Copy the encoded `parts` of `name` to their places in `buffer` (uint8 [nbytes], any device)."""
+        entry = self.entries[name]
+        assert parts.keys() == entry.parts.keys(), f"{name}: parts {list(parts)} are not {list(entry.parts)}"
+        for part, where in entry.parts.items():
+            _view(buffer, where).copy_(parts[part].reshape(where.shape))
+
+    def views(self, buffer: Tensor) -> dict[str, dict[str, Tensor]]:
+        """name -> part -> a view into `buffer` (uint8 [nbytes])."""
+        return {
+            name: {part: _view(buffer, where) for part, where in entry.parts.items()}
+            for name, entry in self.entries.items()
+        }
+
+
+class FrozenBytes(nn.Module):
+    """The buffer of one block, as ONE flat parameter that FSDP2 can shard: bf16 is only the wrapping of the bytes.
+
+    FSDP2 of torch 2.11 refuses uint8 parameters; a flat bfloat16 one passes on every version and all 2^16 bit patterns
+    survive. `flat` starts on the meta device; the placement puts the real thing there (whole, or this rank's shard).
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.flat = nn.Parameter(
+            torch.empty(layout.nbytes // 2, dtype=torch.bfloat16, device="meta"), requires_grad=False
+        )
+        self._viewed: tuple[Tensor, dict[str, dict[str, Tensor]]] | None = None
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The stored parts of `name`, as views. Valid while the block is gathered."""
+        flat = self.flat
+        if self._viewed is None or self._viewed[0] is not flat:  # FSDP2 gathers into the same tensor: made once
+            assert not isinstance(flat, DTensor), "frozen bytes are read while they are not gathered"
+            self._viewed = (flat, self.layout.views(flat.detach().view(torch.uint8)))
+        return self._viewed[1][name]
+
+    def decode(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor `name` in `dtype`, decoded on the device where the bytes are."""
+        entry = self.layout.entries[name]
+        return entry.codec.decode(self.parts(name), entry.shape, dtype)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Bytes readable inside: gathers and frees them where this module was sharded on its own (embedding, head)."""
+        unshard = getattr(self, "unshard", None)
+        if unshard is None:
+            yield
+            return
+        unshard()
+        try:
+            yield
+        finally:
+            self.reshard()
+
+
+@dataclass(frozen=True)
+class FrozenTensor:
+    """A handle on one entry of a block: what a layer holds in place of a parameter."""
+
+    home: FrozenBytes
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.home.layout.entries[self.name].shape
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        return self.home.decode(self.name, dtype)
+
+
+def _view(buffer: Tensor, part: Part) -> Tensor:
+    return buffer[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

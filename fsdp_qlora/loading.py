@@ -1,0 +1,100 @@
+"""Fills a model's frozen bytes: unit by unit, each read and encoded by one rank, handed to all, and kept as placed.
+
+Never more than a few units are in flight, so the peak of host memory is the frozen bytes' own place plus a few blocks.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4
+from fsdp_qlora.model import CausalModel, Unit
+from fsdp_qlora.placement import Placement
+from fsdp_qlora.weights import Shape, Weights
+from fsdp_qlora.world import World
+
+
+def is_quantized(weights: Weights, name: str) -> bool:
+    """Whether the checkpoint has `name` (a linear's weight) in bitsandbytes' 4-bit form."""
+    names = weights.names()
+    return names is not None and f"{name}.absmax" in names
+
+
+def expected_tensors(unit: Unit, weights: Weights) -> dict[str, Shape]:
+    """Checkpoint name -> shape of what `unit` is made from; a 4-bit weight's companions included."""
+    expected: dict[str, Shape] = {}
+    for entry, source in unit.sources.items():
+        form = unit.frozen.layout.entries[entry]
+        if not is_quantized(weights, source):
+            expected[source] = form.shape
+            continue
+        for suffix in CHECKPOINT_SUFFIXES:
+            if source + suffix in (weights.names() or ()):
+                expected[source + suffix] = None  # checked against the quantization state when read
+    return expected
+
+
+def check_names(model: CausalModel, weights: Weights) -> None:
+    """Raises UserError, before anything is read, naming tensors that the checkpoint lacks, has too many of or in another shape."""
+    expected = {name: shape for unit in model.units for name, shape in expected_tensors(unit, weights).items()}
+    # Old checkpoints carry rotary tables, and some repeat a tied head.
+    known = {name for name in weights.names() or () if name.endswith("rotary_emb.inv_freq")}
+    weights.check(expected, ignored=known | ({model.head_name} if model.is_tied() else set()))
+
+
+def load(model: CausalModel, weights: Weights, placement: Placement, world: World) -> None:
+    """Read, encode and place every unit. Collective: ranks take turns unit by unit and encode at the same time."""
+    units = model.units
+    bar = tqdm(total=len(units), desc="loading", unit="block", disable=not world.is_main, leave=False)
+    mine = units[world.rank :: world.size]
+    with ThreadPoolExecutor(1) as ahead:
+        reading = [ahead.submit(_read, mine[0], weights, world.device)] if mine else []
+        for turn, first in enumerate(range(0, len(units), world.size)):
+            encoded: Tensor | None = None
+            if turn < len(mine):
+                tensors = reading.pop().result()
+                if turn + 1 < len(mine):  # the disk works while this rank encodes and the others send
+                    reading.append(ahead.submit(_read, mine[turn + 1], weights, world.device))
+                encoded = encode(mine[turn], tensors, world.device)
+                del tensors
+            for source, unit in enumerate(units[first : first + world.size]):
+                whole = _hand_round(unit, encoded if source == world.rank else None, source, world)
+                placement.store(unit, whole)
+                bar.update()
+            del encoded
+    bar.close()
+
+
+def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """uint8 [nbytes] on `device`: the unit's bytes, from the checkpoint's tensors."""
+    layout = unit.frozen.layout
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+    for entry, source in unit.sources.items():
+        form = layout.entries[entry]
+        if isinstance(form.codec, NF4) and f"{source}.absmax" in tensors:
+            parts = form.codec.from_checkpoint(source, tensors, form.shape)
+        else:
+            parts = form.codec.encode(tensors[source].to(device))
+        layout.write(buffer, entry, parts)
+    return buffer
+
+
+def _read(unit: Unit, weights: Weights, device: torch.device) -> dict[str, Tensor]:
+    return weights.read(expected_tensors(unit, weights), device)
+
+
+def _hand_round(unit: Unit, encoded: Tensor | None, source: int, world: World) -> Tensor:
+    if world.size == 1:
+        assert encoded is not None
+        return encoded
+    buffer = (
+        encoded
+        if encoded is not None
+        else torch.empty(unit.frozen.layout.nbytes, dtype=torch.uint8, device=world.device)
+    )
+    dist.broadcast(buffer, src=source)
+    return buffer

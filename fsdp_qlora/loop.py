@@ -1,0 +1,121 @@
+"""The training loop: steps until the end or until somebody asks to stop; what was learned is saved however it ends."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.data import Batches
+from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.export import save_adapter
+from fsdp_qlora.host_memory import HostMemory
+from fsdp_qlora.interrupt import Interrupt
+from fsdp_qlora.metrics import Metrics, StepRecord
+from fsdp_qlora.profiling import profiled
+from fsdp_qlora.step import Stepper, StepResult
+from fsdp_qlora.world import World
+
+
+class Loop:
+    """One run's steps. `run` returns its exit code: 0, or 130 and 143 where a signal ended it early (adapter saved)."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        host: HostMemory,
+        metrics: Metrics,
+        stepper: Stepper,
+        batches: Batches,
+        steps: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+        folder: Path,
+    ) -> None:
+        self.config, self.world, self.host, self.metrics = config, world, host, metrics
+        self.stepper, self.batches, self.steps = stepper, batches, steps
+        self.tokenizer, self.folder = tokenizer, folder
+
+    def run(self) -> int:
+        with self.metrics, Interrupt(self.world, self._rescue) as interrupt:
+            try:
+                finished = self._steps(interrupt)
+            except TrainingStopped as stopped:  # raised on every rank alike: the last good step can be saved in full
+                raise TrainingStopped(f"{stopped}{self._save_what_there_is()}") from stopped
+            except torch.OutOfMemoryError as error:
+                raise TrainingStopped(
+                    f"rank {self.world.rank}: GPU memory ran out in step {self.stepper.done + 1} ({_first_line(error)}); "
+                    f"lower batch_size or context_length, or use --use_cpu_offload true{self._rescue()}"
+                ) from error
+            except RuntimeError as error:  # a collective failed because a peer is gone: nothing collective can be done
+                rescued = self._rescue()
+                if rescued:
+                    self.world.say(rescued.lstrip("; "))
+                raise error
+            saved = [self._save()] if self.config.output.save_model else []
+            peaks = [peak for (peak,) in self.world.gather([self.host.peak])]
+            self.metrics.close(saved, peaks)
+        return 0 if finished else interrupt.exit_code
+
+    def _steps(self, interrupt: Interrupt) -> bool:
+        """Whether every step was taken, rather than a signal ending them."""
+        with profiled(self.config.profile, self.world, self.steps) as profiler_step:
+            for step in range(self.steps):
+                epoch, index = divmod(step, self.batches.steps_per_epoch)
+                result = self.stepper.run(self.batches.step(epoch, index), self.host.now)
+                self.metrics.step(self._record(step, result))
+                if not result.updated:
+                    self.world.say(
+                        f"step {step + 1}: float16 gradients overflowed, so it was left out; "
+                        f"the loss scale is {self.stepper.scale.value:g} now"
+                    )
+                profiler_step()
+                if interrupt.agreed() and step + 1 < self.steps:
+                    return False
+        return True
+
+    def _record(self, step: int, result: StepResult) -> StepRecord:
+        return StepRecord(
+            step=step + 1,
+            epoch=(step + 1) / self.batches.steps_per_epoch,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            label_tokens=result.label_tokens,
+            seconds=result.seconds,
+            gpu_allocated_gib=result.gpu_allocated_gib,
+            gpu_reserved_gib=result.gpu_reserved_gib,
+            host_rss_gib=result.host_gib,
+        )
+
+    def _save(self) -> Path:
+        """Every rank takes part; rank 0 writes."""
+        tensors = self.stepper.adapters.named_tensors()
+        self.world.main_only(lambda: self._write(tensors))
+        return self.folder
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+        linears = list(self.stepper.model.linears())
+        save_adapter(self.folder, tensors, linears, self.config, self.tokenizer)
+
+    def _save_what_there_is(self) -> str:
+        if not self.stepper.done or not self.config.output.save_model:
+            return ""
+        self._save()
+        return f". The adapter as of step {self.stepper.done} is saved in {self.folder}"
+
+    def _rescue(self) -> str:
+        """Save without the other ranks, from rank 0's working copy: rounded to the compute dtype, but whole.
+
+        Safe from another thread while the main one hangs in a collective; skipped in the middle of an update.
+        """
+        stepper = self.stepper
+        if not (self.world.is_main and stepper.done and self.config.output.save_model) or stepper.updating:
+            return ""
+        self._write(stepper.adapters.working_tensors())
+        return f"; the adapter as of step {stepper.done} is saved in {self.folder}, rounded to {self.config.model.precision}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,245 @@
+"""The model that trains: a Hugging Face skeleton whose embedding, decoder layers and head read frozen bytes, adapters inside.
+
+What is replaced is a module instance, never a class: rotary tables, masks and the order of the layers stay Hugging Face's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fsdp_qlora.adapters import choose_targets, lora_scale
+from fsdp_qlora.block import Block, FrozenLinear, FrozenViews
+from fsdp_qlora.codecs import Codec, Plain
+from fsdp_qlora.config import AdapterOptions
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.frozen import FrozenBytes, FrozenTensor, Layout
+from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
+from fsdp_qlora.precision import Precision
+from fsdp_qlora.skeleton import decoder_layers, logit_shape
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is encoded, moved and placed in one piece. sources: entry of the layout -> its name in the checkpoint."""
+
+    name: str
+    frozen: FrozenBytes
+    sources: dict[str, str]
+    sharded: bool = True  # False: a few vectors that every rank simply has
+
+
+class FrozenEmbedding(nn.Module):
+    """The token embedding over its own frozen bytes, gathered for the lookup and freed after it."""
+
+    def __init__(self, inner: nn.Module, frozen: FrozenBytes, views: FrozenViews) -> None:
+        super().__init__()
+        self.inner, self.frozen, self.views = inner, frozen, views
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        with self.frozen.opened(), torch.no_grad():
+            self.views.bind()
+            hidden = self.inner(input_ids)
+        # Nothing before the first block trains, but reentrant checkpointing and FSDP2's backward hooks hang on an
+        # input that asks for a gradient.
+        return hidden.requires_grad_(torch.is_grad_enabled())
+
+
+class Head(nn.Module):
+    """LM head and loss in one: the sum of the cross-entropies at the label positions over `divisor`, a float32 scalar.
+
+    The gradient to the hidden states is made in the forward, so backward needs neither the logits nor the head's bytes.
+    factor and softcap: what the family does to its logits.
+    """
+
+    def __init__(
+        self, weight: FrozenTensor, bias: FrozenTensor | None, dtype: torch.dtype, factor: float, softcap: float | None
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias, self.dtype, self.factor, self.softcap = weight, bias, dtype, factor, softcap
+        self.frozen = weight.home
+
+    def forward(self, hidden_LH: Tensor, labels_L: Tensor, divisor: float) -> Tensor:
+        with self.frozen.opened():
+            return linear_cross_entropy(
+                hidden_LH.to(self.dtype),
+                self.weight.decode(self.dtype),
+                labels_L,
+                bias=None if self.bias is None else self.bias.decode(self.dtype),
+                logit_scale=self.factor,
+                softcap=self.softcap,
+                divisor=divisor,
+                label_count=len(labels_L),
+            )
+
+
+class CausalModel(nn.Module):
+    """tokens -> loss. `units` are its frozen bytes, `blocks` its decoder layers by their path in the HF model."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        embedding: FrozenEmbedding,
+        blocks: dict[str, Block],
+        head: Head,
+        units: list[Unit],
+        rest: FrozenViews,
+        precision: Precision,
+        head_name: str,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.embedding, self.blocks, self.units, self.rest = (embedding,), blocks, units, rest
+        self.precision = precision
+        self.head_name = head_name  # of its weight in a checkpoint, whether the model reads it or is tied
+
+    def forward(self, input_ids: Tensor, places_L: Tensor, labels_L: Tensor, divisor: float) -> Tensor:
+        """The sum of the L cross-entropies over `divisor`, float32.
+
+        input_ids: int64 [B, S]. places_L: int64 [L], the positions in B*S whose next token is a label. labels_L: int64
+        [L], that token. divisor: the label tokens of the whole step, on all ranks (over the loss scale).
+        """
+        self.rest.bind()
+        with torch.autocast(input_ids.device.type, self.precision.compute, enabled=self.precision.autocast):
+            hidden_BSH = self.backbone(input_ids=input_ids, use_cache=False)[0]
+            return self.head(hidden_BSH.flatten(0, 1).index_select(0, places_L), labels_L, divisor)
+
+    def is_tied(self) -> bool:
+        """Whether the head reads the embedding's bytes."""
+        return self.head.frozen is self.embedding[0].frozen
+
+    def linears(self) -> dict[str, FrozenLinear]:
+        """Path in the Hugging Face model -> linear, of every linear in the decoder layers, in order."""
+        return {f"{path}.{name}": m for path, block in self.blocks.items() for name, m in block.linears().items()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model's pieces are made.
+
+    codec_of: checkpoint name of a decoder linear's weight -> how it is stored. remat: see `Block`. shards: number of
+    ranks among which each unit's bytes must divide evenly.
+    """
+
+    precision: Precision
+    codec_of: Callable[[str], Codec]
+    remat: str | None
+    shards: int
+
+
+def assemble(model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions) -> CausalModel:
+    """Replace a skeleton's embedding, decoder layers and head by ours and declare the adapters. Nothing has values yet.
+
+    Raises UserError for an architecture whose layers are not plain linears, and for target modules that match nothing.
+    """
+    path, layers = decoder_layers(model)
+    names = [
+        f"{path}.{i}.{name}"
+        for i, layer in enumerate(layers)
+        for name, m in layer.named_modules()
+        if type(m) is nn.Linear
+    ]
+    targets = set(choose_targets(adapter.lora_target_modules, names))
+    embedding, embedding_unit = _embedding(model, recipe)
+    if type(model.get_output_embeddings()) is not nn.Linear:
+        raise UserError(
+            f"model_name: {type(model).__name__} has no head that is a plain linear; only causal LMs are trained"
+        )
+    head_name = f"{_path_of(model, model.get_output_embeddings())}.weight"
+    head, head_unit = _head(model, recipe, embedding)
+    blocks, units = {}, [embedding_unit]
+    for i, layer in enumerate(layers):
+        blocks[f"{path}.{i}"], unit = _block(f"{path}.{i}", layer, recipe, adapter, targets)
+        units.append(unit)
+    model.set_input_embeddings(embedding)
+    for i, block in enumerate(blocks.values()):
+        layers[i] = block
+    rest, rest_unit = _rest(model, recipe)
+    units += [u for u in (head_unit, rest_unit) if u is not None]
+    return CausalModel(model.base_model, embedding, blocks, head, units, rest, recipe.precision, head_name)
+
+
+def _block(
+    path: str, layer: nn.Module, recipe: Recipe, adapter: AdapterOptions, targets: set[str]
+) -> tuple[Block, Unit]:
+    linears = {name: m for name, m in layer.named_modules() if type(m) is nn.Linear}
+    tensors: dict[str, tuple[Codec, tuple[int, ...]]] = {}
+    for name, parameter in layer.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner in linears and leaf == "weight":
+            tensors[name] = (recipe.codec_of(f"{path}.{name}"), tuple(parameter.shape))
+        elif parameter.ndim < 2:
+            tensors[name] = (Plain(recipe.precision.stream), tuple(parameter.shape))
+        else:
+            raise UserError(
+                f"model_name: {path}.{name} {list(parameter.shape)} is a matrix outside nn.Linear "
+                f"({type(layer.get_submodule(owner)).__name__}); only decoder layers of plain linears are trained "
+                "(no mixture of experts, no convolutions)"
+            )
+    frozen = FrozenBytes(Layout(tensors, recipe.shards))
+    for name, linear in linears.items():
+        bias = None if linear.bias is None else FrozenTensor(frozen, f"{name}.bias")
+        ours = FrozenLinear(FrozenTensor(frozen, f"{name}.weight"), bias, recipe.precision.compute)
+        if f"{path}.{name}" in targets:
+            ours.add_lora(adapter.lora_rank, lora_scale(adapter), adapter.lora_dropout)
+        layer.set_submodule(name, ours)
+    return Block(layer, frozen, _take_views(layer, frozen), recipe.remat), _unit(path, frozen)
+
+
+def _embedding(model: PreTrainedModel, recipe: Recipe) -> tuple[FrozenEmbedding, Unit]:
+    inner = model.get_input_embeddings()
+    path = _path_of(model, inner)
+    frozen = FrozenBytes(Layout({"weight": (Plain(recipe.precision.stream), tuple(inner.weight.shape))}, recipe.shards))
+    return FrozenEmbedding(inner, frozen, _take_views(inner, frozen)), _unit(path, frozen)
+
+
+def _head(model: PreTrainedModel, recipe: Recipe, embedding: FrozenEmbedding) -> tuple[Head, Unit | None]:
+    """The head over its own bytes, or over the embedding's where the two are tied (no unit of its own then)."""
+    inner = model.get_output_embeddings()
+    factor, softcap = logit_shape(model.config)
+    dtype = recipe.precision.compute
+    if model.config.tie_word_embeddings:
+        if inner.bias is not None:
+            raise UserError(
+                f"model_name: {type(model).__name__} ties its head to its embedding and gives it a bias as well"
+            )
+        return Head(FrozenTensor(embedding.frozen, "weight"), None, dtype, factor, softcap), None
+    tensors = {name: (Plain(recipe.precision.stream), tuple(p.shape)) for name, p in inner.named_parameters()}
+    frozen = FrozenBytes(Layout(tensors, recipe.shards))
+    bias = None if inner.bias is None else FrozenTensor(frozen, "bias")
+    unit = _unit(_path_of(model, inner), frozen)
+    return Head(FrozenTensor(frozen, "weight"), bias, dtype, factor, softcap), unit
+
+
+def _rest(model: PreTrainedModel, recipe: Recipe) -> tuple[FrozenViews, Unit | None]:
+    """The backbone's other parameters (final norm, learned positions): small, so every rank has them."""
+    backbone = model.base_model
+    ours = {p for m in backbone.modules() if isinstance(m, Block | FrozenEmbedding) for p in m.parameters()}
+    others = {name: p for name, p in backbone.named_parameters() if p not in ours}
+    if not others:
+        return FrozenViews([]), None
+    frozen = FrozenBytes(Layout({n: (Plain(recipe.precision.stream), tuple(p.shape)) for n, p in others.items()}))
+    prefix = _path_of(model, backbone)
+    unit = Unit("rest", frozen, {name: f"{prefix}.{name}".lstrip(".") for name in others}, sharded=False)
+    return _take_views(backbone, frozen, set(others)), unit
+
+
+def _take_views(root: nn.Module, frozen: FrozenBytes, names: set[str] | None = None) -> FrozenViews:
+    """Views for the parameters of `root` that `frozen` holds (all but adapters and frozen linears, or just `names`)."""
+    bindings = []
+    for name in frozen.layout.entries if names is None else names:
+        owner_path, _, leaf = name.rpartition(".")
+        owner = root.get_submodule(owner_path)
+        if not isinstance(owner, FrozenLinear):
+            bindings.append((owner, leaf, FrozenTensor(frozen, name)))
+    return FrozenViews(bindings)
+
+
+def _unit(path: str, frozen: FrozenBytes) -> Unit:
+    return Unit(path, frozen, {name: f"{path}.{name}" for name in frozen.layout.entries})
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

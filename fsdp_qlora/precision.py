@@ -1,0 +1,47 @@
+"""What each `--precision` mode means: the dtype of the residual stream, of the matmuls, and of stored frozen tensors."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fsdp_qlora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtypes of a run. Adapters' master weights, their gradients' sums and the optimizer state are float32 in all of them.
+
+    stream: the residual stream, and the frozen embedding, norms and head as they are stored.
+    compute: matmuls, attention and the adapters' working copy.
+    autocast: whether `torch.autocast` bridges the two (they differ, or the mode's name says so).
+    scale_loss: whether the loss is scaled dynamically so that float16 gradients do not underflow.
+    """
+
+    stream: torch.dtype
+    compute: torch.dtype
+    autocast: bool = False
+    scale_loss: bool = False
+
+
+MODES = {
+    "fp32": Precision(torch.float32, torch.float32),
+    "bf16": Precision(torch.bfloat16, torch.bfloat16),
+    "fp16_autocast": Precision(torch.float32, torch.float16, autocast=True, scale_loss=True),
+    "bf16_autocast": Precision(torch.float32, torch.bfloat16, autocast=True),
+    "bf16_buffers_autocast": Precision(torch.bfloat16, torch.bfloat16, autocast=True),
+}
+
+
+def precision_of(mode: str, device: torch.device) -> Precision:
+    """The dtypes of `mode`. Raises UserError where the card has no bfloat16 (before Ampere)."""
+    precision = MODES[mode]
+    if (
+        device.type == "cuda"
+        and precision.compute is torch.bfloat16
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        raise UserError(
+            f"precision: {mode} needs bfloat16, which {torch.cuda.get_device_name(device)} does not have; "
+            "use --precision fp16_autocast or --precision fp32"
+        )
+    return precision

@@ -1,0 +1,109 @@
+"""The run, stage by stage: what is read and checked, what is built, what is loaded where, then the training loop."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from fsdp_qlora.codecs import Codec, Plain
+from fsdp_qlora.config import Config, DataOptions, MemoryOptions
+from fsdp_qlora.config_file import save as save_config
+from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.export import prepare_output
+from fsdp_qlora.host_memory import HostMemory
+from fsdp_qlora.loading import check_names, is_quantized, load
+from fsdp_qlora.loop import Loop
+from fsdp_qlora.metrics import Metrics
+from fsdp_qlora.model import Recipe, assemble
+from fsdp_qlora.placement import check_bytes, choose_placement
+from fsdp_qlora.precision import MODES, precision_of
+from fsdp_qlora.shards import ShardedAdapters
+from fsdp_qlora.skeleton import build, choose_attention, linear_codec, max_positions, read_config
+from fsdp_qlora.step import Stepper
+from fsdp_qlora.summary import check_fits, describe
+from fsdp_qlora.weights import Checkpoint, Dummy, Weights, fetch
+from fsdp_qlora.world import World, open_world
+
+
+def run(config: Config) -> int:
+    """Train as `config` says. Returns the exit code: 0, or a signal's (130, 143) where one ended the run early, and saved."""
+    with open_world(config.launch, config.training.seed) as world, HostMemory() as host:
+        folder = Path(config.output.output_dir)
+        world.main_only(lambda: prepare_output(folder, config.output.overwrite_output_dir))
+        model_name, revision = config.model.model_name, config.model.revision
+        precision = precision_of(config.model.precision, world.device)
+        hf_config = world.first_on_node(lambda: read_config(model_name, revision))
+        placement = choose_placement(config.memory, world)
+        attention = choose_attention(config.model.attention, precision, world.device)
+        tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
+        batches = make_batches(config, rows, world)
+        steps = count_steps(config, batches)
+        weights = world.first_on_node(lambda: open_weights(config, precision.stream))
+        recipe = Recipe(
+            precision, storage(config, hf_config, weights), rematerialisation(config.memory), placement.shards
+        )
+        model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
+        check_names(model, weights)
+        for line in describe(model, hf_config, config, placement, batches, steps, attention, world):
+            world.say(line)
+        check_fits(model, config, placement, world)
+        metrics = Metrics(config, world, steps)
+        world.main_only(lambda: save_config(config, folder / "config.yaml"))
+
+        adapters = ShardedAdapters(model, world, config)
+        placement.prepare(model)
+        load(model, weights, placement, world)
+        check_bytes(model, placement)
+        stepper = Stepper(model, adapters, config.training, steps, world)
+        return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
+
+
+def read_data(
+    options: DataOptions, model_name: str, revision: str | None, hf_config: PretrainedConfig
+) -> tuple[PreTrainedTokenizerBase | None, Rows]:
+    """The tokenizer and the tokenized rows. The dummy dataset needs no tokenizer and does without where there is none."""
+    try:
+        tokenizer = load_tokenizer(model_name, revision)
+    except UserError:
+        if options.dataset != "dummy":
+            raise
+        tokenizer = None
+    return tokenizer, load_rows(options, tokenizer, max_positions(hf_config), hf_config.vocab_size)
+
+
+def make_batches(config: Config, rows: Rows, world: World) -> Batches:
+    training = config.training
+    return Batches(
+        rows, training.batch_size, training.gradient_accumulation_steps, world.size, world.rank, training.seed
+    )
+
+
+def count_steps(config: Config, batches: Batches) -> int:
+    """Optimizer steps of the run."""
+    steps = batches.steps_per_epoch * config.training.num_epochs
+    return min(steps, config.training.max_steps) if config.training.max_steps > 0 else steps
+
+
+def open_weights(config: Config, dtype: torch.dtype) -> Weights:
+    """Where the frozen weights are read from: only headers so far, or nothing with `--dummy_weights`."""
+    options = config.model
+    if options.dummy_weights:
+        return Dummy(dtype)
+    return Checkpoint(fetch(options.model_name, options.revision), options.loading_workers)
+
+
+def storage(config: Config, hf_config: PretrainedConfig, weights: Weights) -> Callable[[str], Codec]:
+    """Checkpoint name of a linear's weight -> how it is kept: a quantized checkpoint may have left some linears as they are."""
+    precision = MODES[config.model.precision]
+    codec, prequantized = linear_codec(hf_config, config.model.train_type, config.model.double_quant, precision)
+    plain = Plain(precision.compute)
+    return lambda name: codec if not prequantized or is_quantized(weights, name) else plain
+
+
+def rematerialisation(options: MemoryOptions) -> str | None:
+    """The kind of checkpointing that blocks are built with."""
+    if not options.use_gradient_checkpointing:
+        return None
+    return "reentrant" if options.reentrant_checkpointing else "non_reentrant"

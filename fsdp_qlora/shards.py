@@ -1,0 +1,224 @@
+"""Adapters over several ranks: every rank computes with all of them, and each owns 1/world of their master copy and optimizer state.
+
+The adapters of a block lie in one flat buffer in compute dtype, and so do their gradients. When a block's backward is
+done, its gradients are reduce-scattered while the block before it computes; a rank updates its slice of the float32
+master copy, and the new values are all-gathered once a step. Against sharding the adapters like the base (gathering
+them again for each forward and backward) this moves a third of the bytes, and the optimizer sees plain tensors.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fsdp_qlora.adapters import initial_values
+from fsdp_qlora.block import FrozenLinear
+from fsdp_qlora.config import Config
+from fsdp_qlora.model import CausalModel
+from fsdp_qlora.world import World
+
+IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
+MATRICES = ("lora_A", "lora_B")
+
+
+@dataclass
+class Group:
+    """The adapters of one block. working: all, compute dtype [padded]. master, grad: this rank's slice, float32 [padded / world]."""
+
+    names: list[str] = field(default_factory=list)  # PEFT's order: linear by linear, lora_A before lora_B
+    params: list[nn.Parameter] = field(default_factory=list)
+    working: Tensor = field(init=False)
+    master: nn.Parameter = field(init=False)
+    grad: Tensor = field(init=False)
+    unreduced: Tensor | None = None  # float32 [padded], with no_sync: this rank's own sum over micro-batches
+    waiting: int = 0
+    fresh: bool = True  # nothing of this optimizer step is in `grad` yet
+
+
+class ShardedAdapters:
+    """The trainable parameters of a model. `parameters()` is what an optimizer gets: float32 slices with their gradients.
+
+    One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last, the
+    optimizer's update of `parameters()`, `publish`, `zero_grad`. Gradients are summed over ranks and micro-batches.
+    """
+
+    def __init__(self, model: CausalModel, world: World, config: Config) -> None:
+        self.world, self.no_sync = world, config.memory.no_sync
+        self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
+        self.groups: list[Group] = []
+        self._flying: deque[tuple[dist.Work, Group, Tensor, Tensor]] = deque()
+        self._next = -1
+        self._reducing = True
+        for path, block in model.blocks.items():
+            adapted = {f"{path}.{name}": m for name, m in block.linears().items() if m.lora_A is not None}
+            if adapted:
+                self.groups.append(self._make(adapted, config, len(self.groups)))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """This rank's float32 slices, one a block."""
+        return [group.master for group in self.groups]
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's float32 slices of the summed gradients, as `parameters()`; complete after `finish`."""
+        return [group.grad for group in self.groups]
+
+    def count(self) -> int:
+        """Adapter parameters of the model, all ranks together."""
+        return sum(p.numel() for group in self.groups for p in group.params)
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before each backward. last: no more micro-batches follow in this optimizer step."""
+        self._reducing = last or not self.no_sync
+        self._next = len(self.groups) - 1
+        for group in self.groups:
+            group.waiting = len(group.params)
+
+    def finish(self) -> None:
+        """After the last backward: every gradient is reduced and in its place when this returns (on the current stream)."""
+        while self._next >= 0:  # adapters that took no part in the loss have no gradient and count as zero
+            self._reduce(self.groups[self._next])
+            self._next -= 1
+        while self._flying:
+            self._land()
+
+    def publish(self) -> None:
+        """After the update: every rank's working copy becomes the new master values, rounded to the compute dtype."""
+        slices = [self._mine(group.working) for group in self.groups]
+        torch._foreach_copy_(slices, [group.master.detach() for group in self.groups])
+        if self.world.size > 1:
+            works = [
+                dist.all_gather_into_tensor(group.working, mine, async_op=True)
+                for group, mine in zip(self.groups, slices, strict=True)
+            ]
+            for work in works:
+                work.wait()
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            group.fresh, group.unreduced = True, None
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """`path.lora_A` -> the whole float32 master matrix, on the CPU. A collective; the result is on every rank."""
+        tensors: dict[str, Tensor] = {}
+        for group in self.groups:
+            whole = torch.empty(group.working.numel(), dtype=torch.float32, device=self.world.device)
+            if self.world.size == 1:
+                whole.copy_(group.master.detach())
+            else:
+                dist.all_gather_into_tensor(whole, group.master.detach())
+            tensors |= _named(group, whole.cpu())
+        return tensors
+
+    def working_tensors(self) -> dict[str, Tensor]:
+        """As `named_tensors`, from this rank's working copy in compute dtype: no other rank is asked, nor a hung stream."""
+        tensors: dict[str, Tensor] = {}
+        on_gpu = self.world.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(self.world.device)) if on_gpu else nullcontext():
+            for group in self.groups:
+                tensors |= _named(group, group.working.detach().cpu())
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Set every adapter from `path.lora_A` -> matrix, as `named_tensors` gives them."""
+        for group in self.groups:
+            flat = torch.zeros(group.working.numel(), dtype=torch.float32)
+            for name, view in zip(group.names, _split(flat, group.params), strict=True):
+                view.copy_(tensors[name])
+            group.working.copy_(flat)
+            group.master.data.copy_(self._mine(flat))
+
+    def _make(self, adapted: dict[str, FrozenLinear], config: Config, index: int) -> Group:
+        group = Group()
+        values: dict[str, Tensor] = {}
+        rank, seed = config.adapter.lora_rank, config.training.seed
+        for path, linear in adapted.items():
+            initial = initial_values(path, linear.out_features, linear.in_features, rank, seed)
+            values |= {f"{path}.{matrix}": initial[matrix] for matrix in MATRICES}
+        numel = sum(v.numel() for v in values.values())
+        padded = -(-numel // self.world.size) * self.world.size
+        dtype = next(iter(adapted.values())).dtype
+        group.working = torch.zeros(padded, dtype=dtype, device=self.world.device)
+        offset = 0
+        for path, linear in adapted.items():
+            for matrix in MATRICES:
+                shape = values[f"{path}.{matrix}"].shape
+                view = group.working[offset : offset + shape.numel()].view(shape)
+                offset += shape.numel()
+                parameter = nn.Parameter(view)
+                setattr(linear, matrix, parameter)
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))
+                group.names.append(f"{path}.{matrix}")
+                group.params.append(parameter)
+        group.master = nn.Parameter(torch.empty(padded // self.world.size, device=self.world.device))
+        group.grad = torch.zeros_like(group.master)
+        group.master.grad = group.grad
+        flat = torch.cat([v.reshape(-1) for v in values.values()] + [torch.zeros(padded - numel)])
+        group.working.copy_(flat)
+        group.master.data.copy_(self._mine(flat))
+        return group
+
+    def _mine(self, flat: Tensor) -> Tensor:
+        length = flat.numel() // self.world.size
+        return flat[self.world.rank * length : (self.world.rank + 1) * length]
+
+    def _arrived(self, index: int, _: Tensor) -> None:
+        self.groups[index].waiting -= 1
+        while (
+            self._next >= 0 and self.groups[self._next].waiting == 0
+        ):  # the same order on every rank, whatever arrives first
+            self._reduce(self.groups[self._next])
+            self._next -= 1
+
+    def _reduce(self, group: Group) -> None:
+        """Take the gradients autograd left on a block's adapters; keep them (no_sync) or start their reduction."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params]
+        for p in group.params:
+            p.grad = None
+        if not self._reducing or group.unreduced is not None:
+            if group.unreduced is None:
+                group.unreduced = torch.zeros(group.working.numel(), dtype=torch.float32, device=self.world.device)
+            torch._foreach_add_(_split(group.unreduced, group.params), gradients)
+            if not self._reducing:
+                return
+            whole = group.unreduced.to(self.reduce_dtype)
+        else:
+            whole = torch.empty(group.working.numel(), dtype=self.reduce_dtype, device=self.world.device)
+            torch._foreach_copy_(_split(whole, group.params), gradients)
+            whole[sum(p.numel() for p in group.params) :].zero_()
+        if self.world.size == 1:
+            self._keep(group, whole)
+            return
+        mine = torch.empty(group.grad.numel(), dtype=self.reduce_dtype, device=self.world.device)
+        work = dist.reduce_scatter_tensor(mine, whole, async_op=True)
+        self._flying.append((work, group, mine, whole))
+        while len(self._flying) > IN_FLIGHT:
+            self._land()
+
+    def _land(self) -> None:
+        work, group, mine, _ = self._flying.popleft()
+        work.wait()
+        self._keep(group, mine)
+
+    def _keep(self, group: Group, mine: Tensor) -> None:
+        if group.fresh:
+            group.grad.copy_(mine)
+            group.fresh = False
+        else:
+            group.grad.add_(mine)
+
+
+def _split(flat: Tensor, params: Iterable[nn.Parameter]) -> list[Tensor]:
+    views, offset = [], 0
+    for p in params:
+        views.append(flat[offset : offset + p.numel()].view(p.shape))
+        offset += p.numel()
+    return views
+
+
+def _named(group: Group, flat: Tensor) -> dict[str, Tensor]:
+    return {name: view.clone() for name, view in zip(group.names, _split(flat, group.params), strict=True)}

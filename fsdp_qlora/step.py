@@ -1,0 +1,160 @@
+"""One optimizer step: micro-batches, loss over the step's label tokens on all ranks, finite check, clip, update."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fsdp_qlora.config import TrainingOptions
+from fsdp_qlora.data import IGNORE, Batch
+from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.model import CausalModel
+from fsdp_qlora.optim import make_optimizer, make_schedule
+from fsdp_qlora.shards import ShardedAdapters
+from fsdp_qlora.world import World
+
+GIB = 2**30
+GROWTH_STEPS = 2000  # finite steps after which the loss scale doubles, as torch.amp.GradScaler's default
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step came to, over all ranks; the lists are in rank order. loss is the mean over `label_tokens`."""
+
+    loss: float
+    lr: float  # of this step
+    grad_norm: float
+    tokens: int
+    label_tokens: int
+    seconds: float
+    updated: bool  # False: float16 gradients overflowed, and the step was left out with a smaller loss scale
+    gpu_allocated_gib: list[float]
+    gpu_reserved_gib: list[float]
+    host_gib: list[float]
+
+
+class LossScale:
+    """The factor that keeps float16 gradients from underflowing; 1 in every other precision."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value = 2.0**16 if enabled else 1.0
+        self._finite_steps = 0
+
+    def shrink(self) -> None:
+        self.value, self._finite_steps = self.value / 2, 0
+
+    def grow(self) -> None:
+        self._finite_steps += self.enabled
+        if self._finite_steps == GROWTH_STEPS:
+            self.value, self._finite_steps = self.value * 2, 0
+
+
+class Stepper:
+    """Runs optimizer steps; owns the optimizer and its schedule over `steps` of them."""
+
+    def __init__(
+        self, model: CausalModel, adapters: ShardedAdapters, options: TrainingOptions, steps: int, world: World
+    ) -> None:
+        self.model, self.adapters, self.world = model, adapters, world
+        self.optimizer = make_optimizer(options, adapters.parameters(), world.device)
+        self.schedule = make_schedule(options, self.optimizer, steps)
+        self.max_norm = options.grad_norm if options.apply_gradient_clipping else None
+        self.scale = LossScale(model.precision.scale_loss)
+        self.done = 0  # optimizer steps
+        self.updating = False  # True while masters and working copies may be of different steps
+
+    def run(self, batches: list[Batch], host_gib: float) -> StepResult:
+        """Forward, backward and update over this rank's micro-batches (as many as every rank's).
+
+        Raises TrainingStopped on every rank, before the update, when a loss or a gradient is not finite.
+        """
+        start = time.perf_counter()
+        mine = [sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches), sum(b.tokens for b in batches)]
+        label_tokens, tokens = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
+        losses = self._passes(batches, label_tokens / self.scale.value)
+        norms = torch._foreach_norm(self.adapters.gradients())
+        loss_part, square = torch.stack(
+            [losses, torch.stack(norms).square().sum()]
+        ).tolist()  # the step's one wait for the GPU
+        everyone = self.world.gather([loss_part, square, *self._memory(), host_gib])
+        losses_by_rank, squares, allocated, reserved, host = (list(column) for column in zip(*everyone, strict=True))
+        loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
+        lr = self.schedule.get_last_lr()[0]
+        updated = self._update(loss, norm, batches, losses_by_rank)
+        self.done += 1
+        on_gpu = self.world.device.type == "cuda"
+        return StepResult(
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens=tokens,
+            label_tokens=label_tokens,
+            seconds=time.perf_counter() - start,
+            updated=updated,
+            gpu_allocated_gib=allocated if on_gpu else [],
+            gpu_reserved_gib=reserved if on_gpu else [],
+            host_gib=host,
+        )
+
+    def _passes(self, batches: list[Batch], divisor: float) -> Tensor:
+        total = torch.zeros((), device=self.world.device)
+        for i, batch in enumerate(batches):
+            self.adapters.begin_micro_batch(last=i == len(batches) - 1)
+            loss = self.model(*_to_device(batch, self.world.device), divisor)
+            loss.backward()
+            total += loss.detach()
+        self.adapters.finish()
+        return total
+
+    def _update(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> bool:
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite and not (self.scale.enabled and math.isfinite(loss) and self.scale.value > 1):
+            self._stop(loss, norm, batches, losses)
+        if finite:
+            clip = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
+            if clip != self.scale.value:
+                torch._foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
+            self.updating = True
+            self.optimizer.step()
+            self.adapters.publish()
+            self.updating = False
+            self.scale.grow()
+        else:
+            self.scale.shrink()
+        self.schedule.step()
+        self.adapters.zero_grad()
+        return finite
+
+    def _stop(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> None:
+        rows: list[list[int]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(rows, [row for batch in batches for row in batch.rows])
+        bad = [rank for rank, value in enumerate(losses) if not math.isfinite(value)] or range(self.world.size)
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        where = "; ".join(f"rank {rank}: {', '.join(map(str, rows[rank])) or 'none'}" for rank in bad)
+        raise TrainingStopped(
+            f"step {self.done + 1}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): {where}. "
+            "Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream)"
+        )
+
+    def _memory(self) -> tuple[float, float]:
+        if self.world.device.type != "cuda":
+            return 0.0, 0.0
+        return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+
+
+def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids [B, S], places [L], labels [L]): only positions whose next token is a label go through the head.
+
+    Found on the CPU, where the batch is, so that the GPU's stream is never waited for."""
+    following = torch.full_like(batch.labels, IGNORE)
+    following[:, :-1] = batch.labels[:, 1:]
+    places = (following.flatten() != IGNORE).nonzero().squeeze(1)
+    tensors = (batch.input_ids, places, following.flatten()[places])
+    if device.type != "cuda":
+        return tensors
+    ids, places, labels = (t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return ids, places, labels

@@ -1,0 +1,104 @@
+"""What a run is about to do and what it needs, in a few lines before anything is loaded; refuses what cannot fit."""
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.data import Batches
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.model import CausalModel
+from fsdp_qlora.placement import PREFETCH, Placement
+from fsdp_qlora.skeleton import Attention
+from fsdp_qlora.world import World
+
+GIB = 2**30
+STATE_BYTES = {"adamw": 8, "adam": 8, "adadelta": 8, "sgd": 0}  # of optimizer state per adapter parameter
+
+
+def adapter_count(model: CausalModel) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def adapter_bytes(model: CausalModel, config: Config, world: World) -> int:
+    """Of a rank: the working copy, and its share of float32 masters, gradients and optimizer state."""
+    count = adapter_count(model)
+    state = STATE_BYTES[config.training.optimizer.removeprefix("fused_")]
+    whole = model.precision.compute.itemsize + (4 if config.memory.no_sync else 0)
+    return count * whole + count * (4 + 4 + state) // world.size
+
+
+def describe(
+    model: CausalModel,
+    hf_config: PretrainedConfig,
+    config: Config,
+    placement: Placement,
+    batches: Batches,
+    total_steps: int,
+    attention: Attention,
+    world: World,
+) -> list[str]:
+    """The lines of the start-up table. Raises UserError where what must lie on a GPU is larger than what it may use."""
+    linears = model.linears()
+    weights = sum(torch.Size(e.shape).numel() for u in model.units for e in u.frozen.layout.entries.values())
+    codec = next(iter(linears.values())).weight
+    stored = codec.home.layout.entries[codec.name].codec.name
+    base = sum(u.frozen.layout.nbytes for u in model.units)
+    adapted = sum(m.lora_A is not None for m in linears.values())
+    training = config.training
+    on_device, host = needs(model, config, placement, world)
+    on_cpu = world.device.type == "cpu"
+    rows = f"{batches.rows_per_step} rows ({training.batch_size} x {training.gradient_accumulation_steps} x {world.size} ranks)"
+    checkpointing = "no gradient checkpointing"
+    if config.memory.use_gradient_checkpointing:
+        kind = "reentrant" if config.memory.reentrant_checkpointing else "non-reentrant"
+        checkpointing = f"{kind} gradient checkpointing"
+    lines = [
+        f"model     {config.model.model_name}: {hf_config.model_type}, {len(model.blocks)} layers, {_si(weights)} parameters"
+        + (", RANDOM WEIGHTS" if config.model.dummy_weights else ""),
+        f"base      {base / GIB:.2f} GiB frozen, linears {stored}; {placement.name}",
+        f"adapters  LoRA rank {config.adapter.lora_rank} on {adapted} of {len(linears)} linears: {_si(adapter_count(model))} parameters; "
+        f"{training.optimizer}, master copy and state sharded over {world.size} ranks",
+        f"compute   {config.model.precision}, {attention.name} attention ({attention.reason}), {checkpointing}",
+        f"data      {batches.rows.summary}",
+        f"run       {total_steps} steps of {rows}, context {config.data.context_length}",
+        f"needs     {_needs(on_device, host, on_cpu)}",
+    ]
+    return lines
+
+
+def needs(model: CausalModel, config: Config, placement: Placement, world: World) -> tuple[float, float]:
+    """(bytes on each rank's device, bytes of host memory per node for an offloaded base), before activations."""
+    here = sum(placement.bytes_here(u) for u in model.units)
+    largest = max(u.frozen.layout.nbytes for u in model.units)
+    offload = config.memory.use_cpu_offload
+    gathered = (PREFETCH + 2) * largest if placement.shards > 1 or offload else 0
+    host = here * world.local_size if offload else 0
+    return (0 if offload else here) + gathered + adapter_bytes(model, config, world), host
+
+
+def check_fits(model: CausalModel, config: Config, placement: Placement, world: World) -> None:
+    """Raises UserError where what must lie on a GPU, before any activation, is more than is free there."""
+    if world.device.type != "cuda":
+        return
+    needed, free = needs(model, config, placement, world)[0], torch.cuda.mem_get_info()[0]
+    if needed > free:
+        offload = config.memory.use_cpu_offload
+        raise UserError(
+            f"the run needs {needed / GIB:.1f} GiB on each GPU before activations and {free / GIB:.1f} GiB are free; "
+            + ("lower lora_rank" if offload else "use --use_cpu_offload true, more GPUs, or a lower lora_rank")
+        )
+
+
+def _needs(on_device: float, host: float, on_cpu: bool) -> str:
+    if on_cpu:
+        return f"{(on_device + host) / GIB:.2f} GiB of memory per rank before activations"
+    text = f"{on_device / GIB:.2f} GiB on each GPU before activations"
+    if host:
+        available = psutil.virtual_memory().available / GIB
+        text += f"; {host / GIB:.1f} GiB of pinned host memory per node ({available:.0f} GiB are available)"
+    return text
+
+
+def _si(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
