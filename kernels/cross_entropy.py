@@ -20,7 +20,6 @@ T tokens, H hidden, V vocabulary.
 """
 
 import torch
-
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 IGNORE = -100

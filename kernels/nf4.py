@@ -22,7 +22,6 @@ about five instructions a number, where a tree of selects takes twenty and starv
 import functools
 
 import torch
-
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 BLOCK = 64  # numbers that share a scale

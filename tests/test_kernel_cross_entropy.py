@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from truth import assert_as_good_as_plain
-
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
+
+from tests.truth import assert_as_good_as_plain
 
 CASES = {
     "plain": {},

@@ -1,0 +1,211 @@
+"""RMSNorm over the last axis with a frozen weight, optionally fused with the residual add before it.
+
+    h = residual + x                                        (only if a residual is given; rounded to the dtype)
+    y = h * rsqrt(mean(h^2) + eps) * (weight + shift)       shift 1 is Gemma's; all in float32, rounded once
+
+The weight does not train, so backward is dX alone. r = rsqrt(mean(h^2) + eps), n = h * r, g = dy * (weight + shift):
+
+    d_h = r * (g - n * mean(g * n))   (+ the gradient that reaches h by its other path)
+
+and since a row is in registers anyway, r is computed again rather than saved: nothing but h is kept. A row is one
+reduction; short rows (a head's, in Qwen3's and Gemma 3's q and k norms) share a program so that its threads are busy.
+
+T rows, H row length.
+"""
+
+import torch
+from fsdp_qlora.kernels.device import on_triton, tl, triton
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, shift: float = 0.0) -> torch.Tensor:
+    """y [..., H] of x's dtype, from x [..., H] and weight [H] (any floating dtype). Differentiable in x.
+
+    Raises ValueError if the shapes do not fit or the weight wants a gradient."""
+    _check(x, weight)
+    return _RMSNorm.apply(x.contiguous(), weight, eps, shift)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, shift: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h, y): h = residual + x and its RMSNorm, all [..., H] of one dtype. Differentiable in x and residual."""
+    _check(x, weight)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(f"residual must be {x.dtype} {tuple(x.shape)}, got {residual.dtype} {tuple(residual.shape)}")
+    return _AddRMSNorm.apply(x.contiguous(), residual.contiguous(), weight, eps, shift)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if weight.shape != x.shape[-1:] or not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous [{x.shape[-1]}] for x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError("RMSNorm's weight is frozen here: it must not require a gradient")
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, shift):
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.shift = eps, shift
+        return rms_norm_forward(x, weight, eps, shift)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        return rms_norm_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.shift), None, None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, shift):
+        h = torch.empty_like(x)
+        y = rms_norm_forward(x, weight, eps, shift, residual=residual, sum_out=h)
+        ctx.save_for_backward(h, weight)
+        ctx.eps, ctx.shift = eps, shift
+        return h, y
+
+    @staticmethod
+    def backward(ctx, d_h, d_y):
+        d = rms_norm_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.shift, skip=d_h.contiguous())
+        return d, d, None, None, None
+
+
+# ---- the two passes, for autograd functions that hold more than a norm
+
+
+def rms_norm_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    shift: float = 0.0,
+    *,
+    residual: torch.Tensor | None = None,
+    sum_out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y; with `residual`, of residual + x, which is written to `sum_out` (may be x or residual). All contiguous.
+
+    out: where y goes (may be x), else a new tensor."""
+    assert (residual is None) == (sum_out is None), "residual and sum_out come together"
+    if out is None:
+        out = torch.empty_like(x)
+    if on_triton(x):
+        _launch_forward(x, weight, eps, shift, residual, sum_out, out)
+    else:
+        _plain_forward(x, weight, eps, shift, residual, sum_out, out)
+    return out
+
+
+def rms_norm_backward(
+    d_y: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    shift: float = 0.0,
+    *,
+    skip: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """d_h, plus `skip` (the gradient reaching h by its other path) if given. All contiguous, of h's shape and dtype.
+
+    out: where it goes (may be d_y or skip: every row is read before it is written), else a new tensor."""
+    if out is None:
+        out = torch.empty_like(h)
+    if on_triton(h):
+        _launch_backward(d_y, h, weight, eps, shift, skip, out)
+    else:
+        _plain_backward(d_y, h, weight, eps, shift, skip, out)
+    return out
+
+
+# ---- meaning, and the path on a CPU
+
+
+def _plain_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
+    if residual is not None:
+        x = torch.add(residual, x, out=sum_out)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    out.copy_(normed.mul_(weight.to(wide.dtype) + shift))
+
+
+def _plain_backward(d_y, h, weight, eps, shift, skip, out) -> None:
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    n = wide * r
+    g = d_y.to(wide.dtype) * (weight.to(wide.dtype) + shift)
+    d_h = (g - n * (g * n).mean(-1, keepdim=True)).mul_(r)
+    out.copy_(d_h if skip is None else d_h.add_(skip))
+
+
+# ---- Triton: a program holds ROWS whole rows
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, residual_ptr, sum_ptr, weight_ptr, out_ptr, n_rows, eps, shift,
+    H: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    at = row[:, None] * H + column[None, :]
+    live = (row < n_rows)[:, None] & (column < H)[None, :]
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        x += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
+        h = x.to(out_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, h, mask=live)
+        x = h.to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32) + shift
+    r = tl.rsqrt(tl.sum(x * x, axis=1) / H + eps)
+    y = x * r[:, None] * weight[None, :]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _backward_kernel(
+    d_y_ptr, h_ptr, weight_ptr, skip_ptr, out_ptr, n_rows, eps, shift,
+    H: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    at = row[:, None] * H + column[None, :]
+    live = (row < n_rows)[:, None] & (column < H)[None, :]
+    h = tl.load(h_ptr + at, mask=live, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32) + shift
+    g = tl.load(d_y_ptr + at, mask=live, other=0.0).to(tl.float32) * weight[None, :]
+    r = tl.rsqrt(tl.sum(h * h, axis=1) / H + eps)[:, None]
+    n = h * r
+    d_h = r * (g - n * (tl.sum(g * n, axis=1) / H)[:, None])
+    if SKIP:
+        d_h += tl.load(skip_ptr + at, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, d_h.to(out_ptr.dtype.element_ty), mask=live)
+
+
+_TILE = 2048  # numbers a program holds at least
+
+
+def _grid(x: torch.Tensor) -> tuple[tuple[int], int, dict]:
+    H = x.shape[-1]
+    n_rows = x.numel() // H
+    columns = triton.next_power_of_2(H)
+    rows = max(1, _TILE // columns)
+    warps = min(16, max(4, rows * columns // 1024))
+    return (triton.cdiv(n_rows, rows),), n_rows, {"H": H, "ROWS": rows, "COLUMNS": columns, "num_warps": warps}
+
+
+def _launch_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
+    grid, n_rows, tiling = _grid(x)
+    if n_rows:
+        given = residual is not None
+        _forward_kernel[grid](
+            x, residual if given else x, sum_out if given else x, weight, out, n_rows, eps, shift,
+            RESIDUAL=given, **tiling,
+        )  # fmt: skip
+
+
+def _launch_backward(d_y, h, weight, eps, shift, skip, out) -> None:
+    grid, n_rows, tiling = _grid(h)
+    if n_rows:
+        _backward_kernel[grid](
+            d_y, h, weight, h if skip is None else skip, out, n_rows, eps, shift, SKIP=skip is not None, **tiling
+        )

@@ -1,0 +1,173 @@
+"""Rotary position embedding of queries and keys, both in one launch, from float32 tables.
+
+The first R features of each head (R = D except under partial rotary) are R/2 pairs (i, i + R/2), each turned by the
+angle position * frequency_i, as Hugging Face's Llama has it:
+
+    first'  = first * cos - second * sin
+    second' = second * cos + first * sin
+
+A rotation's transpose is the rotation by the opposite angle, so backward is the same kernel with -sin, and nothing is
+saved. The tables stay float32: in bfloat16 an angle near position 10,000 is off by tens of radians' worth of rounding,
+and a rounded cosine turns every key by the same small wrong amount for good.
+
+B batch, S sequence, N heads, K kv heads, D head dim, R rotated features, P table rows.
+"""
+
+import torch
+from fsdp_qlora.kernels.device import on_triton, tl, triton
+
+
+def rope_tables(
+    inverse_frequency: torch.Tensor, length: int, scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), float32 [length, R/2], for positions 0 .. length - 1.
+
+    inverse_frequency: float32 [R/2], with whatever a model does to it for long contexts already done. scaling: its
+    attention factor (1 but for YaRN and LongRoPE), multiplied into both."""
+    positions = torch.arange(length, device=inverse_frequency.device, dtype=torch.float32)
+    angles = torch.outer(positions, inverse_frequency.float())
+    return angles.cos() * scaling, angles.sin() * scaling
+
+
+def rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated copies of q [B, S, N, D] and k [B, S, K, D]; any strides with the last one 1. Differentiable in both.
+
+    cos, sin: float32 [P, R/2], R <= D even. positions: int64 [B, S] rows of the tables, None for 0 .. S - 1.
+    Raises ValueError on wrong shapes. The caller sees to it that positions are below P."""
+    return _Rope.apply(q, k, cos, sin, positions)
+
+
+def rope_(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    *,
+    backward: bool = False,
+) -> None:
+    """Rotates q and k where they lie (shapes as `rope`), outside autograd; by the opposite angle if `backward`."""
+    _check(q, k, cos, sin, positions)
+    if on_triton(q):
+        _launch(q, k, cos, sin, positions, backward)
+    else:
+        for heads in (q, k):
+            _plain(heads, cos, sin, positions, backward)
+
+
+def _check(q, k, cos, sin, positions) -> None:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.dtype != k.dtype:
+        raise ValueError(f"q and k must be [B, S, heads, D] of one dtype, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.stride(3) != 1 or k.stride(3) != 1:
+        raise ValueError(f"q and k must have stride 1 along D, got {q.stride()} and {k.stride()}")
+    if cos.ndim != 2 or cos.shape != sin.shape or cos.dtype != torch.float32 or sin.dtype != torch.float32:
+        raise ValueError(f"cos and sin must be float32 [P, R/2], got {cos.dtype} {tuple(cos.shape)}")
+    if not cos.is_contiguous() or not sin.is_contiguous() or 2 * cos.shape[1] > q.shape[3]:
+        raise ValueError(f"cos and sin must be contiguous, 2 x {cos.shape[1]} features at most D = {q.shape[3]}")
+    if positions is None and cos.shape[0] < q.shape[1]:
+        raise ValueError(f"the tables hold {cos.shape[0]} positions, the sequence is {q.shape[1]} long")
+    if positions is not None and (positions.shape != q.shape[:2] or positions.dtype != torch.int64):
+        raise ValueError(f"positions must be int64 {tuple(q.shape[:2])}, got {positions.dtype} {positions.shape}")
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions):
+        ctx.tables = cos, sin, positions
+        q, k = _copy(q), _copy(k)
+        rope_(q, k, cos, sin, positions)
+        return q, k
+
+    @staticmethod
+    def backward(ctx, d_q, d_k):
+        d_q, d_k = _copy(d_q), _copy(d_k)
+        rope_(d_q, d_k, *ctx.tables, backward=True)
+        return d_q, d_k, None, None, None
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    """A copy that may be written: an expanded tensor's own strides would alias."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# ---- meaning, and the path on a CPU
+
+
+def _plain(heads, cos, sin, positions, backward: bool) -> None:
+    half = cos.shape[1]
+    rows = slice(0, heads.shape[1]) if positions is None else positions
+    cos, sin = cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)  # [(B,) S, 1, R/2]
+    if backward:
+        sin = -sin
+    if heads.dtype == torch.float64:
+        cos, sin = cos.double(), sin.double()
+    first, second = heads[..., :half].to(cos.dtype), heads[..., half : 2 * half].to(cos.dtype)
+    turned = first * cos - second * sin, second * cos + first * sin
+    heads[..., :half] = turned[0]
+    heads[..., half : 2 * half] = turned[1]
+
+
+# ---- Triton: a program turns up to HEADS heads, of q or of k, at one token
+
+
+@triton.jit
+def _rope_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, sequence, n_q, n_k,
+    q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n,
+    HALF: tl.constexpr, HALF_TILE: tl.constexpr, HEADS: tl.constexpr, Q_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+    POSITIONS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    token = program // GROUPS
+    group = program % GROUPS
+    b = (token // sequence).to(tl.int64)
+    s = (token % sequence).to(tl.int64)
+    place = s
+    if POSITIONS:
+        place = tl.load(positions_ptr + token).to(tl.int64)
+    feature = tl.arange(0, HALF_TILE)
+    in_half = feature < HALF
+    cos = tl.load(cos_ptr + place * HALF + feature, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + place * HALF + feature, mask=in_half, other=0.0)[None, :]
+    if BACKWARD:
+        sin = -sin
+
+    if group < Q_GROUPS:
+        ptr = q_ptr + b * q_stride_b + s * q_stride_s
+        stride = q_stride_n
+        n = n_q
+        first_head = group * HEADS
+    else:
+        ptr = k_ptr + b * k_stride_b + s * k_stride_s
+        stride = k_stride_n
+        n = n_k
+        first_head = (group - Q_GROUPS) * HEADS
+    head = first_head + tl.arange(0, HEADS)
+    at = ptr + head.to(tl.int64)[:, None] * stride + feature[None, :]
+    live = (head < n)[:, None] & in_half[None, :]
+    first = tl.load(at, mask=live, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=live, other=0.0).to(tl.float32)
+    tl.store(at, (first * cos - second * sin).to(q_ptr.dtype.element_ty), mask=live)
+    tl.store(at + HALF, (second * cos + first * sin).to(q_ptr.dtype.element_ty), mask=live)
+
+
+def _launch(q, k, cos, sin, positions, backward: bool) -> None:
+    batch, sequence, n_q, _ = q.shape
+    n_k = k.shape[2]
+    heads = min(16, triton.next_power_of_2(max(n_q, n_k)))
+    q_groups, k_groups = triton.cdiv(n_q, heads), triton.cdiv(n_k, heads)
+    half = cos.shape[1]
+    n_programs = batch * sequence * (q_groups + k_groups)
+    if n_programs:
+        _rope_kernel[(n_programs,)](
+            q, k, cos, sin, q if positions is None else positions.contiguous(), sequence, n_q, n_k,
+            q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+            HALF=half, HALF_TILE=triton.next_power_of_2(half), HEADS=heads, Q_GROUPS=q_groups,
+            GROUPS=q_groups + k_groups, POSITIONS=positions is not None, BACKWARD=backward, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,93 @@
+"""RMSNorm and its fused residual add against plain PyTorch and float64: values, gradients, in-place forms."""
+
+import pytest
+import torch
+from fsdp_qlora.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward
+
+from tests.truth import assert_as_good_as_plain
+
+SHAPES = [(1, 64), (63, 100), (2, 5, 48), (3, 1000)]
+EPS = 1e-5
+
+
+def plain(x, weight, shift):
+    """As a model in plain PyTorch has it, rounding to its dtype only at the end."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return (normed * (weight.to(wide.dtype) + shift)).to(x.dtype)
+
+
+def inputs(shape, dtype, device):
+    make = torch.Generator().manual_seed(shape[-1])
+    x, residual, d_y, d_h = (torch.randn(shape, generator=make).to(device, dtype) for _ in range(4))
+    return x * 3, residual, d_y, d_h, (1 + 0.3 * torch.randn(shape[-1], generator=make)).to(device, dtype)
+
+
+def check(shape, dtype, device, shift):
+    x, residual, d_y, d_h, weight = inputs(shape, dtype, device)
+
+    def run(norm, add_norm, *tensors):
+        x, residual, d_y, d_h, weight = tensors
+        x, residual = x.clone().requires_grad_(), residual.clone().requires_grad_()
+        y = norm(x, weight)
+        (d_x,) = torch.autograd.grad(y, x, d_y)
+        h, y2 = add_norm(x, residual, weight)
+        d_x2, d_residual = torch.autograd.grad([h, y2], [x, residual], [d_h, d_y])
+        return {"y": y, "d_x": d_x, "h": h, "y of sum": y2, "d_x of sum": d_x2, "d_residual": d_residual}
+
+    def plain_add(x, residual, weight):
+        h = residual + x
+        return h, plain(h, weight, shift)
+
+    tensors = (x, residual, d_y, d_h, weight)
+    ours = run(
+        lambda x, w: rms_norm(x, w, EPS, shift=shift),
+        lambda x, r, w: add_rms_norm(x, r, w, EPS, shift=shift),
+        *tensors,
+    )
+    theirs = run(lambda x, w: plain(x, w, shift), plain_add, *tensors)
+    truth = run(lambda x, w: plain(x, w, shift), plain_add, *(t.double() for t in tensors))
+    for name, value in ours.items():
+        assert_as_good_as_plain(value, theirs[name], truth[name], name)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_plain_form(shape, dtype, shift):
+    check(shape, dtype, "cpu", shift)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel(shape, dtype, shift, triton_device):
+    check(shape, dtype, triton_device, shift)
+
+
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_outputs_may_take_their_inputs_place(form, request):
+    device = "cpu" if form == "plain" else request.getfixturevalue("triton_device")
+    x, residual, d_y, d_h, weight = inputs((63, 100), torch.float32, device)
+    h = residual + x
+    truth = rms_norm_forward(h, weight, EPS)
+    d_truth = rms_norm_backward(d_y, h, weight, EPS, skip=d_h)
+    total, stream = x.clone(), residual.clone()
+    rms_norm_forward(total, weight, EPS, residual=stream, sum_out=stream, out=total)
+    assert torch.equal(stream, h)
+    assert torch.equal(total, truth)
+    for place in ("d_y", "skip"):
+        tensors = {"d_y": d_y.clone(), "skip": d_h.clone()}
+        out = rms_norm_backward(tensors["d_y"], h, weight, EPS, skip=tensors["skip"], out=tensors[place])
+        assert out is tensors[place]
+        assert torch.equal(out, d_truth)
+
+
+def test_a_training_weight_and_a_wrong_shape_are_refused():
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match="frozen"):
+        rms_norm(x, torch.ones(8, requires_grad=True), EPS)
+    with pytest.raises(ValueError, match=r"contiguous \[8\]"):
+        rms_norm(x, torch.ones(9), EPS)
+    with pytest.raises(ValueError, match="residual must be"):
+        add_rms_norm(x, torch.ones(3, 8, dtype=torch.bfloat16), torch.ones(8), EPS)
