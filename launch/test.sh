@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs into .venv if need be, then runs every check: style, types, tests. Arguments go to pytest: -k world, --lf, ...
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+started=$SECONDS
+bash launch/venv.sh
+echo "environment ready after $((SECONDS - started)) s"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest --durations=15 "$@"
+echo "all checks passed in $((SECONDS - started)) s"
