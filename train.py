@@ -7,27 +7,46 @@ the user's, 1 for a run that stopped in the middle, 130 and 143 for one that a s
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from fsdp_qlora.config import Config
 from fsdp_qlora.config_parse import parse
 from fsdp_qlora.environment import rank_from_environment
-from fsdp_qlora.errors import TrainingStopped, UserError
+from fsdp_qlora.errors import RunEnded, UserError
+from fsdp_qlora.hub import go_offline_if_unreachable
+from fsdp_qlora.quiet import silence
 
 
 def main(arguments: Sequence[str]) -> int:
+    first = rank_from_environment() == 0
     try:
         config = parse(arguments)
+    except UserError as error:
+        return _tell(error, 2) if first else 2  # every rank meets the same mistake
+    silence()
+    unreachable = go_offline_if_unreachable() if needs_hub(config) else None
+    if unreachable and first:
+        print(unreachable, file=sys.stderr, flush=True)
+    try:
         from fsdp_qlora.run import run  # seconds of imports, which a typo in an option must not wait for
 
         return run(config)
-    except UserError as error:
-        if rank_from_environment() == 0:  # every rank meets the same mistake
-            print(f"train.py: {error}", file=sys.stderr, flush=True)
-        return 2
-    except TrainingStopped as stopped:
-        print(f"train.py: {stopped}", file=sys.stderr, flush=True)
-        return 1
+    except RunEnded as ended:
+        code = 2 if isinstance(ended, UserError) else 1
+        return code if ended.told_elsewhere else _tell(ended, code)
     except KeyboardInterrupt:
         return 130
+
+
+def needs_hub(config: Config) -> bool:
+    """Whether anything that the run reads may be on the hub rather than on this machine."""
+    dataset = config.data.dataset
+    return not Path(config.model.model_name).is_dir() or not (dataset == "dummy" or Path(dataset).exists())
+
+
+def _tell(error: RunEnded, code: int) -> int:
+    print(f"train.py: {error}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

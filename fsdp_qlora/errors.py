@@ -1,9 +1,15 @@
 """The two ways a run ends early: the user can mend it before it starts, or it stopped in the middle."""
 
 
-class UserError(ValueError):
+class RunEnded(Exception):
+    """One line for the user, as `str(error)`."""
+
+    told_elsewhere = False  # another rank says the same: this one keeps silent
+
+
+class UserError(RunEnded, ValueError):
     """A mistake of the user's: one line saying what, its value, what is allowed and what to do. Exit code 2."""
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RunEnded, RuntimeError):
     """A run that had begun cannot go on: one line saying where, why, and what to do. Exit code 1."""

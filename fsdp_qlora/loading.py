@@ -5,6 +5,7 @@ Never more than a few units are in flight, so the peak of host memory is the fro
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -49,21 +50,24 @@ def check_names(model: CausalModel, weights: Weights) -> None:
 def load(model: CausalModel, weights: Weights, placement: Placement, world: World) -> None:
     """Read, encode and place every unit. Collective: ranks take turns unit by unit and encode at the same time."""
     units = model.units
-    bar = tqdm(total=len(units), desc="loading", unit="block", disable=not world.is_main, leave=False)
+    bar = tqdm(total=len(units), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
     mine = units[world.rank :: world.size]
     with ThreadPoolExecutor(1) as ahead:
         reading = [ahead.submit(_read, mine[0], weights, world.device)] if mine else []
+
+        def next_encoded(turn: int) -> Tensor | None:
+            if turn >= len(mine):
+                return None
+            tensors = reading.pop().result()
+            if turn + 1 < len(mine):  # the disk works while this rank encodes and the others send
+                reading.append(ahead.submit(_read, mine[turn + 1], weights, world.device))
+            return encode(mine[turn], tensors, world.device)
+
         for turn, first in enumerate(range(0, len(units), world.size)):
-            encoded: Tensor | None = None
-            if turn < len(mine):
-                tensors = reading.pop().result()
-                if turn + 1 < len(mine):  # the disk works while this rank encodes and the others send
-                    reading.append(ahead.submit(_read, mine[turn + 1], weights, world.device))
-                encoded = encode(mine[turn], tensors, world.device)
-                del tensors
+            encoded = world.together(partial(next_encoded, turn))
             for source, unit in enumerate(units[first : first + world.size]):
                 whole = _hand_round(unit, encoded if source == world.rank else None, source, world)
-                placement.store(unit, whole)
+                world.together(partial(placement.store, unit, whole))
                 bar.update()
             del encoded
     bar.close()

@@ -18,13 +18,15 @@ from fsdp_qlora.loop import Loop
 from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import Recipe, assemble
 from fsdp_qlora.placement import check_bytes, choose_placement
-from fsdp_qlora.precision import MODES, precision_of
+from fsdp_qlora.precision import MODES, Precision, precision_of
 from fsdp_qlora.shards import ShardedAdapters
-from fsdp_qlora.skeleton import build, choose_attention, linear_codec, max_positions, read_config
+from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
 from fsdp_qlora.step import Stepper
 from fsdp_qlora.summary import check_fits, describe
 from fsdp_qlora.weights import Checkpoint, Dummy, Weights, fetch
 from fsdp_qlora.world import World, open_world
+
+GIB = 2**30
 
 
 def run(config: Config) -> int:
@@ -33,23 +35,20 @@ def run(config: Config) -> int:
         folder = Path(config.output.output_dir)
         world.main_only(lambda: prepare_output(folder, config.output.overwrite_output_dir))
         model_name, revision = config.model.model_name, config.model.revision
-        precision = precision_of(config.model.precision, world.device)
+        precision, attention = world.together(lambda: choose_compute(config, world))
         hf_config = world.first_on_node(lambda: read_config(model_name, revision))
-        placement = choose_placement(config.memory, world)
-        attention = choose_attention(config.model.attention, precision, world.device)
+        placement = world.together(lambda: choose_placement(config.memory, world))
         tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
         batches = make_batches(config, rows, world)
         steps = count_steps(config, batches)
         weights = world.first_on_node(lambda: open_weights(config, precision.stream))
-        recipe = Recipe(
-            precision, storage(config, hf_config, weights), rematerialisation(config.memory), placement.shards
-        )
-        model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
-        check_names(model, weights)
+        recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards))
+        model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
+        world.together(lambda: check_names(model, weights))
         for line in describe(model, hf_config, config, placement, batches, steps, attention, world):
             world.say(line)
-        check_fits(model, config, placement, world)
-        metrics = Metrics(config, world, steps)
+        world.together(lambda: check_fits(model, config, placement, world))
+        metrics = world.together(lambda: Metrics(config, world, steps))
         world.main_only(lambda: save_config(config, folder / "config.yaml"))
 
         adapters = ShardedAdapters(model, world, config)
@@ -58,6 +57,27 @@ def run(config: Config) -> int:
         check_bytes(model, placement)
         stepper = Stepper(model, adapters, config.training, steps, world)
         return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
+
+
+def choose_compute(config: Config, world: World) -> tuple[Precision, Attention]:
+    """What this rank's device computes in and with; also limits how much of its memory may be taken."""
+    cap_gpu_memory(config.memory.gpu_memory_gib, world)
+    precision = precision_of(config.model.precision, world.device)
+    return precision, choose_attention(config.model.attention, precision, world.device)
+
+
+def cap_gpu_memory(gib: float | None, world: World) -> None:
+    """Let PyTorch allocate no more than `gib` on this rank's GPU."""
+    if gib is None:
+        return
+    if world.device.type != "cuda":
+        raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; leave it away")
+    total = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    if gib > total:
+        raise UserError(
+            f"gpu_memory_gib: {gib:g} is more than the card has ({total:.1f} GiB); leave it away or lower it"
+        )
+    torch.cuda.set_per_process_memory_fraction(gib / total, world.device)
 
 
 def read_data(
@@ -92,6 +112,12 @@ def open_weights(config: Config, dtype: torch.dtype) -> Weights:
     if options.dummy_weights:
         return Dummy(dtype)
     return Checkpoint(fetch(options.model_name, options.revision), options.loading_workers)
+
+
+def make_recipe(
+    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision, shards: int
+) -> Recipe:
+    return Recipe(precision, storage(config, hf_config, weights), rematerialisation(config.memory), shards)
 
 
 def storage(config: Config, hf_config: PretrainedConfig, weights: Weights) -> Callable[[str], Codec]:

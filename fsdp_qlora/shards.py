@@ -25,6 +25,10 @@ from fsdp_qlora.world import World
 IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
 MATRICES = ("lora_A", "lora_B")
 
+# torch 2.13 has new names for these two, and a warning for who uses the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass
 class Group:
@@ -92,8 +96,7 @@ class ShardedAdapters:
         torch._foreach_copy_(slices, [group.master.detach() for group in self.groups])
         if self.world.size > 1:
             works = [
-                dist.all_gather_into_tensor(group.working, mine, async_op=True)
-                for group, mine in zip(self.groups, slices, strict=True)
+                _all_gather(group.working, mine, async_op=True) for group, mine in zip(self.groups, slices, strict=True)
             ]
             for work in works:
                 work.wait()
@@ -110,7 +113,7 @@ class ShardedAdapters:
             if self.world.size == 1:
                 whole.copy_(group.master.detach())
             else:
-                dist.all_gather_into_tensor(whole, group.master.detach())
+                _all_gather(whole, group.master.detach())
             tensors |= _named(group, whole.cpu())
         return tensors
 
@@ -194,7 +197,7 @@ class ShardedAdapters:
             self._keep(group, whole)
             return
         mine = torch.empty(group.grad.numel(), dtype=self.reduce_dtype, device=self.world.device)
-        work = dist.reduce_scatter_tensor(mine, whole, async_op=True)
+        work = _reduce_scatter(mine, whole, async_op=True)
         self._flying.append((work, group, mine, whole))
         while len(self._flying) > IN_FLIGHT:
             self._land()

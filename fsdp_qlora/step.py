@@ -135,10 +135,12 @@ class Stepper:
         bad = [rank for rank, value in enumerate(losses) if not math.isfinite(value)] or range(self.world.size)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         where = "; ".join(f"rank {rank}: {', '.join(map(str, rows[rank])) or 'none'}" for rank in bad)
-        raise TrainingStopped(
+        stopped = TrainingStopped(
             f"step {self.done + 1}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): {where}. "
             "Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream)"
         )
+        stopped.told_elsewhere = not self.world.is_main
+        raise stopped
 
     def _memory(self) -> tuple[float, float]:
         if self.world.device.type != "cuda":

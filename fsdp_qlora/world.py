@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.environment import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
 from fsdp_qlora.environment import rank_from_environment as rank_from_environment
-from fsdp_qlora.errors import TrainingStopped, UserError
+from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError
 
 # A rank that dies is noticed by torchrun in a second, so this only bounds real deadlocks. It must outlast what ranks
 # lawfully wait for: rank 0 tokenising a large dataset, or its turn at encoding a block on a slow disk.
@@ -50,7 +50,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
     value: T
-    error: UserError | None
+    error: RunEnded | None
 
 
 @dataclass(frozen=True)
@@ -79,33 +79,40 @@ class World:
 
     def main_only(self, do: Callable[[], object]) -> None:
         """Runs `do` on rank 0 while the others wait. A collective: what is wrong there ends every rank alike."""
-        self._tell(self._try(do) if self.is_main else None)
+        self._agree(self._try(do).error if self.is_main else None)
 
     def first_on_node(self, do: Callable[[], T]) -> T:
-        """Runs `do` on one rank of each node and then on its others, which find what the first has cached. A collective."""
+        """Runs `do` on one rank of each node and then on its others, which find what it has cached. A collective."""
         first = self.local_rank == 0
         done = self._try(do) if first else None
-        self._tell(done)
-        done = done if first else self._try(do)
-        self._tell(done)
-        assert done is not None
+        self._agree(done.error if done is not None else None)
+        done = done if done is not None else self._try(do)
+        self._agree(done.error)
+        return done.value
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Runs `do`, which is no collective, on every rank. A collective: what is wrong on one ends all alike."""
+        done = self._try(do)
+        self._agree(done.error)
         return done.value
 
     def _try(self, do: Callable[[], T]) -> "_Outcome[T]":
         try:
             return _Outcome(do(), None)
-        except UserError as error:
+        except RunEnded as error:
             return _Outcome(None, error)  # type: ignore[arg-type]
 
-    def _tell(self, outcome: "_Outcome[T] | None") -> None:
-        """Every rank raises the UserError that some rank met, so that all leave with the same exit code."""
-        error = outcome.error if outcome is not None else None
+    def _agree(self, error: RunEnded | None) -> None:
+        """Every rank raises what some rank met, so that all leave with the same exit code; rank 0 tells the user."""
         failed = [rank for rank, (flag,) in enumerate(self.gather([float(error is not None)])) if flag]
         if not failed:
             return
-        message = [str(error)]
-        dist.broadcast_object_list(message, src=failed[0], device=torch.device("cpu"))
-        raise UserError(message[0]) from error
+        met: list[tuple[type[RunEnded], str]] = [(type(error or RunEnded()), str(error))]
+        dist.broadcast_object_list(met, src=failed[0], device=torch.device("cpu"))
+        kind, message = met[0]
+        shared = kind(message)
+        shared.told_elsewhere = not self.is_main
+        raise shared from error
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Every rank's `numbers` (the same count on each), in rank order, on every rank. A collective, on the host."""
@@ -125,8 +132,12 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
     Raises UserError when the launch does not fit the options or the machine, TrainingStopped when the block failed
     because another rank had ended."""
     place = read_launch()
-    check_launch(launch, place)
-    device = _choose_device(place)
+    try:
+        check_launch(launch, place)
+        device = _choose_device(place)
+    except UserError as error:
+        error.told_elsewhere = place.local_rank != 0  # every rank of a node meets the same
+        raise
     _set_threads(place)
     _seed(seed)
     _open_group(place, device)
