@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The whole program on a fresh machine with Python 3.11+, git and a network, GPU or not, in under ten minutes:
+# installs it into .venv, gets a real small model, trains it sharded and in 4 bits, shows what it has learnt.
+#
+#   launch/quickstart.sh [options of train.py]
+#
+# Run again, it reuses .venv and the model. PYTHON=python3.12 picks another interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+MODEL=models/smollm2-135m-instruct
+OUTPUT=output/quickstart
+CONFIG=configs/tiny_cpu.yaml
+DATA=launch/quickstart_data
+PYTHON=${PYTHON:-python3}
+
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  { echo "quickstart: $PYTHON is $("$PYTHON" --version), but 3.11 or newer is needed; name another with PYTHON=..." >&2; exit 2; }
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+echo "quickstart: 1/4 installing into .venv"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -e '.[gguf]'
+
+echo "quickstart: 2/4 a real small model"
+.venv/bin/python launch/get_smollm2.py "$MODEL"
+
+RANKS=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+echo "quickstart: 3/4 training on $RANKS ranks"
+.venv/bin/torchrun --nproc_per_node "$RANKS" train.py --config "$CONFIG" --model_name "$MODEL" \
+  --dataset "$DATA/train.jsonl" --output_dir "$OUTPUT" --overwrite_output_dir true "$@"
+
+echo "quickstart: 4/4 asking the model before and after"
+.venv/bin/python launch/ask.py --model "$MODEL" --adapter "$OUTPUT" --heldout "$DATA/heldout.jsonl" --at_least 0.8
+echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the adapter is in $OUTPUT"
