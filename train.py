@@ -6,6 +6,7 @@ the user's, 1 for a run that stopped in the middle, 130 and 143 for one that a s
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,24 +17,25 @@ from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.hub import go_offline_if_unreachable
 from fsdp_qlora.quiet import silence
 
+# Torchrun ends all ranks as soon as one has ended, so the one that tells the user what is wrong gets a head start.
+HEAD_START_SECONDS = 2.0
+
 
 def main(arguments: Sequence[str]) -> int:
     first = rank_from_environment() == 0
     try:
         config = parse(arguments)
     except UserError as error:
-        return _tell(error, 2) if first else 2  # every rank meets the same mistake
+        error.told_elsewhere = not first  # every rank meets the same mistake
+        return _tell(error)
     silence()
     unreachable = go_offline_if_unreachable() if needs_hub(config) else None
-    if unreachable and first:
-        print(unreachable, file=sys.stderr, flush=True)
     try:
         from fsdp_qlora.run import run  # seconds of imports, which a typo in an option must not wait for
 
-        return run(config)
+        return run(config, [unreachable] if unreachable else [])
     except RunEnded as ended:
-        code = 2 if isinstance(ended, UserError) else 1
-        return code if ended.told_elsewhere else _tell(ended, code)
+        return _tell(ended)
     except KeyboardInterrupt:
         return 130
 
@@ -44,9 +46,13 @@ def needs_hub(config: Config) -> bool:
     return not Path(config.model.model_name).is_dir() or not (dataset == "dummy" or Path(dataset).exists())
 
 
-def _tell(error: RunEnded, code: int) -> int:
-    print(f"train.py: {error}", file=sys.stderr, flush=True)
-    return code
+def _tell(ended: RunEnded) -> int:
+    """Say it, or let another rank say it; the exit code."""
+    if ended.told_elsewhere:
+        time.sleep(HEAD_START_SECONDS)
+    else:
+        print(f"train.py: {ended}", file=sys.stderr, flush=True)
+    return 2 if isinstance(ended, UserError) else 1
 
 
 if __name__ == "__main__":

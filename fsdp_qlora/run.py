@@ -1,6 +1,6 @@
 """The run, stage by stage: what is read and checked, what is built, what is loaded where, then the training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,8 +29,10 @@ from fsdp_qlora.world import World, open_world
 GIB = 2**30
 
 
-def run(config: Config) -> int:
-    """Train as `config` says. Returns the exit code: 0, or a signal's (130, 143) where one ended the run early, and saved."""
+def run(config: Config, notes: Sequence[str] = ()) -> int:
+    """Train as `config` says. Returns the exit code: 0, or a signal's (130, 143) where one ended it early, and saved.
+
+    notes: lines that the user shall see along with what the run is about to do."""
     with open_world(config.launch, config.training.seed) as world, HostMemory() as host:
         folder = Path(config.output.output_dir)
         world.main_only(lambda: prepare_output(folder, config.output.overwrite_output_dir))
@@ -45,7 +47,7 @@ def run(config: Config) -> int:
         recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards))
         model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
         world.together(lambda: check_names(model, weights))
-        for line in describe(model, hf_config, config, placement, batches, steps, attention, world):
+        for line in [*notes, *describe(model, hf_config, config, placement, batches, steps, attention, world)]:
             world.say(line)
         world.together(lambda: check_fits(model, config, placement, world))
         metrics = world.together(lambda: Metrics(config, world, steps))
