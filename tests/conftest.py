@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 def _poisoned_memory():
     """torch.empty and its kin give NaN (the largest value for integers): a kernel that skips an element is seen."""
     assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

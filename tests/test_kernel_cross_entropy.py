@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 
-from tests.truth import assert_as_good_as_plain
+from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 CASES = {
     "plain": {},
@@ -73,7 +73,7 @@ def test_plain_form(options, n_tokens, dtype):
     compare(n_tokens, dtype, "cpu", chunk=256, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("n_tokens", [1, 63])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_kernel(options, n_tokens, dtype, triton_device):

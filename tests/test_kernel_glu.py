@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from fsdp_qlora.kernels.glu import ACTIVATIONS, glu, glu_backward_, glu_forward
 
-from tests.truth import assert_as_good_as_plain
+from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 PLAIN = {"silu": F.silu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"), "gelu": F.gelu}
 SHAPES = [(1, 64), (63, 100), (2, 3, 48), (2, 1500)]
@@ -51,7 +51,7 @@ def test_plain_form(shape, dtype, activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(shape, dtype, activation, triton_device):
     check(shape, dtype, triton_device, activation)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fsdp_qlora.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward
 
-from tests.truth import assert_as_good_as_plain
+from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 SHAPES = [(1, 64), (63, 100), (2, 5, 48), (3, 1000)]
 EPS = 1e-5
@@ -59,7 +59,7 @@ def test_plain_form(shape, dtype, shift):
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(shape, dtype, shift, triton_device):
     check(shape, dtype, triton_device, shift)

@@ -5,7 +5,7 @@ import torch
 from fsdp_qlora.kernels.rope import rope, rope_, rope_tables
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tests.truth import assert_as_good_as_plain
+from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 # batch, sequence, heads, kv heads, head dim, rotated features: GQA 1, 4, 8; sizes that are no powers of two; partial.
 SHAPES = [(1, 1, 1, 1, 8, 8), (2, 63, 4, 1, 24, 24), (1, 5, 24, 3, 16, 16), (3, 7, 2, 2, 80, 32), (1, 3, 4, 4, 96, 96)]
@@ -59,7 +59,7 @@ def test_plain_form(shape, dtype):
     check(shape, dtype, "cpu", packed=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(shape, dtype, triton_device):
     check(shape, dtype, triton_device)

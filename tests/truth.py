@@ -2,6 +2,10 @@
 
 import torch
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# What kernels are tested in. Triton's interpreter cuts bits off where a GPU rounds to bfloat16, so only there.
+KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+
 
 def assert_as_good_as_plain(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, name: str = "") -> None:
     """ours, plain: what the op and plain PyTorch give in one dtype; truth: float64, from the same inputs.
