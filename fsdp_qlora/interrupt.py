@@ -17,8 +17,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Batch systems signal torchrun and its ranks, and torchrun passes on what it got: that is one wish, not two.
 SAME_REQUEST_SECONDS = 1.0
 # Torchrun kills its ranks 30 s after it has passed a signal on. A rank that waits on a dead peer inside CUDA would
-# vanish without a word then; it leaves a little earlier, saying why.
+# vanish without a word then; it leaves a little earlier, saying why, with what it can save alone.
 STUCK_SECONDS = 20.0
+RESCUE_SECONDS = 8.0
 UNWIND_SECONDS = 5.0
 
 
@@ -30,7 +31,8 @@ class Interrupt:
 
     def __init__(self, world: World, rescue: Callable[[], str] | None = None) -> None:
         self.world, self.rescue = world, rescue
-        self.signal_number: int | None = None
+        self.signal_number: int | None = None  # that this rank got
+        self.agreed_signal: int | None = None  # that the ranks stop for
         self._asked_at = 0.0
         self._polled = False
         self._left = threading.Event()
@@ -45,15 +47,18 @@ class Interrupt:
 
     def agreed(self) -> bool:
         """Whether any rank has been asked to stop: a collective (one number, on the host), the same on every rank."""
-        asked = torch.tensor(int(self.requested), dtype=torch.int32)
+        asked = torch.tensor((self.signal_number or 0) if self.requested else 0, dtype=torch.int32)
         if self.world.size > 1:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+        if not asked:
+            return False
+        self.agreed_signal, self._polled = int(asked), True
+        return True
 
     @property
     def exit_code(self) -> int:
         """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + (self.signal_number or signal.SIGINT)
+        return 128 + (self.agreed_signal or self.signal_number or signal.SIGINT)
 
     def __enter__(self) -> "Interrupt":
         self._reader, self._writer = socket.socketpair()
@@ -88,12 +93,11 @@ class Interrupt:
                 numbers = self._reader.recv(64)
             except TimeoutError:
                 if first is not None and time.monotonic() - first > STUCK_SECONDS and self._would_be_killed():
-                    saved = self.rescue() if self.rescue is not None else ""
-                    self._leave(
-                        1,
+                    _write(
                         f"rank {self.world.rank}: no step ended within {STUCK_SECONDS:.0f} s of being told to stop, so "
-                        f"another rank has probably ended (its messages say why){saved or '; leaving without saving'}",
+                        "another rank has probably ended (its messages say why)"
                     )
+                    self._leave(1, f"rank {self.world.rank}: left{self._rescued() or ' without saving'}")
                 continue
             if not numbers:
                 return
@@ -120,6 +124,21 @@ class Interrupt:
 
     def _would_be_killed(self) -> bool:
         return not self._polled and self.world.size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+
+    def _rescued(self) -> str:
+        """What could be saved, in words. Bounded in time: a copy from a GPU that waits on a dead peer never ends."""
+        said: list[str] = []
+
+        def attempt() -> None:
+            try:
+                said.append(self.rescue() if self.rescue is not None else "")
+            except Exception as error:
+                said.append(f" without saving ({error})")
+
+        saving = threading.Thread(target=attempt, daemon=True, name="rescue")
+        saving.start()
+        saving.join(RESCUE_SECONDS)
+        return said[0] if said else ""
 
     def _leave(self, code: int, why: str) -> None:
         _write(why)

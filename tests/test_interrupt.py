@@ -32,8 +32,8 @@ TRAINING = """
 def test_a_signal_to_one_rank_stops_all_at_the_same_step():
     done = finish(start_torchrun(TRAINING, args=["one rank"]), timeout=60)
     assert done.returncode == 0, done.stderr
-    saved = re.findall(r"rank (\d) saved after step (\d+)", done.stdout)
-    assert sorted(saved) == [("0", "7"), ("1", "7")]
+    saved = re.findall(r"rank (\d) saved after step (\d+), exit code (\d+)", done.stdout)
+    assert sorted(saved) == [("0", "7", "143"), ("1", "7", "143")]
 
 
 def test_ctrl_c_reaches_the_ranks_through_torchrun_and_they_save():
@@ -56,14 +56,15 @@ from torch._C._distributed_c10d import HashStore
 from fsdp_qlora import interrupt
 from fsdp_qlora.world import World
 
-interrupt.SAME_REQUEST_SECONDS, interrupt.UNWIND_SECONDS, interrupt.STUCK_SECONDS = 0.3, 0.5, 1.0
+interrupt.SAME_REQUEST_SECONDS, interrupt.UNWIND_SECONDS = 0.3, 0.5
+interrupt.STUCK_SECONDS, interrupt.RESCUE_SECONDS = 1.0, 0.5
 before = signal.getsignal(signal.SIGINT)
 
 def stuck():  # in C++, where no Python handler runs, as in a collective whose peer is gone
     HashStore().wait(["never"], timedelta(seconds=60))
 
 try:
-    with interrupt.Interrupt(World(0, {size}, 0, {size}, torch.device("cpu"))) as stop:
+    with interrupt.Interrupt(World(0, {size}, 0, {size}, torch.device("cpu")), {rescue}) as stop:
         print("trains", flush=True)
         {body}
 except KeyboardInterrupt:
@@ -73,9 +74,9 @@ except KeyboardInterrupt:
 """
 
 
-def start_one(size: int, body: str) -> subprocess.Popen[str]:
+def start_one(size: int, body: str, rescue: str = "None") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", ONE_PROCESS.format(size=size, body=body)],
+        [sys.executable, "-c", ONE_PROCESS.format(size=size, body=body, rescue=rescue)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -108,13 +109,19 @@ def test_a_second_ctrl_c_ends_at_once_but_an_echo_does_not(body, code, words):
     assert err.count("stopping after this step") == 1
 
 
-def test_a_rank_stuck_on_a_dead_peer_says_so_before_torchrun_kills_it():
-    process = start_one(2, "stuck()")
+@pytest.mark.parametrize(
+    ("rescue", "words"),
+    [("lambda: '; the adapter is saved'", "left; the adapter is saved"), ("stuck", "left without saving")],
+    ids=["can save alone", "cannot even save"],
+)
+def test_a_rank_stuck_on_a_dead_peer_says_so_before_torchrun_kills_it(rescue, words):
+    process = start_one(2, "stuck()", rescue)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 1, (out, err)
     assert "rank 0: no step ended within" in err
     assert "another rank has probably ended" in err
+    assert words in err
 
 
 def test_a_rank_that_has_begun_to_save_is_not_taken_for_stuck():

@@ -18,6 +18,7 @@ def start_torchrun(
 ) -> subprocess.Popen[str]:
     """Starts torchrun and returns at once; stdout and stderr are pipes of text. The caller must end it.
 
+    Ranks that print at the same time stay whole lines apart with print(..., flush=True).
     script: a path, or the text of a script (dedented). env: variables to add, None to remove one."""
     if isinstance(script, str) and "\n" in script:
         with tempfile.NamedTemporaryFile("w", suffix=".py", dir=_SCRIPTS.name, delete=False) as file:
@@ -29,7 +30,6 @@ def start_torchrun(
     environ |= {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
