@@ -367,6 +367,16 @@ class MemoryOptions:
         "gradients stay sharded between micro-batches",
         "fewer reductions, and on each rank the whole adapters' gradients in float32 (3.3 GB at 70B and rank 64)",
     )
+    gpu_memory_gib: float | None = option(
+        None,
+        """Most GPU memory a rank may allocate (PyTorch's allocator; the CUDA context and NCCL take about 1 GiB more).
+        Enforced: a run that needs more fails as it would on a smaller card.""",
+        "null is all that is free",
+        "for sharing a card, and for trying on a large card what a small one can do",
+        unit="GiB per rank",
+        above=0,
+        known_as=("max_memory", "gpu_memory_limit"),
+    )
     reduce_dtype: Literal["fp32", "bf16"] = option(
         "fp32",
         "Type in which the adapters' gradients are summed over the ranks.",

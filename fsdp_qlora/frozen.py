@@ -70,26 +70,38 @@ class Layout:
 
 
 class FrozenBytes(nn.Module):
-    """The buffer of one block, as ONE flat parameter that FSDP2 can shard: bf16 is only the wrapping of the bytes.
+    """The buffer of one block, as ONE flat parameter that FSDP2 can shard: float32 is only the wrapping of the bytes.
 
-    FSDP2 of torch 2.11 refuses uint8 parameters; a flat bfloat16 one passes on every version and all 2^16 bit patterns
-    survive. `flat` starts on the meta device; the placement puts the real thing there (whole, or this rank's shard).
+    FSDP2 of torch 2.11 refuses uint8 parameters, and on a GPU its gather rewrites every bfloat16 NaN to 0x7fff, which
+    are codes and scales here. float32 words pass through unchanged. So that no version, backend or driver can change
+    weights silently, the bytes are compared with what was encoded the first time they are read.
+
+    `flat` starts on the meta device; the placement puts the real thing there (whole, or this rank's shard).
     """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
-        self.flat = nn.Parameter(
-            torch.empty(layout.nbytes // 2, dtype=torch.bfloat16, device="meta"), requires_grad=False
-        )
+        words = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
+        self.flat = nn.Parameter(words, requires_grad=False)
+        self.expected: int | None = None  # checksum of the whole buffer, once it is encoded
         self._viewed: tuple[Tensor, dict[str, dict[str, Tensor]]] | None = None
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """The stored parts of `name`, as views. Valid while the block is gathered."""
+        """The stored parts of `name`, as views. Valid while the block is gathered.
+
+        Raises RuntimeError where the bytes are not those that were encoded.
+        """
         flat = self.flat
         if self._viewed is None or self._viewed[0] is not flat:  # FSDP2 gathers into the same tensor: made once
             assert not isinstance(flat, DTensor), "frozen bytes are read while they are not gathered"
-            self._viewed = (flat, self.layout.views(flat.detach().view(torch.uint8)))
+            buffer = flat.detach().view(torch.uint8)
+            if self.expected is not None and checksum(buffer) != self.expected:
+                raise RuntimeError(
+                    "frozen bytes were changed on their way (gather, copy or memory): the weights would be wrong. "
+                    "Please report this with your versions of torch, NCCL and the driver"
+                )
+            self._viewed = (flat, self.layout.views(buffer))
         return self._viewed[1][name]
 
     def decode(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -124,6 +136,11 @@ class FrozenTensor:
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         return self.home.decode(self.name, dtype)
+
+
+def checksum(buffer: Tensor) -> int:
+    """Of uint8 [n], n a multiple of 8: the sum of its 64-bit words, modulo 2^64."""
+    return int(buffer.view(torch.int64).sum())
 
 
 def _view(buffer: Tensor, part: Part) -> Tensor:

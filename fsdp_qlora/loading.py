@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4
+from fsdp_qlora.frozen import checksum
 from fsdp_qlora.model import CausalModel, Unit
 from fsdp_qlora.placement import Placement
 from fsdp_qlora.weights import Shape, Weights

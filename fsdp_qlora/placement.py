@@ -47,7 +47,7 @@ class Replicated:
         pass
 
     def store(self, unit: Unit, whole: Tensor) -> None:
-        unit.frozen.flat = nn.Parameter(whole.view(torch.bfloat16), requires_grad=False)
+        unit.frozen.flat = nn.Parameter(whole.view(torch.float32), requires_grad=False)
 
     def bytes_here(self, unit: Unit) -> int:
         return unit.frozen.layout.nbytes
@@ -104,10 +104,10 @@ class Sharded:
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         if not unit.sharded:
-            unit.frozen.flat = nn.Parameter(whole.view(torch.bfloat16), requires_grad=False)
+            unit.frozen.flat = nn.Parameter(whole.view(torch.float32), requires_grad=False)
             return
         length = whole.numel() // self.shards
-        mine = whole[self.index * length : (self.index + 1) * length].view(torch.bfloat16)
+        mine = whole[self.index * length : (self.index + 1) * length].view(torch.float32)
         with torch.no_grad():
             shard = torch.empty_like(unit.frozen.flat, device="cpu" if self.offload else self.device)
             local = shard.to_local()

@@ -82,10 +82,12 @@ def check_fits(model: CausalModel, config: Config, placement: Placement, world: 
     if world.device.type != "cuda":
         return
     needed, free = needs(model, config, placement, world)[0], torch.cuda.mem_get_info()[0]
+    if config.memory.gpu_memory_gib is not None:
+        free = min(free, config.memory.gpu_memory_gib * GIB)
     if needed > free:
         offload = config.memory.use_cpu_offload
         raise UserError(
-            f"the run needs {needed / GIB:.1f} GiB on each GPU before activations and {free / GIB:.1f} GiB are free; "
+            f"the run needs {needed / GIB:.1f} GiB on each GPU before activations and may use {free / GIB:.1f}; "
             + ("lower lora_rank" if offload else "use --use_cpu_offload true, more GPUs, or a lower lora_rank")
         )
 
