@@ -1,0 +1,76 @@
+"""Our model in this process, built and loaded from options as `run.py` does it, without the training loop around it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.config_parse import parse
+from fsdp_qlora.loading import check_names, load
+from fsdp_qlora.model import CausalModel, Recipe, assemble
+from fsdp_qlora.placement import Placement, check_bytes, choose_placement
+from fsdp_qlora.precision import precision_of
+from fsdp_qlora.run import open_weights, rematerialisation, storage
+from fsdp_qlora.shards import ShardedAdapters
+from fsdp_qlora.skeleton import build, choose_attention, read_config
+from fsdp_qlora.world import World, open_world
+from tests.runs import Options, flags
+
+
+@dataclass
+class Built:
+    model: CausalModel
+    adapters: ShardedAdapters
+    placement: Placement
+    world: World
+
+    def loss(self, ids_BS: Tensor, labels_BS: Tensor, divisor: float) -> Tensor:
+        """Forward: labels aligned with ids, -100 for none, as Hugging Face takes them."""
+        following = torch.nn.functional.pad(labels_BS[:, 1:], (0, 1), value=-100).flatten()
+        places = (following != -100).nonzero().squeeze(1)
+        return self.model(ids_BS, places, following[places], divisor)
+
+    def backward(self, loss: Tensor) -> dict[str, Tensor]:
+        """`path.lora_A` -> this process's gradient of it, as autograd leaves it. One rank only."""
+        assert self.world.size == 1
+        self.adapters.begin_micro_batch(last=True)
+        loss.backward()
+        self.adapters.finish()
+        found = {}
+        for group, flat in zip(self.adapters.groups, self.adapters.gradients(), strict=True):
+            pieces = flat[: sum(p.numel() for p in group.params)].split([p.numel() for p in group.params])
+            found |= {n: f.view(p.shape).clone() for n, f, p in zip(group.names, pieces, group.params, strict=True)}
+        self.adapters.zero_grad()
+        return found
+
+    def logits(self, ids_BS: Tensor) -> Tensor:
+        """[B, S, V], before any scale or softcap of the family."""
+        with torch.no_grad():
+            self.model.rest.bind()
+            hidden = self.model.backbone(input_ids=ids_BS, use_cache=False)[0]
+            head = self.model.head
+            with head.frozen.opened():
+                return hidden @ head.weight.decode(hidden.dtype).T
+
+
+@contextmanager
+def built(options: Options) -> Iterator[Built]:
+    """The model that `train.py` with these options would train, in a process group of its own."""
+    config = parse(flags(options))
+    with open_world(config.launch, config.training.seed) as world:
+        precision = precision_of(config.model.precision, world.device)
+        hf_config = read_config(config.model.model_name, None)
+        attention = choose_attention(config.model.attention, precision, world.device)
+        weights = open_weights(config, precision.stream)
+        placement = choose_placement(config.memory, world)
+        remat = rematerialisation(config.memory)
+        recipe = Recipe(precision, storage(config, hf_config, weights), remat, placement.shards)
+        model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
+        check_names(model, weights)
+        adapters = ShardedAdapters(model, world, config)
+        placement.prepare(model)
+        load(model, weights, placement, world)
+        check_bytes(model, placement)
+        yield Built(model, adapters, placement, world)

@@ -1,0 +1,90 @@
+"""Runs of the program as a user starts them, many in one launch of ranks, and what each left behind."""
+
+import json
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train
+from tests.torchrun import run_torchrun
+
+# A process group leaves its addresses in torchrun's store, where the next one of the same processes would find them: so
+# each case meets at a store and a port of its own.
+WORKER = """
+    import json, os, sys
+    import torch
+    from train import main
+
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # and NaN in all memory that nobody has written
+    for name, case in json.load(open(sys.argv[1])).items():
+        os.environ["MASTER_PORT"] = str(case["port"])
+        code = main(case["arguments"])
+        print(f"rank {os.environ['RANK']}: {name} ended with {code}", flush=True)
+    """
+
+
+Options = dict[str, object]  # option -> value, as in a config file
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left in its output_dir."""
+
+    folder: Path
+
+    @property
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.records]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "adapter_model.safetensors")
+
+
+def run_ranks(cases: dict[str, Options], ranks: int, folder: Path, timeout: float = 200) -> dict[str, Run]:
+    """Case name -> its run: `train.py` with those options on `ranks` ranks. Fails unless every case ends with 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listing = folder / f"{ranks}-ranks.json"
+    listing.write_text(
+        json.dumps(
+            {
+                name: {"arguments": flags(case | {"output_dir": folder / name}), "port": port}
+                for (name, case), port in zip(cases.items(), free_ports(len(cases)), strict=True)
+            }
+        )
+    )
+    done = run_torchrun(WORKER, ranks, [str(listing)], timeout=timeout)
+    for name in cases:
+        for rank in range(ranks):
+            assert f"rank {rank}: {name} ended with 0" in done.stdout, f"{name}\n{done.stdout}\n{done.stderr}"
+    return {name: Run(folder / name) for name in cases}
+
+
+def run_alone(options: Options, folder: Path) -> Run:
+    """`train.py` with those options, in this process, which is then its only rank."""
+    code = train.main(flags(options | {"output_dir": folder}))
+    assert code == 0, f"{options} ended with {code}"
+    return Run(folder)
+
+
+def flags(options: Options) -> list[str]:
+    """{"lora_rank": 8} -> ["--lora_rank", "8"]."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value).strip())]
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on, all different."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
