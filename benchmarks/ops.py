@@ -9,11 +9,13 @@ where it is installed. Without a GPU tiny shapes run, to see that the script doe
 """
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -51,6 +53,14 @@ class Table:
         )
 
 
+def peer(module: str, name: str) -> Any:
+    """Another library's op, or None where it is not installed."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        return None
+
+
 # ---- the timings: each a function of the table and one case
 
 
@@ -82,6 +92,9 @@ def norm(table: Table, tokens: int, hidden: int) -> None:
         "ours": milliseconds([partial(rms_norm_forward, x, weight, 1e-5, out=y) for x, y in sets]),
         "torch": milliseconds([partial(F.rms_norm, x, (hidden,), weight, 1e-5) for x, _ in sets]),
     }
+    liger = peer("liger_kernel.ops.rms_norm", "LigerRMSNormFunction")
+    if liger is not None:
+        ms["liger"] = milliseconds([partial(liger.apply, x, weight, 1e-5) for x, _ in sets])
     table.memory("rms_norm forward", name, 4 * n, ms)
     ms = {
         "ours": milliseconds(
@@ -115,6 +128,9 @@ def gated(table: Table, tokens: int, width: int) -> None:
         "ours": milliseconds([partial(glu_forward, gate, up, "silu", out=torch.empty_like(gate))]),
         "torch": milliseconds([lambda: F.silu(gate) * up]),
     }
+    liger = peer("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")
+    if liger is not None:
+        ms["liger"] = milliseconds([partial(liger.apply, gate, up)])
     table.memory("swiglu forward", name, 6 * n, ms)
     table.memory(
         "swiglu backward", name, 12 * n, {"ours": milliseconds([lambda: glu_backward_(d_h, gate, up, "silu")])}
@@ -181,12 +197,9 @@ def cross_entropy(table: Table, tokens: int, hidden: int, vocabulary: int) -> No
         ms[f"chunk {chunk}"] = milliseconds([partial(linear_cross_entropy, h, w, labels, chunk=chunk)], 6)
     ms["torch"] = milliseconds([plain], 6)
     ms["2 products"] = milliseconds([lambda: (h.detach() @ w.t()) @ w], 6)
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError:
-        pass
-    else:
-        ms["liger"] = milliseconds([partial(LigerFusedLinearCrossEntropyFunction.apply, h, w, labels)], 6)
+    liger = peer("liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+    if liger is not None:
+        ms["liger"] = milliseconds([partial(liger.apply, h, w, labels)], 6)
     flops = 4 * tokens * hidden * vocabulary
     table.arithmetic("head + cross-entropy", f"{tokens}x{hidden}->{vocabulary}", flops, ms)
 

@@ -114,13 +114,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 torch.addmm(bias, x, weight.t(), out=logits)
             _losses_and_gradient(logits, labels[part], losses[part], any(wanted), *head)
-            if wanted[0] and rows is None:
+            if d_hidden is not None and rows is None:
                 torch.mm(logits, weight, out=d_hidden[part])
-            elif wanted[0]:
+            elif d_hidden is not None:
                 d_hidden[rows[part]] = logits @ weight
-            if wanted[1]:
+            if d_weight is not None:
                 d_weight.add_(logits.t() @ x)
-            if wanted[2]:
+            if d_bias is not None:
                 d_bias.add_(logits.sum(0, dtype=wide))
 
         ctx.gradients = d_hidden, d_weight, d_bias

@@ -105,8 +105,9 @@ def check(x: torch.Tensor, projections: Sequence[Projection], features: int | No
 def take_apart(projections: Sequence[Projection]) -> tuple[list[Projection], list[torch.Tensor]]:
     """(the projections with their adapters' matrices left out, the matrices)."""
     matrices = [m for projection in projections for adapter in projection.adapters for m in (adapter.a, adapter.b)]
+    absent = torch.empty(0)
     bare = [
-        projection._replace(adapters=tuple(adapter._replace(a=None, b=None) for adapter in projection.adapters))
+        projection._replace(adapters=tuple(adapter._replace(a=absent, b=absent) for adapter in projection.adapters))
         for projection in projections
     ]
     return bare, matrices
@@ -145,6 +146,7 @@ def project(
         else:
             torch.addmm(bias, x, matrix.t(), out=out)
         for adapter in adapters:
+            assert xa is not None
             rank = adapter.a.shape[0]
             out[:, adapter.rows].addmm_(xa[:, at : at + rank], adapter.b.t(), alpha=adapter.scale)
             at += rank
@@ -216,12 +218,14 @@ def gradient_of_input(
     for d_out, projection in zip(d_outs, projections, strict=True):
         matrix = projection.weight()
         d_x = d_out @ matrix if d_x is None else d_x.addmm_(d_out, matrix)
+    assert d_x is not None, "no projection"
     stacked = _stacked_a(projections)
-    if d_xa is not None and p:
+    if d_xa is None or stacked is None:
+        return d_x
+    if p:
         dropout_add_(d_x, d_xa @ stacked, p, seed)
-    elif d_xa is not None:
-        d_x.addmm_(d_xa, stacked)
-    return d_x
+        return d_x
+    return d_x.addmm_(d_xa, stacked)
 
 
 def _stacked_a(projections: Sequence[Projection]) -> torch.Tensor | None:

@@ -51,7 +51,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_y):
-        return rms_norm_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.shift), None, None, None
+        x, weight = ctx.saved_tensors
+        return rms_norm_backward(d_y.contiguous(), x, weight, ctx.eps, ctx.shift), None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -65,7 +66,8 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_h, d_y):
-        d = rms_norm_backward(d_y.contiguous(), *ctx.saved_tensors, ctx.eps, ctx.shift, skip=d_h.contiguous())
+        h, weight = ctx.saved_tensors
+        d = rms_norm_backward(d_y.contiguous(), h, weight, ctx.eps, ctx.shift, skip=d_h.contiguous())
         return d, d, None, None, None
 
 

@@ -1,0 +1,57 @@
+"""Every kernel compiles for a real card, on a machine without one; NF4's fuses no product and sum into one rounding."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+# A process of its own: where TRITON_INTERPRET is set kernels are Python functions and cannot be compiled.
+SCRIPT = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fsdp_qlora.kernels import cross_entropy, dropout, glu, nf4, rms_norm, rope
+
+
+def compiled(kernel, capability, types, **constants):
+    # types: a letter for each argument that is no constant
+    full = {"b": "*bf16", "f": "*fp32", "h": "*fp16", "u": "*u8", "l": "*i64", "i": "i32", "F": "fp32", "I": "i64"}
+    names = [name for name in kernel.arg_names if name not in constants]
+    given = {name: full[letter] for name, letter in zip(names, types, strict=True)}
+    signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=places)
+    fused = kernel is not nf4._dequantize_kernel
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": fused}).asm["ptx"]
+
+
+for out, nested in (("b", True), ("h", False), ("f", True)):
+    types = "u" + ("u" if nested else "f") + "fff" + out + "ii"
+    ptx = compiled(nf4._dequantize_kernel, 90, types, NESTED=nested, ROWS=64)
+    assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested)
+for softcap, gradient in ((True, True), (False, False)):
+    head = {"VOCABULARY": 300, "SOFTCAP": softcap, "GRADIENT": gradient, "TILE": 128}
+    compiled(cross_entropy._row_kernel, 86, "blfiiFFF", **head)
+compiled(rms_norm._forward_kernel, 86, "bbbbbiFF", H=100, RESIDUAL=True, ROWS=2, COLUMNS=128)
+compiled(rms_norm._backward_kernel, 86, "bbbbbiFF", H=100, SKIP=True, ROWS=2, COLUMNS=128)
+tiles = {"HALF": 24, "HALF_TILE": 32, "HEADS": 4, "Q_GROUPS": 2, "GROUPS": 3, "POSITIONS": True, "BACKWARD": True}
+compiled(rope._rope_kernel, 86, "bbffl" + "i" * 8, n_k=1, **tiles)
+for activation in glu.ACTIVATIONS:
+    compiled(glu._backward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION=activation)
+compiled(glu._forward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION="silu")
+compiled(dropout._kernel, 86, "bbiFFI", ADD=True, TILE=128)
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests compile them on a GPU")
+def test_every_kernel_compiles_and_nf4_is_not_fused(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "compiled", done.stderr
