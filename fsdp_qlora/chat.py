@@ -43,7 +43,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, dataset: str) -> Template:
         messages = _messages(row, place)
         try:
             return _split(messages, render, specials, str(tokenizer.eos_token or ""))
-        except (jinja2.TemplateError, _Unclear) as error:
+        except (jinja2.TemplateError, TypeError, _Unclear) as error:  # TypeError: content that is no text
             raise UserError(f"{place}: the model's chat template does not take these messages ({error})") from error
 
     return template
@@ -83,22 +83,22 @@ def _split(messages: list[Message], render: Render, specials: set[str], eos: str
 
 def _turn(messages: list[Message], number: int, whole: str, render: Render, specials: set[str]) -> tuple[int, int]:
     """[start, end) of message `number`, an assistant's, in `whole`."""
-    content = str(messages[number]["content"] or "").strip()
     before = render(messages[:number], True) if number else ""
     start = _common(whole, before)
     if start < len(before):  # the header ends in a tag such as <think> that this answer does not have
         start = len(OPEN_TAG.sub("", whole[:start]))
     upto = render(messages[: number + 1], False)
     end = _common(whole, upto)
-    found = whole.find(content, start)
-    spoken = start if found < 0 else found + len(content)
-    if end <= start and found < 0:
+    content = str(messages[number]["content"] or "").strip()
+    if content not in whole[start:]:  # Qwen3 leaves the thought out once the conversation goes on
+        content = content.rpartition("</think>")[2].strip()
+    found = whole.find(content, start) if content else -1
+    shown = end > start and (end == len(upto) or _last_special_end(whole, start, end, specials) > 0)
+    if found < 0 and not shown:
         raise _Unclear(f"message {number} is not in what it renders")
-    if (
-        end < spoken
-    ):  # the template writes this turn differently once the conversation goes on (Qwen3 drops old thoughts)
-        tail = upto[upto.rfind(content) + len(content) :]
-        end = spoken + _common(whole[spoken:], tail)
+    spoken = start if found < 0 else found + len(content)
+    if end < spoken:  # written differently while it was the last turn: what follows the words there, follows them here
+        end = spoken + _common(whole[spoken:], upto[upto.rfind(content) + len(content) :])
     return start, _last_special_end(whole, spoken, end, specials) or end
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.templates import Example
 
-SENTINEL = "\n"
+SENTINELS = ("\n", ")")  # put before a text that continues another; the ids they make are taken off again
 
 
 def load_tokenizer(model_name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -48,9 +48,9 @@ class Encoder:
             )
         self.tokenizer, self.train_on_prompt, self.eos = tokenizer, train_on_prompt, int(tokenizer.eos_token_id)
         self.start = _start_ids(tokenizer)
-        self.sentinel = self._plain([SENTINEL])[0]
+        self.sentinels = {sentinel: self._plain([sentinel])[0] for sentinel in SENTINELS}
         # SentencePiece tokenizers put a space before whatever they are given. An answer that follows a prompt has none.
-        self.adds_space = self._plain(["x"])[0] != self._plain([SENTINEL + "x"])[0][len(self.sentinel) :]
+        self.adds_space = self._plain(["x"])[0] != self._plain(["\nx"])[0][len(self.sentinels["\n"]) :]
 
     def encode(self, examples: Sequence[Example]) -> list[Tokens]:
         """Each piece is tokenized apart from its neighbours, so the ids of a prompt alone begin the ids of its row."""
@@ -86,10 +86,13 @@ class Encoder:
         """As _plain, but as the text would be tokenized after another, without the space that a beginning gets."""
         if not self.adds_space:
             return self._plain(texts)
-        count = len(self.sentinel)
-        led = self._plain([SENTINEL + text for text in texts])
-        alone = iter(self._plain([text for text, ids in zip(texts, led, strict=True) if ids[:count] != self.sentinel]))
-        return [ids[count:] if ids[:count] == self.sentinel else next(alone) for ids in led]
+        done: dict[int, list[int]] = {}
+        for sentinel, lead in self.sentinels.items():
+            left = [number for number in range(len(texts)) if number not in done]
+            for number, ids in zip(left, self._plain([sentinel + texts[number] for number in left]), strict=True):
+                if ids[: len(lead)] == lead:  # else the sentinel has merged with the text: try the next
+                    done[number] = ids[len(lead) :]
+        return [done[number] if number in done else self._plain([text])[0] for number, text in enumerate(texts)]
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
