@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 # batch, sequence, heads, kv heads, head dim, rotated features: GQA 1, 4, 8; sizes that are no powers of two; partial.
-SHAPES = [(1, 1, 1, 1, 8, 8), (2, 63, 4, 1, 24, 24), (1, 5, 24, 3, 16, 16), (3, 7, 2, 2, 80, 32), (1, 3, 4, 4, 96, 96)]
+SHAPES = [(1, 1, 1, 1, 8, 8), (1, 63, 4, 1, 24, 24), (1, 5, 24, 3, 16, 16), (3, 7, 2, 2, 80, 32), (1, 3, 4, 4, 96, 96)]
 
 
 def frequencies(rotated):
