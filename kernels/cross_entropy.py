@@ -154,12 +154,15 @@ def _plain(logits, labels, losses, gradient: bool, softcap, scale, divisor, igno
         z = bent * softcap
     live = labels != ignore
     label = torch.where(live, labels, 0)[:, None]
-    log_sum = torch.logsumexp(z, dim=1, keepdim=True)
-    losses.copy_(torch.where(live, (log_sum - z.gather(1, label))[:, 0], 0))
+    # Not logsumexp(z) - z[label]: of two numbers near 40 whose difference is a small loss, little of it is left.
+    highest = z.amax(dim=1, keepdim=True)
+    exps = torch.exp(z - highest)
+    total = exps.sum(dim=1, keepdim=True)
+    losses.copy_(torch.where(live, (torch.log(total) + (highest - z.gather(1, label)))[:, 0], 0))
     if not gradient:
         return
-    d_z = torch.softmax(z, dim=1)
-    d_z.scatter_add_(1, label, torch.full_like(log_sum, -1.0))
+    d_z = exps.div_(total)
+    d_z.scatter_add_(1, label, torch.full_like(total, -1.0))
     if softcap is not None:
         d_z *= 1 - bent * bent
     d_z *= live[:, None] * (scale / divisor)
