@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fsdp_qlora.frozen import FrozenBytes, FrozenTensor
 
+FusedForward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (h, cos, sin) -> h
+
 
 class _FrozenMatmul(torch.autograd.Function):
     """x @ W^T + b with W decoded on the fly, forward and backward; nothing is saved, the bytes are there again in backward."""
@@ -76,12 +78,15 @@ class FrozenViews:
 class Block(nn.Module):
     """One decoder layer, its frozen bytes, and its checkpointing. Replaces the layer in the Hugging Face model's list.
 
+    Where `fused` is set it computes the block instead (see fused.py), and recomputation is its own affair.
+
     remat: None keeps every activation, "reentrant" and "non_reentrant" keep the layer's input and recompute the rest.
     """
 
     def __init__(self, layer: nn.Module, frozen: FrozenBytes, views: FrozenViews, remat: str | None) -> None:
         super().__init__()
         self.layer, self.frozen, self.views = layer, frozen, views
+        self.fused: FusedForward | None = None
         self.remat: Callable[..., Any] | None = None
         if remat is not None:
             self.remat = partial(checkpoint, use_reentrant=remat == "reentrant", preserve_rng_state=_drops(layer))
@@ -91,6 +96,8 @@ class Block(nn.Module):
         return {name: m for name, m in self.layer.named_modules() if isinstance(m, FrozenLinear)}
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.fused is not None:
+            return self.fused(hidden, *kwargs["position_embeddings"])
         self.views.bind()
         if self.remat is None or not torch.is_grad_enabled():
             return self.layer(hidden, *args, **kwargs)

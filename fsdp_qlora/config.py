@@ -80,6 +80,13 @@ class ModelOptions:
         "eager needs memory quadratic in context_length; flash_attention_2 has to be compiled at install",
         known_as=("attn_implementation", "flash_attention", "use_flash_attention"),
     )
+    fused: Literal["auto", "true", "false"] = option(
+        "auto",
+        """Run decoder blocks on the fused kernels. auto: where the model's family has them. true: or stop. false: never,
+        for comparison: each Hugging Face layer with its linears replaced.""",
+        "auto tells at start what it came to",
+        "false is slower and takes more memory",
+    )
     dummy_weights: bool = option(
         False,
         "Random weights of the model's shape, made from its config alone: to try a rig before downloading 140 GB.",
@@ -353,6 +360,15 @@ class MemoryOptions:
         "what PyTorch recommends",
         "none worth naming; it is here for comparison and for old scripts",
         known_as=("use_reentrant",),
+    )
+    keep_activations: Literal["input", "halves", "attention", "qkv", "all"] = option(
+        "input",
+        """What a fused block keeps for backward under gradient checkpointing, each value what the one before it keeps and
+        more. input: its input. halves: + the MLP's input. attention: + attention's output and row sums. qkv: + queries,
+        keys and values. all: + the MLP's gate and up.""",
+        "it needs the least memory",
+        "per token and block, in 16 bits at 8B / 70B: 8 / 16 KiB, 16 / 32, 24 / 49, 36 / 69, 92 / 181; each is faster",
+        known_as=("keep_level", "checkpoint_level"),
     )
     use_activation_cpu_offload: bool = option(
         False,

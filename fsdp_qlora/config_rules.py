@@ -54,6 +54,13 @@ NEEDS = (
         "set use_gradient_checkpointing to true",
     ),
     Needs(
+        ("keep_activations",),
+        "use_gradient_checkpointing",
+        lambda c: c.memory.use_gradient_checkpointing,
+        "set use_gradient_checkpointing to true",
+    ),
+    Needs(("keep_activations",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
+    Needs(
         ("no_sync",),
         "gradient_accumulation_steps",
         lambda c: c.training.gradient_accumulation_steps > 1,

@@ -11,7 +11,8 @@ from fsdp_qlora.config import Config, DataOptions, MemoryOptions
 from fsdp_qlora.config_file import save as save_config
 from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.export import prepare_output
+from fsdp_qlora.export import check_space, prepare_output
+from fsdp_qlora.fusing import fuse
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.loading import check_names, is_quantized, load
 from fsdp_qlora.loop import Loop
@@ -22,7 +23,7 @@ from fsdp_qlora.precision import MODES, Precision, precision_of
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
 from fsdp_qlora.step import Stepper
-from fsdp_qlora.summary import check_fits, describe
+from fsdp_qlora.summary import adapter_count, check_fits, describe
 from fsdp_qlora.weights import Checkpoint, Dummy, Weights, fetch
 from fsdp_qlora.world import World, open_world
 
@@ -47,11 +48,12 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards))
         model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
         world.together(lambda: check_names(model, weights))
-        for line in [*notes, *describe(model, hf_config, config, placement, batches, steps, attention, world)]:
+        fusion = world.together(lambda: fuse(model, config, world.device))
+        for line in [*notes, *describe(model, hf_config, config, placement, batches, steps, attention, fusion, world)]:
             world.say(line)
         world.together(lambda: check_fits(model, config, placement, world))
         metrics = world.together(lambda: Metrics(config, world, steps))
-        world.main_only(lambda: save_config(config, folder / "config.yaml"))
+        world.main_only(lambda: note_options(config, folder, adapter_count(model)))
 
         adapters = ShardedAdapters(model, world, config)
         placement.prepare(model)
@@ -93,6 +95,18 @@ def read_data(
             raise
         tokenizer = None
     return tokenizer, load_rows(options, tokenizer, max_positions(hf_config), hf_config.vocab_size)
+
+
+def note_options(config: Config, folder: Path, adapter_parameters: int) -> None:
+    """Write the run's options beside what it will leave, once it is sure that there is room for that."""
+    if config.output.save_model:
+        check_space(folder, adapter_parameters)
+    try:
+        save_config(config, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {folder} cannot be written ({error.strerror}); free some space or choose another folder"
+        ) from error
 
 
 def make_batches(config: Config, rows: Rows, world: World) -> Batches:

@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Batches
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.placement import PREFETCH, Placement
 from fsdp_qlora.skeleton import Attention
@@ -36,6 +37,7 @@ def describe(
     batches: Batches,
     total_steps: int,
     attention: Attention,
+    fusion: Fusion,
     world: World,
 ) -> list[str]:
     """The lines of the start-up table. Raises UserError where what must lie on a GPU is larger than what it may use."""
@@ -50,7 +52,9 @@ def describe(
     on_cpu = world.device.type == "cpu"
     rows = f"{batches.rows_per_step} rows ({training.batch_size} x {training.gradient_accumulation_steps} x {world.size} ranks)"
     checkpointing = "no gradient checkpointing"
-    if config.memory.use_gradient_checkpointing:
+    if fusion.blocks:
+        checkpointing = "recomputation inside the fused blocks" if fusion.keep != "all" else "no recomputation"
+    elif config.memory.use_gradient_checkpointing:
         kind = "reentrant" if config.memory.reentrant_checkpointing else "non-reentrant"
         checkpointing = f"{kind} gradient checkpointing"
     lines = [
@@ -59,7 +63,8 @@ def describe(
         f"base      {base / GIB:.2f} GiB frozen, linears {stored}; {placement.name}",
         f"adapters  LoRA rank {config.adapter.lora_rank} on {adapted} of {len(linears)} linears: {_si(adapter_count(model))} parameters; "
         f"{training.optimizer}, master copy and state sharded over {world.size} ranks",
-        f"compute   {config.model.precision}, {attention.name} attention ({attention.reason}), {checkpointing}",
+        f"compute   {config.model.precision}, {fusion}",
+        f"          {checkpointing}" + ("" if fusion.blocks else f", {attention.name} attention ({attention.reason})"),
         f"data      {batches.rows.summary}",
         f"run       {total_steps} steps of {rows}, context {config.data.context_length}",
         f"needs     {_needs(on_device, host, on_cpu)}",

@@ -1,0 +1,103 @@
+"""Turns a model's blocks into fused ones where their family is known, all of them or none, and says which and why."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fsdp_qlora.config import Config, ModelOptions
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.fused import FusedBlock, Scratch
+from fsdp_qlora.kernels.attention import fastest
+from fsdp_qlora.model import CausalModel
+from fsdp_qlora.precision import Precision
+from fsdp_qlora.recognise import Anatomy, recognise
+
+NO_MASKS = "fsdp_qlora_fused"  # an attention that Hugging Face builds no masks for: fused blocks know what is seen
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What came of it: how many blocks and projections run fused, with which attention, and why not where not."""
+
+    blocks: int
+    projections: int
+    attention: tuple[str, ...]
+    keep: str
+    reason: str
+
+    def __str__(self) -> str:
+        if not self.blocks:
+            return f"not fused: {self.reason}"
+        return (
+            f"{self.blocks} blocks and {self.projections} projections fused, attention by {' and '.join(self.attention)}, "
+            f"each block keeps: {self.keep}"
+        )
+
+
+class HalfTables(nn.Module):
+    """A rotary embedding's tables in float32, without their repeated half: (cos, sin), each [S, D/2].
+
+    Hugging Face rounds them to the model's dtype, which in bfloat16 turns keys by wrong angles at long context."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        likeness = torch.empty(0, device=x.device, dtype=torch.float32)
+        cos, sin = self.inner(likeness, position_ids, *args, **kwargs)
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
+    """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be."""
+    options, memory = config.model, config.memory
+    shape = (config.training.batch_size, config.data.context_length)
+    found = [recognise(block.layer, block.frozen) for block in model.blocks.values()]
+    anatomies = [anatomy for anatomy in found if isinstance(anatomy, Anatomy)]
+    reason = _obstacle(model, options, [why for why in found if isinstance(why, str)])
+    if reason:
+        if options.fused == "true":
+            raise UserError(f"fused: true is not possible: {reason}; use --fused auto")
+        return Fusion(0, 0, (), "", reason)
+    keep = memory.keep_activations if memory.use_gradient_checkpointing else "all"
+    scratch, backends = Scratch(), []
+    for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):
+        backend = _attention(options, model.precision, anatomy, shape, device)
+        backends.append(backend)
+        block.fused = FusedBlock(anatomy, model.precision.compute, keep, scratch, backend)
+    model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb)
+    AttentionInterface.register(NO_MASKS, _unused)
+    model.backbone.config._attn_implementation = NO_MASKS
+    projections = sum(len(anatomy.linears) for anatomy in anatomies)
+    return Fusion(len(anatomies), projections, tuple(dict.fromkeys(backends)), keep, "")
+
+
+def _obstacle(model: CausalModel, options: ModelOptions, unknown: list[str]) -> str:
+    """Why the model cannot be fused, or ''."""
+    if options.fused == "false":
+        return "as asked"
+    if options.attention == "eager":
+        return "--attention eager is Hugging Face's own"
+    if model.precision.stream != model.precision.compute:
+        return f"precision {options.precision} keeps a {str(model.precision.stream).removeprefix('torch.')} residual stream"
+    if not isinstance(getattr(model.backbone, "rotary_emb", None), nn.Module):
+        return "the model has no rotary tables of its own"
+    return unknown[0] if unknown else ""
+
+
+def _attention(
+    options: ModelOptions, precision: Precision, anatomy: Anatomy, shape: tuple[int, int], device: torch.device
+) -> str:
+    """The backend: flash-attn's own where it is asked for, else what is fastest here."""
+    if options.attention == "flash_attention_2":
+        return "flash_attn"
+    whole = (*shape, anatomy.heads, anatomy.kv_heads, anatomy.head_dim)
+    return fastest(device, precision.compute, whole, anatomy.masking)
+
+
+def _unused(*args: object, **kwargs: object) -> None:
+    raise AssertionError("a fused block does its own attention")

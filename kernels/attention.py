@@ -1,0 +1,239 @@
+"""Causal attention with its backward in the caller's hands: grouped heads, sliding window, softcap, one of four backends.
+
+    scores = softcap(scale * q k^T),  softcap(s) = c * tanh(s / c)          key j is seen by query i if i - window < j <= i
+    out = softmax(scores) v                                                  stats: log-sum-exp of each row of scores
+
+A block that decides for itself what it keeps needs the two passes apart: `attend` returns the output and what backward
+needs beside q, k, v and it; `attend_backward` takes them, kept or computed again. Keys and values are never repeated
+for the query heads that share them.
+
+Backends: `math` is plain PyTorch in float32, in pieces of queries so that no S x S matrix exists: the meaning, and the
+CPU's. `flash` is FlashAttention-2 inside PyTorch, `cudnn` cuDNN's fused attention, `flash_attn` the package of that
+name (the only fused one with a softcap). Which is fastest differs by card and shape, so `fastest` measures.
+
+B batch, S sequence, N query heads, K key/value heads, D head dim.
+"""
+
+import functools
+import importlib.util
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+_PIECE = 512  # queries at a time in the math backend
+
+
+class Masking(NamedTuple):
+    """What shapes the scores. scale: of q k^T. window: how many keys a query sees, itself included; None for all."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking, backend: str
+) -> tuple[torch.Tensor, Any]:
+    """(out [B, S, N, D], stats) from q [B, S, N, D], k and v [B, S, K, D], outside autograd."""
+    return _FORWARD[backend](q, k, v, masking)
+
+
+def attend_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    stats: Any,
+    masking: Masking,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(d_q, d_k, d_v), shaped as q, k, v, from what `attend` was given and returned."""
+    return _BACKWARD[backend](d_out, q, k, v, out, stats, masking)
+
+
+def possible(device: torch.device, dtype: torch.dtype, sequence: int, head_dim: int, masking: Masking) -> list[str]:
+    """The backends that can do it, `math` last."""
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
+    windowed = masking.window is not None and masking.window < sequence
+    names = []
+    if fits and importlib.util.find_spec("flash_attn") is not None and head_dim <= 256:
+        names.append("flash_attn")
+    if fits and masking.softcap is None and head_dim <= 256:
+        names.append("flash")
+    if fits and masking.softcap is None and not windowed and head_dim <= 128 and sequence > 1:
+        names.append("cudnn")
+    return [*names, "math"]
+
+
+@functools.cache
+def fastest(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int, int], masking: Masking) -> str:
+    """The backend with the least forward + backward time at shape (B, S, N, K, D), measured once; `math` if alone."""
+    b, s, n, kv, d = shape
+    names = possible(device, dtype, s, d, masking)
+    if len(names) <= 2:
+        return names[0]
+    q, d_out = (torch.randn(b, s, n, d, device=device, dtype=dtype) for _ in range(2))
+    k, v = (torch.randn(b, s, kv, d, device=device, dtype=dtype) for _ in range(2))
+    times = {}
+    for name in names[:-1]:
+        try:
+            times[name] = _time(q, k, v, d_out, masking, name)
+        except RuntimeError:  # this card or shape after all not supported by that library
+            continue
+    return min(times, key=times.__getitem__) if times else "math"
+
+
+def _time(q, k, v, d_out, masking: Masking, backend: str, repeats: int = 5) -> float:
+    """ms of forward and backward together, the best of `repeats`."""
+    best = math.inf
+    for _ in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        out, stats = attend(q, k, v, masking, backend)
+        attend_backward(d_out, q, k, v, out, stats, masking, backend)
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end))
+    return best
+
+
+# ---- math: the meaning
+
+
+def _scores(q, k, masking: Masking, first: int):
+    """(softcapped scores, their mask) of queries q [B, K, G, s, D], the first at position `first`, against k [B, K, S, D]."""
+    scores = torch.einsum("bkgsd,bktd->bkgst", q, k) * masking.scale
+    if masking.softcap is not None:
+        scores = torch.tanh(scores / masking.softcap) * masking.softcap
+    rows = torch.arange(first, first + q.shape[3], device=q.device)[:, None]
+    columns = torch.arange(k.shape[2], device=q.device)[None, :]
+    hidden = columns > rows
+    if masking.window is not None:
+        hidden = hidden | (columns <= rows - masking.window)
+    return scores.masked_fill(hidden, -math.inf)
+
+
+def _grouped(x, kv_heads: int):
+    """[B, S, N, D] -> [B, K, G, S, D] in at least float32."""
+    b, s, n, d = x.shape
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.view(b, s, kv_heads, n // kv_heads, d).permute(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x, like):
+    b, k, g, s, d = x.shape
+    return x.permute(0, 3, 1, 2, 4).reshape(b, s, k * g, d).to(like.dtype)
+
+
+def _math_forward(q, k, v, masking: Masking):
+    queries, keys, values = _grouped(q, k.shape[2]), _grouped(k, k.shape[2])[:, :, 0], _grouped(v, v.shape[2])[:, :, 0]
+    outs, sums = [], []
+    for first in range(0, q.shape[1], _PIECE):
+        scores = _scores(queries[:, :, :, first : first + _PIECE], keys, masking, first)
+        lse = scores.logsumexp(-1)
+        outs.append(torch.einsum("bkgst,bktd->bkgsd", torch.exp(scores - lse[..., None]), values))
+        sums.append(lse)
+    return _ungrouped(torch.cat(outs, 3), q), torch.cat(sums, 3)
+
+
+def _math_backward(d_out, q, k, v, out, lse, masking: Masking):
+    kv_heads = k.shape[2]
+    queries, keys, values = _grouped(q, kv_heads), _grouped(k, kv_heads)[:, :, 0], _grouped(v, kv_heads)[:, :, 0]
+    d_outs, outs = _grouped(d_out, kv_heads), _grouped(out, kv_heads)
+    d_keys, d_values, d_queries = torch.zeros_like(keys), torch.zeros_like(values), []
+    for first in range(0, q.shape[1], _PIECE):
+        piece = slice(first, first + _PIECE)
+        scores = _scores(queries[:, :, :, piece], keys, masking, first)
+        p = torch.exp(scores - lse[:, :, :, piece, None])
+        d_o = d_outs[:, :, :, piece]
+        d_values += torch.einsum("bkgst,bkgsd->bktd", p, d_o)
+        d_p = torch.einsum("bkgsd,bktd->bkgst", d_o, values)
+        d_scores = p * (d_p - (d_o * outs[:, :, :, piece]).sum(-1, keepdim=True))
+        if masking.softcap is not None:
+            d_scores *= 1 - (scores.masked_fill(p == 0, 0.0) / masking.softcap).square()
+        d_scores *= masking.scale
+        d_queries.append(torch.einsum("bkgst,bktd->bkgsd", d_scores, keys))
+        d_keys += torch.einsum("bkgst,bkgsd->bktd", d_scores, queries[:, :, :, piece])
+    return (
+        _ungrouped(torch.cat(d_queries, 3), q),
+        _ungrouped(d_keys[:, :, None], k),
+        _ungrouped(d_values[:, :, None], v),
+    )
+
+
+# ---- FlashAttention-2 inside PyTorch, in its form for rows of any lengths one after the other
+
+
+def _flash_window(masking: Masking) -> dict[str, int]:
+    return {} if masking.window is None else {"window_size_left": masking.window - 1, "window_size_right": 0}
+
+
+def _flash_forward(q, k, v, masking: Masking):
+    b, s, n, d = q.shape
+    starts = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
+    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+        *(x.reshape(b * s, -1, d) for x in (q, k, v)), starts, starts, s, s, 0.0, True, False,
+        scale=masking.scale, **_flash_window(masking),
+    )  # fmt: skip
+    return out.view(b, s, n, d), (lse, starts, rng, unused)
+
+
+def _flash_backward(d_out, q, k, v, out, stats, masking: Masking):
+    b, s, _, d = q.shape
+    lse, starts, rng, unused = stats
+    grads = torch.ops.aten._flash_attention_backward(
+        *(x.reshape(b * s, -1, d) for x in (d_out, q, k, v, out)), lse, starts, starts, s, s, 0.0, True, rng, unused,
+        scale=masking.scale, **_flash_window(masking),
+    )  # fmt: skip
+    return tuple(grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
+
+
+# ---- cuDNN
+
+
+def _cudnn_forward(q, k, v, masking: Masking):
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out, *stats, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads_first, None, True, 0.0, True, False, scale=masking.scale
+    )
+    return out.transpose(1, 2), stats
+
+
+def _cudnn_backward(d_out, q, k, v, out, stats, masking: Masking):
+    lse, starts_q, starts_k, max_q, max_k, seed, offset = stats
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *(x.transpose(1, 2) for x in (d_out, q, k, v, out)), lse, seed, offset, None, starts_q, starts_k,
+        max_q, max_k, 0.0, True, scale=masking.scale,
+    )  # fmt: skip
+    return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+# ---- the flash-attn package: through its public, differentiable function; stats is the small graph it leaves
+
+
+def _package_forward(q, k, v, masking: Masking):
+    from flash_attn import flash_attn_func
+
+    window = (-1, -1) if masking.window is None else (masking.window - 1, 0)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = flash_attn_func(
+            *leaves, softmax_scale=masking.scale, causal=True, window_size=window, softcap=masking.softcap or 0.0
+        )
+    return out.detach(), (leaves, out)
+
+
+def _package_backward(d_out, q, k, v, out, stats, masking: Masking):
+    leaves, graph = stats
+    return torch.autograd.grad(graph, leaves, d_out)
+
+
+_FORWARD = {"math": _math_forward, "flash": _flash_forward, "cudnn": _cudnn_forward, "flash_attn": _package_forward}
+_BACKWARD = {
+    "math": _math_backward,
+    "flash": _flash_backward,
+    "cudnn": _cudnn_backward,
+    "flash_attn": _package_backward,
+}
