@@ -22,12 +22,10 @@ HEAD_START_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    first = rank_from_environment() == 0
     try:
         config = parse(arguments)
     except UserError as error:
-        error.told_elsewhere = not first  # every rank meets the same mistake
-        return _tell(error)
+        return _tell(error.on_every_rank(rank_from_environment()))
     silence()
     unreachable = go_offline_if_unreachable() if needs_hub(config) else None
     try:

@@ -1,10 +1,17 @@
 """The two ways a run ends early: the user can mend it before it starts, or it stopped in the middle."""
 
+from typing import Self
+
 
 class RunEnded(Exception):
     """One line for the user, as `str(error)`."""
 
     told_elsewhere = False  # another rank says the same: this one keeps silent
+
+    def on_every_rank(self, rank: int) -> Self:
+        """This error where all ranks raise the same: rank 0 tells the user."""
+        self.told_elsewhere = rank != 0
+        return self
 
 
 class UserError(RunEnded, ValueError):

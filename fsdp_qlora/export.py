@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,38 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def check_space(folder: Path, adapter_parameters: int) -> None:
+    """Raises UserError where the adapter that a run will leave is larger than what is free in its folder."""
+    needed, free = 4 * adapter_parameters, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"output_dir: {folder} has {free / 2**30:.2f} GiB free and the adapter will take {needed / 2**30:.2f}; "
+            "free some space there, choose another folder, or lower lora_rank"
+        )
+
+
+def save_adapter_somewhere(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    linears: list[str],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """As `save_adapter`; where that fails, hours of work go to the system's temporary folder.
+
+    Raises TrainingStopped in that case too, saying where the adapter is."""
+    try:
+        save_adapter(folder, tensors, linears, config, tokenizer)
+    except TrainingStopped as stopped:
+        elsewhere = Path(tempfile.mkdtemp(prefix="fsdp_qlora_adapter_"))
+        try:
+            save_adapter(elsewhere, tensors, linears, config, tokenizer)
+        except TrainingStopped:
+            shutil.rmtree(elsewhere, ignore_errors=True)
+            raise stopped from None
+        raise TrainingStopped(f"{stopped}. It is in {elsewhere} instead: move it from there") from stopped
 
 
 def save_adapter(

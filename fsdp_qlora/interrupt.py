@@ -69,9 +69,12 @@ class Interrupt:
         self._watcher.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        if kind is not None and issubclass(kind, Exception) and "TORCHELASTIC_RUN_ID" in os.environ:
+            # This rank is ending. Torchrun, which has seen another one end, would cut it off before it has said why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.set_wakeup_fd(self._old_wakeup)
         self._left.set()
         self._writer.close()  # the watcher reads the end of the stream and returns

@@ -1,5 +1,6 @@
 """The training loop: steps until the end or until somebody asks to stop; what was learned is saved however it ends."""
 
+import threading
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Batches
 from fsdp_qlora.errors import TrainingStopped
-from fsdp_qlora.export import save_adapter
+from fsdp_qlora.export import save_adapter_somewhere
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.interrupt import Interrupt
 from fsdp_qlora.metrics import Metrics, StepRecord
@@ -35,13 +36,15 @@ class Loop:
         self.config, self.world, self.host, self.metrics = config, world, host, metrics
         self.stepper, self.batches, self.steps = stepper, batches, steps
         self.tokenizer, self.folder = tokenizer, folder
+        self._rescuing = threading.Lock()
 
     def run(self) -> int:
-        with self.metrics, Interrupt(self.world, self._rescue) as interrupt:
+        with Interrupt(self.world, self._rescue) as interrupt, self.metrics:
             try:
                 finished = self._steps(interrupt)
             except TrainingStopped as stopped:  # raised on every rank alike: the last good step can be saved in full
-                raise TrainingStopped(f"{stopped}{self._save_what_there_is()}") from stopped
+                said = TrainingStopped(f"{stopped}{self._save_what_there_is()}")
+                raise said.on_every_rank(self.world.rank) from stopped
             except torch.OutOfMemoryError as error:
                 raise TrainingStopped(
                     f"rank {self.world.rank}: GPU memory ran out in step {self.stepper.done + 1} ({_first_line(error)}); "
@@ -97,7 +100,7 @@ class Loop:
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         linears = list(self.stepper.model.linears())
-        save_adapter(self.folder, tensors, linears, self.config, self.tokenizer)
+        save_adapter_somewhere(self.folder, tensors, linears, self.config, self.tokenizer)
 
     def _save_what_there_is(self) -> str:
         if not self.stepper.done or not self.config.output.save_model:
@@ -108,13 +111,17 @@ class Loop:
     def _rescue(self) -> str:
         """Save without the other ranks, from rank 0's working copy: rounded to the compute dtype, but whole.
 
-        Safe from another thread while the main one hangs in a collective; skipped in the middle of an update.
+        Safe from another thread while the main one hangs in a collective.
         """
         stepper = self.stepper
-        if not (self.world.is_main and stepper.done and self.config.output.save_model) or stepper.updating:
+        if not (self.world.is_main and stepper.done and self.config.output.save_model):
             return ""
-        self._write(stepper.adapters.working_tensors())
-        return f"; the adapter as of step {stepper.done} is saved in {self.folder}, rounded to {self.config.model.precision}"
+        with self._rescuing:
+            self._write(stepper.adapters.working_tensors())
+        what = f"as of step {stepper.done}"
+        if stepper.publishing:
+            what += f", some of it as of step {stepper.done + 1},"
+        return f"; the adapter {what} is saved in {self.folder}, rounded to {stepper.model.precision.compute}"
 
 
 def _first_line(error: BaseException) -> str:

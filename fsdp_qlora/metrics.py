@@ -5,6 +5,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -51,7 +52,7 @@ class Metrics:
         self._records: list[StepRecord] = []
         self._host_peak: list[float] = []  # per rank
         self._host_peak_sum = 0.0
-        self._closed = False
+        self._closed = self._file_failed = False
         self._loggers: list[Logger] = []
         self._progress: list[Progress] = []
         check_installed(config)
@@ -74,14 +75,27 @@ class Metrics:
         self._records.append(record)
         self._note_host(record.host_rss_gib)
         line = dataclasses.asdict(record) | {"tokens_per_second": round(record.tokens_per_second, 2)}
-        self._file.write(json.dumps(_rounded(line)) + "\n")
-        self._file.flush()
+        self._write(json.dumps(_rounded(line)) + "\n")
         for logger in self._loggers:
             logger.log(record.step, _scalars(record))
         if not self._progress:
             self._progress = self._start_progress()
         for progress in self._progress:
             progress.show(record, self._records)
+
+    def _write(self, line: str) -> None:
+        """Training is worth more than its record: a full disk ends the record, not the run."""
+        if self._file_failed:
+            return
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            self._file_failed = True
+            self.world.say(
+                f"{self.directory / 'metrics.jsonl'} cannot be written any more ({error.strerror}): training goes on "
+                "without it; free some space before the end, when the adapter is saved"
+            )
 
     def close(self, saved: Sequence[str | Path] = (), host_peak_gib: Sequence[float] = ()) -> None:
         """Draws the loss curve and prints the summary; a second call does nothing.
@@ -95,7 +109,8 @@ class Metrics:
             progress.close()
         for logger in self._loggers:
             logger.close()
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take is still in the buffer; it has been told
+            self._file.close()
         places = [str(place) for place in saved] + [str(self.directory / "metrics.jsonl")]
         if self._records:
             curve = self.directory / "loss.png"

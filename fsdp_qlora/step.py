@@ -65,7 +65,7 @@ class Stepper:
         self.max_norm = options.grad_norm if options.apply_gradient_clipping else None
         self.scale = LossScale(model.precision.scale_loss)
         self.done = 0  # optimizer steps
-        self.updating = False  # True while masters and working copies may be of different steps
+        self.publishing = False  # True while working copies may be in part of the step after `done`
 
     def run(self, batches: list[Batch], host_gib: float) -> StepResult:
         """Forward, backward and update over this rank's micro-batches (as many as every rank's).
@@ -118,14 +118,14 @@ class Stepper:
             clip = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
             if clip != self.scale.value:
                 torch._foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
-            self.updating = True
             self.optimizer.step()
+            self.publishing = True
             self.adapters.publish()
-            self.updating = False
+            self.publishing = False
             self.scale.grow()
+            self.schedule.step()
         else:
             self.scale.shrink()
-        self.schedule.step()
         self.adapters.zero_grad()
         return finite
 
@@ -135,12 +135,12 @@ class Stepper:
         bad = [rank for rank, value in enumerate(losses) if not math.isfinite(value)] or range(self.world.size)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         where = "; ".join(f"rank {rank}: {', '.join(map(str, rows[rank])) or 'none'}" for rank in bad)
+        damaged = "" if self.done else "; so early the checkpoint itself may be damaged"
         stopped = TrainingStopped(
             f"step {self.done + 1}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): {where}. "
-            "Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream)"
+            "Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream)" + damaged
         )
-        stopped.told_elsewhere = not self.world.is_main
-        raise stopped
+        raise stopped.on_every_rank(self.world.rank)
 
     def _memory(self) -> tuple[float, float]:
         if self.world.device.type != "cuda":

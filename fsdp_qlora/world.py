@@ -110,9 +110,7 @@ class World:
         met: list[tuple[type[RunEnded], str]] = [(type(error or RunEnded()), str(error))]
         dist.broadcast_object_list(met, src=failed[0], device=torch.device("cpu"))
         kind, message = met[0]
-        shared = kind(message)
-        shared.told_elsewhere = not self.is_main
-        raise shared from error
+        raise kind(message).on_every_rank(self.rank) from error
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Every rank's `numbers` (the same count on each), in rank order, on every rank. A collective, on the host."""
@@ -136,8 +134,7 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
         check_launch(launch, place)
         device = _choose_device(place)
     except UserError as error:
-        error.told_elsewhere = place.local_rank != 0  # every rank of a node meets the same
-        raise
+        raise error.on_every_rank(place.local_rank) from None  # of this node
     _set_threads(place)
     _seed(seed)
     _open_group(place, device)

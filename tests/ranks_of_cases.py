@@ -1,0 +1,83 @@
+"""Runs train.py's main for many command lines in one launch; keeps each rank's exit code and what it printed.
+
+    torchrun --nproc_per_node 2 tests/ranks_of_cases.py CASES.json RESULTS
+
+CASES.json: name -> {"arguments": [...], "largest_file": bytes or null}. Writes RESULTS/NAME.RANK.json.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+import train
+
+# Process groups of one launch would find each other's addresses in torchrun's store: each case gets a part of its own.
+RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+STORE = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+OPEN_GROUP = dist.init_process_group
+
+train.HEAD_START_SECONDS = 0.0  # this launch does not end with the first rank that does
+
+
+def main(cases: Path, results: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that may not grow is then an error, as on a full disk
+    for name, case in json.loads(cases.read_text()).items():
+        dist.init_process_group = partial(OPEN_GROUP, store=dist.PrefixStore(name, STORE), rank=RANK, world_size=SIZE)
+        run = partial(_run, case["arguments"], case["largest_file"] or resource.RLIM_INFINITY)
+        code, out, err = _captured(run)
+        (results / f"{name}.{RANK}.json").write_text(json.dumps({"code": code, "out": out, "err": err}))
+        print(f"rank {RANK}: {name} ended with {code}", flush=True)
+
+
+def _run(arguments: list[str], largest_file: int) -> int:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+    try:
+        return train.main(arguments)
+    except BaseException:
+        traceback.print_exc()
+        return -1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def _captured(do: Callable[[], int]) -> tuple[int, str, str]:
+    """What `do` returns and prints, the two streams of the process and not only Python's.
+
+    Through pipes, which a limit on files does not touch."""
+    kept, texts, readers = [os.dup(1), os.dup(2)], ["", ""], []
+    for stream in (0, 1):
+        end, start = os.pipe()
+        os.dup2(start, stream + 1)
+        os.close(start)
+        readers.append(threading.Thread(target=_read_all, args=(end, texts, stream)))
+        readers[-1].start()
+    try:
+        code = do()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, descriptor in enumerate(kept, start=1):
+            os.dup2(descriptor, stream)
+            os.close(descriptor)
+        for reader in readers:
+            reader.join()
+    return code, texts[0], texts[1]
+
+
+def _read_all(end: int, texts: list[str], place: int) -> None:
+    with os.fdopen(end, encoding="utf-8", errors="replace") as pipe:
+        texts[place] = pipe.read()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
