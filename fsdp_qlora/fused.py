@@ -242,7 +242,7 @@ class _Fused(torch.autograd.Function):
         h2 = torch.empty_like(rows)
         n = block._norm(added, block.anatomy.mlp_norm, residual=rows, sum_out=h2)
         added, mlp = block.mlp_forward(n, drop)
-        h3 = h2 + added
+        h3 = h2.view(h.shape) + added.view(h.shape)  # no view itself: FSDP2 hangs its hook on it, and warns of views
         level = KEEP.index(block.keep)
         if level < KEEP.index("all"):
             mlp.gate_up = mlp.xa = None
@@ -254,7 +254,7 @@ class _Fused(torch.autograd.Function):
         ctx.block, ctx.rotary, ctx.drop = block, (cos, sin), drop
         ctx.h2 = h2 if level >= KEEP.index("halves") else None
         ctx.attention, ctx.mlp = attention if ctx.h2 is not None else None, mlp
-        return h3.view(h.shape)
+        return h3
 
     @staticmethod
     def backward(ctx: Any, d_h3: Tensor) -> tuple[Tensor | None, ...]:

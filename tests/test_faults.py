@@ -109,7 +109,7 @@ def _damage_models(root: Path) -> None:
     copy("nan", lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 5].fill_(torch.nan))
     vocabulary = json.loads((root / "model/tokenizer.json").read_text())["model"]["vocab"]
     copy("nan_token", lambda t: t["model.embed_tokens.weight"][vocabulary["~"]].fill_(torch.nan))
-    copy("steep", lambda t: t["lm_head.weight"].mul_(20))
+    copy("steep", lambda t: t["lm_head.weight"].mul_(3))
     copy("no_config", lambda t: None).joinpath("config.json").unlink()
     cut = copy("cut", lambda t: None) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
