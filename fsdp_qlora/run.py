@@ -38,8 +38,8 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         folder = Path(config.output.output_dir)
         world.main_only(lambda: prepare_output(folder, config.output.overwrite_output_dir))
         model_name, revision = config.model.model_name, config.model.revision
-        precision, attention = world.together(lambda: choose_compute(config, world))
         hf_config = world.first_on_node(lambda: read_config(model_name, revision))
+        precision, attention = world.together(lambda: choose_compute(config, hf_config, world))
         placement = world.together(lambda: choose_placement(config.memory, world))
         tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
         batches = make_batches(config, rows, world)
@@ -63,11 +63,11 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
 
 
-def choose_compute(config: Config, world: World) -> tuple[Precision, Attention]:
+def choose_compute(config: Config, hf_config: PretrainedConfig, world: World) -> tuple[Precision, Attention]:
     """What this rank's device computes in and with; also limits how much of its memory may be taken."""
     cap_gpu_memory(config.memory.gpu_memory_gib, world)
     precision = precision_of(config.model.precision, world.device)
-    return precision, choose_attention(config.model.attention, precision, world.device)
+    return precision, choose_attention(config.model.attention, hf_config, precision, world.device)
 
 
 def cap_gpu_memory(gib: float | None, world: World) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from fsdp_qlora.codecs import NF4, Codec, Plain
 from fsdp_qlora.errors import UserError
@@ -61,18 +67,34 @@ class Attention:
     reason: str
 
 
-def choose_attention(wanted: str, precision: Precision, device: torch.device) -> Attention:
-    """`auto` is FlashAttention-2 where flash-attn is installed and the card and dtype allow it."""
+def choose_attention(wanted: str, config: PretrainedConfig, precision: Precision, device: torch.device) -> Attention:
+    """`auto` is FlashAttention-2 where flash-attn is installed and card and dtype allow it, else sdpa where it can."""
     able = device.type == "cuda" and precision.compute is not torch.float32
     installed = importlib.util.find_spec("flash_attn") is not None
+    sdpa_can = _runs_on_sdpa(config)
     if wanted == "auto":
         if able and installed and torch.cuda.get_device_capability(device) >= (8, 0):
             return Attention("flash_attention_2", "flash-attn is installed")
+        if not sdpa_can:
+            return Attention(
+                "eager", f"sdpa cannot do what {config.model_type} does, flash-attn can; memory is quadratic"
+            )
         return Attention("sdpa", "flash-attn is not installed" if able else "flash-attn is for 16-bit compute on a GPU")
     if wanted == "flash_attention_2" and not (able and installed):
         why = "is not installed (pip install flash-attn)" if able else "needs a GPU and 16-bit compute"
         raise UserError(f"attention: flash_attention_2 {why}; use --attention auto or sdpa")
+    if wanted == "sdpa" and not sdpa_can:
+        raise UserError(
+            f"attention: sdpa cannot do what {config.model_type} does (a softcap); use --attention auto or eager"
+        )
     return Attention(wanted, "as asked")
+
+
+def _runs_on_sdpa(config: PretrainedConfig) -> bool:
+    """Whether the model's class says so; Gemma 2 caps its attention scores, which PyTorch's attention cannot."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return True  # `build` says what is wrong with it
+    return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", True))
 
 
 def linear_codec(

@@ -62,7 +62,7 @@ def built(options: Options) -> Iterator[Built]:
     with open_world(config.launch, config.training.seed) as world:
         precision = precision_of(config.model.precision, world.device)
         hf_config = read_config(config.model.model_name, None)
-        attention = choose_attention(config.model.attention, precision, world.device)
+        attention = choose_attention(config.model.attention, hf_config, precision, world.device)
         weights = open_weights(config, precision.stream)
         placement = choose_placement(config.memory, world)
         remat = rematerialisation(config.memory)

@@ -53,9 +53,11 @@ class Outcome:
     norms: list[float] = field(default_factory=list)
 
 
-def load_base(folder: Path, recipe: Recipe, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_base(
+    folder: Path, recipe: Recipe, dtype: torch.dtype = torch.float32, attention: str | None = None
+) -> PreTrainedModel:
     """The Hugging Face model of a folder, its decoder linears as bitsandbytes' NF4 has them, everything in `dtype`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     if recipe.quantized:
         for name, linear in load_quantized(folder, recipe).named_modules():
             if isinstance(linear, bnb.nn.Linear4bit):

@@ -1,0 +1,93 @@
+"""Decoder-only families of Hugging Face: our loss and adapter gradients equal those of the same model under PEFT."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+from fsdp_qlora.errors import UserError
+from tests import plain, tiny
+from tests.built import built
+
+SLIDING = {"sliding_window": 16}  # shorter than the rows, so that a mask too many or too few is seen
+KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
+# name -> what its config says beyond tiny.SHAPE
+FAMILIES: dict[str, dict] = {
+    "Llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    "Mistral": SLIDING,
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 24},
+    "Gemma": {"head_dim": 24, "tie_word_embeddings": True},
+    "Gemma2": SLIDING | KINDS | {"head_dim": 24, "tie_word_embeddings": True, "query_pre_attn_scalar": 24,
+                                 "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "Gemma3Text": SLIDING | KINDS | {"head_dim": 24, "tie_word_embeddings": True, "query_pre_attn_scalar": 24},
+    "Phi3": SLIDING,
+    "Phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "Granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    "Cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
+}  # fmt: skip
+
+EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
+REFUSED: dict[str, tuple[dict, str]] = {
+    "Mixtral": (EXPERTS | {"num_local_experts": 4}, r"mlp\..*mixture of experts"),
+    "Qwen3Moe": (EXPERTS | {"num_experts": 4, "head_dim": 16}, r"mlp\..*mixture of experts"),
+    "GPT2": ({"n_layer": 2, "n_embd": 64, "n_head": 4}, r"Conv1D"),
+}
+
+
+def config_of(family: str, more: dict) -> PretrainedConfig:
+    return getattr(transformers, f"{family}Config")(**tiny.SHAPE | more)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory) -> Path:
+    return tiny.save_model(config_of(request.param, FAMILIES[request.param]), tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("train_type", ["lora", "qlora"])
+def test_loss_and_gradients_are_those_of_hugging_face_and_peft(family, train_type):
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 259, (length,), generator=draw).tolist() for length in (40, 23)]
+    count = 37 + 20  # a label everywhere but on the first three tokens of a row
+    recipe = plain.Recipe(quantized=train_type == "qlora")
+    theirs = plain.with_adapters(plain.load_base(family, recipe, attention="eager"), recipe)
+    values = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, p in values.items():
+        if "lora_B" in name:  # zero at the start, where A has no gradient
+            torch.nn.init.normal_(p, std=0.1, generator=draw)
+    wanted = sum(plain.summed_loss(theirs, ids, [-100] * 3 + ids[3:]) for ids in rows) / count
+    wanted.backward()
+
+    options = {"model_name": family, "train_type": train_type, "precision": "fp32", "lora_rank": 8, "dataset": "dummy"}
+    with built(options) as ours:
+        assert {peft_name(name) for group in ours.adapters.groups for name in group.names} == values.keys()
+        ours.adapters.load({name: values[peft_name(name)].detach() for g in ours.adapters.groups for name in g.names})
+        ids = torch.zeros(2, 40, dtype=torch.int64)
+        labels = torch.full_like(ids, -100)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            labels[i, 3 : len(row)] = torch.tensor(row[3:])
+        loss = ours.loss(ids, labels, count)
+        gradients = ours.backward(loss)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for name, gradient in gradients.items():
+        truth = values[peft_name(name)].grad
+        assert (gradient - truth).abs().max() < 1e-4 * truth.abs().max(), name
+
+
+def peft_name(name: str) -> str:
+    return f"base_model.model.{name}.default.weight"
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_what_is_not_layers_of_plain_linears_is_refused_by_name(refused, tmp_path):
+    more, named = REFUSED[refused]
+    folder = tiny.save_model(config_of(refused, more), tmp_path)
+    with pytest.raises(UserError, match=named) as error, built({"model_name": folder, "dataset": "dummy"}):
+        pass
+    assert str(error.value).startswith("model_name: ")
+    assert "\n" not in str(error.value)
