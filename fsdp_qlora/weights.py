@@ -72,7 +72,10 @@ class Checkpoint:
     def read(self, wanted: Mapping[str, Shape], device: torch.device = torch.device("cpu")) -> dict[str, Tensor]:
         def one(name: str) -> Tensor:
             with _open(self._file_of[name]) as tensors:
-                return tensors.get_tensor(name).clone()  # the clone is the read: until then it is a mapping of the file
+                try:
+                    return tensors.get_tensor(name).clone()  # the clone is the read: until then it is a mapped file
+                except (SafetensorError, OSError) as error:
+                    raise UserError(f"model_name: {name} of {self._file_of[name]} cannot be read ({error})") from error
 
         with ThreadPoolExecutor(self.workers) as pool:
             return dict(zip(wanted, pool.map(one, wanted), strict=True))
@@ -124,7 +127,12 @@ def fetch(model_name: str, revision: str | None) -> Path:
 def _files(folder: Path) -> list[Path]:
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise UserError(
+                f"model_name: {index} is damaged ({type(error).__name__}: {error}); download it again"
+            ) from error
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise UserError(

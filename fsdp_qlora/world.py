@@ -145,6 +145,12 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
     except BaseException as error:
         # Peers may be gone or may be waiting for us in a collective that will never come: abort, do not negotiate.
         _within(TEARDOWN_SECONDS, _abort_group)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TrainingStopped(
+                f"rank {world.rank}: GPU memory ran out while the model was made or loaded "
+                f"({str(error).splitlines()[0]}); use --use_cpu_offload true, more GPUs or a lower lora_rank, and see "
+                "with `nvidia-smi` what else is on the card"
+            ) from error
         if world.size > 1 and peer_is_gone(error):
             raise TrainingStopped(
                 f"rank {world.rank} stopped because another rank ended while this one was waiting for it: the cause "

@@ -22,9 +22,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.config import LaunchOptions
+from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.hub import go_offline_if_unreachable
 from fsdp_qlora.precision import precision_of
+from fsdp_qlora.world import open_world
 from tests.tiny import SHAPE, save_model
 from tests.torchrun import ROOT, finish, run_torchrun, start_torchrun
 
@@ -111,6 +113,8 @@ def _damage_models(root: Path) -> None:
     copy("nan_token", lambda t: t["model.embed_tokens.weight"][vocabulary["~"]].fill_(torch.nan))
     copy("steep", lambda t: t["lm_head.weight"].mul_(3))
     copy("no_config", lambda t: None).joinpath("config.json").unlink()
+    index = copy("odd_index", lambda t: None) / "model.safetensors.index.json"
+    index.write_text('{"weight_map": ')
     cut = copy("cut", lambda t: None) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
     method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -179,6 +183,7 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
         ],
     ),
     "shard gone": ({"model_name": "{root}/shard_gone"}, ["lacks model-00002-", "index.json", "download the rest"]),
+    "damaged index": ({"model_name": "{root}/odd_index"}, ["index.json is damaged", "download it again"]),
     "file cut short": ({"model_name": "{root}/cut"}, ["cut/model.safetensors cannot be read", "download it again"]),
     "no config.json": ({"model_name": "{root}/no_config"}, ["no_config has no readable config.json"]),
     "disk full at once": ({}, ["output_dir", "File too large", "free some space"]),
@@ -347,6 +352,16 @@ def test_bfloat16_is_refused_by_name_on_a_card_without_it(monkeypatch):
     assert precision_of("bf16", card).compute is torch.bfloat16
 
 
+def test_gpu_memory_that_runs_out_before_the_first_step_is_told_in_a_line():
+    with (
+        pytest.raises(
+            TrainingStopped, match=r"^rank 0: GPU memory ran out .*\(CUDA out of memory.*--use_cpu_offload true"
+        ),
+        open_world(LaunchOptions(), seed=1),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+
 def test_an_unreachable_hub_is_noticed_once_and_only_then():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))  # nobody listens there
@@ -379,8 +394,8 @@ def test_a_model_that_is_nowhere_is_told_in_one_line_and_in_seconds(tmp_path):
     hub = {"HF_HUB_OFFLINE": None, "HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port: nobody listens
     arguments = ["--model_name", "nobody/nothing", "--dataset", "dummy", "--output_dir", str(tmp_path / "out")]
     start = time.monotonic()
-    done = run_torchrun(ROOT / "train.py", args=arguments, env=hub)
-    assert time.monotonic() - start < 30  # nearly all of it is importing; with the client's retries it is a minute
+    done = run_torchrun(ROOT / "train.py", nproc=1, args=arguments, env=hub)
+    assert time.monotonic() - start < 60  # nearly all of it is importing; the client's retries alone are a minute
     assert done.returncode != 0
     lines = _own_lines(done.stderr)
     assert len(lines) == 1, done.stderr
@@ -444,7 +459,7 @@ def test_a_killed_rank_ends_the_others_with_a_message_and_what_was_learnt_is_sav
     assert "rank 0 stopped because another rank ended" in done.stderr
     step = run.saved_step(done.stdout + done.stderr)
     assert run.steps() - 1 <= step <= run.steps()
-    assert "Traceback" not in "\n".join(_own_lines(done.stderr))
+    assert 'train.py", line' not in done.stderr, "a traceback of ours"
     _opens_in_peft(material, run.folder)
 
 
