@@ -36,7 +36,7 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking, backend: str
 ) -> tuple[torch.Tensor, Any]:
     """(out [B, S, N, D], stats) from q [B, S, N, D], k and v [B, S, K, D], outside autograd."""
-    return _FORWARD[backend](q, k, v, masking)
+    return _FORWARD[_able(backend, q)](q, k, v, masking)
 
 
 def attend_backward(
@@ -50,7 +50,12 @@ def attend_backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(d_q, d_k, d_v), shaped as q, k, v, from what `attend` was given and returned."""
-    return _BACKWARD[backend](d_out, q, k, v, out, stats, masking)
+    return _BACKWARD[_able(backend, q)](d_out, q, k, v, out, stats, masking)
+
+
+def _able(backend: str, q: torch.Tensor) -> str:
+    """A backend is chosen for the longest rows; cuDNN does not take those of one token, of which there may be a few."""
+    return "math" if backend == "cudnn" and q.shape[1] == 1 else backend
 
 
 def possible(device: torch.device, dtype: torch.dtype, sequence: int, head_dim: int, masking: Masking) -> list[str]:
@@ -62,7 +67,7 @@ def possible(device: torch.device, dtype: torch.dtype, sequence: int, head_dim: 
         names.append("flash_attn")
     if fits and masking.softcap is None and head_dim <= 256:
         names.append("flash")
-    if fits and masking.softcap is None and not windowed and head_dim <= 128 and sequence > 1:
+    if fits and masking.softcap is None and not windowed and head_dim <= 128:
         names.append("cudnn")
     return [*names, "math"]
 
@@ -132,9 +137,8 @@ def _math_forward(q, k, v, masking: Masking):
     outs, sums = [], []
     for first in range(0, q.shape[1], _PIECE):
         scores = _scores(queries[:, :, :, first : first + _PIECE], keys, masking, first)
-        lse = scores.logsumexp(-1)
-        outs.append(torch.einsum("bkgst,bktd->bkgsd", torch.exp(scores - lse[..., None]), values))
-        sums.append(lse)
+        outs.append(torch.einsum("bkgst,bktd->bkgsd", scores.softmax(-1), values))
+        sums.append(scores.logsumexp(-1))
     return _ungrouped(torch.cat(outs, 3), q), torch.cat(sums, 3)
 
 
