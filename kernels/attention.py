@@ -1,7 +1,7 @@
-"""Causal attention with its backward in the caller's hands: grouped heads, sliding window, softcap, one of four backends.
+"""Causal attention with its backward in the caller's hands: grouped heads, window, softcap, one of four backends.
 
-    scores = softcap(scale * q k^T),  softcap(s) = c * tanh(s / c)          key j is seen by query i if i - window < j <= i
-    out = softmax(scores) v                                                  stats: log-sum-exp of each row of scores
+    scores = softcap(scale * q k^T),  softcap(s) = c * tanh(s / c)       key j is seen by query i if i - window < j <= i
+    out = softmax(scores) v                                               stats: log-sum-exp of each row of scores
 
 A block that decides for itself what it keeps needs the two passes apart: `attend` returns the output and what backward
 needs beside q, k, v and it; `attend_backward` takes them, kept or computed again. Keys and values are never repeated
@@ -108,7 +108,7 @@ def _time(q, k, v, d_out, masking: Masking, backend: str, repeats: int = 5) -> f
 
 
 def _scores(q, k, masking: Masking, first: int):
-    """(softcapped scores, their mask) of queries q [B, K, G, s, D], the first at position `first`, against k [B, K, S, D]."""
+    """Softcapped and masked scores of queries q [B, K, G, s, D], the first at position `first`, and k [B, K, S, D]."""
     scores = torch.einsum("bkgsd,bktd->bkgst", q, k) * masking.scale
     if masking.softcap is not None:
         scores = torch.tanh(scores / masking.softcap) * masking.softcap
