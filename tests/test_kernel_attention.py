@@ -1,4 +1,4 @@
-"""Attention with its backward apart: every backend against float64, with grouped heads, windows, softcaps, odd sizes."""
+"""Attention with its backward apart: every backend against float64, with groups, windows, softcaps, odd sizes."""
 
 import pytest
 import torch
