@@ -40,7 +40,10 @@ class Codec(Protocol):
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The weight, of `shape` and `dtype`, on the parts' device; written to `out` (contiguous) if that is given."""
+        """The weight, of `shape` and `dtype`, on the parts' device.
+
+        out: where it is written if given, contiguous but that a matrix's rows may lie further apart than they are long.
+        """
         ...
 
 

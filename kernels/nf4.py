@@ -66,16 +66,21 @@ def dequantize_nf4(
 
     codes: uint8, ceil(n / 2) of them, n = product of `shape`. absmax: float32 [ceil(n / 64)], or for double
     quantization the triple (uint8 [ceil(n / 64)], float32 [ceil(blocks / 256)], float32 [1]). All contiguous, on one
-    device; views into a larger buffer are fine. Returns `out` if given (contiguous, of `shape` and `dtype`), else a new
-    tensor. dtype: bfloat16, float16 or float32. Raises ValueError for anything else.
+    device; views into a larger buffer are fine. Returns `out` if given, else a new tensor. out: of `shape` and `dtype`,
+    contiguous, or two-dimensional with rows that lie further apart, as the first I columns of a wider [O, I + R] do.
+    dtype: bfloat16, float16 or float32. Raises ValueError for anything else.
     """
     n = _check(codes, absmax, shape, dtype, out)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=codes.device)
     if on_triton(codes):
-        _launch(codes, absmax, out.view(-1), n)
-    else:
+        _launch(codes, absmax, out, n)
+    elif out.is_contiguous():
         _plain(codes.view(-1), _plain_scales(absmax), out.view(-1), n)
+    else:  # a block of 64 may reach from one row into the next
+        whole = torch.empty(n, dtype=dtype, device=codes.device)
+        _plain(codes.view(-1), _plain_scales(absmax), whole, n)
+        out.copy_(whole.view(shape))
     return out
 
 
@@ -101,8 +106,13 @@ def _check(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...], dtype: t
             raise ValueError(f"NF4 {name} must be on {codes.device} like its codes, got {tensor.device}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"NF4 decodes to bfloat16, float16 or float32, got {dtype}")
-    if out is not None and (out.shape != torch.Size(shape) or out.dtype != dtype or not out.is_contiguous()):
-        raise ValueError(f"out must be contiguous {tuple(shape)} {dtype}, got {tuple(out.shape)} {out.dtype}")
+    if out is not None:
+        apart = out.ndim == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
+        if out.shape != torch.Size(shape) or out.dtype != dtype or not (apart or out.is_contiguous()):
+            raise ValueError(
+                f"out must be {tuple(shape)} {dtype}, contiguous but for a distance between its rows, "
+                f"got {tuple(out.shape)} {out.dtype} with strides {out.stride()}"
+            )
     return n
 
 
@@ -158,8 +168,11 @@ def _dequantize_kernel(
     out_ptr,
     n_bytes,
     n,
+    out_stride,  # from one row of the matrix to the next: in eights if APART is 8, else in numbers
     NESTED: tl.constexpr,
     ROWS: tl.constexpr,  # a row: 4 bytes, 8 numbers
+    APART: tl.constexpr,  # 0: out is contiguous; 8: its rows lie apart, by multiples of 8; 1: by anything
+    I: tl.constexpr,  # numbers in a row of the matrix, if APART
 ):
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS)
@@ -178,9 +191,21 @@ def _dequantize_kernel(
 
     high = tl.load(tables_ptr + (code >> 4)) * scale[:, None]
     low = tl.load(tables_ptr + (code & 15)) * scale[:, None]
-    numbers = tl.reshape(tl.join(high, low), [ROWS * 8])
-    at = first_row * 8 + tl.arange(0, ROWS * 8)
-    tl.store(out_ptr + at, numbers.to(out_ptr.dtype.element_ty), mask=at < n)
+    dtype = out_ptr.dtype.element_ty
+    if APART == 8:  # the 8 numbers of a thread stay together: one store of 16 bytes in bf16
+        numbers = tl.reshape(tl.join(high, low), [ROWS, 8])
+        first = first_row // (I // 8)
+        column = (first_row - first * (I // 8)).to(tl.int32) + tl.arange(0, ROWS)
+        over = column // (I // 8)
+        at = ((first + over) * out_stride + (column - over * (I // 8))) * 8
+        tl.store(out_ptr + at[:, None] + tl.arange(0, 8)[None, :], numbers.to(dtype), mask=live[:, None])
+    else:
+        numbers = tl.reshape(tl.join(high, low), [ROWS * 8])
+        at = first_row * 8 + tl.arange(0, ROWS * 8)
+        inside = at < n
+        if APART == 1:
+            at = at // I * out_stride + at % I
+        tl.store(out_ptr + at, numbers.to(dtype), mask=inside)
 
 
 @functools.cache
@@ -197,6 +222,10 @@ def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> N
     nested = not isinstance(absmax, torch.Tensor)
     scale, nested_absmax, offset = absmax if nested else (absmax, tables, tables)
     n_bytes = codes.numel()
+    apart, stride, width = 0, 0, 1
+    if not out.is_contiguous():
+        stride, width = out.stride(0), out.shape[1]
+        apart = 1 if stride % 8 or width % 8 else 8
     if n_bytes:
         _dequantize_kernel[(-(-n_bytes // (4 * _ROWS)),)](
             codes,
@@ -207,8 +236,11 @@ def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> N
             out,
             n_bytes,
             n,
+            stride // max(apart, 1),
             NESTED=nested,
             ROWS=_ROWS,
+            APART=apart,
+            I=width,
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )

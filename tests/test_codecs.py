@@ -86,6 +86,27 @@ def test_nf4_kernel_is_the_plain_form_bit_for_bit(shape, dtype, double_quant, tr
         assert torch.equal(out.cpu(), truth)
 
 
+# Rows apart by multiples of 8 numbers, of a length that is one or is not; by an odd distance; rows over a tile's end.
+STRIDED = {(257, 128): 16, (7, 136): 8, (9, 130): 6, (3, 333): 1, (5, 2056): 24, (1, 64): 64}
+
+
+@pytest.mark.parametrize("form", ["plain", "triton"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", STRIDED, ids=str)
+def test_a_matrix_may_be_part_of_a_wider_one(shape, dtype, double_quant, form, request):
+    device = "cpu" if form == "plain" else request.getfixturevalue("triton_device")
+    codec = NF4(double_quant)
+    parts = codec.encode(weight_of(shape, torch.float32).to(device))
+    wide = torch.full((shape[0], shape[1] + STRIDED[shape]), 7.0, dtype=dtype, device=device)
+    out = wide[:, : shape[1]]
+    assert codec.decode(parts, shape, dtype, out) is out
+    assert torch.equal(out, codec.decode(parts, shape, dtype))
+    assert (wide[:, shape[1] :] == 7).all(), "wrote beside the matrix"
+    whole = Plain(dtype).decode(Plain(dtype).encode(out), shape, dtype, out=torch.empty_like(wide)[:, : shape[1]])
+    assert torch.equal(whole, out)
+
+
 def plain(parts, double_quant, shape, dtype):
     """The stated meaning, number by number: no chunks, no table of pairs."""
     byte = parts["codes"].int()
@@ -158,3 +179,5 @@ def test_wrong_parts_are_refused_by_name():
         dequantize_nf4(parts["codes"], parts["absmax"].double(), (8, 64), torch.float32)
     with pytest.raises(ValueError, match="out must be"):
         dequantize_nf4(parts["codes"], parts["absmax"], (8, 64), torch.float32, torch.empty(64, 8))
+    with pytest.raises(ValueError, match="out must be"):
+        dequantize_nf4(parts["codes"], parts["absmax"], (8, 64), torch.float32, torch.empty(64, 8).t())

@@ -30,9 +30,9 @@ def compiled(kernel, capability, types, **constants):
     return triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": fused}).asm["ptx"]
 
 
-for out, nested in (("b", True), ("h", False), ("f", True)):
-    types = "u" + ("u" if nested else "f") + "fff" + out + "ii"
-    ptx = compiled(nf4._dequantize_kernel, 90, types, NESTED=nested, ROWS=64)
+for out, nested, apart in (("b", True, 0), ("h", False, 8), ("f", True, 1)):
+    types = "u" + ("u" if nested else "f") + "fff" + out + "iii"
+    ptx = compiled(nf4._dequantize_kernel, 90, types, NESTED=nested, ROWS=64, APART=apart, I=72)
     assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested)
 for softcap, gradient in ((True, True), (False, False)):
     head = {"VOCABULARY": 300, "SOFTCAP": softcap, "GRADIENT": gradient, "TILE": 128}
