@@ -86,10 +86,9 @@ def rms_norm_forward(
 ) -> torch.Tensor:
     """y; with `residual`, of residual + x, which is written to `sum_out` (may be x or residual). All contiguous.
 
-    out: where y goes (may be x), else a new tensor."""
+    out: where y goes (may be x), else a new tensor. Its rows may lie apart, and it may be [T, H] where x is not."""
     assert (residual is None) == (sum_out is None), "residual and sum_out come together"
-    if out is None:
-        out = torch.empty_like(x)
+    out = _out(x, out)
     if on_triton(x):
         _launch_forward(x, weight, eps, shift, residual, sum_out, out)
     else:
@@ -107,16 +106,33 @@ def rms_norm_backward(
     skip: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """d_h, plus `skip` (the gradient reaching h by its other path) if given. All contiguous, of h's shape and dtype.
+    """d_h, plus `skip` (the gradient reaching h by its other path) if given. h and skip contiguous.
 
-    out: where it goes (may be d_y or skip: every row is read before it is written), else a new tensor."""
-    if out is None:
-        out = torch.empty_like(h)
+    d_y: of h's dtype; like out it may have rows that lie apart, and be [T, H] where h is not. out: where the result
+    goes (may be d_y or skip: every row is read before it is written), else a new tensor."""
+    out = _out(h, out)
     if on_triton(h):
         _launch_backward(d_y, h, weight, eps, shift, skip, out)
     else:
         _plain_backward(d_y, h, weight, eps, shift, skip, out)
     return out
+
+
+def _out(like: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        return torch.empty_like(like)
+    if out.dtype != like.dtype or out.shape[-1] != like.shape[-1] or out.numel() != like.numel() or out.stride(-1) != 1:
+        raise ValueError(
+            f"out must be {like.dtype} {tuple(like.shape)} with stride 1 along its last axis, "
+            f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
+        )
+    return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[T, H], a view."""
+    assert x.stride(-1) == 1, f"rows with strides {x.stride()}"
+    return x.view(-1, x.shape[-1])
 
 
 # ---- meaning, and the path on a CPU
@@ -127,16 +143,16 @@ def _plain_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
         x = torch.add(residual, x, out=sum_out)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    out.copy_(normed.mul_(weight.to(wide.dtype) + shift))
+    out.copy_(normed.mul_(weight.to(wide.dtype) + shift).view(out.shape))
 
 
 def _plain_backward(d_y, h, weight, eps, shift, skip, out) -> None:
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     n = wide * r
-    g = d_y.to(wide.dtype) * (weight.to(wide.dtype) + shift)
+    g = d_y.to(wide.dtype).view(wide.shape) * (weight.to(wide.dtype) + shift)
     d_h = (g - n * (g * n).mean(-1, keepdim=True)).mul_(r)
-    out.copy_(d_h if skip is None else d_h.add_(skip))
+    out.copy_((d_h if skip is None else d_h.add_(skip)).view(out.shape))
 
 
 # ---- Triton: a program holds ROWS whole rows
@@ -144,7 +160,7 @@ def _plain_backward(d_y, h, weight, eps, shift, skip, out) -> None:
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, residual_ptr, sum_ptr, weight_ptr, out_ptr, n_rows, eps, shift,
+    x_ptr, residual_ptr, sum_ptr, weight_ptr, out_ptr, n_rows, out_stride, eps, shift,
     H: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -160,12 +176,12 @@ def _forward_kernel(
     weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32) + shift
     r = tl.rsqrt(tl.sum(x * x, axis=1) / H + eps)
     y = x * r[:, None] * weight[None, :]
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out_ptr + row[:, None] * out_stride + column[None, :], y.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _backward_kernel(
-    d_y_ptr, h_ptr, weight_ptr, skip_ptr, out_ptr, n_rows, eps, shift,
+    d_y_ptr, h_ptr, weight_ptr, skip_ptr, out_ptr, n_rows, d_y_stride, out_stride, eps, shift,
     H: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -174,13 +190,14 @@ def _backward_kernel(
     live = (row < n_rows)[:, None] & (column < H)[None, :]
     h = tl.load(h_ptr + at, mask=live, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32) + shift
-    g = tl.load(d_y_ptr + at, mask=live, other=0.0).to(tl.float32) * weight[None, :]
+    d_y = tl.load(d_y_ptr + row[:, None] * d_y_stride + column[None, :], mask=live, other=0.0)
+    g = d_y.to(tl.float32) * weight[None, :]
     r = tl.rsqrt(tl.sum(h * h, axis=1) / H + eps)[:, None]
     n = h * r
     d_h = r * (g - n * (tl.sum(g * n, axis=1) / H)[:, None])
     if SKIP:
         d_h += tl.load(skip_ptr + at, mask=live, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, d_h.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out_ptr + row[:, None] * out_stride + column[None, :], d_h.to(out_ptr.dtype.element_ty), mask=live)
 
 
 _TILE = 2048  # numbers a program holds at least
@@ -200,8 +217,8 @@ def _launch_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
     if n_rows:
         given = residual is not None
         _forward_kernel[grid](
-            x, residual if given else x, sum_out if given else x, weight, out, n_rows, eps, shift,
-            RESIDUAL=given, **tiling,
+            x, residual if given else x, sum_out if given else x, weight, out, n_rows, _rows(out).stride(0),
+            eps, shift, RESIDUAL=given, **tiling,
         )  # fmt: skip
 
 
@@ -209,5 +226,6 @@ def _launch_backward(d_y, h, weight, eps, shift, skip, out) -> None:
     grid, n_rows, tiling = _grid(h)
     if n_rows:
         _backward_kernel[grid](
-            d_y, h, weight, h if skip is None else skip, out, n_rows, eps, shift, SKIP=skip is not None, **tiling
-        )
+            d_y, h, weight, h if skip is None else skip, out, n_rows, _rows(d_y).stride(0), _rows(out).stride(0),
+            eps, shift, SKIP=skip is not None, **tiling,
+        )  # fmt: skip

@@ -75,6 +75,10 @@ def test_halves_of_one_product_in_place(form, activation, request):
     close(fused, torch.cat([d_gate, d_up], dim=1))
     close(again, h)
 
+    wide = torch.full((63, 108), 7.0, device=device)
+    close(glu_forward(gate, up, activation, out=wide[:, :100]), h)
+    assert (wide[:, 100:] == 7).all(), "wrote beside the rows"
+
     assert glu_forward(gate, up, activation, out=gate) is gate
     close(gate, h)
 

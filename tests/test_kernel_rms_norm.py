@@ -83,6 +83,27 @@ def test_outputs_may_take_their_inputs_place(form, request):
         assert torch.equal(out, d_truth)
 
 
+@pytest.mark.parametrize("n_rows", [1, 63])
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_rows_may_lie_apart(form, n_rows, request):
+    device = "cpu" if form == "plain" else request.getfixturevalue("triton_device")
+    x, _, d_y, d_h, weight = inputs((n_rows, 3, 100), torch.float32, device)
+    wide = torch.full((3 * n_rows, 116), 7.0, device=device)
+    out = wide[:, :100]
+    assert rms_norm_forward(x, weight, EPS, out=out) is out
+    assert torch.equal(out.view(x.shape), rms_norm_forward(x, weight, EPS))
+    rms_norm_forward(x, weight, EPS, residual=d_h, sum_out=torch.empty_like(x), out=out)
+    assert torch.equal(out.view(x.shape), rms_norm_forward(d_h + x, weight, EPS))
+
+    d_truth = rms_norm_backward(d_y, x, weight, EPS, skip=d_h)
+    assert rms_norm_backward(d_y, x, weight, EPS, skip=d_h, out=out) is out
+    assert torch.equal(out.view(x.shape), d_truth)
+    out.copy_(d_y.view(out.shape))
+    rms_norm_backward(out, x, weight, EPS, skip=d_h, out=out)
+    assert torch.equal(out.view(x.shape), d_truth)
+    assert (wide[:, 100:] == 7).all(), "wrote beside the rows"
+
+
 def test_a_training_weight_and_a_wrong_shape_are_refused():
     x = torch.randn(3, 8)
     with pytest.raises(ValueError, match="frozen"):
@@ -91,3 +112,5 @@ def test_a_training_weight_and_a_wrong_shape_are_refused():
         rms_norm(x, torch.ones(9), EPS)
     with pytest.raises(ValueError, match="residual must be"):
         add_rms_norm(x, torch.ones(3, 8, dtype=torch.bfloat16), torch.ones(8), EPS)
+    with pytest.raises(ValueError, match="out must be"):
+        rms_norm_forward(x, torch.ones(8), EPS, out=torch.empty(8, 3).t())
