@@ -104,10 +104,10 @@ class FrozenBytes(nn.Module):
             self._viewed = (flat, self.layout.views(buffer))
         return self._viewed[1][name]
 
-    def decode(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor `name` in `dtype`, decoded on the device where the bytes are."""
+    def decode(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The tensor `name` in `dtype`, decoded on the device where the bytes are, into `out` if that is given."""
         entry = self.layout.entries[name]
-        return entry.codec.decode(self.parts(name), entry.shape, dtype)
+        return entry.codec.decode(self.parts(name), entry.shape, dtype, out)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -134,8 +134,8 @@ class FrozenTensor:
     def shape(self) -> tuple[int, ...]:
         return self.home.layout.entries[self.name].shape
 
-    def decode(self, dtype: torch.dtype) -> Tensor:
-        return self.home.decode(self.name, dtype)
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        return self.home.decode(self.name, dtype, out)
 
 
 def checksum(buffer: Tensor) -> int:

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.block import FrozenLinear
-from fsdp_qlora.codecs import Plain
-from fsdp_qlora.frozen import FrozenTensor
 from fsdp_qlora.kernels.attention import attend, attend_backward
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import (
@@ -28,7 +26,14 @@ from fsdp_qlora.kernels.lora import (
     gradients_of_a,
     gradients_of_b,
     project,
-    project_backward,
+)
+from fsdp_qlora.kernels.lora_wide import (
+    adapt_,
+    extra,
+    gradient_of_input_wide,
+    gradients_of_a_wide,
+    gradients_of_b_wide,
+    project_wide,
 )
 from fsdp_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from fsdp_qlora.kernels.rope import rope_
@@ -42,20 +47,17 @@ KEEP = ("input", "halves", "attention", "qkv", "all")
 class Scratch:
     """One buffer for decoded weights, shared by all blocks: on one stream each is used up before the next is written."""
 
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._buffer = torch.empty(0, dtype=dtype, device=device)
 
-    def decode(self, weight: FrozenTensor, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I] in `dtype`, good until the next call."""
-        home, entry = weight.home, weight.home.layout.entries[weight.name]
-        parts = home.parts(weight.name)
-        if isinstance(entry.codec, Plain):
-            return entry.codec.decode(parts, entry.shape, dtype)
-        numel = torch.Size(entry.shape).numel()
-        if self._buffer is None or self._buffer.numel() < numel or self._buffer.dtype != dtype:
-            self._buffer = None  # freed first: the two never live side by side
-            self._buffer = torch.empty(numel, dtype=dtype, device=next(iter(parts.values())).device)
-        return entry.codec.decode(parts, entry.shape, dtype, out=self._buffer[:numel].view(entry.shape))
+    def room(self, rows: int, columns: int) -> Tensor:
+        """Contiguous [rows, columns], good until the next call."""
+        numel = rows * columns
+        if self._buffer.numel() < numel:
+            dtype, device = self._buffer.dtype, self._buffer.device
+            self._buffer = torch.empty(0, dtype=dtype, device=device)  # freed first: the two never live side by side
+            self._buffer = torch.empty(numel, dtype=dtype, device=device)
+        return self._buffer[:numel].view(rows, columns)
 
 
 @dataclass
@@ -63,7 +65,7 @@ class AttentionState:
     """What the attention half holds between its passes. None: to be computed again."""
 
     qkv: list[Tensor] | None = None  # as projected where the heads are normalised, else rotated already
-    xa: Tensor | None = None
+    xs: Tensor | None = None  # see kernels/lora_wide.py
     out: Tensor | None = None  # [B, S, N, D]
     stats: Any = None
     oa: Tensor | None = None
@@ -72,10 +74,12 @@ class AttentionState:
 
 @dataclass
 class MLPState:
-    gate_up: list[Tensor] | None = None
-    xa: Tensor | None = None
-    ha: Tensor | None = None
-    projected: Tensor | None = None
+    """What the MLP half holds between its passes. None: to be computed again."""
+
+    gate_up: Tensor | None = None  # [T, 2 I + R]: gate, up, and in backward the gradient of x A^T
+    xs: Tensor | None = None
+    hs: Tensor | None = None
+    projected: Tensor | None = None  # down's output, where a norm follows it
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class FusedBlock:
     ) -> tuple[Tensor, AttentionState]:
         """(what is added to h [T, H], everything backward can use)."""
         state = AttentionState()
-        self._project_qkv(state, self._norm(h, self.anatomy.attention_norm), drop)
+        self._project_qkv(state, self._normed(h, self.anatomy.attention_norm, self.anatomy.qkv), drop)
         q, k, v = self._heads(state, shape, rotary, rotate=True)
         state.out, state.stats = attend(q, k, v, self.anatomy.masking, self.backend)
         (added,), state.oa = project(
@@ -118,10 +122,11 @@ class FusedBlock:
     ) -> tuple[Tensor, Gradients]:
         """(d_h [T, H], gradients of qkv's and o's adapters) from d_h2, the whole gradient reaching h2."""
         anatomy, (p, seed) = self.anatomy, drop
-        y = self._norm(h, anatomy.attention_norm)
+        features = h.shape[1]
+        y_wide = self._normed(h, anatomy.attention_norm, anatomy.qkv)
         rotated = state.qkv is not None
         if state.qkv is None:
-            self._project_qkv(state, y, drop)
+            self._project_qkv(state, y_wide, drop)
         q, k, v = self._heads(state, shape, rotary, rotate=not rotated)
         if state.out is None or state.stats is None:
             state.out, state.stats = attend(q, k, v, anatomy.masking, self.backend)
@@ -140,17 +145,34 @@ class FusedBlock:
             raw_q, raw_k, _ = self._split(state.qkv, shape)
             d_q = self._norm_backward(d_q.contiguous(), raw_q, anatomy.q_norm)
             d_k = self._norm_backward(d_k.contiguous(), raw_k, anatomy.k_norm)
-        d_outs = [self._rows(d) for d in (d_q, d_k, d_v)]
-        if len(anatomy.qkv) == 1:
-            d_outs = [torch.cat(d_outs, dim=1)]
-        d_y, gradients = project_backward(
-            d_outs, y, state.xa, [self._projection(m) for m in anatomy.qkv], p=p, seed=seed
-        )
+        qkv = self._projections(anatomy.qkv)
+        d_outs, d_last = self._beside([self._rows(d) for d in (d_q, d_k, d_v)], qkv)
+        del d_q, d_k, d_v
+        assert state.xs is not None
+        d_xa = d_last[:, d_outs[-1].shape[1] :]
+        d_bs = gradients_of_b_wide(d_outs, state.xs, d_xa, qkv)
+        d_as = gradients_of_a_wide(d_xa, y_wide[:, :features], qkv, p=p, seed=seed)
+        del y_wide
+        d_y = gradient_of_input_wide(d_outs, d_last, qkv, features, self.scratch.room, p=p, seed=seed)
         d_h = self._norm_backward(d_y, h, anatomy.attention_norm, skip=d_h2)
-        return d_h, gradients + list(zip(d_a, d_b, strict=True))
+        return d_h, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
 
-    def _project_qkv(self, state: AttentionState, y: Tensor, drop: Any) -> None:
-        state.qkv, state.xa = project(y, [self._projection(m) for m in self.anatomy.qkv], p=drop[0], seed=drop[1])
+    def _project_qkv(self, state: AttentionState, y_wide: Tensor, drop: Any) -> None:
+        qkv = self._projections(self.anatomy.qkv)
+        features = y_wide.shape[1] - extra(qkv)
+        state.xs = adapt_(y_wide, features, qkv, p=drop[0], seed=drop[1])
+        state.qkv = [y_wide.new_empty(y_wide.shape[0], linear.out_features) for linear in self.anatomy.qkv]
+        project_wide(y_wide, features, qkv, state.qkv, self.scratch.room)
+
+    def _beside(self, d_outs: list[Tensor], projections: list[Projection]) -> tuple[list[Tensor], Tensor]:
+        """(the gradients of the projections' outputs, the last of them in a copy with room beside it for d_xa)."""
+        rows, room = d_outs[0].shape[0], extra(projections)
+        last = d_outs if len(projections) == 1 else d_outs[-1:]  # stacked projections: q, k and v are one output
+        width = sum(d.shape[1] for d in last)
+        wide = d_outs[0].new_empty(rows, width + room)
+        torch.cat(last, dim=1, out=wide[:, :width]) if len(last) > 1 else wide[:, :width].copy_(last[0])
+        kept = [] if len(projections) == 1 else d_outs[:-1]
+        return [*kept, wide[:, :width]], wide
 
     def _heads(
         self, state: AttentionState, shape: tuple[int, int], rotary: Any, rotate: bool
@@ -173,43 +195,71 @@ class FusedBlock:
 
     # ---- the MLP half
 
-    def mlp_forward(self, n: Tensor, drop: Any) -> tuple[Tensor, MLPState]:
-        """(what is added to h2 [T, H], everything backward can use) from n, h2 normalised."""
-        state = MLPState()
-        p, seed = drop
-        state.gate_up, state.xa = project(n, [self._projection(m) for m in self.anatomy.gate_up], p=p, seed=seed + 2)
-        inner = glu_forward(*self._gate_and_up(state), self.anatomy.activation)
-        (added,), state.ha = project(inner, [self._projection(self.anatomy.down)], p=p, seed=seed + 3)
+    def mlp_forward(self, n_wide: Tensor, h2: Tensor, h3: Tensor, drop: Any) -> MLPState:
+        """Writes h3 [T, H], from n, h2 normalised with room beside it; returns everything backward can use."""
+        state, (p, seed) = MLPState(), drop
+        self._project_gate_up(state, n_wide, drop)
+        down = self._projections((self.anatomy.down,))
+        inner, beside = self.anatomy.down.in_features, extra(down)
+        middle = n_wide.new_empty(n_wide.shape[0], inner + beside)
+        glu_forward(*self._gate_and_up(state), self.anatomy.activation, out=middle[:, :inner])
+        state.hs = _own(adapt_(middle, inner, down, p=p, seed=seed + 3))
         if self.anatomy.mlp_out_norm is not None:
-            state.projected = added
-            added = self._norm(added, self.anatomy.mlp_out_norm)
-        return added, state
+            state.projected = torch.empty_like(h2)
+            project_wide(middle, inner, down, [state.projected], self.scratch.room)
+            self._norm(state.projected, self.anatomy.mlp_out_norm, out=h3).add_(h2)
+        elif down[0].bias is not None:
+            project_wide(middle, inner, down, [h3], self.scratch.room)
+            h3.add_(h2)
+        else:
+            project_wide(middle, inner, down, [h3], self.scratch.room, plus=h2)
+        return state
 
     def mlp_backward(self, d_h3: Tensor, h2: Tensor, state: MLPState, drop: Any) -> tuple[Tensor, Gradients]:
         """(d_h2 [T, H], gradients of gate's, up's and down's adapters)."""
-        anatomy, (p, seed) = self.anatomy, drop
-        n = self._norm(h2, anatomy.mlp_norm)
-        inner = [self._projection(m) for m in anatomy.gate_up]
-        down = [self._projection(anatomy.down)]
+        anatomy, (p, seed), room = self.anatomy, drop, self.scratch.room
+        features, inner = h2.shape[1], anatomy.down.in_features
+        n_wide = self._normed(h2, anatomy.mlp_norm, anatomy.gate_up)
         if state.gate_up is None:
-            state.gate_up, state.xa = project(n, inner, p=p, seed=seed + 2)
+            self._project_gate_up(state, n_wide, drop)
+        assert state.gate_up is not None
+        assert state.xs is not None
+        assert state.hs is not None
         d_added = d_h3
         if anatomy.mlp_out_norm is not None:
             d_added = self._norm_backward(d_h3, state.projected, anatomy.mlp_out_norm)
-        d_ha, d_b = gradients_of_b([d_added], state.ha, down)
-        middle = gradient_of_input([d_added], d_ha, down, p=p, seed=seed + 3)
+        down = self._projections((anatomy.down,))
+        d_outs, d_wide = self._beside([d_added], down)
+        d_ha = d_wide[:, features:]
+        d_b = gradients_of_b_wide(d_outs, state.hs, d_ha, down)
+        middle = gradient_of_input_wide(d_outs, d_wide, down, inner, room, p=p, seed=seed + 3)
         glu_backward_(middle, *self._gate_and_up(state), anatomy.activation)  # now the MLP's inner activations again
-        d_a = gradients_of_a(d_ha, middle, down, p=p, seed=seed + 3)
-        del middle
-        d_outs = state.gate_up  # gate and up have become their gradients
-        d_n, gradients = project_backward(d_outs, n, state.xa, inner, p=p, seed=seed + 2)
+        d_a = gradients_of_a_wide(d_ha, middle, down, p=p, seed=seed + 3)
+        del middle, d_outs, d_wide, d_ha
+        gate_up = self._projections(anatomy.gate_up)  # and gate and up have become their gradients
+        d_xa = state.gate_up[:, 2 * inner :]
+        d_outs = [*self._gate_and_up(state)] if len(gate_up) == 2 else [state.gate_up[:, : 2 * inner]]
+        d_bs = gradients_of_b_wide(d_outs, state.xs, d_xa, gate_up)
+        d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
+        del n_wide
+        d_last = state.gate_up[:, (len(gate_up) - 1) * inner :]
+        d_n = gradient_of_input_wide(d_outs, d_last, gate_up, features, room, p=p, seed=seed + 2)
         d_h2 = self._norm_backward(d_n, h2, anatomy.mlp_norm, skip=d_h3)
-        return d_h2, gradients + list(zip(d_a, d_b, strict=True))
+        return d_h2, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
+
+    def _project_gate_up(self, state: MLPState, n_wide: Tensor, drop: Any) -> None:
+        gate_up = self._projections(self.anatomy.gate_up)
+        beside, inner = extra(gate_up), self.anatomy.down.in_features
+        features = n_wide.shape[1] - beside
+        state.xs = adapt_(n_wide, features, gate_up, p=drop[0], seed=drop[1] + 2)
+        state.gate_up = n_wide.new_empty(n_wide.shape[0], 2 * inner + beside)
+        outs = [*self._gate_and_up(state)] if len(gate_up) == 2 else [state.gate_up[:, : 2 * inner]]
+        project_wide(n_wide, features, gate_up, outs, self.scratch.room)
 
     def _gate_and_up(self, state: MLPState) -> tuple[Tensor, Tensor]:
         assert state.gate_up is not None
-        gate, up = state.gate_up if len(state.gate_up) == 2 else state.gate_up[0].chunk(2, dim=1)
-        return gate, up
+        inner = self.anatomy.down.in_features
+        return state.gate_up[:, :inner], state.gate_up[:, inner : 2 * inner]
 
     # ---- pieces
 
@@ -218,7 +268,21 @@ class FusedBlock:
         if linear.lora_A is not None and linear.lora_B is not None:
             adapters = (Adapter(linear.lora_A.detach(), linear.lora_B.detach(), linear.scale),)
         bias = None if linear.bias is None else linear.bias.decode(self.dtype)
-        return Projection(lambda: self.scratch.decode(linear.weight, self.dtype), bias, adapters)
+
+        def weight(out: Tensor | None = None) -> Tensor:
+            return linear.weight.decode(self.dtype, self.scratch.room(*linear.weight.shape) if out is None else out)
+
+        return Projection(weight, bias, adapters)
+
+    def _projections(self, linears: tuple[FrozenLinear, ...]) -> list[Projection]:
+        return [self._projection(linear) for linear in linears]
+
+    def _normed(self, x: Tensor, norm: Norm, consumers: tuple[FrozenLinear, ...], **options: Any) -> Tensor:
+        """[T, H + R]: x normalised, and room beside it for the adapters of the linears that read it."""
+        rows, features = x.shape
+        wide = x.new_empty(rows, features + extra(self._projections(consumers)))
+        self._norm(x, norm, out=wide[:, :features], **options)
+        return wide
 
     def _norm(self, x: Tensor, norm: Norm, **options: Any) -> Tensor:
         return rms_norm_forward(x, norm.weight.decode(self.dtype), norm.eps, norm.shift, **options)
@@ -232,6 +296,11 @@ class FusedBlock:
         return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
+def _own(xs: Tensor | None) -> Tensor | None:
+    """A copy of a few columns, so that what they lie beside can go."""
+    return None if xs is None else xs.clone()
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -240,14 +309,15 @@ class _Fused(torch.autograd.Function):
         shape, rows = h.shape[:2], h.reshape(-1, h.shape[-1])
         added, attention = block.attention_forward(rows, shape, (cos, sin), drop)
         h2 = torch.empty_like(rows)
-        n = block._norm(added, block.anatomy.mlp_norm, residual=rows, sum_out=h2)
-        added, mlp = block.mlp_forward(n, drop)
-        h3 = h2.view(h.shape) + added.view(h.shape)  # no view itself: FSDP2 hangs its hook on it, and warns of views
+        n_wide = block._normed(added, block.anatomy.mlp_norm, block.anatomy.gate_up, residual=rows, sum_out=h2)
+        del added
+        h3 = torch.empty_like(h)  # no view itself: FSDP2 hangs its hook on it, and warns of views
+        mlp = block.mlp_forward(n_wide, h2, h3.view_as(rows), drop)
         level = KEEP.index(block.keep)
-        if level < KEEP.index("all"):
-            mlp.gate_up = mlp.xa = None
-        if level < KEEP.index("qkv"):
-            attention.qkv = attention.xa = None
+        mlp.gate_up, mlp.xs = (mlp.gate_up, _own(mlp.xs)) if level >= KEEP.index("all") else (None, None)
+        attention.qkv, attention.xs = (
+            (attention.qkv, _own(attention.xs)) if level >= KEEP.index("qkv") else (None, None)
+        )
         if level < KEEP.index("attention") or block.backend == "flash_attn":  # its stats hold q, k, v
             attention.out = attention.stats = None
         ctx.save_for_backward(h)

@@ -64,7 +64,7 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
             raise UserError(f"fused: true is not possible: {reason}; use --fused auto")
         return Fusion(0, 0, (), "", reason)
     keep = memory.keep_activations if memory.use_gradient_checkpointing else "all"
-    scratch, backends = Scratch(), []
+    scratch, backends = Scratch(model.precision.compute, device), []
     for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):
         backend = _attention(options, model.precision, anatomy, shape, device)
         backends.append(backend)
