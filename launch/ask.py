@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# PEFT imports bitsandbytes, which at once complains of a kernel for 4-bit CPU matmuls; nothing here is in 4 bits.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+from peft import PeftModel  # noqa: E402
+
 transformers.utils.logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; nothing here is in 4 bits
 warnings.filterwarnings("ignore", category=FutureWarning)  # between PEFT and transformers, not the user's to mend
 
-BATCH = 20
+BATCH = 40  # a step of generation reads all weights, for one row or for forty
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ echo "quickstart: 1/4 installing into .venv"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -e '.[gguf]'
 
 echo "quickstart: 2/4 a real small model"
-.venv/bin/python launch/get_smollm2.py "$MODEL"
+TQDM_DISABLE=1 .venv/bin/python launch/get_smollm2.py "$MODEL"
 
 # one rank per GPU, but at most 2: more would leave these few rows too few steps
 RANKS=$(.venv/bin/python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')

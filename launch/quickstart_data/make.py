@@ -78,12 +78,12 @@ def rows(count: int, part: int, dice: random.Random) -> list[dict[str, object]]:
     return list(made.values())
 
 
-def main() -> None:
+def main(folder: Path) -> None:
     seeded = random.Random(7)
     for name, count, part in (("train", TRAIN_ROWS, 0), ("heldout", HELDOUT_ROWS, 1)):
         lines = [json.dumps(row) + "\n" for row in rows(count, part, seeded)]
-        Path(__file__).with_name(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(__file__).parent)
