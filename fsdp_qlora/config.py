@@ -372,10 +372,11 @@ class MemoryOptions:
     )
     use_activation_cpu_offload: bool = option(
         False,
-        "Keep checkpointed activations in host memory. Not built yet: only false is accepted.",
-        "the only way built",
-        "GPU memory bought with PCIe traffic",
-        refused={True: f"true {NOT_BUILT}; leave it false and lower batch_size or context_length"},
+        """Let what fused blocks keep for backward wait in pinned host memory, copied out and back while the GPU
+        computes.""",
+        "GPU memory is enough more often than not",
+        "no GPU memory for kept activations beyond two blocks', for PCIe traffic; hidden where a block computes longer than its copy",
+        known_as=("activation_offloading", "offload_activations"),
     )
     no_sync: bool = option(
         False,

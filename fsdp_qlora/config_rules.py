@@ -59,6 +59,7 @@ NEEDS = (
         lambda c: c.memory.use_gradient_checkpointing,
         "set use_gradient_checkpointing to true",
     ),
+    Needs(("use_activation_cpu_offload",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
     Needs(("keep_activations",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
     Needs(
         ("no_sync",),

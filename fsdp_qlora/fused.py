@@ -37,6 +37,7 @@ from fsdp_qlora.kernels.lora_wide import (
 )
 from fsdp_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from fsdp_qlora.kernels.rope import rope_
+from fsdp_qlora.offload import ActivationOffload, Parked
 from fsdp_qlora.recognise import Anatomy, Norm
 
 # What a block keeps, each level what the one before it keeps and more, in numbers per token:
@@ -82,6 +83,38 @@ class MLPState:
     projected: Tensor | None = None  # down's output, where a norm follows it
 
 
+@dataclass
+class Kept:
+    """What a block holds from its forward to its backward."""
+
+    h: Tensor  # [B, S, H]
+    h2: Tensor | None
+    attention: AttentionState | None
+    mlp: MLPState
+
+    def park(self, offload: ActivationOffload) -> Parked:
+        """Send everything that has a row of at least H numbers per token to host memory."""
+        slots = self._slots()
+        parked = offload.park([owner[key].contiguous() for owner, key in slots])
+        for owner, key in slots:
+            owner[key] = None
+        self._away = slots
+        return parked
+
+    def fetch(self, offload: ActivationOffload, parked: Parked) -> None:
+        for (owner, key), tensor in zip(self._away, offload.fetch(parked), strict=True):
+            owner[key] = tensor
+
+    def _slots(self) -> list[tuple[Any, Any]]:
+        """(dict or list, key) of each large tensor."""
+        places: list[tuple[Any, Any]] = [(vars(self), "h"), (vars(self), "h2")]
+        if self.attention is not None:
+            places += [(vars(self.attention), "out"), (vars(self.attention), "projected")]
+            places += [(self.attention.qkv, i) for i in range(len(self.attention.qkv or []))]
+        places += [(vars(self.mlp), "gate_up"), (vars(self.mlp), "projected")]
+        return [(owner, key) for owner, key in places if owner[key] is not None]
+
+
 @dataclass(frozen=True)
 class FusedBlock:
     """The passes of one block. `keep`: one of `KEEP`. Called with h [B, S, H] and float32 tables cos, sin [S, D/2]."""
@@ -91,6 +124,7 @@ class FusedBlock:
     keep: str
     scratch: Scratch
     backend: str  # of attention, see kernels/attention.py
+    offload: ActivationOffload | None = None  # where what is kept waits, if not on the device
 
     def __call__(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         linears = self.anatomy.linears
@@ -320,20 +354,22 @@ class _Fused(torch.autograd.Function):
         )
         if level < KEEP.index("attention") or block.backend == "flash_attn":  # its stats hold q, k, v
             attention.out = attention.stats = None
-        ctx.save_for_backward(h)
-        ctx.block, ctx.rotary, ctx.drop = block, (cos, sin), drop
-        ctx.h2 = h2 if level >= KEEP.index("halves") else None
-        ctx.attention, ctx.mlp = attention if ctx.h2 is not None else None, mlp
+        halves = level >= KEEP.index("halves")
+        kept = Kept(h, h2 if halves else None, attention if halves else None, mlp)
+        ctx.parked = kept.park(block.offload) if block.offload is not None else None
+        ctx.kept, ctx.block, ctx.rotary, ctx.drop = kept, block, (cos, sin), drop
         return h3
 
     @staticmethod
     def backward(ctx: Any, d_h3: Tensor) -> tuple[Tensor | None, ...]:
-        (h,) = ctx.saved_tensors
-        block, rotary, drop, shape = ctx.block, ctx.rotary, ctx.drop, h.shape[:2]
+        block, rotary, drop, kept = ctx.block, ctx.rotary, ctx.drop, ctx.kept
+        assert kept is not None, "a fused block runs backward once: its activations were overwritten by their gradients"
+        if ctx.parked is not None:
+            kept.fetch(block.offload, ctx.parked)
+        h, h2, attention, mlp = kept.h, kept.h2, kept.attention, kept.mlp
+        ctx.kept, shape = None, h.shape[:2]
+        del kept
         rows, d_rows = h.reshape(-1, h.shape[-1]), d_h3.reshape(-1, h.shape[-1]).contiguous()
-        h2, attention, mlp = ctx.h2, ctx.attention, ctx.mlp
-        assert mlp is not None, "a fused block runs backward once: its activations were overwritten by their gradients"
-        ctx.h2 = ctx.attention = ctx.mlp = None
         if h2 is None:
             added, attention = block.attention_forward(rows, shape, rotary, drop)
             h2 = added.add_(rows)

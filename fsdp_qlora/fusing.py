@@ -11,6 +11,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.fused import FusedBlock, Scratch
 from fsdp_qlora.kernels.attention import fastest
 from fsdp_qlora.model import CausalModel
+from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.recognise import Anatomy, recognise
 
@@ -25,6 +26,7 @@ class Fusion:
     projections: int
     attention: tuple[str, ...]
     keep: str
+    offloaded: bool
     reason: str
 
     def __str__(self) -> str:
@@ -32,7 +34,7 @@ class Fusion:
             return f"not fused: {self.reason}"
         return (
             f"{self.blocks} blocks and {self.projections} projections fused, attention by {' and '.join(self.attention)}, "
-            f"each block keeps: {self.keep}"
+            f"each block keeps: {self.keep}{' (in host memory)' if self.offloaded else ''}"
         )
 
 
@@ -62,18 +64,21 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
     if reason:
         if options.fused == "true":
             raise UserError(f"fused: true is not possible: {reason}; use --fused auto")
-        return Fusion(0, 0, (), "", reason)
+        if memory.use_activation_cpu_offload:
+            raise UserError(f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}")
+        return Fusion(0, 0, (), "", False, reason)
     keep = memory.keep_activations if memory.use_gradient_checkpointing else "all"
+    offload = ActivationOffload(device) if memory.use_activation_cpu_offload else None
     scratch, backends = Scratch(model.precision.compute, device), []
     for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):
         backend = _attention(options, model.precision, anatomy, shape, device)
         backends.append(backend)
-        block.fused = FusedBlock(anatomy, model.precision.compute, keep, scratch, backend)
+        block.fused = FusedBlock(anatomy, model.precision.compute, keep, scratch, backend, offload)
     model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb)
     AttentionInterface.register(NO_MASKS, _unused)
     model.backbone.config._attn_implementation = NO_MASKS
     projections = sum(len(anatomy.linears) for anatomy in anatomies)
-    return Fusion(len(anatomies), projections, tuple(dict.fromkeys(backends)), keep, "")
+    return Fusion(len(anatomies), projections, tuple(dict.fromkeys(backends)), keep, offload is not None, "")
 
 
 def _obstacle(model: CausalModel, options: ModelOptions, unknown: list[str]) -> str:

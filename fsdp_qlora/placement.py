@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.config import MemoryOptions
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.host_buffers import page_lock
 from fsdp_qlora.model import CausalModel, Unit
 from fsdp_qlora.world import World
 
@@ -112,7 +113,7 @@ class Sharded:
             shard = torch.empty_like(unit.frozen.flat, device="cpu" if self.offload else self.device)
             local = shard.to_local()
             if self.pin:
-                _page_lock(local)
+                page_lock(local, "use_cpu_offload")
             local.copy_(mine)
         unit.frozen.load_state_dict({"flat": nn.Parameter(shard, requires_grad=False)}, assign=True)
 
@@ -149,14 +150,3 @@ def check_bytes(model: CausalModel, placement: Placement) -> int:
         held, promised = held_bytes(unit), placement.bytes_here(unit)
         assert held == promised, f"{unit.name}: {held} bytes on rank {dist.get_rank()}, {promised} promised"
     return sum(held_bytes(unit) for unit in model.units)
-
-
-def _page_lock(tensor: Tensor) -> None:
-    """Pin exactly the memory `tensor` has. PyTorch's own pinned allocator would make a copy rounded up to a power of two."""
-    nbytes = tensor.numel() * tensor.element_size()
-    status = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, 0))
-    if status != 0:
-        raise UserError(
-            f"use_cpu_offload: the system refuses to page-lock {nbytes / 2**30:.2f} GiB more of host memory "
-            f"(CUDA error {status}); free some memory or raise `ulimit -l`"
-        )

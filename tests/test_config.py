@@ -143,7 +143,6 @@ REFUSED = [
     ],
     ("--train_type qlor", ["--train_type qlor", "did you mean qlora?"]),
     ("--llama_pro_path x", ["--llama_pro_path x", "not built yet"]),
-    ("--use_activation_cpu_offload", ["--use_activation_cpu_offload", "not built yet"]),
     ("--low_memory false", ["--low_memory false", "not built yet"]),
     *[(f"--n_bits {bits}", [f"--n_bits {bits}", "not built yet", "use 4"]) for bits in (2, 3, 8)],
     ("--n_bits 5", ["--n_bits 5", "give 4"]),
