@@ -14,7 +14,7 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fsdp_qlora.kernels import cross_entropy, dropout, glu, nf4, rms_norm, rope
+from fsdp_qlora.kernels import cross_entropy, dropout, embedding, glu, nf4, rms_norm, rope
 
 
 def compiled(kernel, capability, types, **constants):
@@ -44,6 +44,7 @@ compiled(rope._rope_kernel, 86, "bbffl" + "i" * 8, n_k=1, **tiles)
 for activation in glu.ACTIVATIONS:
     compiled(glu._backward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION=activation)
 compiled(glu._forward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION="silu")
+compiled(embedding._gather_kernel, 86, "blbii", H=5000, TILES=2, TILE=4096)
 compiled(dropout._kernel, 86, "bbiFFI", ADD=True, TILE=128)
 print("compiled")
 """
