@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.config_parse import parse
+from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.loading import check_names, load
-from fsdp_qlora.model import CausalModel, Recipe, assemble
+from fsdp_qlora.model import CausalModel, assemble
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
 from fsdp_qlora.precision import precision_of
-from fsdp_qlora.run import open_weights, rematerialisation, storage
+from fsdp_qlora.run import make_recipe, open_weights
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import build, choose_attention, read_config
 from fsdp_qlora.world import World, open_world
@@ -24,6 +25,7 @@ class Built:
     model: CausalModel
     adapters: ShardedAdapters
     placement: Placement
+    fusion: Fusion
     world: World
 
     def loss(self, ids_BS: Tensor, labels_BS: Tensor, divisor: float) -> Tensor:
@@ -60,17 +62,22 @@ def built(options: Options) -> Iterator[Built]:
     """The model that `train.py` with these options would train, in a process group of its own."""
     config = parse(flags(options))
     with open_world(config.launch, config.training.seed) as world:
-        precision = precision_of(config.model.precision, world.device)
-        hf_config = read_config(config.model.model_name, None)
-        attention = choose_attention(config.model.attention, hf_config, precision, world.device)
-        weights = open_weights(config, precision.stream)
-        placement = choose_placement(config.memory, world)
-        remat = rematerialisation(config.memory)
-        recipe = Recipe(precision, storage(config, hf_config, weights), remat, placement.shards)
-        model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
-        check_names(model, weights)
-        adapters = ShardedAdapters(model, world, config)
-        placement.prepare(model)
-        load(model, weights, placement, world)
-        check_bytes(model, placement)
-        yield Built(model, adapters, placement, world)
+        yield build_in(world, options)
+
+
+def build_in(world: World, options: Options) -> Built:
+    config = parse(flags(options))
+    precision = precision_of(config.model.precision, world.device)
+    hf_config = read_config(config.model.model_name, None)
+    attention = choose_attention(config.model.attention, hf_config, precision, world.device)
+    placement = choose_placement(config.memory, world)
+    weights = open_weights(config, precision.stream)
+    recipe = make_recipe(config, hf_config, weights, precision, placement.shards)
+    model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
+    check_names(model, weights)
+    fusion = fuse(model, config, world.device)
+    adapters = ShardedAdapters(model, world, config)
+    placement.prepare(model)
+    load(model, weights, placement, world)
+    check_bytes(model, placement)
+    return Built(model, adapters, placement, fusion, world)

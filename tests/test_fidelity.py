@@ -161,9 +161,9 @@ def test_smollm2_trains_as_with_peft(place):
     rows = place / "short.jsonl"
     lines = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}."} for a, b in enumerate(range(3, 90, 9))]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    more = {"model_name": SMOLLM2, "dataset": rows, "lr": 1e-3, "batch_size": 1, "use_gradient_checkpointing": False}
+    more = {"model_name": SMOLLM2, "dataset": rows, "lr": 2e-4, "batch_size": 1, "use_gradient_checkpointing": False}
     run = run_ranks({"smollm2": options(place, "model", more)}, 2, place / "smollm2")["smollm2"]
-    recipe = plain.Recipe(lr=1e-3, rows_per_step=2)
+    recipe = plain.Recipe(lr=2e-4, rows_per_step=2)
     truth = plain.train(SMOLLM2, plain.read_rows(rows, SMOLLM2, CONTEXT), recipe)
-    assert truth.losses[-1] < truth.losses[0] - 1
+    assert sum(truth.losses[-5:]) < sum(truth.losses[:5]) - 1, "nothing was learnt"
     assert relative_error(run.losses, truth.losses) < EXACT

@@ -1,0 +1,205 @@
+"""Placements and the ways to a step: wherever the frozen bytes lie and however a step is cut up, the same training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from tests import tiny
+from tests.runs import Run, run_alone, run_ranks
+from tests.torchrun import run_torchrun
+
+ROWS = 21  # by fours: the sixth step of an epoch has one row, so that one of two ranks has nothing to do
+OPTIONS = {"num_epochs": 2, "lora_rank": 8, "lr": 5e-3, "precision": "fp32", "context_length": 64, "fused": "false"}
+
+# Four rows a step on two ranks, two each at once. The same arithmetic in the same order: equal to the last bit.
+SAME_BITS = {
+    "reentrant": {"reentrant_checkpointing": True},
+    "keeps-all": {"use_gradient_checkpointing": False},
+    "shard_grad_op": {"sharding_strategy": "shard_grad_op"},
+    "shard_grad_op-keeps-all": {"sharding_strategy": "shard_grad_op", "use_gradient_checkpointing": False},
+    "ddp": {"sharding_strategy": "ddp"},
+    "ddp-reentrant": {"sharding_strategy": "ddp", "reentrant_checkpointing": True},
+    "hybrid-of-ones": {"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 1},
+    "offload": {"use_cpu_offload": True},
+    "offload-reentrant": {"use_cpu_offload": True, "reentrant_checkpointing": True},
+    "offload-shard_grad_op": {"use_cpu_offload": True, "sharding_strategy": "shard_grad_op"},
+}
+ONE_BY_ONE = {"batch_size": 1, "gradient_accumulation_steps": 2}
+# The same sums in another order: equal within float32's rounding.
+SAME_SUMS = {
+    "accumulated": ONE_BY_ONE,
+    "accumulated-reentrant-offload": ONE_BY_ONE | {"reentrant_checkpointing": True, "use_cpu_offload": True},
+    "no_sync": ONE_BY_ONE | {"no_sync": True},
+    "no_sync-ddp": ONE_BY_ONE | {"no_sync": True, "sharding_strategy": "ddp"},
+    "no_sync-shard_grad_op-keeps-all": ONE_BY_ONE
+    | {"no_sync": True, "sharding_strategy": "shard_grad_op", "use_gradient_checkpointing": False},
+    "fused": {"fused": "true"},
+    "fused-offload-no_sync": ONE_BY_ONE | {"fused": "true", "use_cpu_offload": True, "no_sync": True},
+}
+DROPOUT = {
+    "dropout": {},
+    "dropout-again": {},
+    "dropout-reentrant": {"reentrant_checkpointing": True},
+    "dropout-keeps-all": {"use_gradient_checkpointing": False},
+    "dropout-offload-ddp": {"sharding_strategy": "ddp"},
+}
+ON_FOUR = {
+    "hybrid_full_shard": {"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 2},
+    "hybrid_shard_grad_op": {"sharding_strategy": "hybrid_shard_grad_op", "hybrid_shard_size": 2},
+    "hybrid-offload": {"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 2, "use_cpu_offload": True},
+}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("placement")
+    tiny.save_model(LlamaConfig(**tiny.SHAPE), folder / "model")
+    return OPTIONS | {"model_name": folder / "model", "dataset": tiny.save_rows(folder / "rows.jsonl", ROWS)}
+
+
+@pytest.fixture(scope="module")
+def two(options, tmp_path_factory) -> dict[str, Run]:
+    cases = {"sharded": {}} | SAME_BITS | SAME_SUMS | {"reduce-bf16": {"reduce_dtype": "bf16"}}
+    cases |= {name: more | {"lora_dropout": 0.3} for name, more in DROPOUT.items()}
+    return run_ranks(
+        {n: options | {"batch_size": 2} | more for n, more in cases.items()}, 2, tmp_path_factory.mktemp("two")
+    )
+
+
+@pytest.fixture(scope="module")
+def four(options, tmp_path_factory) -> dict[str, Run]:
+    cases = {name: options | {"batch_size": 1} | more for name, more in ON_FOUR.items()}
+    return run_ranks(cases, 4, tmp_path_factory.mktemp("four"))
+
+
+def assert_same_bits(run: Run, other: Run) -> None:
+    assert run.losses == other.losses
+    assert [r["grad_norm"] for r in run.records] == [r["grad_norm"] for r in other.records]
+    assert run.tensors.keys() == other.tensors.keys()
+    for name, tensor in run.tensors.items():
+        assert torch.equal(tensor, other.tensors[name]), name
+
+
+def assert_same_sums(run: Run, other: Run) -> None:
+    assert run.losses == pytest.approx(other.losses, rel=1e-5)
+    assert [r["grad_norm"] for r in run.records] == pytest.approx([r["grad_norm"] for r in other.records], rel=1e-4)
+    assert run.tensors.keys() == other.tensors.keys()
+    for name, tensor in run.tensors.items():  # Adam divides by the gradient's size: a few steps of lr 5e-3 enlarge ulps
+        torch.testing.assert_close(tensor, other.tensors[name], rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_trains_as_two_ranks_do(options, two, tmp_path):
+    """And four micro-batches of one row as one of four, though the rows are of unequal lengths."""
+    whole = run_alone(options | {"batch_size": 4}, tmp_path / "whole")
+    assert len(whole.losses) == 12
+    assert whole.losses[-1] < whole.losses[0] - 0.5
+    assert_same_sums(two["sharded"], whole)
+    pieces = run_alone(options | {"batch_size": 1, "gradient_accumulation_steps": 4}, tmp_path / "pieces")
+    assert_same_sums(pieces, whole)
+
+
+@pytest.mark.parametrize("case", SAME_BITS)
+def test_placement_and_checkpointing_change_no_bit(case, two):
+    assert_same_bits(two[case], two["sharded"])
+
+
+@pytest.mark.parametrize("case", SAME_SUMS)
+def test_cutting_up_a_step_changes_only_rounding(case, two):
+    assert_same_sums(two[case], two["sharded"])
+
+
+@pytest.mark.parametrize("case", ON_FOUR)
+def test_hybrid_sharding_of_four_ranks_in_twos(case, two, four):
+    assert_same_sums(four[case], two["sharded"])
+
+
+@pytest.mark.parametrize("case", DROPOUT)
+def test_dropout_is_drawn_alike_however_a_block_is_recomputed(case, two):
+    assert_same_bits(two[case], two["dropout"])
+    assert two["dropout"].losses[0] == two["sharded"].losses[0]  # B is zero before the first update
+    assert two["dropout"].losses[2] != pytest.approx(two["sharded"].losses[2], rel=1e-4)
+
+
+def test_gradients_reduced_in_bfloat16_are_close(two):
+    assert two["reduce-bf16"].losses != two["sharded"].losses
+    assert two["reduce-bf16"].losses == pytest.approx(two["sharded"].losses, rel=0.02)
+
+
+BYTES = """
+    import sys
+    import torch
+    import torch.distributed as dist
+    from fsdp_qlora.config import LaunchOptions
+    from fsdp_qlora.placement import held_bytes
+    from fsdp_qlora.world import open_world
+    from tests.built import build_in
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    PLACEMENTS = {
+        "ddp": ({"sharding_strategy": "ddp"}, 1),
+        "full_shard": ({}, 2),
+        "shard_grad_op": ({"sharding_strategy": "shard_grad_op"}, 2),
+        "hybrid": ({"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 1}, 1),
+        "offload": ({"use_cpu_offload": True}, 2),
+    }
+    EVERY_PATTERN = torch.arange(2**16).to(torch.uint16).view(torch.uint8)
+
+    def bytes_for(unit, number):
+        # every pair of bytes there is, begun elsewhere in each unit, so that units cannot be mistaken for each other
+        nbytes = unit.frozen.layout.nbytes
+        return EVERY_PATTERN.roll(34 * number).repeat(-(-nbytes // 2**17))[:nbytes]
+
+    def same(frozen, wanted):
+        return torch.equal(frozen.flat.detach().view(torch.uint8), wanted)
+
+    with open_world(LaunchOptions(), 0) as world:
+        for name, (more, shards) in PLACEMENTS.items():
+            options = {"model_name": sys.argv[1], "dataset": "dummy", "train_type": "lora", "precision": "fp32",
+                       "use_gradient_checkpointing": False, "fused": "false", "lora_rank": 2}
+            ours = build_in(world, options | more)
+            units = ours.model.units
+            wanted = [bytes_for(unit, i) for i, unit in enumerate(units)]
+            for unit, whole in zip(units, wanted, strict=True):
+                ours.placement.store(unit, whole.clone())
+
+            seen = []
+            for i, block in enumerate(ours.model.blocks.values()):
+                whole = wanted[1 + i]
+                def on_entry(layer, args, block=block, whole=whole):
+                    seen.append(same(block.frozen, whole))
+                def on_output(linear, args, out, block=block, whole=whole):
+                    out.register_hook(lambda gradient: seen.append(same(block.frozen, whole)))
+                block.layer.register_forward_pre_hook(on_entry)
+                block.layer.self_attn.q_proj.register_forward_hook(on_output)
+            ids = torch.randint(0, 1024, (1, 8))
+            ours.adapters.begin_micro_batch(last=True)
+            ours.loss(ids, ids, 7.0).backward()
+            ours.adapters.finish()
+            assert seen == [True] * 2 * len(ours.model.blocks), (name, seen)  # each forward, and again in each backward
+            for frozen, whole in ((ours.model.embedding[0].frozen, wanted[0]), (ours.model.head.frozen, wanted[-2])):
+                with frozen.opened():
+                    assert same(frozen, whole), name
+
+            held = torch.tensor([held_bytes(unit) for unit in units])
+            sharded = torch.tensor([unit.sharded for unit in units])
+            nbytes = torch.tensor([unit.frozen.layout.nbytes for unit in units])
+            assert sharded.tolist() == [True] * 5 + [False]
+            assert torch.equal(held, torch.where(sharded, nbytes // shards, nbytes)), (name, held, nbytes)
+            for unit, whole in zip(units, wanted, strict=True):  # and each rank still has its own part of them
+                flat = unit.frozen.flat
+                mine = (flat.to_local() if hasattr(flat, "to_local") else flat).detach().view(torch.uint8)
+                pieces = whole.view(shards, -1) if unit.sharded else whole[None]
+                assert torch.equal(mine, pieces[world.rank % len(pieces)]), (name, unit.name)
+            print(f"rank {world.rank}: {name} keeps its bytes", flush=True)
+    """
+
+
+def test_all_bit_patterns_survive_every_placement(tmp_path):
+    """Placed, gathered for a forward and for a backward, freed, offloaded: NaNs' payloads and denormals included."""
+    model: Path = tiny.save_model(LlamaConfig(**tiny.SHAPE | {"vocab_size": 1024}), tmp_path)
+    done = run_torchrun(BYTES, 2, [str(model)])
+    for rank in range(2):
+        for name in ("ddp", "full_shard", "shard_grad_op", "hybrid", "offload"):
+            assert f"rank {rank}: {name} keeps its bytes" in done.stdout, f"{done.stdout}\n{done.stderr}"
