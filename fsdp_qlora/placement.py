@@ -48,7 +48,7 @@ class Replicated:
         pass
 
     def store(self, unit: Unit, whole: Tensor) -> None:
-        unit.frozen.flat = nn.Parameter(whole.view(torch.float32), requires_grad=False)
+        _keep_whole(unit, whole)
 
     def bytes_here(self, unit: Unit) -> int:
         return unit.frozen.layout.nbytes
@@ -80,7 +80,7 @@ class Sharded:
     def prepare(self, model: CausalModel) -> None:
         policy = CPUOffloadPolicy(pin_memory=self.pin) if self.offload else OffloadPolicy()
         trainable = {p for p in model.parameters() if p.requires_grad}
-        replicated = {p for u in model.units if not u.sharded for p in u.frozen.parameters()}
+        replicated = {p for u in model.units if u.home != "shared" for p in u.frozen.parameters()}
 
         def shard(module: nn.Module, reshard: bool) -> None:
             fully_shard(
@@ -96,16 +96,17 @@ class Sharded:
         blocks = list(model.blocks.values())
         for block in blocks:
             shard(block, self.reshard)
-        for frozen in {id(f): f for f in (model.embedding[0].frozen, model.head.frozen)}.values():
-            shard(frozen, True)
+        for unit in model.units:
+            if unit.home == "shared" and unit.name not in model.blocks:
+                shard(unit.frozen, True)
         shard(model, False)  # the root: starts and ends each pass, and holds no bytes of its own
         for i, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + PREFETCH])
             block.set_modules_to_backward_prefetch(blocks[max(0, i - PREFETCH) : i][::-1])
 
     def store(self, unit: Unit, whole: Tensor) -> None:
-        if not unit.sharded:
-            unit.frozen.flat = nn.Parameter(whole.view(torch.float32), requires_grad=False)
+        if unit.home != "shared":
+            _keep_whole(unit, whole)
             return
         length = whole.numel() // self.shards
         mine = whole[self.index * length : (self.index + 1) * length].view(torch.float32)
@@ -118,7 +119,7 @@ class Sharded:
         unit.frozen.load_state_dict({"flat": nn.Parameter(shard, requires_grad=False)}, assign=True)
 
     def bytes_here(self, unit: Unit) -> int:
-        return unit.frozen.layout.nbytes // (self.shards if unit.sharded else 1)
+        return unit.frozen.layout.nbytes // (self.shards if unit.home == "shared" else 1)
 
 
 def choose_placement(options: MemoryOptions, world: World) -> Placement:
@@ -135,6 +136,13 @@ def choose_placement(options: MemoryOptions, world: World) -> Placement:
                 "use a divisor of the number of ranks"
             )
     return Sharded(world, reshard=strategy.endswith("full_shard"), shards=shards, offload=offload)
+
+
+def _keep_whole(unit: Unit, whole: Tensor) -> None:
+    """This rank keeps all of a unit's bytes, on the device or in page-locked host memory as the unit has it."""
+    if unit.home == "host" and whole.is_cuda:
+        whole = page_lock(torch.empty_like(whole, device="cpu"), "the embedding").copy_(whole)
+    unit.frozen.flat = nn.Parameter(whole.view(torch.float32), requires_grad=False)
 
 
 def held_bytes(unit: Unit) -> int:

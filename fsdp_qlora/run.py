@@ -45,7 +45,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         batches = make_batches(config, rows, world)
         steps = count_steps(config, batches)
         weights = world.first_on_node(lambda: open_weights(config, precision.stream))
-        recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards))
+        recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards, world))
         model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
         world.together(lambda: check_names(model, weights))
         fusion = world.together(lambda: fuse(model, config, world.device))
@@ -131,9 +131,12 @@ def open_weights(config: Config, dtype: torch.dtype) -> Weights:
 
 
 def make_recipe(
-    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision, shards: int
+    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision, shards: int, world: World
 ) -> Recipe:
-    return Recipe(precision, storage(config, hf_config, weights), rematerialisation(config.memory), shards)
+    remat = rematerialisation(config.memory)
+    return Recipe(
+        precision, storage(config, hf_config, weights), remat, shards, host_embedding=world.device.type == "cuda"
+    )
 
 
 def storage(config: Config, hf_config: PretrainedConfig, weights: Weights) -> Callable[[str], Codec]:

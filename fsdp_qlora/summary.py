@@ -73,13 +73,14 @@ def describe(
 
 
 def needs(model: CausalModel, config: Config, placement: Placement, world: World) -> tuple[float, float]:
-    """(bytes on each rank's device, bytes of host memory per node for an offloaded base), before activations."""
-    here = sum(placement.bytes_here(u) for u in model.units)
-    largest = max(u.frozen.layout.nbytes for u in model.units)
+    """(bytes on each rank's device, bytes of frozen base in pinned host memory per node), before activations."""
     offload = config.memory.use_cpu_offload
-    gathered = (PREFETCH + 2) * largest if placement.shards > 1 or offload else 0
-    host = here * world.local_size if offload else 0
-    return (0 if offload else here) + gathered + adapter_bytes(model, config, world), host
+    on_host = [u for u in model.units if u.home == "host" or (offload and u.home == "shared")]
+    host = sum(placement.bytes_here(u) for u in on_host)
+    device = sum(placement.bytes_here(u) for u in model.units) - host
+    if placement.shards > 1 or offload:
+        device += (PREFETCH + 2) * max(u.frozen.layout.nbytes for u in model.units if u.home == "shared")
+    return device + adapter_bytes(model, config, world), host * world.local_size
 
 
 def check_fits(model: CausalModel, config: Config, placement: Placement, world: World) -> None:

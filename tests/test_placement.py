@@ -183,14 +183,14 @@ BYTES = """
                     assert same(frozen, whole), name
 
             held = torch.tensor([held_bytes(unit) for unit in units])
-            sharded = torch.tensor([unit.sharded for unit in units])
+            sharded = torch.tensor([unit.home == "shared" for unit in units])
             nbytes = torch.tensor([unit.frozen.layout.nbytes for unit in units])
             assert sharded.tolist() == [True] * 5 + [False]
             assert torch.equal(held, torch.where(sharded, nbytes // shards, nbytes)), (name, held, nbytes)
             for unit, whole in zip(units, wanted, strict=True):  # and each rank still has its own part of them
                 flat = unit.frozen.flat
                 mine = (flat.to_local() if hasattr(flat, "to_local") else flat).detach().view(torch.uint8)
-                pieces = whole.view(shards, -1) if unit.sharded else whole[None]
+                pieces = whole.view(shards, -1) if unit.home == "shared" else whole[None]
                 assert torch.equal(mine, pieces[world.rank % len(pieces)]), (name, unit.name)
             print(f"rank {world.rank}: {name} keeps its bytes", flush=True)
     """
