@@ -35,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     except RunEnded as ended:
         return _tell(ended)
     except KeyboardInterrupt:
+        if rank_from_environment() == 0:
+            print("train.py: interrupted, nothing more was saved", file=sys.stderr, flush=True)
         return 130
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -99,11 +100,23 @@ def save_adapter(
     return folder / ADAPTER
 
 
+def saved_since(folder: Path, moment: float) -> bool:
+    """Whether somebody has saved an adapter in `folder`, or begun to, since `moment` (of time.time)."""
+    for file in folder.glob(f"*{ADAPTER}*"):
+        with suppress(FileNotFoundError):  # renamed meanwhile: it has another name in this list, or in the next one
+            if file.stat().st_mtime >= moment:
+                return True
+    return (folder / ADAPTER).exists() and (folder / ADAPTER).stat().st_mtime >= moment
+
+
 def _whole(target: Path, write: Callable[[Path], object]) -> None:
     """Write beside `target`, reach the disk, then rename: an old file stays until the new one is complete."""
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors makes files that nobody but their owner can read
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(target)

@@ -1,21 +1,26 @@
 """The training loop: steps until the end or until somebody asks to stop; what was learned is saved however it ends."""
 
+import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Batches
 from fsdp_qlora.errors import TrainingStopped
-from fsdp_qlora.export import save_adapter_somewhere
+from fsdp_qlora.export import save_adapter_somewhere, saved_since
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.interrupt import Interrupt
 from fsdp_qlora.metrics import Metrics, StepRecord
 from fsdp_qlora.profiling import profiled
 from fsdp_qlora.step import Stepper, StepResult
 from fsdp_qlora.world import World
+
+TURN_SECONDS = 1.0  # that a rank gives the one before it, when one of them has to save alone
 
 
 class Loop:
@@ -36,6 +41,7 @@ class Loop:
         self.config, self.world, self.host, self.metrics = config, world, host, metrics
         self.stepper, self.batches, self.steps = stepper, batches, steps
         self.tokenizer, self.folder = tokenizer, folder
+        self.started = time.time()
         self._rescuing = threading.Lock()
 
     def run(self) -> int:
@@ -53,7 +59,7 @@ class Loop:
             except RuntimeError as error:  # a collective failed because a peer is gone: nothing collective can be done
                 rescued = self._rescue()
                 if rescued:
-                    self.world.say(rescued.lstrip("; "))
+                    tqdm.write(rescued.lstrip("; "), file=sys.stdout)
                 raise error
             saved = [self._save()] if self.config.output.save_model else []
             peaks = [peak for (peak,) in self.world.gather([self.host.peak])]
@@ -109,13 +115,18 @@ class Loop:
         return f". The adapter as of step {self.stepper.done} is saved in {self.folder}"
 
     def _rescue(self) -> str:
-        """Save without the other ranks, from rank 0's working copy: rounded to the compute dtype, but whole.
+        """Save without the other ranks, from this one's working copy: rounded to the compute dtype, but whole.
 
-        Safe from another thread while the main one hangs in a collective.
+        Rank 0 does, or another where rank 0 is the one that ended. Safe from another thread while the main one hangs
+        in a collective.
         """
         stepper = self.stepper
-        if not (self.world.is_main and stepper.done and self.config.output.save_model):
+        if not (stepper.done and self.config.output.save_model):
             return ""
+        if not self.world.is_main:
+            time.sleep(TURN_SECONDS * max(1, self.world.local_rank))
+            if saved_since(self.folder, self.started):
+                return ""
         with self._rescuing:
             self._write(stepper.adapters.working_tensors())
         what = f"as of step {stepper.done}"

@@ -151,7 +151,7 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
                 f"({str(error).splitlines()[0]}); use --use_cpu_offload true, more GPUs or a lower lora_rank, and see "
                 "with `nvidia-smi` what else is on the card"
             ) from error
-        if world.size > 1 and peer_is_gone(error):
+        if world.size > 1 and isinstance(error, Exception) and peer_is_gone(error):
             raise TrainingStopped(
                 f"rank {world.rank} stopped because another rank ended while this one was waiting for it: the cause "
                 "is in that rank's messages (killed without one: out of host memory, see `dmesg`)"
