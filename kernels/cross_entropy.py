@@ -237,7 +237,7 @@ def _row_kernel(
 
 def _launch(logits, labels, losses, gradient: bool, softcap, scale, divisor, ignore) -> None:
     vocabulary = logits.shape[1]
-    tile = min(4096, triton.next_power_of_2(vocabulary))
+    tile = min(8192, triton.next_power_of_2(vocabulary))
     _row_kernel[(logits.shape[0],)](
         logits,
         labels,
@@ -251,5 +251,5 @@ def _launch(logits, labels, losses, gradient: bool, softcap, scale, divisor, ign
         SOFTCAP=softcap is not None,
         GRADIENT=gradient,
         TILE=tile,
-        num_warps=8 if tile >= 2048 else 4,
+        num_warps=16 if tile >= 4096 else 8 if tile == 2048 else 4,
     )

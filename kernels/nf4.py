@@ -15,8 +15,10 @@ Equal bits matter: a checkpoint quantized elsewhere must mean the same weights h
 fused multiply-add, and the plain form below is its oracle.
 
 How the kernel is laid out: a row of its tile is 4 packed bytes, which become 8 numbers, so in bf16 a thread loads 4
-bytes and stores 16, both contiguous across the warp. The 16 levels sit in one cache line and are looked up through L1:
-about five instructions a number, where a tree of selects takes twenty and starves the memory pipe.
+bytes and stores 16, both contiguous across the warp. The 16 levels are put into shared memory and fetched from there by
+index (`tl.gather`): on an H200 1 to 3 % faster than a lookup through L1, and 60 % faster than a tree of selects, whose
+twenty instructions a number starve the memory pipe. Loading the 4 bytes as one word is 0.5 % faster still, and would
+need a second form for sizes that are odd.
 """
 
 import functools
@@ -189,23 +191,22 @@ def _dequantize_kernel(
     else:
         scale = tl.load(scale_ptr + block, mask=live, other=0.0)
 
-    high = tl.load(tables_ptr + (code >> 4)) * scale[:, None]
-    low = tl.load(tables_ptr + (code & 15)) * scale[:, None]
-    dtype = out_ptr.dtype.element_ty
+    levels = tl.load(tables_ptr + tl.arange(0, 16))
+    codes = tl.reshape(tl.join(code >> 4, code & 15), [ROWS * 8])
+    numbers = tl.reshape(tl.gather(levels, codes, 0), [ROWS, 8]) * scale[:, None]
+    numbers = numbers.to(out_ptr.dtype.element_ty)
     if APART == 8:  # the 8 numbers of a thread stay together: one store of 16 bytes in bf16
-        numbers = tl.reshape(tl.join(high, low), [ROWS, 8])
         first = first_row // (I // 8)
         column = (first_row - first * (I // 8)).to(tl.int32) + tl.arange(0, ROWS)
         over = column // (I // 8)
         at = ((first + over) * out_stride + (column - over * (I // 8))) * 8
-        tl.store(out_ptr + at[:, None] + tl.arange(0, 8)[None, :], numbers.to(dtype), mask=live[:, None])
+        tl.store(out_ptr + at[:, None] + tl.arange(0, 8)[None, :], numbers, mask=live[:, None])
     else:
-        numbers = tl.reshape(tl.join(high, low), [ROWS * 8])
         at = first_row * 8 + tl.arange(0, ROWS * 8)
         inside = at < n
         if APART == 1:
             at = at // I * out_stride + at % I
-        tl.store(out_ptr + at, numbers.to(dtype), mask=inside)
+        tl.store(out_ptr + at, tl.reshape(numbers, [ROWS * 8]), mask=inside)
 
 
 @functools.cache
@@ -213,7 +214,7 @@ def _tables(device: torch.device) -> torch.Tensor:
     return torch.cat([torch.tensor(LEVELS, dtype=torch.float32), dynamic_map()]).to(device)
 
 
-_ROWS = 512
+_ROWS = 256
 _WARPS = 4
 
 

@@ -208,7 +208,7 @@ def _grid(x: torch.Tensor) -> tuple[tuple[int], int, dict]:
     n_rows = x.numel() // H
     columns = triton.next_power_of_2(H)
     rows = max(1, _TILE // columns)
-    warps = min(16, max(4, rows * columns // 1024))
+    warps = 4 if rows * columns < 4096 else 8 if rows * columns < 16384 else 16
     return (triton.cdiv(n_rows, rows),), n_rows, {"H": H, "ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 

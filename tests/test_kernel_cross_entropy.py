@@ -82,7 +82,7 @@ def test_kernel(options, n_tokens, dtype, triton_device):
 
 
 def test_kernel_over_several_tiles(triton_device):
-    compare(5, torch.float16, triton_device, n_vocabulary=4096 * 2 + 17)
+    compare(5, torch.float16, triton_device, n_vocabulary=8192 * 2 + 17)
 
 
 def test_only_ignored_labels_cost_nothing_and_give_zero():
