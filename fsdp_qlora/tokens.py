@@ -23,7 +23,10 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> PreTrainedTo
         tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
     except Exception as error:  # the hub's client and every tokenizer library raise kinds of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model_name {model_name!r}: its tokenizer could not be loaded ({reason})") from error
+        raise UserError(
+            f"model_name {model_name!r}: its tokenizer could not be loaded ({reason}); "
+            "are tokenizer.json (or tokenizer.model) and tokenizer_config.json with the model?"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

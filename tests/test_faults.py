@@ -113,6 +113,8 @@ def _damage_models(root: Path) -> None:
     copy("nan_token", lambda t: t["model.embed_tokens.weight"][vocabulary["~"]].fill_(torch.nan))
     copy("steep", lambda t: t["lm_head.weight"].mul_(3))
     copy("no_config", lambda t: None).joinpath("config.json").unlink()
+    for file in copy("no_tokenizer", lambda t: None).glob("tokenizer*"):
+        file.unlink()
     index = copy("odd_index", lambda t: None) / "model.safetensors.index.json"
     index.write_text('{"weight_map": ')
     cut = copy("cut", lambda t: None) / "model.safetensors"
@@ -186,6 +188,7 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     "damaged index": ({"model_name": "{root}/odd_index"}, ["index.json is damaged", "download it again"]),
     "file cut short": ({"model_name": "{root}/cut"}, ["cut/model.safetensors cannot be read", "download it again"]),
     "no config.json": ({"model_name": "{root}/no_config"}, ["no_config has no readable config.json"]),
+    "no tokenizer": ({"model_name": "{root}/no_tokenizer"}, ["tokenizer could not be loaded", "tokenizer_config.json"]),
     "disk full at once": ({}, ["output_dir", "File too large", "free some space"]),
     "one rank's tensor": (
         {"model_name": "{root}/odd_map", "double_quant": "false"},
