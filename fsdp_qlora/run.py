@@ -59,6 +59,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         placement.prepare(model)
         load(model, weights, placement, world)
         check_bytes(model, placement)
+        torch.manual_seed(config.training.seed + world.rank)  # what draws from here on is dropout: on each rank another
         stepper = Stepper(model, adapters, config.training, steps, world)
         return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
 

@@ -72,7 +72,7 @@ def build_in(world: World, options: Options) -> Built:
     attention = choose_attention(config.model.attention, hf_config, precision, world.device)
     placement = choose_placement(config.memory, world)
     weights = open_weights(config, precision.stream)
-    recipe = make_recipe(config, hf_config, weights, precision, placement.shards)
+    recipe = make_recipe(config, hf_config, weights, precision, placement.shards, world)
     model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
     check_names(model, weights)
     fusion = fuse(model, config, world.device)

@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict] = {
     "Granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
     "Cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
 }  # fmt: skip
+GENERIC = ("Phi", "Granite", "Cohere")  # have no fused block
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
 REFUSED: dict[str, tuple[dict, str]] = {
@@ -44,28 +45,32 @@ def config_of(family: str, more: dict) -> PretrainedConfig:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory) -> Path:
-    return tiny.save_model(config_of(request.param, FAMILIES[request.param]), tmp_path_factory.mktemp(request.param))
+def family(request, tmp_path_factory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, tiny.save_model(config_of(request.param, FAMILIES[request.param]), folder)
 
 
-@pytest.mark.parametrize("train_type", ["lora", "qlora"])
-def test_loss_and_gradients_are_those_of_hugging_face_and_peft(family, train_type):
+@pytest.mark.parametrize(("train_type", "fused"), [("lora", "false"), ("qlora", "false"), ("qlora", "auto")])
+def test_loss_and_gradients_are_those_of_hugging_face_and_peft(family, train_type, fused):
+    name, folder = family
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 259, (length,), generator=draw).tolist() for length in (40, 23)]
     count = 37 + 20  # a label everywhere but on the first three tokens of a row
     recipe = plain.Recipe(quantized=train_type == "qlora")
-    theirs = plain.with_adapters(plain.load_base(family, recipe, attention="eager"), recipe)
-    values = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
-    for name, p in values.items():
-        if "lora_B" in name:  # zero at the start, where A has no gradient
+    theirs = plain.with_adapters(plain.load_base(folder, recipe, attention="eager"), recipe)
+    values = {path: p for path, p in theirs.named_parameters() if p.requires_grad}
+    for path, p in values.items():
+        if "lora_B" in path:  # zero at the start, where A has no gradient
             torch.nn.init.normal_(p, std=0.1, generator=draw)
     wanted = sum(plain.summed_loss(theirs, ids, [-100] * 3 + ids[3:]) for ids in rows) / count
     wanted.backward()
 
-    options = {"model_name": family, "train_type": train_type, "precision": "fp32", "lora_rank": 8, "dataset": "dummy"}
-    with built(options) as ours:
-        assert {peft_name(name) for group in ours.adapters.groups for name in group.names} == values.keys()
-        ours.adapters.load({name: values[peft_name(name)].detach() for g in ours.adapters.groups for name in g.names})
+    options = {"model_name": folder, "train_type": train_type, "fused": fused, "dataset": "dummy", "lora_rank": 8}
+    with built(options | {"precision": "fp32"}) as ours:
+        assert ours.fusion.blocks == (3 if fused == "auto" and name not in GENERIC else 0), str(ours.fusion)
+        paths = [path for group in ours.adapters.groups for path in group.names]
+        assert {peft_name(path) for path in paths} == values.keys()
+        ours.adapters.load({path: values[peft_name(path)].detach() for path in paths})
         ids = torch.zeros(2, 40, dtype=torch.int64)
         labels = torch.full_like(ids, -100)
         for i, row in enumerate(rows):
@@ -74,13 +79,13 @@ def test_loss_and_gradients_are_those_of_hugging_face_and_peft(family, train_typ
         loss = ours.loss(ids, labels, count)
         gradients = ours.backward(loss)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for name, gradient in gradients.items():
-        truth = values[peft_name(name)].grad
-        assert (gradient - truth).abs().max() < 1e-4 * truth.abs().max(), name
+    for path, gradient in gradients.items():
+        truth = values[peft_name(path)].grad
+        assert (gradient - truth).abs().max() < 1e-4 * truth.abs().max(), path
 
 
-def peft_name(name: str) -> str:
-    return f"base_model.model.{name}.default.weight"
+def peft_name(path: str) -> str:
+    return f"base_model.model.{path}.default.weight"
 
 
 @pytest.mark.parametrize("refused", REFUSED)

@@ -63,9 +63,18 @@ def options(tmp_path_factory) -> dict:
 def two(options, tmp_path_factory) -> dict[str, Run]:
     cases = {"sharded": {}} | SAME_BITS | SAME_SUMS | {"reduce-bf16": {"reduce_dtype": "bf16"}}
     cases |= {name: more | {"lora_dropout": 0.3} for name, more in DROPOUT.items()}
-    return run_ranks(
-        {n: options | {"batch_size": 2} | more for n, more in cases.items()}, 2, tmp_path_factory.mktemp("two")
-    )
+    cases = {name: options | {"batch_size": 2} | more for name, more in cases.items()}
+    cases |= {name: options | more for name, more in twins(options).items()}
+    return run_ranks(cases, 2, tmp_path_factory.mktemp("two"))
+
+
+def twins(options: dict) -> dict[str, dict]:
+    """Runs over rows that are all the same, so that two ranks differ in nothing but what they draw."""
+    row = Path(options["dataset"]).read_text().splitlines()[0]
+    rows = Path(options["dataset"]).with_name("twins.jsonl")
+    rows.write_text(f"{row}\n" * 8)
+    more = {"dataset": rows, "lora_dropout": 0.3, "num_epochs": 1, "max_steps": 4, "batch_size": 1}
+    return {"twins": more, "twins-fused": more | {"fused": "true"}}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +129,15 @@ def test_dropout_is_drawn_alike_however_a_block_is_recomputed(case, two):
     assert_same_bits(two[case], two["dropout"])
     assert two["dropout"].losses[0] == two["sharded"].losses[0]  # B is zero before the first update
     assert two["dropout"].losses[2] != pytest.approx(two["sharded"].losses[2], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", ["twins", "twins-fused"])
+def test_ranks_do_not_drop_the_same(case, options, two, tmp_path):
+    """If they did, two ranks with the same row would be one rank with it."""
+    alone = run_alone(options | twins(options)[case], tmp_path / "alone")
+    assert len(alone.losses) == len(two[case].losses) == 4
+    assert two[case].losses[0] == pytest.approx(alone.losses[0], rel=1e-5)
+    assert two[case].losses[2] != pytest.approx(alone.losses[2], rel=1e-4)
 
 
 def test_gradients_reduced_in_bfloat16_are_close(two):
