@@ -9,7 +9,7 @@ down (but for o at level `input`, whose h2 must come from somewhere). Nothing is
 T tokens (B*S), H hidden, N query heads, K key/value heads, D head dim, I intermediate, R rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,7 +131,9 @@ class FusedBlock:
         matrices = [m for linear in linears if linear.lora_A is not None for m in (linear.lora_A, linear.lora_B)]
         p = max(linear.dropout for linear in linears) if any(linear.training for linear in linears) else 0.0
         seed = int(torch.randint(1 << 62, ()).item()) if p else 0
-        return _Fused.apply(h, self, cos, sin, (p, seed), *matrices)
+        block = self if torch.is_grad_enabled() else replace(self, offload=None)  # no backward would fetch it
+        with torch.autocast(h.device.type, enabled=False):  # as in backward, which recomputes: a product stays float32
+            return _Fused.apply(h, block, cos, sin, (p, seed), *matrices)
 
     # ---- the attention half
 
@@ -366,6 +368,7 @@ class _Fused(torch.autograd.Function):
         assert kept is not None, "a fused block runs backward once: its activations were overwritten by their gradients"
         if ctx.parked is not None:
             kept.fetch(block.offload, ctx.parked)
+            ctx.parked = None
         h, h2, attention, mlp = kept.h, kept.h2, kept.attention, kept.mlp
         ctx.kept, shape = None, h.shape[:2]
         del kept

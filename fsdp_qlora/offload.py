@@ -75,7 +75,8 @@ class ActivationOffload:
         for buffer in parked.buffers:
             buffer.read = parked.arrived
             self._free.setdefault((buffer.memory.shape, buffer.memory.dtype), []).append(buffer)
-        return parked.back
+        back, parked.back = parked.back, []  # the caller's alone: the graph, and so `parked`, outlives a backward
+        return back
 
     def _start(self, parked: Parked) -> None:
         if parked.back:
