@@ -28,12 +28,14 @@ from fsdp_qlora.kernels.lora import (
     project,
 )
 from fsdp_qlora.kernels.lora_wide import (
+    PITCH,
     adapt_,
     extra,
     gradient_of_input_wide,
     gradients_of_a_wide,
     gradients_of_b_wide,
     project_wide,
+    wide,
 )
 from fsdp_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from fsdp_qlora.kernels.rope import rope_
@@ -52,13 +54,14 @@ class Scratch:
         self._buffer = torch.empty(0, dtype=dtype, device=device)
 
     def room(self, rows: int, columns: int) -> Tensor:
-        """Contiguous [rows, columns], good until the next call."""
-        numel = rows * columns
+        """[rows, columns] with rows on whole cache lines, good until the next call."""
+        pitch = -(-columns // PITCH) * PITCH
+        numel = rows * pitch
         if self._buffer.numel() < numel:
             dtype, device = self._buffer.dtype, self._buffer.device
             self._buffer = torch.empty(0, dtype=dtype, device=device)  # freed first: the two never live side by side
             self._buffer = torch.empty(numel, dtype=dtype, device=device)
-        return self._buffer[:numel].view(rows, columns)
+        return self._buffer[:numel].view(rows, pitch)[:, :columns]
 
 
 @dataclass
@@ -205,10 +208,10 @@ class FusedBlock:
         rows, room = d_outs[0].shape[0], extra(projections)
         last = d_outs if len(projections) == 1 else d_outs[-1:]  # stacked projections: q, k and v are one output
         width = sum(d.shape[1] for d in last)
-        wide = d_outs[0].new_empty(rows, width + room)
-        torch.cat(last, dim=1, out=wide[:, :width]) if len(last) > 1 else wide[:, :width].copy_(last[0])
+        beside = wide(rows, width + room, d_outs[0])
+        torch.cat(last, dim=1, out=beside[:, :width]) if len(last) > 1 else beside[:, :width].copy_(last[0])
         kept = [] if len(projections) == 1 else d_outs[:-1]
-        return [*kept, wide[:, :width]], wide
+        return [*kept, beside[:, :width]], beside
 
     def _heads(
         self, state: AttentionState, shape: tuple[int, int], rotary: Any, rotate: bool
@@ -237,7 +240,7 @@ class FusedBlock:
         self._project_gate_up(state, n_wide, drop)
         down = self._projections((self.anatomy.down,))
         inner, beside = self.anatomy.down.in_features, extra(down)
-        middle = n_wide.new_empty(n_wide.shape[0], inner + beside)
+        middle = wide(n_wide.shape[0], inner + beside, n_wide)
         glu_forward(*self._gate_and_up(state), self.anatomy.activation, out=middle[:, :inner])
         state.hs = _own(adapt_(middle, inner, down, p=p, seed=seed + 3))
         if self.anatomy.mlp_out_norm is not None:
@@ -288,7 +291,7 @@ class FusedBlock:
         beside, inner = extra(gate_up), self.anatomy.down.in_features
         features = n_wide.shape[1] - beside
         state.xs = adapt_(n_wide, features, gate_up, p=drop[0], seed=drop[1] + 2)
-        state.gate_up = n_wide.new_empty(n_wide.shape[0], 2 * inner + beside)
+        state.gate_up = wide(n_wide.shape[0], 2 * inner + beside, n_wide)
         outs = [*self._gate_and_up(state)] if len(gate_up) == 2 else [state.gate_up[:, : 2 * inner]]
         project_wide(n_wide, features, gate_up, outs, self.scratch.room)
 
@@ -316,9 +319,9 @@ class FusedBlock:
     def _normed(self, x: Tensor, norm: Norm, consumers: tuple[FrozenLinear, ...], **options: Any) -> Tensor:
         """[T, H + R]: x normalised, and room beside it for the adapters of the linears that read it."""
         rows, features = x.shape
-        wide = x.new_empty(rows, features + extra(self._projections(consumers)))
-        self._norm(x, norm, out=wide[:, :features], **options)
-        return wide
+        normed = wide(rows, features + extra(self._projections(consumers)), x)
+        self._norm(x, norm, out=normed[:, :features], **options)
+        return normed
 
     def _norm(self, x: Tensor, norm: Norm, **options: Any) -> Tensor:
         return rms_norm_forward(x, norm.weight.decode(self.dtype), norm.eps, norm.shift, **options)

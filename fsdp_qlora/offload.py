@@ -25,6 +25,7 @@ class Parked:
     """Some tensors of one block, in host memory or on their way."""
 
     buffers: list[_Buffer]
+    going: list[Tensor] = field(default_factory=list)  # being copied out; freed when the next block is parked
     written: torch.cuda.Event | None = None
     back: list[Tensor] = field(default_factory=list)
     arrived: torch.cuda.Event | None = None
@@ -49,14 +50,19 @@ class ActivationOffload:
             for buffer, tensor in zip(parked.buffers, tensors, strict=True):
                 buffer.memory.copy_(tensor)
             return parked
-        self._out.wait_stream(torch.cuda.current_stream(self.device))
+        stream = torch.cuda.current_stream(self.device)
+        self._out.wait_stream(stream)
         with torch.cuda.stream(self._out):
             for buffer, tensor in zip(parked.buffers, tensors, strict=True):
                 if buffer.read is not None:
                     self._out.wait_event(buffer.read)
                 buffer.memory.copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._out)
             parked.written = self._out.record_event()
+        # Memory is given back in the order of the computing stream, a block later, once that has waited for the copy.
+        # `record_stream` would hold it until the GPU is really done, while the host, far ahead, takes new memory.
+        parked.going = tensors
+        if len(self._parked) > 1:
+            self._let_go(self._parked[-2], stream)
         return parked
 
     def fetch(self, parked: Parked) -> list[Tensor]:
@@ -68,10 +74,7 @@ class ActivationOffload:
             self._start(self._parked[place - 1])
         if self.on_gpu:
             assert parked.arrived is not None
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(parked.arrived)
-            for tensor in parked.back:
-                tensor.record_stream(stream)
+            torch.cuda.current_stream(self.device).wait_event(parked.arrived)
         for buffer in parked.buffers:
             buffer.read = parked.arrived
             self._free.setdefault((buffer.memory.shape, buffer.memory.dtype), []).append(buffer)
@@ -84,11 +87,21 @@ class ActivationOffload:
         if not self.on_gpu:
             parked.back = [buffer.memory.clone() for buffer in parked.buffers]
             return
+        stream = torch.cuda.current_stream(self.device)
+        self._let_go(parked, stream)
+        # Allocated in the order of the computing stream, whose memory it becomes; the copy waits for that moment.
+        parked.back = [torch.empty_like(buffer.memory, device=self.device) for buffer in parked.buffers]
+        self._in.wait_stream(stream)
         with torch.cuda.stream(self._in):
-            assert parked.written is not None
-            self._in.wait_event(parked.written)
-            parked.back = [buffer.memory.to(self.device, non_blocking=True) for buffer in parked.buffers]
+            for buffer, tensor in zip(parked.buffers, parked.back, strict=True):
+                tensor.copy_(buffer.memory, non_blocking=True)
             parked.arrived = self._in.record_event()
+
+    def _let_go(self, parked: Parked, stream: torch.cuda.Stream) -> None:
+        if parked.going:
+            assert parked.written is not None
+            stream.wait_event(parked.written)
+            parked.going = []
 
     def _buffer(self, like: Tensor) -> _Buffer:
         free = self._free.get((like.shape, like.dtype))

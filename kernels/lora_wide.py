@@ -21,7 +21,13 @@ from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.lora import Projection
 
 ALIGN = 8  # numbers: 16 bytes in 16-bit dtypes, which fast matrix products ask of a row's start
-Room = Callable[[int, int], torch.Tensor]  # (rows, columns) -> contiguous scratch, good until it is asked for again
+PITCH = 64  # numbers from row to row: a multiple of this, 128 bytes, for whole cache lines
+Room = Callable[[int, int], torch.Tensor]  # (rows, columns) -> scratch as of `wide`, good until it is asked for again
+
+
+def wide(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised [rows, columns] with rows that begin on whole cache lines."""
+    return like.new_empty(rows, -(-columns // PITCH) * PITCH)[:, :columns]
 
 
 def extra(projections: Sequence[Projection]) -> int:
