@@ -21,6 +21,7 @@ T tokens, H hidden, V vocabulary.
 
 import torch
 from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.tanh import tanh
 
 IGNORE = -100
 _CHUNK_LOGITS = 1 << 27  # logits held at a time: 256 MiB in bf16; 1,024 tokens at vocabulary 128,256
@@ -174,11 +175,13 @@ def _plain(logits, labels, losses, gradient: bool, softcap, scale, divisor, igno
 
 @triton.jit
 def _bend(x, scale, softcap, SOFTCAP: tl.constexpr):
-    """What the head does to a logit, in float32."""
+    """What the head does to a logit, in float32, and the tanh in that."""
     z = x.to(tl.float32) * scale
+    bent = z
     if SOFTCAP:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # tanh
-    return z
+        bent = tanh(z / softcap)
+        z = softcap * bent
+    return z, bent
 
 
 @triton.jit
@@ -209,13 +212,13 @@ def _row_kernel(
     else:
         # A label outside the vocabulary is a bug upstream: NaN, so that the run stops.
         inside = (label >= 0) & (label < VOCABULARY)
-        target = _bend(tl.load(logits_ptr + label, mask=inside, other=float("nan")), scale, softcap, SOFTCAP)
+        target = _bend(tl.load(logits_ptr + label, mask=inside, other=float("nan")), scale, softcap, SOFTCAP)[0]
         # Each lane keeps its own running maximum and sum; they meet once, at the end.
         high = tl.full([TILE], -1e30, tl.float32)
         total = tl.zeros([TILE], tl.float32)
         for start in range(0, VOCABULARY, TILE):
             live = start + column < VOCABULARY
-            z = _bend(tl.load(logits_ptr + start + column, mask=live, other=0.0), scale, softcap, SOFTCAP)
+            z = _bend(tl.load(logits_ptr + start + column, mask=live, other=0.0), scale, softcap, SOFTCAP)[0]
             z = tl.where(live, z, -1e30)
             higher = tl.maximum(high, z)
             total = total * tl.exp(high - higher) + tl.exp(z - higher)
@@ -227,10 +230,10 @@ def _row_kernel(
             inverse = 1.0 / sum_exp
             for start in range(0, VOCABULARY, TILE):
                 live = start + column < VOCABULARY
-                z = _bend(tl.load(logits_ptr + start + column, mask=live, other=0.0), scale, softcap, SOFTCAP)
+                z, bent = _bend(tl.load(logits_ptr + start + column, mask=live, other=0.0), scale, softcap, SOFTCAP)
                 d_z = tl.exp(z - highest) * inverse - tl.where(start + column == label, 1.0, 0.0)
                 if SOFTCAP:
-                    d_z = d_z * (1 - (z / softcap) * (z / softcap))
+                    d_z = d_z * (1 - bent * bent)
                 d_x = (d_z * d_scale).to(logits_ptr.dtype.element_ty)
                 tl.store(logits_ptr + start + column, d_x, mask=live)
 
