@@ -20,6 +20,7 @@ T tokens, H hidden, V vocabulary.
 """
 
 import torch
+
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 from fsdp_qlora.kernels.tanh import tanh
 

@@ -8,6 +8,7 @@ activations that checkpointing frees. Drawing is a function of (seed, position) 
 """
 
 import torch
+
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 

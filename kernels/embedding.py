@@ -15,6 +15,7 @@ V vocabulary, H hidden.
 
 import torch
 import torch.nn.functional as F
+
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 

@@ -14,6 +14,7 @@ T tokens, I intermediate.
 import math
 
 import torch
+
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")

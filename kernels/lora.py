@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 
 

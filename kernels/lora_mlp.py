@@ -11,6 +11,7 @@ T tokens, H hidden, I intermediate.
 from collections.abc import Sequence
 
 import torch
+
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import (
     Projection,

@@ -17,6 +17,7 @@ T tokens, H in features, O out features, R the sum of the ranks of an input's ad
 from collections.abc import Callable, Sequence
 
 import torch
+
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.lora import Projection
 

@@ -24,6 +24,7 @@ need a second form for sizes that are odd.
 import functools
 
 import torch
+
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 BLOCK = 64  # numbers that share a scale

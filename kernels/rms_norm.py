@@ -14,6 +14,7 @@ T rows, H row length.
 """
 
 import torch
+
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 

@@ -14,6 +14,7 @@ B batch, S sequence, N heads, K kv heads, D head dim, R rotated features, P tabl
 """
 
 import torch
+
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 

@@ -4,10 +4,10 @@ import bitsandbytes
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from fsdp_qlora.kernels.nf4 import LEVELS, dequantize_nf4, dynamic_map
 
 from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4, Plain
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.kernels.nf4 import LEVELS, dequantize_nf4, dynamic_map
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # bitsandbytes' own AVX-512 decoder is wrong where a row is an odd multiple of 32 numbers, so there is none here.

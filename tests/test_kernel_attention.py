@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fsdp_qlora.kernels.attention import Masking, attend, attend_backward, fastest, possible
 
 from fsdp_qlora.kernels import attention
+from fsdp_qlora.kernels.attention import Masking, attend, attend_backward, fastest, possible
 from tests.truth import DEVICE, assert_as_good_as_plain
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

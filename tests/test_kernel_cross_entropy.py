@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.device import tl, triton
 from fsdp_qlora.kernels.tanh import tanh
-
 from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 CASES = {

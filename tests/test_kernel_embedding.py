@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from fsdp_qlora.kernels.embedding import gather_rows
 
+from fsdp_qlora.kernels.embedding import gather_rows
 from tests.truth import DEVICE
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

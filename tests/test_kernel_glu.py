@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fsdp_qlora.kernels.glu import ACTIVATIONS, glu, glu_backward_, glu_forward
 
+from fsdp_qlora.kernels.glu import ACTIVATIONS, glu, glu_backward_, glu_forward
 from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 PLAIN = {"silu": F.silu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"), "gelu": F.gelu}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.lora import Adapter, Projection, lora_projections
 from fsdp_qlora.kernels.lora_mlp import lora_mlp
-
 from tests.truth import DEVICE, assert_as_good_as_plain
 
 DTYPES = [torch.float32, torch.bfloat16]

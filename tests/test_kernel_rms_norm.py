@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from fsdp_qlora.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward
 
+from fsdp_qlora.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_forward
 from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 SHAPES = [(1, 64), (63, 100), (2, 5, 48), (3, 1000)]

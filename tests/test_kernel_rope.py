@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fsdp_qlora.kernels.rope import rope, rope_, rope_tables
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from fsdp_qlora.kernels.rope import rope, rope_, rope_tables
 from tests.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 # batch, sequence, heads, kv heads, head dim, rotated features: GQA 1, 4, 8; sizes that are no powers of two; partial.
