@@ -25,6 +25,7 @@ from benchmarks.ops_gate import BF16, DEVICE, ON_GPU, gate, random, size
 from benchmarks.timing import copies, copy_bandwidth, environment, matmul_rate, milliseconds
 from fsdp_qlora.codecs import NF4
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
+from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import Adapter, Projection, project, project_backward
 from fsdp_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
@@ -40,12 +41,12 @@ class Table:
         print(f"copy {self.copy:,.0f} GB/s, bf16 matmul {self.matmul:,.0f} TFLOP/s")
 
     def memory(self, op: str, shape: str, n_bytes: float, ms: dict[str, float]) -> None:
-        self._add(op, shape, ms, n_bytes / ms["ours"] / 1e6, "GB/s", self.copy)
+        self.add(op, shape, ms, n_bytes / ms["ours"] / 1e6, "GB/s", self.copy)
 
     def arithmetic(self, op: str, shape: str, flops: float, ms: dict[str, float]) -> None:
-        self._add(op, shape, ms, flops / ms["ours"] / 1e9, "TFLOP/s", self.matmul)
+        self.add(op, shape, ms, flops / ms["ours"] / 1e9, "TFLOP/s", self.matmul)
 
-    def _add(self, op: str, shape: str, ms: dict[str, float], rate: float, unit: str, floor: float) -> None:
+    def add(self, op: str, shape: str, ms: dict[str, float], rate: float, unit: str, floor: float) -> None:
         self.rows.append({"op": op, "shape": shape, "ms": ms, "rate": rate, "unit": unit, "of_floor": rate / floor})
         others = "  ".join(f"{name} {value:.3f}" for name, value in ms.items() if name != "ours")
         print(
@@ -68,14 +69,16 @@ def dequantize(table: Table, out_features: int, in_features: int, double_quant: 
     shape = size(out_features), size(in_features)
     n, codec = shape[0] * shape[1], NF4(double_quant)
     n_bytes = 2 * n + n / 2 + (n / 64 if double_quant else n / 16)
-    ours, theirs = [], []
+    ours, theirs, wide = [], [], []
     for _ in range(copies(int(n_bytes))):
         weight = random(*shape)
         codes, state = bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type="nf4")
-        ours.append(partial(codec.decode, codec.encode(weight), shape, BF16, weight))
+        parts, columns = codec.encode(weight), random(shape[0], shape[1] + 64)[:, : shape[1]]
+        ours.append(partial(codec.decode, parts, shape, BF16, weight))
+        wide.append(partial(codec.decode, parts, shape, BF16, columns))
         out = {"out": weight} if ON_GPU else {}  # bitsandbytes has no such form on a CPU
         theirs.append(partial(bnb.dequantize_4bit, codes, state, **out))
-    ms = {"ours": milliseconds(ours), "bitsandbytes": milliseconds(theirs)}
+    ms = {"ours": milliseconds(ours), "in a wider": milliseconds(wide), "bitsandbytes": milliseconds(theirs)}
     table.memory("dequantize", f"{shape[0]}x{shape[1]}{' double' if double_quant else ''}", n_bytes, ms)
 
 
@@ -204,6 +207,18 @@ def cross_entropy(table: Table, tokens: int, hidden: int, vocabulary: int) -> No
     table.arithmetic("head + cross-entropy", f"{tokens}x{hidden}->{vocabulary}", flops, ms)
 
 
+def embedding(table: Table, tokens: int, hidden: int, vocabulary: int) -> None:
+    """Rows of a table in pinned host memory; the floor is a copy over the link of as many bytes."""
+    tokens, hidden, vocabulary = size(tokens), size(hidden), size(vocabulary)
+    rows, host = (torch.zeros(n, hidden, dtype=BF16, pin_memory=ON_GPU) for n in (vocabulary, tokens))
+    target, draws = random(tokens, hidden), [torch.randint(vocabulary, (tokens,), device=DEVICE) for _ in range(4)]
+    copied = milliseconds([lambda: target.copy_(host, non_blocking=True)], capture=False)
+    ms = {"ours": milliseconds([partial(gather_rows, rows, ids) for ids in draws]), "copy": copied}
+    megabytes = 2 * tokens * hidden / 1e6
+    name = f"{tokens} of {vocabulary}x{hidden}"
+    table.add("embedding from host", name, ms, megabytes / ms["ours"], "GB/s", megabytes / copied)
+
+
 MATRICES = [(4096, 4096), (14336, 4096), (1024, 8192), (8192, 8192), (28672, 8192)]
 SECTIONS: dict[str, tuple[Callable[..., None], list[tuple]]] = {
     "dequantize": (dequantize, [(*shape, double) for double in (True, False) for shape in MATRICES]),
@@ -211,6 +226,7 @@ SECTIONS: dict[str, tuple[Callable[..., None], list[tuple]]] = {
     "rope": (rotary, [(8192, 32, 8), (4096, 64, 8)]),
     "glu": (gated, [(8192, 14336), (4096, 28672)]),
     "lora": (lora, [(8192, 4096, 1024, 16), (4096, 8192, 1024, 64), (1024, 8192, 1024, 64)]),
+    "embedding": (embedding, [(8192, 4096, 128256), (4096, 8192, 32000)]),
     "cross_entropy": (cross_entropy, [(4096, 4096, 128256), (4096, 8192, 32000)]),
 }
 

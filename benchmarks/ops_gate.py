@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from fsdp_qlora.codecs import NF4
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
+from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.kernels.glu import glu
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.kernels.rope import rope, rope_tables
@@ -37,6 +38,13 @@ def gate() -> list[str]:
                 ours = NF4(double_quant).decode(NF4(double_quant).encode(weight), shape, dtype)
                 if not torch.equal(ours, bnb.dequantize_4bit(codes, state)):
                     wrong.append(f"dequantize {shape} {dtype} double_quant={double_quant} differs from bitsandbytes")
+                part = random(shape[0], shape[1] + 16, dtype=dtype)[:, : shape[1]]
+                NF4(double_quant).decode(NF4(double_quant).encode(weight), shape, dtype, part)
+                if not torch.equal(part, ours):
+                    wrong.append(f"dequantize {shape} {dtype} double_quant={double_quant} differs in a wider matrix")
+    table, ids = torch.randn(300, 1000, pin_memory=ON_GPU), torch.randint(300, (2, 500))
+    if not torch.equal(gather_rows(table, ids.to(DEVICE)).cpu(), table[ids]):
+        wrong.append("embedding: rows gathered from pinned host memory differ from the table's")
     for name, (ours, plain, inputs) in _checked_ops().items():
         got, theirs = _values(ours, inputs), _values(plain, inputs)
         truth = _values(plain, [t.double() for t in inputs])
