@@ -94,6 +94,7 @@ class Kept:
     h2: Tensor | None
     attention: AttentionState | None
     mlp: MLPState
+    _away: list[tuple[Any, Any]] = field(default_factory=list)  # where what is parked belongs
 
     def park(self, offload: ActivationOffload) -> Parked:
         """Send everything that has a row of at least H numbers per token to host memory."""
@@ -105,7 +106,8 @@ class Kept:
         return parked
 
     def fetch(self, offload: ActivationOffload, parked: Parked) -> None:
-        for (owner, key), tensor in zip(self._away, offload.fetch(parked), strict=True):
+        slots, self._away = self._away, []  # they hold this object's dict: a circle that would keep the tensors alive
+        for (owner, key), tensor in zip(slots, offload.fetch(parked), strict=True):
             owner[key] = tensor
 
     def _slots(self) -> list[tuple[Any, Any]]:

@@ -1,0 +1,59 @@
+"""Offloaded activations: the same numbers back, host buffers used again, and nothing kept alive on the device."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from fsdp_qlora.fused import AttentionState, Kept, MLPState
+from fsdp_qlora.offload import ActivationOffload
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def kept_of_a_block(seed: int) -> Kept:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+
+    attention = AttentionState(qkv=[some(6, 8), some(6, 4), some(6, 4)], out=some(2, 3, 2, 4))
+    return Kept(some(2, 3, 8), some(6, 8), attention, MLPState(gate_up=some(6, 40)[:, :36]))
+
+
+def contents(kept: Kept) -> list[torch.Tensor]:
+    return [owner[key].clone() for owner, key in kept._slots()]
+
+
+def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
+    offload = ActivationOffload(DEVICE)
+    for step in range(3):
+        blocks = [kept_of_a_block(10 * step + i) for i in range(4)]
+        before = [contents(kept) for kept in blocks]
+        assert len(before[0]) == 7
+        parked = [kept.park(offload) for kept in blocks]
+        assert all(not kept._slots() for kept in blocks)
+        for kept, place, was in reversed(list(zip(blocks, parked, before, strict=True))):
+            kept.fetch(offload, place)
+            assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
+    assert sum(len(buffers) for buffers in offload._free.values()) == 4 * 7, "host buffers are made once"
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_nothing_stays_on_the_device_longer_than_needed(fetched: bool) -> None:
+    offload = ActivationOffload(DEVICE)
+    gc.disable()
+    try:
+        first, second = kept_of_a_block(1), kept_of_a_block(2)
+        before = weakref.ref(first.h)
+        parked = first.park(offload), second.park(offload)
+        assert before() is None, "its copy went out a block ago"
+        if fetched:
+            second.fetch(offload, parked[1])
+            first.fetch(offload, parked[0])
+            back = weakref.ref(first.h)
+            del first
+            assert back() is None, "the block is gone and so must be what it held"
+    finally:
+        gc.enable()
