@@ -28,7 +28,8 @@ SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
 
 # name -> (folder of the model, our options, the oracle's)
 CASES: dict[str, tuple[str, dict, dict]] = {
-    "qlora": ("model", {}, {}),
+    "qlora": ("model", {}, {}),  # fused blocks
+    "generic": ("model", {"fused": "false"}, {}),
     "single-quantized": ("model", {"double_quant": False}, {"double_quant": False}),
     "plain-base": ("model", {"train_type": "lora"}, {"quantized": False}),
     "some-linears-rslora": (
@@ -43,7 +44,10 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     ),
     "tied-sharded-bf16-checkpoint": ("tied", {}, {}),
 }
-PRECISIONS = ("bf16", "bf16_autocast", "bf16_buffers_autocast", "fp16_autocast")
+MODES = ("bf16", "bf16_autocast", "bf16_buffers_autocast", "fp16_autocast")
+PRECISIONS: dict[str, dict] = {mode: {"precision": mode} for mode in MODES} | {
+    "bf16-generic": {"precision": "bf16", "fused": "false"}
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,7 @@ def options(place: Path, model: str, more: dict) -> dict:
 def sharded(place) -> dict[str, Run]:
     """Every case on two ranks, the frozen base sharded over them."""
     cases = {name: options(place, model, more) for name, (model, more, _) in CASES.items()}
-    cases |= {mode: options(place, "model", {"precision": mode}) for mode in PRECISIONS}
+    cases |= {name: options(place, "model", more) for name, more in PRECISIONS.items()}
     return run_ranks(cases, 2, place / "two")
 
 
@@ -148,7 +152,7 @@ def test_16_bit_precisions_lose_no_more_than_plain_pytorch(place, sharded):
         return math.sqrt(sum((a - b) ** 2 for a, b in zip(losses, truth, strict=True)) / len(truth))
 
     allowed = 2 * error(reference)
-    errors = {mode: error(sharded[mode].losses) for mode in PRECISIONS}
+    errors = {name: error(sharded[name].losses) for name in PRECISIONS}
     print(f"rms error of the loss: plain bf16 {allowed / 2:.2e}, ours {errors}")
     assert min(errors.values()) > 0, "a 16-bit run equals float32: the option did nothing"
     assert max(errors.values()) <= allowed, f"{errors}, allowed {allowed}"

@@ -193,7 +193,10 @@ BYTES = """
                 block.layer.self_attn.q_proj.register_forward_hook(on_output)
             ids = torch.randint(0, 1024, (1, 8))
             ours.adapters.begin_micro_batch(last=True)
-            ours.loss(ids, ids, 7.0).backward()
+            loss = ours.loss(ids, ids, 7.0)
+            whole_now = [not hasattr(block.frozen.flat, "to_local") for block in ours.model.blocks.values()]
+            assert whole_now == [name in ("ddp", "shard_grad_op")] * 3, (name, whole_now)  # between the two passes
+            loss.backward()
             ours.adapters.finish()
             assert seen == [True] * 2 * len(ours.model.blocks), (name, seen)  # each forward, and again in each backward
             for frozen, whole in ((ours.model.embedding[0].frozen, wanted[0]), (ours.model.head.frozen, wanted[-2])):
