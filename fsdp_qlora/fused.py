@@ -9,7 +9,7 @@ down (but for o at level `input`, whose h2 must come from somewhere). Nothing is
 T tokens (B*S), H hidden, N query heads, K key/value heads, D head dim, I intermediate, R rank.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
