@@ -26,7 +26,7 @@ TQDM_DISABLE=1 .venv/bin/python launch/get_smollm2.py "$MODEL"
 # one rank per GPU, but at most 2: more would leave these few rows too few steps
 RANKS=$(.venv/bin/python -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')
 echo "quickstart: 3/4 training on $RANKS ranks"
-.venv/bin/torchrun --nproc_per_node "$RANKS" train.py --config "$CONFIG" --model_name "$MODEL" \
+LOGLEVEL=ERROR .venv/bin/torchrun --nproc_per_node "$RANKS" train.py --config "$CONFIG" --model_name "$MODEL" \
   --dataset "$DATA/train.jsonl" --output_dir "$OUTPUT" --overwrite_output_dir true "$@"
 
 echo "quickstart: 4/4 asking the model before and after"
