@@ -43,7 +43,9 @@ from fsdp_qlora.offload import ActivationOffload, Parked
 from fsdp_qlora.recognise import Anatomy, Norm
 
 # What a block keeps, each level what the one before it keeps and more, in numbers per token:
-# input: h [H].  halves: + h2 [H].  attention: + its output and row sums [N*D].  qkv: + q, k, v [(N + 2K)*D].  all: + gate, up [2I].
+# input: h [H].  halves: + h2 [H].  attention: + its output and row sums [N*D].  qkv: + q, k, v [(N + 2K)*D].
+# all: + gate, up [2I].  Where norms follow o and down (Gemma 2, 3), what down gave is kept at each level as well [H],
+# and what o gave from halves on [H]. The adapters' x A^T, R numbers each, hardly count.
 KEEP = ("input", "halves", "attention", "qkv", "all")
 
 
@@ -74,6 +76,12 @@ class AttentionState:
     stats: Any = None
     oa: Tensor | None = None
     projected: Tensor | None = None  # o's output, where a norm follows it
+
+    def let_go(self, level: int, backend: str) -> None:
+        """Free what that keep level does not keep, and what its tensors are only views of."""
+        self.qkv, self.xs = (self.qkv, _own(self.xs)) if level >= KEEP.index("qkv") else (None, None)
+        if level < KEEP.index("attention") or backend == "flash_attn":  # its stats hold q, k, v
+            self.out = self.stats = None
 
 
 @dataclass
@@ -348,19 +356,15 @@ class _Fused(torch.autograd.Function):
         ctx: Any, h: Tensor, block: FusedBlock, cos: Tensor, sin: Tensor, drop: Any, *matrices: Tensor
     ) -> Tensor:
         shape, rows = h.shape[:2], h.reshape(-1, h.shape[-1])
+        level = KEEP.index(block.keep)
         added, attention = block.attention_forward(rows, shape, (cos, sin), drop)
+        attention.let_go(level, block.backend)  # now: the MLP needs the memory
         h2 = torch.empty_like(rows)
         n_wide = block._normed(added, block.anatomy.mlp_norm, block.anatomy.gate_up, residual=rows, sum_out=h2)
         del added
         h3 = torch.empty_like(h)  # no view itself: FSDP2 hangs its hook on it, and warns of views
         mlp = block.mlp_forward(n_wide, h2, h3.view_as(rows), drop)
-        level = KEEP.index(block.keep)
         mlp.gate_up, mlp.xs = (mlp.gate_up, _own(mlp.xs)) if level >= KEEP.index("all") else (None, None)
-        attention.qkv, attention.xs = (
-            (attention.qkv, _own(attention.xs)) if level >= KEEP.index("qkv") else (None, None)
-        )
-        if level < KEEP.index("attention") or block.backend == "flash_attn":  # its stats hold q, k, v
-            attention.out = attention.stats = None
         halves = level >= KEEP.index("halves")
         kept = Kept(h, h2 if halves else None, attention if halves else None, mlp)
         ctx.parked = kept.park(block.offload) if block.offload is not None else None
@@ -378,11 +382,13 @@ class _Fused(torch.autograd.Function):
         ctx.kept, shape = None, h.shape[:2]
         del kept
         rows, d_rows = h.reshape(-1, h.shape[-1]), d_h3.reshape(-1, h.shape[-1]).contiguous()
-        if h2 is None:
-            added, attention = block.attention_forward(rows, shape, rotary, drop)
-            h2 = added.add_(rows)
-        d_h2, mlp_gradients = block.mlp_backward(d_rows, h2, mlp, drop)
-        del h2, mlp
-        d_h, gradients = block.attention_backward(d_h2, rows, attention, shape, rotary, drop)
+        with torch.autocast(h.device.type, enabled=False):
+            if h2 is None:
+                added, attention = block.attention_forward(rows, shape, rotary, drop)
+                attention.xs = _own(attention.xs)
+                h2 = added.add_(rows)
+            d_h2, mlp_gradients = block.mlp_backward(d_rows, h2, mlp, drop)
+            del h2, mlp
+            d_h, gradients = block.attention_backward(d_h2, rows, attention, shape, rotary, drop)
         matrices = [m for pair in gradients + mlp_gradients for m in pair]
         return d_h.view(h.shape), None, None, None, None, *matrices
