@@ -1,6 +1,6 @@
 """The home rig on a large machine: 70B QLoRA through `train.py` on two GPUs capped at 24 GiB each, peer access off.
 
-    python benchmarks/rig.py --out rig.json [--batch_size 2] [--context_length 512] [--steps 10] [-- options of train.py]
+    python benchmarks/rig.py --out rig.json [--batch_size 2] [--context_length 512] [--steps 10] [-- train.py's options]
 
 Gaming cards have no peer access, so every byte between them goes through host memory: NCCL_P2P_DISABLE=1 makes large
 cards do the same. The model has Llama-2-70B's shape and random weights: speed and memory do not depend on the values.
@@ -29,7 +29,8 @@ SHAPES = {
                              "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000,
                              "max_position_embeddings": 4096},
     "llama3_8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                  "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0},
+                  "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+                  "rope_theta": 500000.0},
 }  # fmt: skip
 WARM_UP = 3
 
@@ -80,7 +81,8 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
     unknowing = math.log(shape["vocab_size"])
     for step in steps:
         if not 0.8 * unknowing < step["loss"] < 1.6 * unknowing:
-            raise SystemExit(f"step {step['step']}: loss {step['loss']} is not that of an untrained model ({unknowing:.2f})")
+            loss = step["loss"]
+            raise SystemExit(f"step {step['step']}: loss {loss} is not that of an untrained model ({unknowing:.2f})")
     typical = steps[WARM_UP:]
     whole = time.time() - start
     return {
@@ -88,7 +90,8 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
         "batch_size": asked.batch_size, "context_length": asked.context_length, "options": asked.train_options,
         "tokens_per_second": round(statistics.median(s["tokens_per_second"] for s in typical), 1),
         "seconds_per_step": round(statistics.median(s["seconds"] for s in typical), 4),
-        "gpu_allocated_gib": max(steps[-1]["gpu_allocated_gib"]), "gpu_reserved_gib": max(steps[-1]["gpu_reserved_gib"]),
+        "gpu_allocated_gib": max(steps[-1]["gpu_allocated_gib"]),
+        "gpu_reserved_gib": max(steps[-1]["gpu_reserved_gib"]),
         "host_gib": round(max(sum(s["host_rss_gib"]) for s in steps), 2),
         "start_seconds": round(whole - sum(s["seconds"] for s in steps), 1),
         "losses": [s["loss"] for s in steps], "device": torch.cuda.get_device_name(0), "torch": torch.__version__,
@@ -99,7 +102,10 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
 
 def _commit() -> str:
     told = os.environ.get("COMMIT")  # where the checkout travels without its history
-    return told or subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if told:
+        return told
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":
