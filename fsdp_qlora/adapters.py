@@ -21,7 +21,7 @@ def lora_scale(options: AdapterOptions) -> float:
 
 
 def choose_targets(wanted: list[str], linears: Iterable[str]) -> list[str]:
-    """The full names, out of `linears`, that `wanted` selects: `all`, `default`, or names and patterns as PEFT reads them.
+    """The full names, out of `linears`, that `wanted` selects: `all`, `default`, or names and patterns as in PEFT.
 
     A name selects the linear of that path or with that ending (`q_proj`, `mlp.up_proj`); anything else is a regular
     expression for the whole path. Raises UserError naming each entry that selects nothing, with what there is.
@@ -58,10 +58,10 @@ def peft_targets(chosen: list[str], linears: Iterable[str]) -> list[str]:
 
 
 def initial_values(name: str, out_features: int, in_features: int, rank: int, seed: int) -> dict[str, Tensor]:
-    """float32 CPU tensors `lora_A` [R, I] and `lora_B` [O, R], drawn as PEFT draws them: Kaiming-uniform with a = sqrt(5), zeros.
+    """float32 CPU tensors `lora_A` [R, I] and `lora_B` [O, R], drawn as PEFT draws them.
 
-    Each linear has its own generator, seeded by `seed` and its name: the values depend neither on the number of ranks
-    nor on which other linears are adapted.
+    That is Kaiming-uniform with a = sqrt(5), and zeros. Each linear has its own generator, seeded by `seed` and its
+    name: the values depend neither on the number of ranks nor on which other linears are adapted.
     """
     generator = torch.Generator().manual_seed(_mix(seed, name))
     bound = 1 / math.sqrt(in_features)  # kaiming_uniform_(a=sqrt(5)): gain sqrt(1/3), bound gain * sqrt(3 / fan_in)
@@ -70,7 +70,7 @@ def initial_values(name: str, out_features: int, in_features: int, rank: int, se
 
 
 def peft_key(linear: str, matrix: str) -> str:
-    """The name in adapter_model.safetensors of `lora_A` or `lora_B` of a linear (its path in the Hugging Face model)."""
+    """The name in adapter_model.safetensors of `lora_A` or `lora_B` of a linear, given by its Hugging Face path."""
     return f"base_model.model.{linear}.{matrix}.weight"
 
 
@@ -82,7 +82,7 @@ def peft_config(
 
     config = LoraConfig(
         r=options.lora_rank,
-        lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
+        lora_alpha=options.lora_alpha,  # PEFT says int and takes any number
         lora_dropout=options.lora_dropout,
         use_rslora=options.use_rslora,
         target_modules=targets,
