@@ -1,7 +1,8 @@
-"""A decoder layer over frozen bytes: every `nn.Linear` a frozen linear + LoRA, every other parameter a view, under checkpointing.
+"""A decoder layer over frozen bytes: each `nn.Linear` a frozen linear + LoRA, every other parameter a view.
 
-This is the generic block: it works for any layer of plain linears. It does not know ranks or placements; the bytes come
-through `FrozenTensor`, whose buffer is gathered by whoever placed it before `Block.forward` runs and again before its backward.
+This is the generic block, under checkpointing: it works for any layer of plain linears. It does not know ranks or
+placements; the bytes come through `FrozenTensor`, whose buffer is gathered by whoever placed it before `Block.forward`
+runs and again before its backward.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ FusedForward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (h, cos, sin) -> h
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """x @ W^T + b with W decoded on the fly, forward and backward; nothing is saved, the bytes are there again in backward."""
+    """x @ W^T + b with W decoded on the fly in forward and backward; nothing is saved, the bytes are there again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenTensor, bias: FrozenTensor | None) -> Tensor:
@@ -32,9 +33,10 @@ class _FrozenMatmul(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Module):
-    """y [..., O] = x [..., I] @ W^T + b + scale * dropout(x) @ A^T @ B^T, W and b frozen; A [R, I], B [O, R] train if there.
+    """y [..., O] = x [..., I] @ W^T + b + scale * dropout(x) @ A^T @ B^T, W and b frozen, A [R, I] and B [O, R] not.
 
-    Everything is computed in `dtype`, to which x is cast. `add_lora` makes the adapter; without it the layer is the base alone.
+    Everything is computed in `dtype`, to which x is cast. `add_lora` makes the adapter; without it the layer is the
+    base alone.
     """
 
     def __init__(self, weight: FrozenTensor, bias: FrozenTensor | None, dtype: torch.dtype) -> None:
@@ -62,7 +64,7 @@ class FrozenLinear(nn.Module):
 
 
 class FrozenViews:
-    """Parameters that are not linears (norm weights, ...): taken off their modules and bound as views before each forward."""
+    """Parameters of no linear (norm weights, ...): taken off their modules and bound as views before each forward."""
 
     def __init__(self, bindings: list[tuple[nn.Module, str, FrozenTensor]]) -> None:
         self.bindings = bindings
@@ -71,7 +73,7 @@ class FrozenViews:
 
     def bind(self) -> None:
         for module, attribute, tensor in self.bindings:
-            # Stored `plain`, so its one part is the tensor itself. Past Module.__setattr__, which would look for a parameter.
+            # Stored plain, so its one part is the tensor itself. Past Module.__setattr__, which wants a parameter.
             module.__dict__[attribute] = tensor.home.parts(tensor.name)["values"]
 
 
