@@ -82,8 +82,8 @@ class ModelOptions:
     )
     fused: Literal["auto", "true", "false"] = option(
         "auto",
-        """Run decoder blocks on the fused kernels. auto: where the model's family has them. true: or stop. false: never,
-        for comparison: each Hugging Face layer with its linears replaced.""",
+        """Run decoder blocks on the fused kernels. auto: where the model's family has them. true: or stop. false:
+        never, for comparison: each Hugging Face layer with its linears replaced.""",
         "auto tells at start what it came to",
         "false is slower and takes more memory",
     )
@@ -363,9 +363,9 @@ class MemoryOptions:
     )
     keep_activations: Literal["input", "halves", "attention", "qkv", "all"] = option(
         "input",
-        """What a fused block keeps for backward under gradient checkpointing, each value what the one before it keeps and
-        more. input: its input. halves: + the MLP's input. attention: + attention's output and row sums. qkv: + queries,
-        keys and values. all: + the MLP's gate and up.""",
+        """What a fused block keeps for backward under gradient checkpointing, each value what the one before it keeps
+        and more. input: its input. halves: + the MLP's input. attention: + attention's output and row sums. qkv: +
+        queries, keys and values. all: + the MLP's gate and up.""",
         "it needs the least memory",
         "per token and block, in 16 bits at 8B / 70B: 8 / 16 KiB, 16 / 32, 24 / 49, 36 / 69, 92 / 181; each is faster",
         known_as=("keep_level", "checkpoint_level"),
@@ -375,7 +375,8 @@ class MemoryOptions:
         """Let what fused blocks keep for backward wait in pinned host memory, copied out and back while the GPU
         computes.""",
         "GPU memory is enough more often than not",
-        "no GPU memory for kept activations beyond two blocks', for PCIe traffic; hidden where a block computes longer than its copy",
+        """no GPU memory for kept activations beyond two blocks', for PCIe traffic; hidden where a block computes longer
+        than its copy""",
         known_as=("activation_offloading", "offload_activations"),
     )
     no_sync: bool = option(
