@@ -1,4 +1,4 @@
-"""The frozen bytes of a block: a layout computed from shapes alone, and the one flat buffer that holds every frozen tensor.
+"""The frozen bytes of a block: a layout computed from shapes alone, and one flat buffer for every frozen tensor.
 
 A frozen tensor has no gradient and no optimizer state, so it is kept as bytes at a known offset and not as a parameter
 with metadata hanging off it. One buffer a block means one copy, one all-gather, one pinned range, one file record.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.codecs import Codec
@@ -112,11 +113,10 @@ class FrozenBytes(nn.Module):
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Bytes readable inside: gathers and frees them where this module was sharded on its own (embedding, head)."""
-        unshard = getattr(self, "unshard", None)
-        if unshard is None:
+        if not isinstance(self, FSDPModule):
             yield
             return
-        unshard()
+        self.unshard()
         try:
             yield
         finally:
