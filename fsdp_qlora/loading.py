@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4
-from fsdp_qlora.frozen import checksum
 from fsdp_qlora.model import CausalModel, Unit
 from fsdp_qlora.placement import Placement
 from fsdp_qlora.weights import Shape, Weights
@@ -41,7 +40,7 @@ def expected_tensors(unit: Unit, weights: Weights) -> dict[str, Shape]:
 
 
 def check_names(model: CausalModel, weights: Weights) -> None:
-    """Raises UserError, before anything is read, naming tensors that the checkpoint lacks, has too many of or in another shape."""
+    """Raises UserError, before anything is read, naming tensors that are missing, extra or of another shape."""
     expected = {name: shape for unit in model.units for name, shape in expected_tensors(unit, weights).items()}
     # Old checkpoints carry rotary tables, and some repeat a tied head.
     known = {name for name in weights.names() or () if name.endswith("rotary_emb.inv_freq")}
