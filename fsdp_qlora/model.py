@@ -1,6 +1,7 @@
-"""The model that trains: a Hugging Face skeleton whose embedding, decoder layers and head read frozen bytes, adapters inside.
+"""The model that trains: a Hugging Face skeleton whose embedding, decoder layers and head read frozen bytes.
 
-What is replaced is a module instance, never a class: rotary tables, masks and the order of the layers stay Hugging Face's.
+The adapters are inside. What is replaced is a module instance, never a class: rotary tables, masks and the order of the
+layers stay Hugging Face's.
 """
 
 from collections.abc import Callable
@@ -93,7 +94,7 @@ class CausalModel(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         embedding: FrozenEmbedding,
         blocks: dict[str, Block],
         head: Head,
