@@ -1,6 +1,7 @@
 """Where a block's frozen bytes live and how they reach the device that computes: on every rank, or sharded by FSDP2.
 
-Adapters are no concern of a placement: they are small, every rank has them (see shards.py), and FSDP2 is told to ignore them.
+Adapters are no concern of a placement: they are small, every rank has them (see shards.py), and FSDP2 is told to ignore
+them.
 """
 
 from typing import Protocol
@@ -22,7 +23,7 @@ PREFETCH = 2  # blocks gathered ahead: one crosses from the host while the one b
 
 
 class Placement(Protocol):
-    """`shards` ranks hold one copy of the frozen bytes between them; `prepare` before loading, `store` for each unit."""
+    """`shards` ranks hold one copy of the frozen bytes between them; `prepare` before loading, `store` each unit."""
 
     name: str
     shards: int
@@ -55,9 +56,10 @@ class Replicated:
 
 
 class Sharded:
-    """FSDP2: 1/shards of each unit's bytes on each rank (on its GPU, or offloaded to its host memory), gathered ahead of use.
+    """FSDP2: 1/shards of each unit's bytes on each rank, on its GPU or in its host memory, gathered ahead of use.
 
-    reshard: whether a block is freed between its forward and its backward (full_shard) or stays gathered (shard_grad_op).
+    reshard: whether a block is freed between its forward and its backward (full_shard) or stays gathered
+    (shard_grad_op).
     replicas: with hybrid sharding, the number of groups of `shards` ranks that each hold a whole copy.
     """
 
@@ -112,6 +114,7 @@ class Sharded:
         mine = whole[self.index * length : (self.index + 1) * length].view(torch.float32)
         with torch.no_grad():
             shard = torch.empty_like(unit.frozen.flat, device="cpu" if self.offload else self.device)
+            assert isinstance(shard, DTensor), "`prepare` makes it one"
             local = shard.to_local()
             if self.pin:
                 page_lock(local, "use_cpu_offload")
@@ -123,7 +126,7 @@ class Sharded:
 
 
 def choose_placement(options: MemoryOptions, world: World) -> Placement:
-    """The placement of `--sharding_strategy` and `--use_cpu_offload`. Raises UserError where the ranks do not divide."""
+    """The placement of `--sharding_strategy` and `--use_cpu_offload`. Raises UserError if the ranks do not divide."""
     strategy, offload = options.sharding_strategy, options.use_cpu_offload
     if strategy == "ddp" or (world.size == 1 and not offload):
         return Replicated()
