@@ -1,4 +1,4 @@
-"""What each `--precision` mode means: the dtype of the residual stream, of the matmuls, and of stored frozen tensors."""
+"""What each `--precision` mode means: the dtype of the residual stream, of the matmuls, of stored frozen tensors."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from fsdp_qlora.errors import UserError
 
 @dataclass(frozen=True)
 class Precision:
-    """dtypes of a run. Adapters' master weights, their gradients' sums and the optimizer state are float32 in all of them.
+    """dtypes of a run; in all of them the adapters' master weights, gradient sums and optimizer state are float32.
 
     stream: the residual stream, and the frozen embedding, norms and head as they are stored.
     compute: matmuls, attention and the adapters' working copy.
