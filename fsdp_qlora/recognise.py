@@ -5,6 +5,7 @@ read from its modules; the table below only says which classes are known to be n
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.frozen import FrozenBytes, FrozenTensor
 from fsdp_qlora.kernels.attention import Masking
 
-# class of the layer -> (names of the four norms in order of use, '' where there is none; 1 where norms multiply by 1 + w)
+# Class of the layer -> (its four norms in order of use, '' where there is none; 1 where they multiply by 1 + w).
 PLAIN_NORMS = ("input_layernorm", "", "post_attention_layernorm", "")
 FOUR_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 FAMILIES: dict[str, tuple[tuple[str, str, str, str], float]] = {
@@ -45,7 +46,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A decoder layer taken apart. qkv and gate_up: one linear each, or one for all with their rows one below the other."""
+    """A decoder layer taken apart. qkv and gate_up: a linear each, or one for all, their rows one below the other."""
 
     attention_norm: Norm
     attention_out_norm: Norm | None
@@ -75,7 +76,9 @@ def recognise(layer: nn.Module, frozen: FrozenBytes) -> Anatomy | str:
     if family is None:
         return f"{type(layer).__name__} has no fused block"
     names, shift = family
-    attention, mlp = layer.self_attn, layer.mlp
+    # Hugging Face's modules: torch takes any attribute of a module for a tensor or a module.
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
     config = attention.config
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in ACTIVATIONS:
@@ -88,7 +91,7 @@ def recognise(layer: nn.Module, frozen: FrozenBytes) -> Anatomy | str:
     def norm(name: str) -> Norm | None:
         if not name:
             return None
-        module = layer.get_submodule(name)
+        module: Any = layer.get_submodule(name)
         eps = getattr(module, "variance_epsilon", None) or module.eps
         return Norm(FrozenTensor(frozen, f"{name}.weight"), float(eps), shift)
 
