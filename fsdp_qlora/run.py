@@ -88,7 +88,7 @@ def cap_gpu_memory(gib: float | None, world: World) -> None:
 def read_data(
     options: DataOptions, model_name: str, revision: str | None, hf_config: PretrainedConfig
 ) -> tuple[PreTrainedTokenizerBase | None, Rows]:
-    """The tokenizer and the tokenized rows. The dummy dataset needs no tokenizer and does without where there is none."""
+    """The tokenizer and the tokenized rows. The dummy dataset needs none, and does without where there is none."""
     try:
         tokenizer = load_tokenizer(model_name, revision)
     except UserError:
@@ -141,7 +141,7 @@ def make_recipe(
 
 
 def storage(config: Config, hf_config: PretrainedConfig, weights: Weights) -> Callable[[str], Codec]:
-    """Checkpoint name of a linear's weight -> how it is kept: a quantized checkpoint may have left some linears as they are."""
+    """Checkpoint name of a linear's weight -> how it is kept: a quantized checkpoint may have left some as they are."""
     precision = MODES[config.model.precision]
     codec, prequantized = linear_codec(hf_config, config.model.train_type, config.model.double_quant, precision)
     plain = Plain(precision.compute)
