@@ -1,4 +1,4 @@
-"""Adapters over several ranks: every rank computes with all of them, and each owns 1/world of their master copy and optimizer state.
+"""Adapters over several ranks: each computes with all of them and owns 1/world of master copy and optimizer state.
 
 The adapters of a block lie in one flat buffer in compute dtype, and so do their gradients. When a block's backward is
 done, its gradients are reduce-scattered while the block before it computes; a rank updates its slice of the float32
@@ -32,7 +32,10 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass
 class Group:
-    """The adapters of one block. working: all, compute dtype [padded]. master, grad: this rank's slice, float32 [padded / world]."""
+    """The adapters of one block.
+
+    working: all of them, compute dtype [padded]. master, grad: this rank's slice, float32 [padded / world].
+    """
 
     names: list[str] = field(default_factory=list)  # PEFT's order: linear by linear, lora_A before lora_B
     params: list[nn.Parameter] = field(default_factory=list)
@@ -45,7 +48,7 @@ class Group:
 
 
 class ShardedAdapters:
-    """The trainable parameters of a model. `parameters()` is what an optimizer gets: float32 slices with their gradients.
+    """The trainable parameters of a model. `parameters()` is what an optimizer gets: float32 slices with gradients.
 
     One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last, the
     optimizer's update of `parameters()`, `publish`, `zero_grad`. Gradients are summed over ranks and micro-batches.
@@ -83,7 +86,7 @@ class ShardedAdapters:
             group.waiting = len(group.params)
 
     def finish(self) -> None:
-        """After the last backward: every gradient is reduced and in its place when this returns (on the current stream)."""
+        """After the last backward: every gradient is reduced and in place when this returns (on the current stream)."""
         while self._next >= 0:  # adapters that took no part in the loss have no gradient and count as zero
             self._reduce(self.groups[self._next])
             self._next -= 1
@@ -118,7 +121,7 @@ class ShardedAdapters:
         return tensors
 
     def working_tensors(self) -> dict[str, Tensor]:
-        """As `named_tensors`, from this rank's working copy in compute dtype: no other rank is asked, nor a hung stream."""
+        """As `named_tensors`, from this rank's copy in compute dtype: no other rank is asked, nor a hung stream."""
         tensors: dict[str, Tensor] = {}
         on_gpu = self.world.device.type == "cuda"
         with torch.cuda.stream(torch.cuda.Stream(self.world.device)) if on_gpu else nullcontext():
@@ -171,9 +174,8 @@ class ShardedAdapters:
 
     def _arrived(self, index: int, _: Tensor) -> None:
         self.groups[index].waiting -= 1
-        while (
-            self._next >= 0 and self.groups[self._next].waiting == 0
-        ):  # the same order on every rank, whatever arrives first
+        # The same order on every rank, whatever arrives first.
+        while self._next >= 0 and self.groups[self._next].waiting == 0:
             self._reduce(self.groups[self._next])
             self._next -= 1
 
