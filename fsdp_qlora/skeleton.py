@@ -1,4 +1,4 @@
-"""A Hugging Face model without weights: its config read and checked, its modules built with parameters on the meta device."""
+"""A Hugging Face model without weights: its config read and checked, its modules built on the meta device."""
 
 import copy
 import importlib.util
@@ -104,7 +104,8 @@ def linear_codec(
     if train_type != "qlora":
         if hasattr(config, "quantization_config"):
             raise UserError(
-                f"train_type: {train_type} trains over an unquantized base and this checkpoint is quantized; use --train_type qlora"
+                f"train_type: {train_type} trains over an unquantized base and this checkpoint is quantized; "
+                "use --train_type qlora"
             )
         return Plain(precision.compute), False
     quantized = getattr(config, "quantization_config", None)
@@ -114,8 +115,8 @@ def linear_codec(
     if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
         method = settings.get("quant_method", "an unknown method")
         raise UserError(
-            f"model_name: the checkpoint is quantized by {method} in another form than bitsandbytes' NF4, which alone is read as it is; "
-            "use the unquantized model, or one of the *-bnb-4bit kind"
+            f"model_name: the checkpoint is quantized by {method} in another form than bitsandbytes' NF4, which alone "
+            "is read as it is; use the unquantized model, or one of the *-bnb-4bit kind"
         )
     return NF4(bool(settings.get("bnb_4bit_use_double_quant"))), True
 
@@ -127,7 +128,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise UserError(
-        f"model_name: {type(model).__name__} has no list of {count} decoder layers; only decoder-only models are trained"
+        f"model_name: {type(model).__name__} has no list of {count} decoder layers; "
+        "only decoder-only models are trained"
     )
 
 
