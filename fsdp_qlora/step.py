@@ -77,13 +77,12 @@ class Stepper:
         label_tokens, tokens = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
         losses = self._passes(batches, label_tokens / self.scale.value)
         norms = torch._foreach_norm(self.adapters.gradients())
-        loss_part, square = torch.stack(
-            [losses, torch.stack(norms).square().sum()]
-        ).tolist()  # the step's one wait for the GPU
+        sums = torch.stack([losses, torch.stack(norms).square().sum()])
+        loss_part, square = sums.tolist()  # the step's one wait for the GPU
         everyone = self.world.gather([loss_part, square, *self._memory(), host_gib])
         losses_by_rank, squares, allocated, reserved, host = (list(column) for column in zip(*everyone, strict=True))
         loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         updated = self._update(loss, norm, batches, losses_by_rank)
         self.done += 1
         on_gpu = self.world.device.type == "cuda"
@@ -137,8 +136,8 @@ class Stepper:
         where = "; ".join(f"rank {rank}: {', '.join(map(str, rows[rank])) or 'none'}" for rank in bad)
         damaged = "" if self.done else "; so early the checkpoint itself may be damaged"
         stopped = TrainingStopped(
-            f"step {self.done + 1}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): {where}. "
-            "Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream)" + damaged
+            f"step {self.done + 1}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): {where}"
+            f". Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream){damaged}"
         )
         raise stopped.on_every_rank(self.world.rank)
 
