@@ -50,7 +50,7 @@ def describe(
     training = config.training
     on_device, host = needs(model, config, placement, world)
     on_cpu = world.device.type == "cpu"
-    rows = f"{batches.rows_per_step} rows ({training.batch_size} x {training.gradient_accumulation_steps} x {world.size} ranks)"
+    cut = f"{training.batch_size} x {training.gradient_accumulation_steps} x {world.size} ranks"
     checkpointing = "no gradient checkpointing"
     if fusion.blocks:
         checkpointing = "recomputation inside the fused blocks" if fusion.keep != "all" else "no recomputation"
@@ -58,15 +58,16 @@ def describe(
         kind = "reentrant" if config.memory.reentrant_checkpointing else "non-reentrant"
         checkpointing = f"{kind} gradient checkpointing"
     lines = [
-        f"model     {config.model.model_name}: {hf_config.model_type}, {len(model.blocks)} layers, {_si(weights)} parameters"
-        + (", RANDOM WEIGHTS" if config.model.dummy_weights else ""),
+        f"model     {config.model.model_name}: {hf_config.model_type}, {len(model.blocks)} layers, "
+        f"{_si(weights)} parameters" + (", RANDOM WEIGHTS" if config.model.dummy_weights else ""),
         f"base      {base / GIB:.2f} GiB frozen, linears {stored}; {placement.name}",
-        f"adapters  LoRA rank {config.adapter.lora_rank} on {adapted} of {len(linears)} linears: {_si(adapter_count(model))} parameters; "
-        f"{training.optimizer}, master copy and state sharded over {world.size} ranks",
+        f"adapters  LoRA rank {config.adapter.lora_rank} on {adapted} of {len(linears)} linears: "
+        f"{_si(adapter_count(model))} parameters; {training.optimizer}, "
+        f"master copy and state sharded over {world.size} ranks",
         f"compute   {config.model.precision}, {fusion}",
         f"          {checkpointing}" + ("" if fusion.blocks else f", {attention.name} attention ({attention.reason})"),
         f"data      {batches.rows.summary}",
-        f"run       {total_steps} steps of {rows}, context {config.data.context_length}",
+        f"run       {total_steps} steps of {batches.rows_per_step} rows ({cut}), context {config.data.context_length}",
         f"needs     {_needs(on_device, host, on_cpu)}",
     ]
     return lines
@@ -87,7 +88,8 @@ def check_fits(model: CausalModel, config: Config, placement: Placement, world: 
     """Raises UserError where what must lie on a GPU, before any activation, is more than is free there."""
     if world.device.type != "cuda":
         return
-    needed, free = needs(model, config, placement, world)[0], torch.cuda.mem_get_info()[0]
+    needed, _ = needs(model, config, placement, world)
+    free: float = torch.cuda.mem_get_info()[0]
     if config.memory.gpu_memory_gib is not None:
         free = min(free, config.memory.gpu_memory_gib * GIB)
     if needed > free:
