@@ -69,7 +69,7 @@ class Checkpoint:
                 "Is the download complete, and is the config of this model?"
             )
 
-    def read(self, wanted: Mapping[str, Shape], device: torch.device = torch.device("cpu")) -> dict[str, Tensor]:
+    def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
         def one(name: str) -> Tensor:
             with _open(self._file_of[name]) as tensors:
                 try:
