@@ -1,12 +1,12 @@
-"""LoRA inside the base product: the adapter rides along as a few more columns of the matrices that are multiplied anyway.
+"""LoRA inside the base product: the adapter rides along as a few more columns of matrices that are multiplied anyway.
 
     y   = x W^T + s x A^T B^T       = [x | s x A^T] [W | B]^T
     d_x = d_y W + d_xa A            = [d_y | d_xa] [W ; A],        d_xa = s d_y B
 
 A frozen weight is decoded into scratch before each use, so B (or A) can be laid beside it for free, and x is written
 into a buffer with room for R more columns by whoever computes it. Then the adapter costs R/H more arithmetic (0.4 % at
-rank 16) instead of another pass over the output: at 8B shape and 8,192 tokens that pass reads and writes 0.5 GB for gate
-alone. The sum is also rounded once, where separate products round twice.
+rank 16) instead of another pass over the output: at 8B shape and 8,192 tokens that pass reads and writes 0.5 GB for
+gate alone. The sum is also rounded once, where separate products round twice.
 
 What is kept of the adapter's middle, `xs`, is s x A^T: its gradient formulas then need no further scaling.
 Everything here is outside autograd, for functions that hold more than linears. Adapters of one input share a scale.
