@@ -1,4 +1,4 @@
-"""Fine-tune a language model with LoRA over a frozen 4-bit base: `torchrun --nproc_per_node 2 train.py --model_name ...`.
+"""Fine-tune a model with LoRA over a frozen 4-bit base: `torchrun --nproc_per_node 2 train.py --model_name ...`.
 
 This file is the door: it reads the options, so that a mistake is told before PyTorch is even imported, runs the run
 (`fsdp_qlora/run.py`, one line per stage) and turns how it ended into one line and an exit code: 0, 2 for a mistake of
