@@ -22,8 +22,8 @@ def model(tmp_path_factory) -> Path:
 
 
 def quantized(model: Path, folder: Path, double_quant: bool) -> dict[str, torch.Tensor]:
-    """A *-bnb-4bit checkpoint as transformers and bitsandbytes write one, then every code of it replaced at random: no
-    weight has these codes as its nearest, so whoever decodes and encodes again is found out. Its tensors."""
+    """A *-bnb-4bit checkpoint as transformers and bitsandbytes write one, then every code of it replaced by one of the
+    inner eight: no block reaches its own scale then, so whoever decodes and encodes again is found out. Its tensors."""
     plain.load_quantized(model, plain.Recipe(double_quant=double_quant)).save_pretrained(folder)
     tiny.save_tokenizer(folder)
     file = folder / "model.safetensors"
@@ -31,7 +31,8 @@ def quantized(model: Path, folder: Path, double_quant: bool) -> dict[str, torch.
     draw = torch.Generator().manual_seed(3)
     for name, tensor in tensors.items():
         if f"{name}.absmax" in tensors:
-            tensor.copy_(torch.randint(0, 256, tensor.shape, generator=draw, dtype=torch.uint8))
+            high, low = torch.randint(4, 12, (2, *tensor.shape), generator=draw, dtype=torch.uint8)
+            tensor.copy_(high * 16 + low)
     save_file(tensors, file, metadata={"format": "pt"})
     return tensors
 
