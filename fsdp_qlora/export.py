@@ -1,4 +1,4 @@
-"""What a run leaves behind: a LoRA adapter that `PeftModel.from_pretrained` opens, and the tokenizer it was trained with."""
+"""What a run leaves behind: a LoRA adapter that `PeftModel.from_pretrained` opens, and its tokenizer."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def prepare_output(folder: Path, overwrite: bool) -> None:
-    """Make `output_dir` and prove that it can be written. Raises UserError where it cannot, or holds something already."""
+    """Make `output_dir` and prove that it can be written. Raises UserError where it cannot, or is not empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not overwrite:
