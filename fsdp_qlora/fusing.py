@@ -33,7 +33,8 @@ class Fusion:
         if not self.blocks:
             return f"not fused: {self.reason}"
         return (
-            f"{self.blocks} blocks and {self.projections} projections fused, attention by {' and '.join(self.attention)}, "
+            f"{self.blocks} blocks and {self.projections} projections fused, "
+            f"attention by {' and '.join(self.attention)}, "
             f"each block keeps: {self.keep}{' (in host memory)' if self.offloaded else ''}"
         )
 
@@ -65,7 +66,9 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
         if options.fused == "true":
             raise UserError(f"fused: true is not possible: {reason}; use --fused auto")
         if memory.use_activation_cpu_offload:
-            raise UserError(f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}")
+            raise UserError(
+                f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}"
+            )
         return Fusion(0, 0, (), "", False, reason)
     keep = memory.keep_activations if memory.use_gradient_checkpointing else "all"
     offload = ActivationOffload(device) if memory.use_activation_cpu_offload else None
@@ -88,7 +91,8 @@ def _obstacle(model: CausalModel, options: ModelOptions, unknown: list[str]) -> 
     if options.attention == "eager":
         return "--attention eager is Hugging Face's own"
     if model.precision.stream != model.precision.compute:
-        return f"precision {options.precision} keeps a {str(model.precision.stream).removeprefix('torch.')} residual stream"
+        stream = str(model.precision.stream).removeprefix("torch.")
+        return f"precision {options.precision} keeps a {stream} residual stream"
     if not isinstance(getattr(model.backbone, "rotary_emb", None), nn.Module):
         return "the model has no rotary tables of its own"
     return unknown[0] if unknown else ""
