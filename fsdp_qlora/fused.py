@@ -50,7 +50,7 @@ KEEP = ("input", "halves", "attention", "qkv", "all")
 
 
 class Scratch:
-    """One buffer for decoded weights, shared by all blocks: on one stream each is used up before the next is written."""
+    """One buffer for decoded weights, shared by all blocks: on one stream each is used before the next is written."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._buffer = torch.empty(0, dtype=dtype, device=device)
@@ -226,7 +226,7 @@ class FusedBlock:
     def _heads(
         self, state: AttentionState, shape: tuple[int, int], rotary: Any, rotate: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, S, heads, D] as attention takes them; rotates what is kept in place unless heads are normalised."""
+        """q, k, v [B, S, heads, D] as attention takes them; rotates what is kept, in place, unless heads have norms."""
         q, k, v = self._split(state.qkv, shape)
         if self.anatomy.q_norm is not None and self.anatomy.k_norm is not None:
             q, k = self._norm(q, self.anatomy.q_norm), self._norm(k, self.anatomy.k_norm)
@@ -313,7 +313,7 @@ class FusedBlock:
     # ---- pieces
 
     def _projection(self, linear: FrozenLinear) -> Projection:
-        adapters = ()
+        adapters: tuple[Adapter, ...] = ()
         if linear.lora_A is not None and linear.lora_B is not None:
             adapters = (Adapter(linear.lora_A.detach(), linear.lora_B.detach(), linear.scale),)
         bias = None if linear.bias is None else linear.bias.decode(self.dtype)
@@ -355,7 +355,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, block: FusedBlock, cos: Tensor, sin: Tensor, drop: Any, *matrices: Tensor
     ) -> Tensor:
-        shape, rows = h.shape[:2], h.reshape(-1, h.shape[-1])
+        shape, rows = (h.shape[0], h.shape[1]), h.reshape(-1, h.shape[-1])
         level = KEEP.index(block.keep)
         added, attention = block.attention_forward(rows, shape, (cos, sin), drop)
         attention.let_go(level, block.backend)  # now: the MLP needs the memory
