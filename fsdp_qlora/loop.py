@@ -52,8 +52,9 @@ class Loop:
                 said = TrainingStopped(f"{stopped}{self._save_what_there_is()}")
                 raise said.on_every_rank(self.world.rank) from stopped
             except torch.OutOfMemoryError as error:
+                step = self.stepper.done + 1
                 raise TrainingStopped(
-                    f"rank {self.world.rank}: GPU memory ran out in step {self.stepper.done + 1} ({_first_line(error)}); "
+                    f"rank {self.world.rank}: GPU memory ran out in step {step} ({_first_line(error)}); "
                     f"lower batch_size or context_length, or use --use_cpu_offload true{self._rescue()}"
                 ) from error
             except RuntimeError as error:  # a collective failed because a peer is gone: nothing collective can be done
