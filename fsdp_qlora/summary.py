@@ -80,7 +80,9 @@ def needs(model: CausalModel, config: Config, placement: Placement, world: World
     host = sum(placement.bytes_here(u) for u in on_host)
     device = sum(placement.bytes_here(u) for u in model.units) - host
     if placement.shards > 1 or offload:
-        device += (PREFETCH + 2) * max(u.frozen.layout.nbytes for u in model.units if u.home == "shared")
+        block = max(u.frozen.layout.nbytes for u in model.units if u.name in model.blocks)
+        other = max((u.frozen.layout.nbytes for u in model.units if u.home == "shared"), default=0)
+        device += max((PREFETCH + 2) * block, 2 * other)  # blocks in flight; the head alone, as it arrives and whole
     return device + adapter_bytes(model, config, world), host * world.local_size
 
 
