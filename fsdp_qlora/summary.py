@@ -40,7 +40,7 @@ def describe(
     fusion: Fusion,
     world: World,
 ) -> list[str]:
-    """The lines of the start-up table. Raises UserError where what must lie on a GPU is larger than what it may use."""
+    """The lines of the start-up table."""
     linears = model.linears()
     weights = sum(torch.Size(e.shape).numel() for u in model.units for e in u.frozen.layout.entries.values())
     codec = next(iter(linears.values())).weight
@@ -50,24 +50,20 @@ def describe(
     training = config.training
     on_device, host = needs(model, config, placement, world)
     on_cpu = world.device.type == "cpu"
-    cut = f"{training.batch_size} x {training.gradient_accumulation_steps} x {world.size} ranks"
-    checkpointing = "no gradient checkpointing"
-    if fusion.blocks:
-        checkpointing = "recomputation inside the fused blocks" if fusion.keep != "all" else "no recomputation"
-    elif config.memory.use_gradient_checkpointing:
-        kind = "reentrant" if config.memory.reentrant_checkpointing else "non-reentrant"
-        checkpointing = f"{kind} gradient checkpointing"
+    ranks = f"{world.size} rank{'s' * (world.size > 1)}"
     lines = [
         f"model     {config.model.model_name}: {hf_config.model_type}, {len(model.blocks)} layers, "
         f"{_si(weights)} parameters" + (", RANDOM WEIGHTS" if config.model.dummy_weights else ""),
-        f"base      {base / GIB:.2f} GiB frozen, linears {stored}; {placement.name}",
+        f"base      {_size(base)} frozen, linears {stored}; {placement.name}",
         f"adapters  LoRA rank {config.adapter.lora_rank} on {adapted} of {len(linears)} linears: "
         f"{_si(adapter_count(model))} parameters; {training.optimizer}, "
-        f"master copy and state sharded over {world.size} ranks",
+        f"master copy and state sharded over {ranks}",
         f"compute   {config.model.precision}, {fusion}",
-        f"          {checkpointing}" + ("" if fusion.blocks else f", {attention.name} attention ({attention.reason})"),
+        f"          {_recomputation(config, fusion, attention)}",
         f"data      {batches.rows.summary}",
-        f"run       {total_steps} steps of {batches.rows_per_step} rows ({cut}), context {config.data.context_length}",
+        f"run       {total_steps} steps of {batches.rows_per_step} rows "
+        f"({training.batch_size} x {training.gradient_accumulation_steps} x {ranks}), "
+        f"context {config.data.context_length}",
         f"needs     {_needs(on_device, host, on_cpu)}",
     ]
     return lines
@@ -102,14 +98,31 @@ def check_fits(model: CausalModel, config: Config, placement: Placement, world: 
         )
 
 
+def _recomputation(config: Config, fusion: Fusion, attention: Attention) -> str:
+    memory = config.memory
+    if fusion.blocks:
+        text = (
+            "nothing is recomputed" if fusion.keep == "all" else "the rest is recomputed in backward, inside the block"
+        )
+        idle = memory.use_gradient_checkpointing and memory.reentrant_checkpointing
+        return text + ("; reentrant_checkpointing has no effect on fused blocks" if idle else "")
+    kind = "no" if not memory.use_gradient_checkpointing else "non-reentrant"
+    if memory.use_gradient_checkpointing and memory.reentrant_checkpointing:
+        kind = "reentrant"
+    return f"{kind} gradient checkpointing, {attention.name} attention ({attention.reason})"
+
+
 def _needs(on_device: float, host: float, on_cpu: bool) -> str:
     if on_cpu:
-        return f"{(on_device + host) / GIB:.2f} GiB of memory per rank before activations"
-    text = f"{on_device / GIB:.2f} GiB on each GPU before activations"
+        return f"{_size(on_device + host)} of memory per rank before activations"
+    text = f"{_size(on_device)} on each GPU before activations"
     if host:
-        available = psutil.virtual_memory().available / GIB
-        text += f"; {host / GIB:.1f} GiB of pinned host memory per node ({available:.0f} GiB are available)"
+        text += f"; {_size(host)} of pinned host memory per node ({_size(psutil.virtual_memory().available)} available)"
     return text
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _si(count: int) -> str:
