@@ -38,9 +38,12 @@ class Adapter(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """weight() -> [O, H] of the compute dtype, good until the next weight() of any projection; bias [O] or None."""
+    """weight() -> [O, H] of the compute dtype, good until the next weight() of any projection; bias [O] or None.
 
-    weight: Callable[[], torch.Tensor]
+    weight(out) writes to out instead, whose rows may lie apart; only what lora_wide.py does asks for that.
+    """
+
+    weight: Callable[..., torch.Tensor]
     bias: torch.Tensor | None = None
     adapters: tuple[Adapter, ...] = ()
 
