@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.activations import ACT2FN
 
 from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.frozen import FrozenBytes, FrozenTensor
@@ -26,12 +27,13 @@ FAMILIES: dict[str, tuple[tuple[str, str, str, str], float]] = {
     "Gemma2DecoderLayer": (FOUR_NORMS, 1.0),
     "Gemma3DecoderLayer": (FOUR_NORMS, 1.0),
 }
+# class of a layer's activation (its config's name for it may be in one field or another) -> the kernel's name for it
 ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+    type(ACT2FN["silu"]): "silu",
+    type(ACT2FN["swish"]): "silu",
+    type(ACT2FN["gelu"]): "gelu",
+    type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
+    type(ACT2FN["gelu_new"]): "gelu_tanh",
 }
 
 
@@ -80,9 +82,9 @@ def recognise(layer: nn.Module, frozen: FrozenBytes) -> Anatomy | str:
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
     config = attention.config
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = type(mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn)
     if activation not in ACTIVATIONS:
-        return f"activation {activation} has no kernel"
+        return f"activation {activation.__name__} has no kernel"
     if getattr(attention, "attention_dropout", 0.0) or any(m.p for m in layer.modules() if isinstance(m, nn.Dropout)):
         return "the base model has dropout of its own"
     if getattr(config, "use_bidirectional_attention", False):

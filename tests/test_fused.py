@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 from fsdp_qlora.codecs import NF4, Plain
 from fsdp_qlora.config import AdapterOptions
@@ -145,7 +146,7 @@ def test_every_attention_backend_in_a_block(keep, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_every_keep_level_gives_the_same_bits(name, dropout):
     """What is computed again is what was computed: the same kernels on the same numbers, the same dropout."""
-    dtype = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+    dtype = torch.float32 if dropout else torch.bfloat16
     of = case(name, dtype, dropout=dropout)
     h, d_out = inputs(of.hf_config, (2, 21), dtype, DEVICE)
     results = {}
@@ -350,7 +351,8 @@ def test_an_unknown_family_is_named():
 @pytest.mark.parametrize(
     ("family", "more", "word"),
     [
-        ("Llama", {"hidden_act": "relu"}, "relu"),
+        ("Llama", {"hidden_act": "relu"}, "ReLU"),
+        ("Llama", {"hidden_act": "quick_gelu"}, "QuickGELU"),
         ("Llama", {"attention_dropout": 0.1}, "dropout"),
         ("Phi3", {"resid_pdrop": 0.1}, "dropout"),
         ("Gemma3Text", {"head_dim": 16, "use_bidirectional_attention": True}, "both ways"),
@@ -379,6 +381,18 @@ def test_what_is_fused_is_told():
     assert str(of.fuse(fused="true", keep_activations="halves")) == (
         "3 blocks and 12 projections fused, attention by math, each block keeps: halves"
     )
+
+
+KERNEL_OF = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+@pytest.mark.parametrize("name", KERNEL_OF)
+def test_the_activation_is_the_one_that_the_layer_has(name):
+    of = subject(config_of("Gemma", FAMILIES["Gemma"] | {"hidden_act": "silu"}), torch.float32, CPU)
+    for block in of.model.blocks.values():
+        block.layer.mlp.act_fn = ACT2FN[name]  # whatever the config calls it: versions differ in which field they read
+    of.fuse(fused="true")
+    assert {block.fused.anatomy.activation for block in of.model.blocks.values()} == {KERNEL_OF[name]}
 
 
 def test_tables_of_angles_stay_float32():
