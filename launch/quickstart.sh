@@ -4,7 +4,7 @@
 #
 #   launch/quickstart.sh [options of train.py]
 #
-# Run again, it reuses .venv and the model. PYTHON=python3.12 picks another interpreter.
+# Run again, it reuses .venv and the model. PYTHON=python3.12 picks another interpreter (launch/venv.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,13 +12,9 @@ MODEL=models/smollm2-135m-instruct
 OUTPUT=output/quickstart
 CONFIG=configs/tiny_cpu.yaml
 DATA=launch/quickstart_data
-PYTHON=${PYTHON:-python3}
 
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-  { echo "quickstart: $PYTHON is $("$PYTHON" --version), but 3.11 or newer is needed; name another with PYTHON=..." >&2; exit 2; }
-[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 echo "quickstart: 1/4 installing into .venv"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -e '.[gguf]'
+bash launch/venv.sh
 
 echo "quickstart: 2/4 a real small model"
 TQDM_DISABLE=1 .venv/bin/python launch/get_smollm2.py "$MODEL"

@@ -95,4 +95,4 @@ def test_quickstart_refuses_an_old_python(tmp_path: Path) -> None:
         [LAUNCH / "quickstart.sh"], env={"PYTHON": str(old), "PATH": "/usr/bin:/bin"}, capture_output=True
     )
     assert ran.returncode == 2
-    assert b"Python 3.9.1, but 3.11 or newer is needed" in ran.stderr
+    assert b"Python 3.9.1 is too old, 3.11 or newer is needed" in ran.stderr
