@@ -20,3 +20,8 @@ class UserError(RunEnded, ValueError):
 
 class TrainingStopped(RunEnded, RuntimeError):
     """A run that had begun cannot go on: one line saying where, why, and what to do. Exit code 1."""
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, without what follows the first line; its class's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

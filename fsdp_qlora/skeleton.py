@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from fsdp_qlora.codecs import NF4, Codec, Plain
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.precision import Precision
 
 
@@ -33,7 +33,7 @@ def read_config(model_name: str, revision: str | None) -> PretrainedConfig:
             else "is neither a local folder nor a model the hub gives"
         )
         raise UserError(
-            f"model_name: {model_name} {what} ({_first_line(error)}); check the name, the network, "
+            f"model_name: {model_name} {what} ({first_line(error)}); check the name, the network, "
             "and `hf auth login` for a gated model"
         ) from error
     return config
@@ -54,7 +54,7 @@ def build(config: PretrainedConfig, precision: Precision, attention: str) -> Pre
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=precision.stream)
     except (ValueError, ImportError) as error:
         raise UserError(
-            f"model_name: a {config.model_type} model cannot be built as a causal LM: {_first_line(error)}"
+            f"model_name: a {config.model_type} model cannot be built as a causal LM: {first_line(error)}"
         ) from error
     return model
 
@@ -138,7 +138,3 @@ def logit_shape(config: PretrainedConfig) -> tuple[float, float | None]:
     factor = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     factor /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
     return float(factor), getattr(config, "final_logit_softcapping", None)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import UserError, first_line
 
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
@@ -69,10 +69,9 @@ def _hub_rows(dataset: str, named: Named, samples: int | None) -> Iterator[tuple
     try:
         splits = datasets.load_dataset(named.hub_id)
     except Exception as error:  # the hub's client raises from a dozen libraries; whatever it is, the user must know it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         known = ", ".join(["dummy", *NAMES])
         raise UserError(
-            f"dataset {dataset!r}: could not be loaded from the hub as {named.hub_id!r} ({reason}); "
+            f"dataset {dataset!r}: could not be loaded from the hub as {named.hub_id!r} ({first_line(error)}); "
             f"give one of {known}, a hub id, or a path ending in {', '.join(SUFFIXES)}"
         ) from error
     split = named.split if named.split in splits or len(splits) != 1 else next(iter(splits))
@@ -143,7 +142,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"row {number}", row
                     number += 1
     except pa.ArrowInvalid as error:
-        raise UserError(f"dataset {str(path)!r}: is not a parquet file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"dataset {str(path)!r}: is not a parquet file ({first_line(error)})") from error
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:

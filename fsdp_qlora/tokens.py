@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.templates import Example
 
 SENTINELS = ("\n", ")")  # put before a text that continues another; the ids they make are taken off again
@@ -22,9 +22,8 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> PreTrainedTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
     except Exception as error:  # the hub's client and every tokenizer library raise kinds of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model_name {model_name!r}: its tokenizer could not be loaded ({reason}); "
+            f"model_name {model_name!r}: its tokenizer could not be loaded ({first_line(error)}); "
             "are tokenizer.json (or tokenizer.model) and tokenizer_config.json with the model?"
         ) from error
     if tokenizer.pad_token_id is None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import UserError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -119,7 +119,7 @@ def fetch(model_name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model_name: {model_name} is neither a local folder nor a model the hub gives "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name, the network, "
+            f"({type(error).__name__}: {first_line(error)}); check the name, the network, "
             "and `hf auth login` for a gated model"
         ) from error
 

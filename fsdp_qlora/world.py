@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.environment import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
 from fsdp_qlora.environment import rank_from_environment as rank_from_environment
-from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError
+from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line
 
 # A rank that dies is noticed by torchrun in a second, so this only bounds real deadlocks. It must outlast what ranks
 # lawfully wait for: rank 0 tokenising a large dataset, or its turn at encoding a block on a slow disk.
@@ -148,7 +148,7 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
         if isinstance(error, torch.OutOfMemoryError):
             raise TrainingStopped(
                 f"rank {world.rank}: GPU memory ran out while the model was made or loaded "
-                f"({str(error).splitlines()[0]}); use --use_cpu_offload true, more GPUs or a lower lora_rank, and see "
+                f"({first_line(error)}); use --use_cpu_offload true, more GPUs or a lower lora_rank, and see "
                 "with `nvidia-smi` what else is on the card"
             ) from error
         if world.size > 1 and isinstance(error, Exception) and peer_is_gone(error):
