@@ -107,7 +107,8 @@ class Kept:
     def park(self, offload: ActivationOffload) -> Parked:
         """Send everything that has a row of at least H numbers per token to host memory."""
         slots = self._slots()
-        parked = offload.park([owner[key].contiguous() for owner, key in slots])
+        tokens = self.h.shape[0] * self.h.shape[1]
+        parked = offload.park([owner[key].contiguous() for owner, key in slots], tokens)
         for owner, key in slots:
             owner[key] = None
         self._away = slots

@@ -71,7 +71,7 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
             )
         return Fusion(0, 0, (), "", False, reason)
     keep = memory.keep_activations if memory.use_gradient_checkpointing else "all"
-    offload = ActivationOffload(device) if memory.use_activation_cpu_offload else None
+    offload = ActivationOffload(device, shape[0] * shape[1]) if memory.use_activation_cpu_offload else None
     scratch, backends = Scratch(model.precision.compute, device), []
     for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):
         backend = _attention(options, model.precision, anatomy, shape, device)

@@ -55,10 +55,11 @@ class Loop:
                 step = self.stepper.done + 1
                 raise TrainingStopped(
                     f"rank {self.world.rank}: GPU memory ran out in step {step} ({_first_line(error)}); "
-                    f"lower batch_size or context_length, or use --use_cpu_offload true{self._rescue()}"
+                    f"lower batch_size or context_length, or use --use_activation_cpu_offload true or "
+                    f"--use_cpu_offload true{self._rescue_if_possible()}"
                 ) from error
             except RuntimeError as error:  # a collective failed because a peer is gone: nothing collective can be done
-                rescued = self._rescue()
+                rescued = self._rescue_if_possible()
                 if rescued:
                     tqdm.write(rescued.lstrip("; "), file=sys.stdout)
                 raise error
@@ -114,6 +115,13 @@ class Loop:
             return ""
         self._save()
         return f". The adapter as of step {self.stepper.done} is saved in {self.folder}"
+
+    def _rescue_if_possible(self) -> str:
+        """`_rescue`, without letting its own failure hide what happened first."""
+        try:
+            return self._rescue()
+        except (TrainingStopped, RuntimeError) as error:
+            return f"; the adapter could not be saved ({error})"
 
     def _rescue(self) -> str:
         """Save without the other ranks, from this one's working copy: rounded to the compute dtype, but whole.

@@ -1,7 +1,8 @@
 """Activations that wait for backward in host memory, copied out and back beside the arithmetic, never in its way.
 
 A block parks what it keeps when its forward ends; backward takes the blocks in the opposite order, so when one is
-fetched, the copy of the one parked before it is started. Host buffers are page-locked once and used again each step.
+fetched, the copy of the one parked before it is started. Host buffers are page-locked once, each large enough for the
+widest micro-batch, and used again by every later one.
 """
 
 from dataclasses import dataclass, field
@@ -14,10 +15,16 @@ from fsdp_qlora.host_buffers import page_lock
 
 @dataclass
 class _Buffer:
-    """A host buffer, and the copy that read it last: it is overwritten only after that."""
+    """Host memory, uint8, and the copy that read it last: it is overwritten only after that."""
 
     memory: Tensor
+    per_token: int  # bytes
     read: torch.cuda.Event | None = None
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Its beginning, in the dtype and shape of `tensor`."""
+        nbytes = tensor.numel() * tensor.element_size()
+        return self.memory[:nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 @dataclass
@@ -25,6 +32,7 @@ class Parked:
     """Some tensors of one block, in host memory or on their way."""
 
     buffers: list[_Buffer]
+    there: list[Tensor]  # views of the buffers, shaped as the tensors were
     going: list[Tensor] = field(default_factory=list)  # being copied out; freed when the next block is parked
     written: torch.cuda.Event | None = None
     back: list[Tensor] = field(default_factory=list)
@@ -32,31 +40,35 @@ class Parked:
 
 
 class ActivationOffload:
-    """One for all blocks of a rank. Without a GPU it copies at once, which is for tests."""
+    """One for all blocks of a rank. Without a GPU it copies at once, which is for tests.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    most_tokens: of a micro-batch, padding included; host buffers are made for as many.
+    """
+
+    def __init__(self, device: torch.device, most_tokens: int) -> None:
+        self.device, self.most_tokens = device, most_tokens
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
             self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._free: dict[tuple[torch.Size, torch.dtype], list[_Buffer]] = {}
+        self._free: dict[int, list[_Buffer]] = {}  # by bytes per token
         self._parked: list[Parked] = []
 
-    def park(self, tensors: list[Tensor]) -> Parked:
-        """Start copying contiguous tensors out; the caller may drop them at once."""
-        parked = Parked([self._buffer(t) for t in tensors])
+    def park(self, tensors: list[Tensor], tokens: int) -> Parked:
+        """Start copying contiguous tensors, each of `tokens` equal pieces, out; the caller may drop them at once."""
+        buffers = [self._buffer(t.numel() * t.element_size() // tokens, tokens) for t in tensors]
+        parked = Parked(buffers, [b.like(t) for b, t in zip(buffers, tensors, strict=True)])
         self._parked.append(parked)
         if not self.on_gpu:
-            for buffer, tensor in zip(parked.buffers, tensors, strict=True):
-                buffer.memory.copy_(tensor)
+            for there, tensor in zip(parked.there, tensors, strict=True):
+                there.copy_(tensor)
             return parked
         stream = torch.cuda.current_stream(self.device)
         self._out.wait_stream(stream)
         with torch.cuda.stream(self._out):
-            for buffer, tensor in zip(parked.buffers, tensors, strict=True):
+            for buffer, there, tensor in zip(parked.buffers, parked.there, tensors, strict=True):
                 if buffer.read is not None:
                     self._out.wait_event(buffer.read)
-                buffer.memory.copy_(tensor, non_blocking=True)
+                there.copy_(tensor, non_blocking=True)
             parked.written = self._out.record_event()
         # Memory is given back in the order of the computing stream, a block later, once that has waited for the copy.
         # `record_stream` would hold it until the GPU is really done, while the host, far ahead, takes new memory.
@@ -77,7 +89,7 @@ class ActivationOffload:
             torch.cuda.current_stream(self.device).wait_event(parked.arrived)
         for buffer in parked.buffers:
             buffer.read = parked.arrived
-            self._free.setdefault((buffer.memory.shape, buffer.memory.dtype), []).append(buffer)
+            self._free.setdefault(buffer.per_token, []).append(buffer)
         back, parked.back = parked.back, []  # the caller's alone: the graph, and so `parked`, outlives a backward
         return back
 
@@ -85,16 +97,16 @@ class ActivationOffload:
         if parked.back:
             return
         if not self.on_gpu:
-            parked.back = [buffer.memory.clone() for buffer in parked.buffers]
+            parked.back = [there.clone() for there in parked.there]
             return
         stream = torch.cuda.current_stream(self.device)
         self._let_go(parked, stream)
         # Allocated in the order of the computing stream, whose memory it becomes; the copy waits for that moment.
-        parked.back = [torch.empty_like(buffer.memory, device=self.device) for buffer in parked.buffers]
+        parked.back = [torch.empty_like(there, device=self.device) for there in parked.there]
         self._in.wait_stream(stream)
         with torch.cuda.stream(self._in):
-            for buffer, tensor in zip(parked.buffers, parked.back, strict=True):
-                tensor.copy_(buffer.memory, non_blocking=True)
+            for there, tensor in zip(parked.there, parked.back, strict=True):
+                tensor.copy_(there, non_blocking=True)
             parked.arrived = self._in.record_event()
 
     def _let_go(self, parked: Parked, stream: torch.cuda.Stream) -> None:
@@ -103,9 +115,9 @@ class ActivationOffload:
             stream.wait_event(parked.written)
             parked.going = []
 
-    def _buffer(self, like: Tensor) -> _Buffer:
-        free = self._free.get((like.shape, like.dtype))
+    def _buffer(self, per_token: int, tokens: int) -> _Buffer:
+        free = self._free.get(per_token)
         if free:
             return free.pop()
-        memory = torch.empty(like.shape, dtype=like.dtype)
-        return _Buffer(page_lock(memory, "use_activation_cpu_offload") if self.on_gpu else memory)
+        memory = torch.empty(per_token * max(tokens, self.most_tokens), dtype=torch.uint8)
+        return _Buffer(page_lock(memory, "use_activation_cpu_offload") if self.on_gpu else memory, per_token)

@@ -12,14 +12,15 @@ from fsdp_qlora.offload import ActivationOffload
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def kept_of_a_block(seed: int) -> Kept:
+def kept_of_a_block(seed: int, width: int = 3) -> Kept:
     generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
 
-    attention = AttentionState(qkv=[some(6, 8), some(6, 4), some(6, 4)], out=some(2, 3, 2, 4))
-    return Kept(some(2, 3, 8), some(6, 8), attention, MLPState(gate_up=some(6, 40)[:, :36]))
+    tokens = 2 * width
+    attention = AttentionState(qkv=[some(tokens, 8), some(tokens, 4), some(tokens, 4)], out=some(2, width, 2, 4))
+    return Kept(some(2, width, 8), some(tokens, 8), attention, MLPState(gate_up=some(tokens, 40)[:, :36]))
 
 
 def contents(kept: Kept) -> list[torch.Tensor]:
@@ -27,9 +28,9 @@ def contents(kept: Kept) -> list[torch.Tensor]:
 
 
 def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
-    offload = ActivationOffload(DEVICE)
+    offload = ActivationOffload(DEVICE, 6)
     for step in range(3):
-        blocks = [kept_of_a_block(10 * step + i) for i in range(4)]
+        blocks = [kept_of_a_block(10 * step + i, width=step + 1) for i in range(4)]
         before = [contents(kept) for kept in blocks]
         assert len(before[0]) == 7
         parked = [kept.park(offload) for kept in blocks]
@@ -37,12 +38,14 @@ def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
         for kept, place, was in reversed(list(zip(blocks, parked, before, strict=True))):
             kept.fetch(offload, place)
             assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
-    assert sum(len(buffers) for buffers in offload._free.values()) == 4 * 7, "host buffers are made once"
+    assert sum(len(buffers) for buffers in offload._free.values()) == 4 * 7, (
+        "host buffers are made once, whatever the width"
+    )
 
 
 @pytest.mark.parametrize("fetched", [False, True])
 def test_nothing_stays_on_the_device_longer_than_needed(fetched: bool) -> None:
-    offload = ActivationOffload(DEVICE)
+    offload = ActivationOffload(DEVICE, 6)
     gc.disable()
     try:
         first, second = kept_of_a_block(1), kept_of_a_block(2)
