@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.adapters import peft_config, peft_key, peft_targets
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import TrainingStopped, UserError
+from fsdp_qlora.units import GIB
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -40,7 +41,7 @@ def check_space(folder: Path, adapter_parameters: int) -> None:
     needed, free = 4 * adapter_parameters, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"output_dir: {folder} has {free / 2**30:.2f} GiB free and the adapter will take {needed / 2**30:.2f}; "
+            f"output_dir: {folder} has {free / GIB:.2f} GiB free and the adapter will take {needed / GIB:.2f}; "
             "free some space there, choose another folder, or lower lora_rank"
         )
 

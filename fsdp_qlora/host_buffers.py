@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.units import GIB
 
 
 def page_lock(tensor: Tensor, what: str) -> Tensor:
@@ -14,7 +15,7 @@ def page_lock(tensor: Tensor, what: str) -> Tensor:
     status = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, 0))
     if status != 0:
         raise UserError(
-            f"{what}: the system refuses to page-lock {nbytes / 2**30:.2f} GiB more of host memory "
+            f"{what}: the system refuses to page-lock {nbytes / GIB:.2f} GiB more of host memory "
             f"(CUDA error {status}); free some memory or raise `ulimit -l`"
         )
     return tensor

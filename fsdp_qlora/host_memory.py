@@ -8,7 +8,7 @@ from types import TracebackType
 
 import psutil
 
-GIB = 2**30
+from fsdp_qlora.units import GIB
 
 
 def host_memory_gib() -> float:

@@ -24,10 +24,9 @@ from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
 from fsdp_qlora.step import Stepper
 from fsdp_qlora.summary import adapter_count, check_fits, describe
+from fsdp_qlora.units import GIB
 from fsdp_qlora.weights import Checkpoint, Dummy, Weights, fetch
 from fsdp_qlora.world import World, open_world
-
-GIB = 2**30
 
 
 def run(config: Config, notes: Sequence[str] = ()) -> int:

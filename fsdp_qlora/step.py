@@ -14,9 +14,9 @@ from fsdp_qlora.errors import TrainingStopped
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.optim import make_optimizer, make_schedule
 from fsdp_qlora.shards import ShardedAdapters
+from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
-GIB = 2**30
 GROWTH_STEPS = 2000  # finite steps after which the loss scale doubles, as torch.amp.GradScaler's default
 
 

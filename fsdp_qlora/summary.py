@@ -11,9 +11,9 @@ from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.placement import PREFETCH, Placement
 from fsdp_qlora.skeleton import Attention
+from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
-GIB = 2**30
 STATE_BYTES = {"adamw": 8, "adam": 8, "adadelta": 8, "sgd": 0}  # of optimizer state per adapter parameter
 
 
