@@ -121,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif d_hidden is not None:
                 d_hidden[rows[part]] = logits @ weight
             if d_weight is not None:
-                d_weight.add_(logits.t() @ x)
+                d_weight.add_(_unrounded(logits.t(), x, wide))
             if d_bias is not None:
                 d_bias.add_(logits.sum(0, dtype=wide))
 
@@ -136,6 +136,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         found = [None if g is None else g.mul_(d_loss).to(ctx.dtype) for g in gradients]
         return *found, None, None, None, None, None
+
+
+def _unrounded(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b in `dtype`, where a GPU can: a sum over chunks should not round each of them to 16 bits."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and a.dtype != dtype else a @ b
 
 
 def _losses_and_gradient(logits, labels, losses, gradient: bool, softcap, scale, divisor, ignore) -> None:
