@@ -69,9 +69,15 @@ def _hub_rows(dataset: str, named: Named, samples: int | None) -> Iterator[tuple
     try:
         splits = datasets.load_dataset(named.hub_id)
     except Exception as error:  # the hub's client raises from a dozen libraries; whatever it is, the user must know it
+        is_folder = Path(named.hub_id).is_dir()
+        tried = (
+            "the folder could not be loaded as a dataset"
+            if is_folder
+            else f"could not be loaded from the hub as {named.hub_id!r}"
+        )
         known = ", ".join(["dummy", *NAMES])
         raise UserError(
-            f"dataset {dataset!r}: could not be loaded from the hub as {named.hub_id!r} ({first_line(error)}); "
+            f"dataset {dataset!r}: {tried} ({first_line(error)}); "
             f"give one of {known}, a hub id, or a path ending in {', '.join(SUFFIXES)}"
         ) from error
     split = named.split if named.split in splits or len(splits) != 1 else next(iter(splits))

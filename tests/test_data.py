@@ -16,6 +16,7 @@ from small_tokenizers import bytes_tokenizer, llama2_tokenizer, spaced_tokenizer
 from fsdp_qlora.config import DataOptions
 from fsdp_qlora.data import Rows, load_rows, load_tokenizer
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.sources import open_source
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ALPACA_ROWS = [
@@ -260,6 +261,11 @@ def test_names_of_fsdp_qlora(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"'no/where': could not be loaded from the hub .*cannot reach it\); give one of dummy"
     ):
         load("no/where", tokenizer)
+
+
+def test_a_folder_without_data_is_called_a_folder(tmp_path):
+    with pytest.raises(UserError, match=r"the folder could not be loaded as a dataset \(.+\); give one of dummy"):
+        next(open_source(str(tmp_path), None).rows)
 
 
 @pytest.mark.skipif(not (SHARED / "llama2_tokenizer.model").is_file(), reason="Llama 2's tokenizer is not at hand")
