@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.adapters import peft_config, peft_key, peft_targets
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import TrainingStopped, UserError
+from fsdp_qlora.folders import writing_to
 from fsdp_qlora.units import GIB
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -22,8 +23,7 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def prepare_output(folder: Path, overwrite: bool) -> None:
     """Make `output_dir` and prove that it can be written. Raises UserError where it cannot, or is not empty."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder, "output_dir"):
         if any(folder.iterdir()) and not overwrite:
             raise UserError(
                 f"output_dir: {folder} is not empty; choose another folder, or --overwrite_output_dir true "
@@ -32,8 +32,6 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
         probe = folder / f".writable-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def check_space(folder: Path, adapter_parameters: int) -> None:

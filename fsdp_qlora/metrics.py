@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fsdp_qlora.config import Config
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.folders import writing_to
 from fsdp_qlora.loggers import Logger, check_installed, open_loggers
 from fsdp_qlora.loss_curve import draw_loss_curve
 from fsdp_qlora.progress import Bar, Lines, Progress, as_time
@@ -59,13 +59,8 @@ class Metrics:
         if not world.is_main:
             return
         self.directory = Path(config.output.output_dir)
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        with writing_to(self.directory, "output_dir"):
             self._file: IO[str] = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"output_dir {self.directory} cannot be written ({error.strerror}): choose another folder"
-            ) from error
         self._loggers = open_loggers(config)
 
     def step(self, record: StepRecord) -> None:

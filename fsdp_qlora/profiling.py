@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from fsdp_qlora.config import ProfileOptions
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.folders import writing_to
 from fsdp_qlora.world import World
 
 STEPS_RECORDED = 3
@@ -25,12 +25,8 @@ def profiled(options: ProfileOptions, world: World, total_steps: int) -> Iterato
         yield _nothing
         return
     folder = Path(options.profiling_output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"profiling_output {folder} cannot be written ({error.strerror}): choose another folder"
-        ) from error
+    with writing_to(folder, "profiling_output"):
+        pass  # what it takes is written when it has been recorded
     timeline = options.export_memory_timeline  # its categories are found from shapes, stacks and allocations
     recorded = min(STEPS_RECORDED, total_steps)
     left_out = min(2, total_steps - recorded)

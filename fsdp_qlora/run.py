@@ -12,6 +12,7 @@ from fsdp_qlora.config_file import save as save_config
 from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import check_space, prepare_output
+from fsdp_qlora.folders import writing_to
 from fsdp_qlora.fusing import fuse
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.loading import check_names, is_quantized, load
@@ -101,12 +102,8 @@ def note_options(config: Config, folder: Path, adapter_parameters: int) -> None:
     """Write the run's options beside what it will leave, once it is sure that there is room for that."""
     if config.output.save_model:
         check_space(folder, adapter_parameters)
-    try:
+    with writing_to(folder, "output_dir"):
         save_config(config, folder / "config.yaml")
-    except OSError as error:
-        raise UserError(
-            f"output_dir: {folder} cannot be written ({error.strerror}); free some space or choose another folder"
-        ) from error
 
 
 def make_batches(config: Config, rows: Rows, world: World) -> Batches:

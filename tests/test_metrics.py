@@ -141,7 +141,7 @@ def test_no_step_at_all_is_said(tmp_path, capsys):
 
 def test_an_unwritable_output_dir_is_a_users_mistake(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"output_dir .*file.* cannot be written"):
+    with pytest.raises(UserError, match=r"output_dir: .*file.* cannot be written"):
         Metrics(config_for(tmp_path / "file"), MAIN, 4)
 
 
