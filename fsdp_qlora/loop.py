@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Batches
-from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.errors import TrainingStopped, first_line
 from fsdp_qlora.export import save_adapter_somewhere, saved_since
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.interrupt import Interrupt
-from fsdp_qlora.metrics import Metrics, StepRecord
+from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.profiling import profiled
-from fsdp_qlora.step import Stepper, StepResult
+from fsdp_qlora.step import Stepper
 from fsdp_qlora.world import World
 
 TURN_SECONDS = 1.0  # that a rank gives the one before it, when one of them has to save alone
@@ -54,7 +54,7 @@ class Loop:
             except torch.OutOfMemoryError as error:
                 step = self.stepper.done + 1
                 raise TrainingStopped(
-                    f"rank {self.world.rank}: GPU memory ran out in step {step} ({_first_line(error)}); "
+                    f"rank {self.world.rank}: GPU memory ran out in step {step} ({first_line(error)}); "
                     f"lower batch_size or context_length, or use --use_activation_cpu_offload true or "
                     f"--use_cpu_offload true{self._rescue_if_possible()}"
                 ) from error
@@ -73,9 +73,9 @@ class Loop:
         with profiled(self.config.profile, self.world, self.steps) as profiler_step:
             for step in range(self.steps):
                 epoch, index = divmod(step, self.batches.steps_per_epoch)
-                result = self.stepper.run(self.batches.step(epoch, index), self.host.now)
-                self.metrics.step(self._record(step, result))
-                if not result.updated:
+                completed = (step + 1) / self.batches.steps_per_epoch
+                self.metrics.step(self.stepper.run(self.batches.step(epoch, index), completed, self.host.now))
+                if self.stepper.overflowed:
                     self.world.say(
                         f"step {step + 1}: float16 gradients overflowed, so it was left out; "
                         f"the loss scale is {self.stepper.scale.value:g} now"
@@ -84,21 +84,6 @@ class Loop:
                 if interrupt.agreed() and step + 1 < self.steps:
                     return False
         return True
-
-    def _record(self, step: int, result: StepResult) -> StepRecord:
-        return StepRecord(
-            step=step + 1,
-            epoch=(step + 1) / self.batches.steps_per_epoch,
-            loss=result.loss,
-            lr=result.lr,
-            grad_norm=result.grad_norm,
-            tokens=result.tokens,
-            label_tokens=result.label_tokens,
-            seconds=result.seconds,
-            gpu_allocated_gib=result.gpu_allocated_gib,
-            gpu_reserved_gib=result.gpu_reserved_gib,
-            host_rss_gib=result.host_gib,
-        )
 
     def _save(self) -> Path:
         """Every rank takes part; rank 0 writes."""
@@ -142,7 +127,3 @@ class Loop:
         if stepper.publishing:
             what += f", some of it as of step {stepper.done + 1},"
         return f"; the adapter {what} is saved in {self.folder}, rounded to {stepper.model.precision.compute}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

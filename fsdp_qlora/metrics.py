@@ -6,7 +6,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,30 +14,10 @@ from fsdp_qlora.folders import writing_to
 from fsdp_qlora.loggers import Logger, check_installed, open_loggers
 from fsdp_qlora.loss_curve import draw_loss_curve
 from fsdp_qlora.progress import Bar, Lines, Progress, as_time
+from fsdp_qlora.record import StepRecord
 from fsdp_qlora.world import World
 
 WARM_UP_STEPS = 3  # the first steps compile kernels, grow the allocator's pools and fill caches: not typical
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step over all ranks. Per-rank lists are in rank order."""
-
-    step: int  # from 1
-    epoch: float  # epochs completed after this step, fractions included
-    loss: float  # mean over the step's label tokens, all ranks
-    lr: float
-    grad_norm: float  # before clipping
-    tokens: int  # all ranks, padding excluded
-    label_tokens: int
-    seconds: float
-    gpu_allocated_gib: list[float]  # peak so far; empty without GPUs
-    gpu_reserved_gib: list[float]
-    host_rss_gib: list[float]  # proportional set size: the sum is what the job takes from the machine
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 class Metrics:

@@ -8,30 +8,11 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-
-class Step(Protocol):
-    """The part of a step's record that is shown."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def grad_norm(self) -> float: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def tokens_per_second(self) -> float: ...
-    @property
-    def gpu_reserved_gib(self) -> list[float]: ...
-    @property
-    def host_rss_gib(self) -> list[float]: ...
+from fsdp_qlora.record import StepRecord
 
 
 class Progress(Protocol):
-    def show(self, step: Step, so_far: Sequence[Step]) -> None:
+    def show(self, step: StepRecord, so_far: Sequence[StepRecord]) -> None:
         """so_far: all steps up to and including this one."""
 
     def close(self) -> None: ...
@@ -49,7 +30,7 @@ class Bar:
             smoothing=0,
         )
 
-    def show(self, step: Step, so_far: Sequence[Step]) -> None:
+    def show(self, step: StepRecord, so_far: Sequence[StepRecord]) -> None:
         self._bar.set_postfix_str(_told(step, so_far, self._total), refresh=False)
         if self._bar.n == 0:
             self._bar.start_t -= sum(earlier.seconds for earlier in so_far)  # made after the first step had run
@@ -66,7 +47,7 @@ class Lines:
         self._say, self._total, self._every = say, total_steps, every_seconds
         self._last = -math.inf
 
-    def show(self, step: Step, so_far: Sequence[Step]) -> None:
+    def show(self, step: StepRecord, so_far: Sequence[StepRecord]) -> None:
         now = time.monotonic()
         if now - self._last < self._every and step.step < self._total:
             return
@@ -85,7 +66,7 @@ def as_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _told(step: Step, so_far: Sequence[Step], total: int) -> str:
+def _told(step: StepRecord, so_far: Sequence[StepRecord], total: int) -> str:
     typical = statistics.median(earlier.seconds for earlier in so_far[-20:])
     if step.gpu_reserved_gib:
         memory = f"{max(step.gpu_reserved_gib):.1f} GiB"

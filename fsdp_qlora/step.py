@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,27 +13,12 @@ from fsdp_qlora.data import IGNORE, Batch
 from fsdp_qlora.errors import TrainingStopped
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.optim import make_optimizer, make_schedule
+from fsdp_qlora.record import StepRecord
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
 GROWTH_STEPS = 2000  # finite steps after which the loss scale doubles, as torch.amp.GradScaler's default
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step came to, over all ranks; the lists are in rank order. loss is the mean over `label_tokens`."""
-
-    loss: float
-    lr: float  # of this step
-    grad_norm: float
-    tokens: int
-    label_tokens: int
-    seconds: float
-    updated: bool  # False: float16 gradients overflowed, and the step was left out with a smaller loss scale
-    gpu_allocated_gib: list[float]
-    gpu_reserved_gib: list[float]
-    host_gib: list[float]
 
 
 class LossScale:
@@ -65,11 +50,13 @@ class Stepper:
         self.max_norm = options.grad_norm if options.apply_gradient_clipping else None
         self.scale = LossScale(model.precision.scale_loss)
         self.done = 0  # optimizer steps
+        self.overflowed = False  # float16 gradients did, so the last step was left out and the loss scale shrunk
         self.publishing = False  # True while working copies may be in part of the step after `done`
 
-    def run(self, batches: list[Batch], host_gib: float) -> StepResult:
+    def run(self, batches: list[Batch], epoch: float, host_gib: float) -> StepRecord:
         """Forward, backward and update over this rank's micro-batches (as many as every rank's).
 
+        epoch: epochs completed after this step. host_gib: this rank's host memory, for the record.
         Raises TrainingStopped on every rank, before the update, when a loss or a gradient is not finite.
         """
         start = time.perf_counter()
@@ -83,20 +70,21 @@ class Stepper:
         losses_by_rank, squares, allocated, reserved, host = (list(column) for column in zip(*everyone, strict=True))
         loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
         lr = float(self.schedule.get_last_lr()[0])
-        updated = self._update(loss, norm, batches, losses_by_rank)
+        self.overflowed = not self._update(loss, norm, batches, losses_by_rank)
         self.done += 1
         on_gpu = self.world.device.type == "cuda"
-        return StepResult(
+        return StepRecord(
+            step=self.done,
+            epoch=epoch,
             loss=loss,
             lr=lr,
             grad_norm=norm,
             tokens=tokens,
             label_tokens=label_tokens,
             seconds=time.perf_counter() - start,
-            updated=updated,
             gpu_allocated_gib=allocated if on_gpu else [],
             gpu_reserved_gib=reserved if on_gpu else [],
-            host_gib=host,
+            host_rss_gib=host,
         )
 
     def _passes(self, batches: list[Batch], divisor: float) -> Tensor:
@@ -128,7 +116,7 @@ class Stepper:
         self.adapters.zero_grad()
         return finite
 
-    def _stop(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> None:
+    def _stop(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> NoReturn:
         rows: list[list[int]] = [[] for _ in range(self.world.size)]
         dist.all_gather_object(rows, [row for batch in batches for row in batch.rows])
         bad = [rank for rank, value in enumerate(losses) if not math.isfinite(value)] or range(self.world.size)

@@ -16,9 +16,10 @@ from fsdp_qlora.config import Config, ModelOptions, OutputOptions, ProfileOption
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.host_memory import HostMemory, host_memory_gib
 from fsdp_qlora.loggers import check_installed
-from fsdp_qlora.metrics import Metrics, StepRecord
+from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.profiling import profiled
 from fsdp_qlora.progress import as_time
+from fsdp_qlora.record import StepRecord
 from fsdp_qlora.world import World
 
 MAIN = World(0, 2, 0, 2, torch.device("cpu"))

@@ -1,0 +1,24 @@
+"""What one optimizer step came to: what is recorded, plotted and shown of it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step over all ranks. Per-rank lists are in rank order."""
+
+    step: int  # from 1
+    epoch: float  # epochs completed after this step, fractions included
+    loss: float  # mean over the step's label tokens, all ranks
+    lr: float
+    grad_norm: float  # before clipping
+    tokens: int  # all ranks, padding excluded
+    label_tokens: int
+    seconds: float
+    gpu_allocated_gib: list[float]  # peak so far; empty without GPUs
+    gpu_reserved_gib: list[float]
+    host_rss_gib: list[float]  # proportional set size: the sum is what the job takes from the machine
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
