@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,16 @@ from fsdp_qlora.kernels.nf4 import BLOCK, LEVELS, NESTED_BLOCK, dequantize_nf4, 
 
 Parts = dict[str, torch.Tensor]
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+# what bitsandbytes appends to a weight's name for the tensors that it keeps of it
+CHECKPOINT_SUFFIXES = (
+    "",
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+)
 
 
 class Codec(Protocol):
@@ -162,29 +172,20 @@ class NF4:
         return {part: _fit(name, part, found[part], *want) for part, want in self.parts(shape).items()}
 
 
-CHECKPOINT_SUFFIXES = (
-    "",
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    ".quant_state.bitsandbytes__nf4",
-)
-
-
 def _get(name: str, suffix: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if name + suffix not in tensors:
         raise UserError(f"{name + suffix} is missing from the checkpoint: {name} cannot be read without it")
     return tensors[name + suffix]
 
 
-def _quant_state(name: str, tensors: Mapping[str, torch.Tensor]) -> dict:
+def _quant_state(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What bitsandbytes notes beside a weight: JSON, stored as a uint8 tensor."""
     note = bytes(_get(name, CHECKPOINT_SUFFIXES[-1], tensors).tolist())
     try:
-        return json.loads(note)
+        state: dict[str, Any] = json.loads(note)
     except ValueError:
         raise UserError(f"{name}{CHECKPOINT_SUFFIXES[-1]} in the checkpoint is not JSON: the file is damaged") from None
+    return state
 
 
 def _check_map(name: str, what: str, found: torch.Tensor, standard: torch.Tensor) -> None:

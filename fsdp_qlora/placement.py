@@ -155,9 +155,8 @@ def held_bytes(unit: Unit) -> int:
     return local.untyped_storage().nbytes()
 
 
-def check_bytes(model: CausalModel, placement: Placement) -> int:
-    """Assert that each unit takes what the placement promises on this rank; the sum in bytes."""
+def check_bytes(model: CausalModel, placement: Placement) -> None:
+    """Assert that each unit takes what the placement promises on this rank."""
     for unit in model.units:
         held, promised = held_bytes(unit), placement.bytes_here(unit)
         assert held == promised, f"{unit.name}: {held} bytes on rank {dist.get_rank()}, {promised} promised"
-    return sum(held_bytes(unit) for unit in model.units)

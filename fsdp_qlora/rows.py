@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
@@ -46,8 +47,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index)
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each row, int64 [len]."""
         return np.diff(self.offsets)
 
     @property

@@ -20,7 +20,7 @@ from fsdp_qlora.loop import Loop
 from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import Recipe, assemble
 from fsdp_qlora.placement import check_bytes, choose_placement
-from fsdp_qlora.precision import MODES, Precision, precision_of
+from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
 from fsdp_qlora.step import Stepper
@@ -132,13 +132,18 @@ def make_recipe(
 ) -> Recipe:
     remat = rematerialisation(config.memory)
     return Recipe(
-        precision, storage(config, hf_config, weights), remat, shards, host_embedding=world.device.type == "cuda"
+        precision,
+        storage(config, hf_config, weights, precision),
+        remat,
+        shards,
+        host_embedding=world.device.type == "cuda",
     )
 
 
-def storage(config: Config, hf_config: PretrainedConfig, weights: Weights) -> Callable[[str], Codec]:
+def storage(
+    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision
+) -> Callable[[str], Codec]:
     """Checkpoint name of a linear's weight -> how it is kept: a quantized checkpoint may have left some as they are."""
-    precision = MODES[config.model.precision]
     codec, prequantized = linear_codec(hf_config, config.model.train_type, config.model.double_quant, precision)
     plain = Plain(precision.compute)
     return lambda name: codec if not prequantized or is_quantized(weights, name) else plain

@@ -74,10 +74,6 @@ class ShardedAdapters:
         """This rank's float32 slices of the summed gradients, as `parameters()`; complete after `finish`."""
         return [group.grad for group in self.groups]
 
-    def count(self) -> int:
-        """Adapter parameters of the model, all ranks together."""
-        return sum(p.numel() for group in self.groups for p in group.params)
-
     def begin_micro_batch(self, last: bool) -> None:
         """Before each backward. last: no more micro-batches follow in this optimizer step."""
         self._reducing = last or not self.no_sync

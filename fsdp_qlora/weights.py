@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,7 @@ Shape = tuple[int, ...] | None  # None: whatever it is, the reader checks it
 class Weights(Protocol):
     """A source of tensors by their checkpoint names."""
 
-    def names(self) -> set[str] | None:
+    def names(self) -> Set[str] | None:
         """Every tensor there is, or None where the source makes whatever is asked for."""
 
     def check(self, expected: Mapping[str, Shape], ignored: Iterable[str]) -> None:
@@ -47,8 +47,8 @@ class Checkpoint:
                     self._file_of[name] = file
                     self._shape_of[name] = tuple(tensors.get_slice(name).get_shape())
 
-    def names(self) -> set[str]:
-        return set(self._file_of)
+    def names(self) -> Set[str]:
+        return self._file_of.keys()
 
     def check(self, expected: Mapping[str, Shape], ignored: Iterable[str] = ()) -> None:
         missing = [name for name in expected if name not in self._shape_of]
