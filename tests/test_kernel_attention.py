@@ -80,10 +80,10 @@ def differentiated(op, q, k, v, d_out, masking):
     return [out, *torch.autograd.grad(out, leaves, d_out)]
 
 
-def compare(case, dtype, backend):
+def compare(case, dtype, backend, device=DEVICE):
     shape, window, softcap = case
     masking = Masking(1.3 * shape[-1] ** -0.5, window, softcap)
-    q, k, v, d_out = draw(shape, dtype)
+    q, k, v, d_out = draw(shape, dtype, device)
     given = [x.clone() for x in (q, k, v, d_out)]
     out, stats = attend(q, k, v, masking, backend)
     grads = attend_backward(d_out, q, k, v, out, stats, masking, backend)
@@ -103,13 +103,22 @@ def test_math(case, dtype):
     compare((CASES | ODD)[case], dtype, "math")
 
 
-@pytest.mark.parametrize("case", ["window-over-pieces", "softcap-window-pieces", "eight-groups"])
-def test_math_in_float64_is_the_textbooks(case):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [name for name, (_, window, softcap) in CASES.items() if not window and not softcap])
+def test_pytorchs_for_cpus(case, dtype):
+    compare(CASES[case], dtype, "cpu", torch.device("cpu"))
+
+
+EXACT = [(name, "math") for name in ("window-over-pieces", "softcap-window-pieces", "eight-groups")]
+
+
+@pytest.mark.parametrize(("case", "backend"), [*EXACT, ("eight-groups", "cpu"), ("more-than-a-piece", "cpu")])
+def test_float64_is_the_textbooks(case, backend):
     shape, window, softcap = CASES[case]
     masking = Masking(0.3, window, softcap)
     q, k, v, d_out = draw(shape, torch.float64, "cpu")
-    out, stats = attend(q, k, v, masking, "math")
-    ours = (out, *attend_backward(d_out, q, k, v, out, stats, masking, "math"))
+    out, stats = attend(q, k, v, masking, backend)
+    ours = (out, *attend_backward(d_out, q, k, v, out, stats, masking, backend))
     for mine, true in zip(ours, differentiated(eager, q, k, v, d_out, masking), strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-12)
 
@@ -160,7 +169,9 @@ def test_what_is_possible(monkeypatch):
     gpu, cpu, bf16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
     packages = set()
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in packages else None)
-    assert possible(cpu, bf16, 512, 128, Masking(1.0)) == ["math"]
+    assert possible(cpu, bf16, 512, 128, Masking(1.0)) == ["cpu", "math"]
+    assert possible(cpu, bf16, 512, 128, Masking(1.0, window=100)) == ["math"]
+    assert possible(cpu, bf16, 512, 128, Masking(1.0, softcap=50.0)) == ["math"]
     assert possible(gpu, torch.float32, 512, 128, Masking(1.0)) == ["math"]
     assert possible(gpu, bf16, 512, 100, Masking(1.0)) == ["math"]
     assert possible(gpu, bf16, 512, 128, Masking(1.0)) == ["flash", "cudnn", "math"]
@@ -171,4 +182,5 @@ def test_what_is_possible(monkeypatch):
     packages.add("flash_attn")
     assert possible(gpu, bf16, 512, 128, Masking(1.0, 100, softcap=50.0)) == ["flash_attn", "math"]
     assert possible(gpu, bf16, 512, 64, Masking(1.0)) == ["flash_attn", "flash", "cudnn", "math"]
-    assert fastest(cpu, bf16, (1, 512, 8, 2, 64), Masking(1.0)) == "math"
+    assert fastest(cpu, bf16, (1, 512, 8, 2, 64), Masking(1.0)) == "cpu"
+    assert fastest(cpu, bf16, (1, 512, 8, 2, 64), Masking(1.0, softcap=50.0)) == "math"
