@@ -25,7 +25,11 @@ def make_optimizer(options: TrainingOptions, parameters: Iterable[nn.Parameter],
 
 
 def make_schedule(options: TrainingOptions, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """Warm-up over `warmup_ratio` of the steps, then cosine or linear to zero at the last; constant has no warm-up."""
+    """Hugging Face's: warm-up over `warmup_ratio` of the steps, then cosine or linear to zero; constant has no warm-up.
+
+    Step i (from 0) of w warm-up steps takes i/w of `lr`, so the first of them takes 0; the fall begins with the whole
+    `lr` at step w, and zero is reached after the last step, which still learns.
+    """
     return get_scheduler(
         options.lr_scheduler,
         optimizer,
