@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fsdp_qlora.option import REQUIRED, Option, describe, option
+from fsdp_qlora.option import REQUIRED, Option, option, options_of
 
 NOT_BUILT = "is known but not built yet"
 Sharding = Literal["full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"]
@@ -546,4 +546,4 @@ class Config:
 
 
 GROUPS: dict[str, type] = {item.name: item.type for item in dataclasses.fields(Config) if isinstance(item.type, type)}
-OPTIONS: dict[str, Option] = {item.name: item for group, kind in GROUPS.items() for item in describe(group, kind)}
+OPTIONS: dict[str, Option] = {item.name: item for group, kind in GROUPS.items() for item in options_of(group, kind)}

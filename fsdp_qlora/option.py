@@ -33,9 +33,7 @@ class Spec:
     below: float = math.inf
     special: Mapping[int, str] = field(default_factory=dict)  # values outside the range, and what they mean
     aliases: Mapping[str, str] = field(default_factory=dict)  # another spelling of an allowed value -> the value
-    refused: Mapping[object, str] = field(
-        default_factory=dict
-    )  # a known value whose feature is not built -> what to do
+    refused: Mapping[object, str] = field(default_factory=dict)  # a value whose feature is not built -> what to do
     known_as: Sequence[str] = ()  # what other programs call it: only for "did you mean"
 
 
@@ -148,7 +146,7 @@ class Option:
         return f"{text!r} is not allowed{meant} give {self.allowed()}"
 
 
-def describe(group: str, group_class: type) -> list[Option]:
+def options_of(group: str, group_class: type) -> list[Option]:
     """The options of one dataclass whose fields were made by `option`, in order."""
     hints = typing.get_type_hints(group_class)
     found = []

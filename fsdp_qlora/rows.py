@@ -14,7 +14,7 @@ from fsdp_qlora.chat import chat_template
 from fsdp_qlora.config import DataOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.sources import Source, open_source
-from fsdp_qlora.templates import TEMPLATES, recognise
+from fsdp_qlora.templates import TEMPLATES, form_of
 from fsdp_qlora.tokens import Encoder, Tokens
 
 T = TypeVar("T")
@@ -110,11 +110,9 @@ def load_rows(
 
 
 def _form(source: Source, dataset_format: str, row: dict[str, object]) -> str:
-    return (
-        source.form
-        if dataset_format == "auto" and source.form != "auto"
-        else recognise(row, dataset_format, source.name)
-    )
+    if dataset_format == "auto" and source.form != "auto":
+        return source.form
+    return form_of(row, dataset_format, source.name)
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -111,7 +111,7 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def recognise(row: Row, dataset_format: str, dataset: str) -> str:
+def form_of(row: Row, dataset_format: str, dataset: str) -> str:
     """The form of a dataset from its first row's columns, among those `dataset_format` allows ('auto': all).
 
     Raises UserError naming the columns there are and the columns that would do.
