@@ -165,6 +165,16 @@ def test_fused_backends_agree_at_real_shapes(shape):
     assert fastest(DEVICE, torch.bfloat16, shape, masking) in BACKENDS
 
 
+@pytest.mark.parametrize(("backend", "window"), [("flash", None), ("flash", 10), ("cudnn", None)])
+def test_pytorchs_ops_take_what_they_are_given(backend, window):
+    """Without a GPU no more than this: the private ops' arguments and shapes, on tensors without data."""
+    q, d_out = (torch.empty(2, 63, 8, 64, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.empty(2, 63, 2, 64, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    out, stats = attend(q, k, v, Masking(0.1, window), backend)
+    grads = attend_backward(d_out, q, k, v, out, stats, Masking(0.1, window), backend)
+    assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
+
+
 def test_what_is_possible(monkeypatch):
     gpu, cpu, bf16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
     packages = set()
