@@ -13,13 +13,13 @@ from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import check_space, prepare_output
 from fsdp_qlora.folders import writing_to
-from fsdp_qlora.fusing import fuse
+from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.loading import check_names, is_quantized, load
 from fsdp_qlora.loop import Loop
 from fsdp_qlora.metrics import Metrics
-from fsdp_qlora.model import Recipe, assemble
-from fsdp_qlora.placement import check_bytes, choose_placement
+from fsdp_qlora.model import CausalModel, Recipe, assemble
+from fsdp_qlora.placement import Placement, check_bytes, choose_placement
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
@@ -45,20 +45,14 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         batches = make_batches(config, rows, world)
         steps = count_steps(config, batches)
         weights = world.first_on_node(lambda: open_weights(config, precision.stream))
-        recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards, world))
-        model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
-        world.together(lambda: check_names(model, weights))
-        fusion = world.together(lambda: fuse(model, config, world.device))
+        model, fusion = build_model(config, hf_config, weights, precision, attention, placement, world)
         for line in [*notes, *describe(model, hf_config, config, placement, batches, steps, attention, fusion, world)]:
             world.say(line)
         world.together(lambda: check_fits(model, config, placement, world))
         metrics = world.together(lambda: Metrics(config, world, steps))
         world.main_only(lambda: note_options(config, folder, adapter_count(model)))
 
-        adapters = ShardedAdapters(model, world, config)
-        placement.prepare(model)
-        load(model, weights, placement, world)
-        check_bytes(model, placement)
+        adapters = load_model(config, model, weights, placement, world)
         torch.manual_seed(config.training.seed + world.rank)  # what draws from here on is dropout: on each rank another
         stepper = Stepper(model, adapters, config.training, steps, world)
         return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
@@ -125,6 +119,35 @@ def open_weights(config: Config, dtype: torch.dtype) -> Weights:
     if options.dummy_weights:
         return Dummy(dtype)
     return Checkpoint(fetch(options.model_name, options.revision), options.loading_workers)
+
+
+def build_model(
+    config: Config,
+    hf_config: PretrainedConfig,
+    weights: Weights,
+    precision: Precision,
+    attention: Attention,
+    placement: Placement,
+    world: World,
+) -> tuple[CausalModel, Fusion]:
+    """The model without its weights, checked against what there is to read, and what came of fusing its blocks.
+
+    A collective. Raises UserError on every rank alike."""
+    recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards, world))
+    model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
+    world.together(lambda: check_names(model, weights))
+    return model, world.together(lambda: fuse(model, config, world.device))
+
+
+def load_model(
+    config: Config, model: CausalModel, weights: Weights, placement: Placement, world: World
+) -> ShardedAdapters:
+    """Read the frozen weights to where `placement` wants them; the adapters that train over them. A collective."""
+    adapters = ShardedAdapters(model, world, config)
+    placement.prepare(model)
+    load(model, weights, placement, world)
+    check_bytes(model, placement)
+    return adapters
 
 
 def make_recipe(

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.config_parse import parse
-from fsdp_qlora.fusing import Fusion, fuse
-from fsdp_qlora.loading import check_names, load
-from fsdp_qlora.model import CausalModel, assemble
-from fsdp_qlora.placement import Placement, check_bytes, choose_placement
-from fsdp_qlora.precision import precision_of
-from fsdp_qlora.run import make_recipe, open_weights
+from fsdp_qlora.fusing import Fusion
+from fsdp_qlora.model import CausalModel
+from fsdp_qlora.placement import Placement, choose_placement
+from fsdp_qlora.run import build_model, choose_compute, load_model, open_weights
 from fsdp_qlora.shards import ShardedAdapters
-from fsdp_qlora.skeleton import build, choose_attention, read_config
+from fsdp_qlora.skeleton import read_config
 from fsdp_qlora.world import World, open_world
 from tests.runs import Options, flags
 
@@ -67,17 +65,10 @@ def built(options: Options) -> Iterator[Built]:
 
 def build_in(world: World, options: Options) -> Built:
     config = parse(flags(options))
-    precision = precision_of(config.model.precision, world.device)
-    hf_config = read_config(config.model.model_name, None)
-    attention = choose_attention(config.model.attention, hf_config, precision, world.device)
+    hf_config = read_config(config.model.model_name, config.model.revision)
+    precision, attention = choose_compute(config, hf_config, world)
     placement = choose_placement(config.memory, world)
     weights = open_weights(config, precision.stream)
-    recipe = make_recipe(config, hf_config, weights, precision, placement.shards, world)
-    model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
-    check_names(model, weights)
-    fusion = fuse(model, config, world.device)
-    adapters = ShardedAdapters(model, world, config)
-    placement.prepare(model)
-    load(model, weights, placement, world)
-    check_bytes(model, placement)
+    model, fusion = build_model(config, hf_config, weights, precision, attention, placement, world)
+    adapters = load_model(config, model, weights, placement, world)
     return Built(model, adapters, placement, fusion, world)
