@@ -26,7 +26,7 @@ from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec
 from fsdp_qlora.step import Stepper
 from fsdp_qlora.summary import adapter_count, check_fits, describe
 from fsdp_qlora.units import GIB
-from fsdp_qlora.weights import Checkpoint, Dummy, Weights, fetch
+from fsdp_qlora.weights import Checkpoint, Dummy, OnHub, Weights
 from fsdp_qlora.world import World, open_world
 
 
@@ -44,7 +44,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
         batches = make_batches(config, rows, world)
         steps = count_steps(config, batches)
-        weights = world.first_on_node(lambda: open_weights(config, precision.stream))
+        weights = world.together(lambda: open_weights(config, precision.stream))
         model, fusion = build_model(config, hf_config, weights, precision, attention, placement, world)
         for line in [*notes, *describe(model, hf_config, config, placement, batches, steps, attention, fusion, world)]:
             world.say(line)
@@ -114,11 +114,13 @@ def count_steps(config: Config, batches: Batches) -> int:
 
 
 def open_weights(config: Config, dtype: torch.dtype) -> Weights:
-    """Where the frozen weights are read from: only headers so far, or nothing with `--dummy_weights`."""
+    """Where the frozen weights are read from: only headers so far, of a hub model or with `--dummy_weights` nothing."""
     options = config.model
     if options.dummy_weights:
         return Dummy(dtype)
-    return Checkpoint(fetch(options.model_name, options.revision), options.loading_workers)
+    if Path(options.model_name).is_dir():
+        return Checkpoint(Path(options.model_name), options.loading_workers)
+    return OnHub(options.model_name, options.revision, options.loading_workers)
 
 
 def build_model(
@@ -130,19 +132,23 @@ def build_model(
     placement: Placement,
     world: World,
 ) -> tuple[CausalModel, Fusion]:
-    """The model without its weights, checked against what there is to read, and what came of fusing its blocks.
+    """The model without its weights, and what came of fusing its blocks. A collective.
 
-    A collective. Raises UserError on every rank alike."""
+    Raises UserError on every rank alike."""
     recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards, world))
     model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
-    world.together(lambda: check_names(model, weights))
+    if not isinstance(weights, OnHub):  # a download waits until all else is known to be right
+        world.together(lambda: check_names(model, weights))
     return model, world.together(lambda: fuse(model, config, world.device))
 
 
 def load_model(
     config: Config, model: CausalModel, weights: Weights, placement: Placement, world: World
 ) -> ShardedAdapters:
-    """Read the frozen weights to where `placement` wants them; the adapters that train over them. A collective."""
+    """Read the frozen weights to where `placement` wants them; the adapters that train over them. A collective.
+
+    Raises UserError on every rank alike, before anything is read, where the checkpoint is not this model's."""
+    world.first_on_node(lambda: check_names(model, weights))
     adapters = ShardedAdapters(model, world, config)
     placement.prepare(model)
     load(model, weights, placement, world)

@@ -81,6 +81,28 @@ class Checkpoint:
             return dict(zip(wanted, pool.map(one, wanted), strict=True))
 
 
+class OnHub:
+    """A hub model's checkpoint, downloaded when it is first asked for: by then it is known that the run can be."""
+
+    def __init__(self, model_name: str, revision: str | None, workers: int = -1) -> None:
+        self.model_name, self.revision, self.workers = model_name, revision, workers
+        self._checkpoint: Checkpoint | None = None
+
+    def names(self) -> Set[str]:
+        return self._open().names()
+
+    def check(self, expected: Mapping[str, Shape], ignored: Iterable[str] = ()) -> None:
+        self._open().check(expected, ignored)
+
+    def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
+        return self._open().read(wanted, device)
+
+    def _open(self) -> Checkpoint:
+        if self._checkpoint is None:
+            self._checkpoint = Checkpoint(fetch(self.model_name, self.revision), self.workers)
+        return self._checkpoint
+
+
 class Dummy:
     """Random weights of the right shapes, so that a rig can be tried before anything is downloaded.
 
@@ -107,9 +129,7 @@ class Dummy:
 
 
 def fetch(model_name: str, revision: str | None) -> Path:
-    """The local folder of a model: itself, or the hub's snapshot, downloaded if it is not there yet."""
-    if Path(model_name).is_dir():
-        return Path(model_name)
+    """The folder of the hub's snapshot of a model, downloaded if it is not there yet."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

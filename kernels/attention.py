@@ -79,7 +79,7 @@ def possible(device: torch.device, dtype: torch.dtype, sequence: int, head_dim: 
 def fastest(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int, int], masking: Masking) -> str:
     """The backend with the least forward + backward time at shape (B, S, N, K, D), measured once.
 
-    A backend that fails on this card or shape is left out; `math` is not timed against the others, only without them."""
+    A backend that fails on this card or shape is left out; `math` is what remains where all do."""
     b, s, n, kv, d = shape
     names = possible(device, dtype, s, d, masking)
     if device.type == "cpu" or len(names) == 1:
