@@ -150,7 +150,7 @@ def _math_forward(q, k, v, masking: Masking):
 def _math_backward(d_out, q, k, v, out, lse, masking: Masking):
     kv_heads = k.shape[2]
     queries, keys, values = _grouped(q, kv_heads), _grouped(k, kv_heads)[:, :, 0], _grouped(v, kv_heads)[:, :, 0]
-    d_outs, outs = _grouped(d_out, kv_heads), _grouped(out, kv_heads)
+    d_outs = _grouped(d_out, kv_heads)
     d_keys, d_values, d_queries = torch.zeros_like(keys), torch.zeros_like(values), []
     for first in range(0, q.shape[1], _PIECE):
         piece = slice(first, first + _PIECE)
@@ -159,7 +159,7 @@ def _math_backward(d_out, q, k, v, out, lse, masking: Masking):
         d_o = d_outs[:, :, :, piece]
         d_values += torch.einsum("bkgst,bkgsd->bktd", p, d_o)
         d_p = torch.einsum("bkgsd,bktd->bkgst", d_o, values)
-        d_scores = p * (d_p - (d_o * outs[:, :, :, piece]).sum(-1, keepdim=True))
+        d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True))  # exactly 0 where a query sees one key
         if masking.softcap is not None:
             d_scores *= 1 - (scores.masked_fill(p == 0, 0.0) / masking.softcap).square()
         d_scores *= masking.scale
