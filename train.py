@@ -51,7 +51,8 @@ def _tell(ended: RunEnded) -> int:
     if ended.told_elsewhere:
         time.sleep(HEAD_START_SECONDS)
     else:
-        print(f"train.py: {ended}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"train.py: {ended}\n")  # one write: print makes two where torchrun runs Python unbuffered
+        sys.stderr.flush()
     return 2 if isinstance(ended, UserError) else 1
 
 

@@ -35,7 +35,7 @@ def main(cases: Path, results: Path) -> None:
         run = partial(_run, case["arguments"], case["largest_file"] or resource.RLIM_INFINITY)
         code, out, err = _captured(run)
         (results / f"{name}.{RANK}.json").write_text(json.dumps({"code": code, "out": out, "err": err}))
-        print(f"rank {RANK}: {name} ended with {code}", flush=True)
+        sys.stdout.write(f"rank {RANK}: {name} ended with {code}\n")
 
 
 def _run(arguments: list[str], largest_file: int) -> int:

@@ -24,7 +24,7 @@ WORKER = """
     for name, case in json.load(open(sys.argv[1])).items():
         os.environ["MASTER_PORT"] = str(case["port"])
         code = main(case["arguments"])
-        print(f"rank {os.environ['RANK']}: {name} ended with {code}", flush=True)
+        sys.stdout.write(f"rank {os.environ['RANK']}: {name} ended with {code}\\n")
     """
 
 

@@ -17,7 +17,7 @@ TRAINING = """
     from fsdp_qlora.world import open_world
 
     with open_world(LaunchOptions(), seed=1) as world, Interrupt(world) as interrupt:
-        print(f"rank {world.rank} trains", flush=True)
+        sys.stdout.write(f"rank {world.rank} trains\\n")
         for step in range(3000):
             if sys.argv[1] == "one rank" and world.rank == 1 and step == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -25,7 +25,7 @@ TRAINING = """
             if interrupt.agreed():
                 break
         time.sleep(1.5)  # saving takes its time, and is not hurried by the signal's echo
-        print(f"rank {world.rank} saved after step {step}, exit code {interrupt.exit_code}", flush=True)
+        sys.stdout.write(f"rank {world.rank} saved after step {step}, exit code {interrupt.exit_code}\\n")
     """
 
 

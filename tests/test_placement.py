@@ -213,7 +213,7 @@ BYTES = """
                 mine = (flat.to_local() if hasattr(flat, "to_local") else flat).detach().view(torch.uint8)
                 pieces = whole.view(shards, -1) if unit.home == "shared" else whole[None]
                 assert torch.equal(mine, pieces[world.rank % len(pieces)]), (name, unit.name)
-            print(f"rank {world.rank}: {name} keeps its bytes", flush=True)
+            sys.stdout.write(f"rank {world.rank}: {name} keeps its bytes\\n")
     """
 
 

@@ -18,7 +18,8 @@ def start_torchrun(
 ) -> subprocess.Popen[str]:
     """Starts torchrun and returns at once; stdout and stderr are pipes of text. The caller must end it.
 
-    Ranks that print at the same time stay whole lines apart with print(..., flush=True).
+    Ranks that write at the same time keep whole lines with sys.stdout.write("...\\n"): torchrun runs Python unbuffered,
+    where print writes the text and its end apart.
     script: a path, or the text of a script (dedented). env: variables to add, None to remove one."""
     if isinstance(script, str) and "\n" in script:
         with tempfile.NamedTemporaryFile("w", suffix=".py", dir=_SCRIPTS.name, delete=False) as file:
