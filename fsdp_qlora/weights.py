@@ -134,8 +134,9 @@ def fetch(model_name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(model_name, revision=revision, allow_patterns=patterns))
+        # Some models hold their weights a second time in another layout: `consolidated*`, or a folder.
+        wanted, unwanted = ["*.safetensors", "*.json"], ["consolidated*", "*/*"]
+        return Path(snapshot_download(model_name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model_name: {model_name} is neither a local folder nor a model the hub gives "
