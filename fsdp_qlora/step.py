@@ -50,6 +50,7 @@ class Stepper:
         self.max_norm = options.grad_norm if options.apply_gradient_clipping else None
         self.scale = LossScale(model.precision.scale_loss)
         self.done = 0  # optimizer steps
+        self._ended: float | None = None  # the last one: a step's seconds begin there, so that what lies between counts
         self.overflowed = False  # float16 gradients did, so the last step was left out and the loss scale shrunk
         self.publishing = False  # True while working copies may be in part of the step after `done`
 
@@ -59,7 +60,7 @@ class Stepper:
         epoch: epochs completed after this step. host_gib: this rank's host memory, for the record.
         Raises TrainingStopped on every rank, before the update, when a loss or a gradient is not finite.
         """
-        start = time.perf_counter()
+        start = self._ended or time.perf_counter()
         mine = [sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches), sum(b.tokens for b in batches)]
         label_tokens, tokens = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
         losses = self._passes(batches, label_tokens / self.scale.value)
@@ -72,6 +73,7 @@ class Stepper:
         lr = float(self.schedule.get_last_lr()[0])
         self.overflowed = not self._update(loss, norm, batches, losses_by_rank)
         self.done += 1
+        self._ended = time.perf_counter()
         on_gpu = self.world.device.type == "cuda"
         return StepRecord(
             step=self.done,
@@ -81,7 +83,7 @@ class Stepper:
             grad_norm=norm,
             tokens=tokens,
             label_tokens=label_tokens,
-            seconds=time.perf_counter() - start,
+            seconds=self._ended - start,
             gpu_allocated_gib=allocated if on_gpu else [],
             gpu_reserved_gib=reserved if on_gpu else [],
             host_rss_gib=host,

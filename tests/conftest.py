@@ -21,6 +21,15 @@ def _poisoned_memory():
 
 
 @pytest.fixture
+def one_thread():
+    """For tests of small tensors, where threads that wait for each other would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def triton_device():
     """A device whose tensors go through the Triton kernels: the GPU, or the CPU through the interpreter."""
     if torch.cuda.is_available():

@@ -23,6 +23,7 @@ from tests.fusable import Results, Subject, inputs, subject
 from tests.test_families import FAMILIES, config_of
 from tests.truth import DEVICE
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE.type == "cuda" else [])
 ALL = AdapterOptions(lora_rank=4, lora_alpha=6.0)
@@ -48,15 +49,6 @@ CASES: dict[str, tuple[str, dict, AdapterOptions]] = {
     "queries-and-gate": ("Qwen2", {}, QUERIES),
     "one-adapter": ("Llama", {}, ONE),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are small: threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case(name: str, dtype: torch.dtype, device: torch.device = DEVICE, dropout: float = 0.0) -> Subject:

@@ -8,6 +8,7 @@ from fsdp_qlora.kernels import attention
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward, fastest, possible
 from tests.truth import DEVICE, assert_as_good_as_plain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 BACKENDS = ("flash_attn", "flash", "cudnn")
 DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE.type == "cuda" else [])
@@ -29,15 +30,6 @@ CASES = {
     "wide-heads": ((1, 63, 4, 1, 256), None, None),
 }
 ODD = {"odd-features": ((2, 33, 4, 2, 23), 5, 3.0)}  # head dims no fused backend takes
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors are small: threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(shape, dtype, device=DEVICE):
