@@ -74,7 +74,9 @@ class FrozenViews:
     def bind(self) -> None:
         for module, attribute, tensor in self.bindings:
             # Stored plain, so its one part is the tensor itself. Past Module.__setattr__, which wants a parameter.
-            module.__dict__[attribute] = tensor.home.parts(tensor.name)["values"]
+            values = tensor.home.parts(tensor.name)["values"]
+            # Where another unit's bytes come to lie in the same place, autograd must keep a copy for its backward.
+            module.__dict__[attribute] = values if tensor.home.bring is None else values.clone()
 
 
 class Block(nn.Module):
@@ -83,12 +85,14 @@ class Block(nn.Module):
     Where `fused` is set it computes the block instead (see fused.py), and recomputation is its own affair.
 
     remat: None keeps every activation, "reentrant" and "non_reentrant" keep the layer's input and recompute the rest.
+    before_forward: called first in every forward, by whoever has something to wait for or to start then.
     """
 
     def __init__(self, layer: nn.Module, frozen: FrozenBytes, views: FrozenViews, remat: str | None) -> None:
         super().__init__()
         self.layer, self.frozen, self.views = layer, frozen, views
         self.fused: FusedForward | None = None
+        self.before_forward: list[Callable[[], None]] = []
         self.remat: Callable[..., Any] | None = None
         if remat is not None:
             self.remat = partial(checkpoint, use_reentrant=remat == "reentrant", preserve_rng_state=_drops(layer))
@@ -98,6 +102,24 @@ class Block(nn.Module):
         return {name: m for name, m in self.layer.named_modules() if isinstance(m, FrozenLinear)}
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for call in self.before_forward:
+            call()
+        if self.frozen.bring is None:
+            return self._compute(hidden, *args, **kwargs)
+        self.frozen.bring(False)
+        out = self._compute(hidden, *args, **kwargs)
+        if torch.is_grad_enabled():
+            (out[0] if isinstance(out, tuple) else out).register_hook(self._before_backward)
+        return out
+
+    def _before_backward(self, _: Tensor) -> None:
+        """When the gradient of this block's output is there, so that its backward is next."""
+        assert self.frozen.bring is not None
+        self.frozen.bring(True)
+        if self.fused is None:
+            self.views.bind()  # what is recomputed reads the bytes where they are now
+
+    def _compute(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.fused is not None:
             return self.fused(hidden, *kwargs["position_embeddings"])
         self.views.bind()

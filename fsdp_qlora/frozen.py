@@ -4,7 +4,7 @@ A frozen tensor has no gradient and no optimizer state, so it is kept as bytes a
 with metadata hanging off it. One buffer a block means one copy, one all-gather, one pinned range, one file record.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.codecs import Codec
 
 ALIGN = 256  # bytes; every part starts here, so that a kernel may load 16 bytes at a time from any of them
+MOST_PLACES = 8  # tensors in which one unit's bytes are found by turns, whose views are kept
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class FrozenBytes(nn.Module):
     weights silently, the bytes are compared with what was encoded the first time they are read.
 
     `flat` starts on the meta device; the placement puts the real thing there (whole, or this rank's shard).
+    bring: where the placement moves bytes only as they are needed, it is told of each need in advance: called before
+    they are read, with whether a backward reads them. They stay until the next unit's are asked for.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -85,8 +88,9 @@ class FrozenBytes(nn.Module):
         self.layout = layout
         words = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
         self.flat = nn.Parameter(words, requires_grad=False)
-        self.expected: int | None = None  # checksum of the whole buffer, once it is encoded
-        self._viewed: tuple[Tensor, dict[str, dict[str, Tensor]]] | None = None
+        self.expected: int | None = None  # checksum of the whole buffer as it was encoded, until it has been compared
+        self.bring: Callable[[bool], None] | None = None
+        self._viewed: list[tuple[Tensor, dict[str, dict[str, Tensor]]]] = []
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """The stored parts of `name`, as views. Valid while the block is gathered.
@@ -94,16 +98,19 @@ class FrozenBytes(nn.Module):
         Raises RuntimeError where the bytes are not those that were encoded.
         """
         flat = self.flat
-        if self._viewed is None or self._viewed[0] is not flat:  # FSDP2 gathers into the same tensor: made once
-            assert not isinstance(flat, DTensor), "frozen bytes are read while they are not gathered"
-            buffer = flat.detach().view(torch.uint8)
-            if self.expected is not None and checksum(buffer) != self.expected:
-                raise RuntimeError(
-                    "frozen bytes were changed on their way (gather, copy or memory): the weights would be wrong. "
-                    "Please report this with your versions of torch, NCCL and the driver"
-                )
-            self._viewed = (flat, self.layout.views(buffer))
-        return self._viewed[1][name]
+        for known, views in self._viewed:  # FSDP2 gathers into the same tensor, streaming into one of a few
+            if known is flat:
+                return views[name]
+        assert not isinstance(flat, DTensor), "frozen bytes are read while they are not gathered"
+        buffer = flat.detach().view(torch.uint8)
+        if self.expected is not None and checksum(buffer) != self.expected:
+            raise RuntimeError(
+                "frozen bytes were changed on their way (gather, copy or memory): the weights would be wrong. "
+                "Please report this with your versions of torch, NCCL and the driver"
+            )
+        self.expected = None
+        self._viewed = [*self._viewed[1 - MOST_PLACES :], (flat, self.layout.views(buffer))]
+        return self._viewed[-1][1][name]
 
     def decode(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The tensor `name` in `dtype`, decoded on the device where the bytes are, into `out` if that is given."""
@@ -113,6 +120,8 @@ class FrozenBytes(nn.Module):
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Bytes readable inside: gathers and frees them where this module was sharded on its own (embedding, head)."""
+        if self.bring is not None:
+            self.bring(False)
         if not isinstance(self, FSDPModule):
             yield
             return

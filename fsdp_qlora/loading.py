@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4
+from fsdp_qlora.frozen import checksum
 from fsdp_qlora.model import CausalModel, Unit
 from fsdp_qlora.placement import Placement
 from fsdp_qlora.weights import Shape, Weights
@@ -67,6 +68,7 @@ def load(model: CausalModel, weights: Weights, placement: Placement, world: Worl
             encoded = world.together(partial(next_encoded, turn))
             for source, unit in enumerate(units[first : first + world.size]):
                 whole = _hand_round(unit, encoded if source == world.rank else None, source, world)
+                unit.frozen.expected = checksum(whole)
                 world.together(partial(placement.store, unit, whole))
                 bar.update()
             del encoded
