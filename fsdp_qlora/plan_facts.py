@@ -1,0 +1,222 @@
+"""What the plan needs to know of a model and a run, as plain numbers: no tensor, no device, kept beside measurements.
+
+`facts_of` reads them off a model that is assembled on the meta device; everything after it is arithmetic on `Facts`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fsdp_qlora.config import Config
+    from fsdp_qlora.fusing import Fusion
+    from fsdp_qlora.model import CausalModel
+    from fsdp_qlora.world import World
+
+LINE = 64  # numbers: rows that a fused block makes begin on whole cache lines (`kernels/lora_wide.py`, PITCH)
+RANK_ALIGN = 8  # numbers: the adapters' columns beside an input (`kernels/lora_wide.py`, ALIGN)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A model, a run and how its blocks compute. Sizes in numbers where no unit is named, `_bytes` in bytes.
+
+    layers: decoder blocks. block_bytes: frozen bytes of the largest block. embedding_bytes, head_bytes (0 where the
+    head is tied to the embedding), rest_bytes: of those units. embedding_on_host: in pinned host memory.
+    linear_numbers: weights in a block's linears. qkv_linears, gate_up_linears: in how many linears they are stored.
+    rank_*: sum of the ranks of the adapters that read this input. adapter_parameters: of a block.
+    norms_after: norms follow o and down (Gemma 2, 3). head_norms: queries and keys are normalised (Qwen 3, Gemma 3).
+    keys: that a query sees, the mean over queries and blocks. stream_bytes, compute_bytes, reduce_bytes: of a number of
+    the residual stream, in compute and in gradient sums. state_bytes: of optimizer state on the GPU per adapter
+    parameter. remat: whether unfused blocks run under checkpointing. workspace_bytes: that PyTorch gives to cuBLAS on
+    each thread that multiplies. dummy: random weights, made on the device.
+    """
+
+    layers: int
+    block_bytes: int
+    embedding_bytes: int
+    embedding_on_host: bool
+    head_bytes: int
+    rest_bytes: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    linear_numbers: int
+    qkv_linears: int
+    gate_up_linears: int
+    rank_qkv: int
+    rank_o: int
+    rank_gate_up: int
+    rank_down: int
+    adapter_parameters: int
+    norms_after: bool
+    head_norms: bool
+    codec: str
+    stream_bytes: int
+    compute_bytes: int
+    reduce_bytes: int
+    state_bytes: float
+    batch: int
+    context: int
+    accumulation: int
+    no_sync: bool
+    dropout: float
+    ranks: int
+    local_ranks: int
+    fused: bool
+    remat: bool
+    attention: str
+    keys: float
+    workspace_bytes: int
+    dummy: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on one rank."""
+        return self.batch * self.context
+
+    @property
+    def step_tokens(self) -> int:
+        """Of an optimizer step on all ranks."""
+        return self.tokens * self.ranks * self.accumulation
+
+    @property
+    def queries(self) -> int:
+        """Numbers per token of all query heads; `pairs`: of all key or all value heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def pairs(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def qkv(self) -> int:
+        """Numbers per token of queries, keys and values."""
+        return self.queries + 2 * self.pairs
+
+    @property
+    def all_adapters(self) -> int:
+        """Adapter parameters of the model."""
+        return self.adapter_parameters * self.layers
+
+
+def beside(rank: int) -> int:
+    """Columns that adapters of this rank sum take beside their input (`lora_wide.extra`)."""
+    return -(-rank // RANK_ALIGN) * RANK_ALIGN
+
+
+def pitch(columns: int) -> int:
+    """Numbers from row to row of a tensor of `lora_wide.wide`."""
+    return -(-columns // LINE) * LINE
+
+
+def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fusion", state_bytes: float) -> Facts:
+    """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter."""
+    blocks = list(model.blocks.values())
+    linears = [m for block in blocks for m in block.linears().values()]
+    first = blocks[0].linears()
+    kinds = {u.name: u for u in model.units}
+    others = [u for u in model.units if u.name not in model.blocks]
+    embedding = next(u for u in others if u.frozen is model.embedding[0].frozen)
+    head = None if model.is_tied() else model.head.frozen.layout.nbytes
+    training, memory = config.training, config.memory
+    return Facts(
+        layers=len(blocks),
+        block_bytes=max(kinds[path].frozen.layout.nbytes for path in model.blocks),
+        embedding_bytes=embedding.frozen.layout.nbytes,
+        embedding_on_host=embedding.home == "host",
+        head_bytes=head or 0,
+        rest_bytes=sum(u.frozen.layout.nbytes for u in others if u.home == "device"),
+        vocabulary=model.head.weight.shape[0],
+        linear_numbers=sum(m.out_features * m.in_features for m in first.values()),
+        adapter_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) // len(blocks),
+        codec=_codec(linears),
+        stream_bytes=model.precision.stream.itemsize,
+        compute_bytes=model.precision.compute.itemsize,
+        reduce_bytes={"fp32": 4, "bf16": 2}[memory.reduce_dtype],
+        state_bytes=state_bytes,
+        batch=training.batch_size,
+        context=config.data.context_length,
+        accumulation=training.gradient_accumulation_steps,
+        no_sync=memory.no_sync,
+        dropout=config.adapter.lora_dropout,
+        ranks=world.size,
+        local_ranks=world.local_size,
+        fused=bool(fusion.blocks),
+        remat=memory.use_gradient_checkpointing,
+        attention=fusion.attention[0] if fusion.attention else "",
+        workspace_bytes=workspace(world.device),
+        dummy=config.model.dummy_weights,
+        **(_fused(model, config.data.context_length) if fusion.blocks else _generic(model, config)),
+    )
+
+
+def workspace(device: Any) -> int:
+    """Bytes that PyTorch lends cuBLAS: 32 MiB from Hopper on, else 8 MiB and 128 KiB (CUDABlas's chosen sizes)."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    return 32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else (8 << 20) + (128 << 10)
+
+
+def keys_seen(context: int, window: int | None) -> float:
+    """Mean number of keys that a causal query sees: (S + 1) / 2, fewer through a window."""
+    w = context if window is None else min(window, context)
+    return (w * (w + 1) / 2 + (context - w) * w) / context
+
+
+def _codec(linears: list[Any]) -> str:
+    weight = linears[0].weight
+    return str(weight.home.layout.entries[weight.name].codec.name)
+
+
+def _rank(*linears: Any) -> int:
+    return sum(m.lora_A.shape[0] for m in linears if m.lora_A is not None)
+
+
+def _fused(model: "CausalModel", context: int) -> dict[str, Any]:
+    anatomies = [block.fused.anatomy for block in model.blocks.values()]  # type: ignore[union-attr]
+    a = anatomies[0]
+    return {
+        "hidden": a.down.out_features,
+        "inner": a.down.in_features,
+        "heads": a.heads,
+        "kv_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "qkv_linears": len(a.qkv),
+        "gate_up_linears": len(a.gate_up),
+        "rank_qkv": _rank(*a.qkv),
+        "rank_o": _rank(a.o),
+        "rank_gate_up": _rank(*a.gate_up),
+        "rank_down": _rank(a.down),
+        "norms_after": a.mlp_out_norm is not None,
+        "head_norms": a.q_norm is not None,
+        "keys": sum(keys_seen(context, x.masking.window) for x in anatomies) / len(anatomies),
+    }
+
+
+def _generic(model: "CausalModel", config: "Config") -> dict[str, Any]:
+    """Of an unfused model, from its Hugging Face config; what that does not say is taken as Llama has it."""
+    hf = model.backbone.config
+    hidden, heads = hf.hidden_size, hf.num_attention_heads
+    linears = next(iter(model.blocks.values())).linears().values()
+    rank = config.adapter.lora_rank
+    return {
+        "hidden": hidden,
+        "inner": getattr(hf, "intermediate_size", None) or 4 * hidden,
+        "heads": heads,
+        "kv_heads": getattr(hf, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(hf, "head_dim", None) or hidden // heads,
+        "qkv_linears": 3,
+        "gate_up_linears": 2,
+        "rank_qkv": min(3 * rank, _rank(*linears)),
+        "rank_o": rank,
+        "rank_gate_up": 2 * rank,
+        "rank_down": rank,
+        "norms_after": False,
+        "head_norms": False,
+        "keys": keys_seen(config.data.context_length, getattr(hf, "sliding_window", None)),
+    }

@@ -1,0 +1,194 @@
+"""Memory as arithmetic: the bytes on a GPU at the peak of a step or of loading, and the bytes in host memory.
+
+GPU bytes are what `torch.cuda.max_memory_allocated` will say. They are what is held all the time plus the largest of a
+few moments (`plan_moments.py`): a block in forward or backward with all that blocks before it keep, the head, a unit
+being encoded. Sizes follow the code that allocates, tensor by tensor; `tests/test_plan_memory.py` lets that code run on
+the meta device and compares. What the allocator reserves beyond what is allocated is `RESERVED`, named and apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from fsdp_qlora.plan_facts import Facts, beside, pitch
+from fsdp_qlora.plan_moments import BlockBytes, Loading, head_moments
+
+Placed = Literal["replicate", "shard", "shard_offload", "stream"]
+IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)
+GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
+HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
+THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autograd's
+# Reserved over allocated, docs/performance.md: 1.03 to 1.08 on one stream, 1.11 and 1.14 under FSDP2, whose gathers
+# allocate on streams of their own. The allocator gives unused memory back before it fails, so most of it is slack.
+RESERVED = {"replicate": 1.05, "stream": 1.05, "shard": 1.10, "shard_offload": 1.10}
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One decoder block. resident: its frozen bytes stay on the GPU. keep: one of `fused.KEEP`. offloaded: what it
+    keeps waits in host memory."""
+
+    resident: bool
+    keep: str
+    offloaded: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a plan chooses. staging: GPU buffers that streamed units are copied into, 0 where nothing is streamed."""
+
+    placement: Placed
+    blocks: tuple[BlockPlan, ...]
+    head_resident: bool
+    staging: int
+
+
+class Memory:
+    """The bytes of candidates for one model and run; what does not depend on the candidate is computed once."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        kinds = {(keep, away) for keep in ("input", "halves", "attention", "qkv", "all") for away in (False, True)}
+        self.of = {kind: BlockBytes.of(facts, *kind) for kind in kinds}
+        self.head = max(head_moments(facts))
+        self.adapters = facts.all_adapters * facts.compute_bytes
+        owned = -(-facts.all_adapters // facts.ranks)
+        self.owned = owned * 8 + int(owned * facts.state_bytes) + self._unreduced()
+        self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
+        self.scratch = _scratch(facts)
+        self.workspace = THREADS * facts.workspace_bytes
+
+    def device_parts(self, candidate: Candidate) -> dict[str, int]:
+        """What is on a GPU at the peak, by name; the sum is the peak."""
+        held = {
+            "frozen base": self._resident(candidate),
+            "frozen base on its way": self._moving(candidate),
+            "adapters": self.adapters,
+            "gradients, masters, optimizer": self.owned + self.flying,
+            "decoded weights, cuBLAS": self.scratch + self.workspace,
+        }
+        kept, working = self._peak(candidate.blocks, self._head_gathered(candidate))
+        step = sum(held.values()) + kept + working
+        loading = self.loading(candidate)
+        if loading > step:
+            idle = held["frozen base"] + self.adapters + 8 * -(-self.facts.all_adapters // self.facts.ranks)
+            return {"frozen base": held["frozen base"], "adapters": self.adapters, "loading": loading - idle} | {
+                "gradients, masters, optimizer": idle - held["frozen base"] - self.adapters
+            }
+        return held | {"kept for backward": kept, "working": working}
+
+    def device_bytes(self, candidate: Candidate) -> int:
+        return sum(self.device_parts(candidate).values())
+
+    def loading(self, candidate: Candidate) -> int:
+        """The peak of loading: all that stays, and the unit that takes most while it is encoded."""
+        facts = self.facts
+        idle = self.adapters + 8 * -(-facts.all_adapters // facts.ranks)
+        staging = candidate.staging * self.staged(candidate) if candidate.placement == "stream" else 0
+        before_head = self._resident(candidate) - self._head_here(candidate)
+        of = Loading(facts)
+        return idle + staging + max(before_head + of.block, before_head + of.head)
+
+    def host_parts(self, candidate: Candidate) -> dict[str, int]:
+        """Bytes in host memory of a node, all its ranks together, by name."""
+        facts, blocks, kind = self.facts, candidate.blocks, candidate.placement
+        embedding = facts.embedding_bytes if facts.embedding_on_host else 0
+        copies = 1 if kind == "stream" else facts.local_ranks
+        frozen = 0
+        if kind == "stream":
+            frozen = facts.block_bytes * sum(not b.resident for b in blocks)
+            frozen += 0 if candidate.head_resident else facts.head_bytes
+        elif kind == "shard_offload":
+            frozen = self._frozen_shared() * facts.local_ranks // facts.ranks
+        kept = sum(self.of[b.keep, b.offloaded].away for b in blocks) * facts.local_ranks
+        return {"frozen base": frozen, "embedding": embedding * copies, "kept for backward": kept}
+
+    def host_bytes(self, candidate: Candidate) -> int:
+        return sum(self.host_parts(candidate).values())
+
+    def staged(self, candidate: Candidate) -> int:
+        """Bytes of a staging buffer: as many as the largest streamed unit has."""
+        units = [self.facts.block_bytes] if not all(b.resident for b in candidate.blocks) else []
+        units += [] if candidate.head_resident else [self.facts.head_bytes]
+        return max(units, default=0)
+
+    def _frozen_shared(self) -> int:
+        """Frozen bytes that a placement decides about."""
+        facts = self.facts
+        embedding = 0 if facts.embedding_on_host else facts.embedding_bytes
+        return facts.layers * facts.block_bytes + facts.head_bytes + embedding
+
+    def _resident(self, candidate: Candidate) -> int:
+        facts = self.facts
+        if candidate.placement == "shard":
+            return -(-self._frozen_shared() // facts.ranks) + facts.rest_bytes
+        if candidate.placement == "shard_offload":
+            return facts.rest_bytes
+        blocks = sum(b.resident for b in candidate.blocks) * facts.block_bytes
+        embedding = 0 if facts.embedding_on_host else facts.embedding_bytes
+        return blocks + self._head_here(candidate) + embedding + facts.rest_bytes
+
+    def _head_here(self, candidate: Candidate) -> int:
+        return self.facts.head_bytes if candidate.head_resident and _whole(candidate) else 0
+
+    def _moving(self, candidate: Candidate) -> int:
+        if candidate.placement == "stream":
+            return candidate.staging * self.staged(candidate)
+        return 0 if _whole(candidate) else GATHERED * self.facts.block_bytes
+
+    def _head_gathered(self, candidate: Candidate) -> int:
+        """What the head needs beyond `_moving` while it is gathered: no block is then."""
+        if _whole(candidate):
+            return 0
+        facts = self.facts
+        return HEAD_COPIES * (facts.head_bytes or facts.embedding_bytes) - GATHERED * facts.block_bytes
+
+    def _unreduced(self) -> int:
+        facts = self.facts
+        return 4 * facts.all_adapters if facts.no_sync and facts.accumulation > 1 else 0
+
+    def _peak(self, blocks: Sequence[BlockPlan], head_gathered: int) -> tuple[int, int]:
+        """(bytes kept, bytes of working tensors) at the worst moment of a micro-batch."""
+        sizes = [self.of[b.keep, b.offloaded] for b in blocks]
+        before = list(accumulate((s.kept for s in sizes), initial=0))
+        fetched = max(s.away for s in sizes)
+        worst = (before[-1], self.head + head_gathered + sizes[-1].away)
+        seen: set[int] = set()
+        for i in range(len(sizes) - 1, -1, -1):  # of blocks alike the last has most before it
+            size = sizes[i]
+            if id(size) in seen:
+                continue
+            seen.add(id(size))
+            going = sizes[i - 1].away if i else 0
+            moments = ((before[i], size.forward + going), (before[i + 1], size.backward + size.away + fetched))
+            worst = max(worst, *moments, key=sum)
+        return worst
+
+
+def _whole(candidate: Candidate) -> bool:
+    """Whether a rank reads frozen bytes that it has for itself, and none are gathered."""
+    return candidate.placement in ("replicate", "stream")
+
+
+def _reduction(facts: Facts) -> int:
+    """Bytes of one block's gradients on their way: the whole, and this rank's slice of the sum."""
+    whole = facts.adapter_parameters * facts.reduce_bytes
+    return whole + whole // facts.ranks
+
+
+def _scratch(facts: Facts) -> int:
+    """Bytes of `fused.Scratch`, the largest weight with its adapter beside it; unfused, that weight decoded."""
+    split = facts.gate_up_linears
+    outs = {"qkv": facts.qkv if facts.qkv_linears == 1 else facts.queries, "gate_up": facts.inner * (3 - split)}
+    if not facts.fused:
+        return max(outs.values()) * facts.hidden * facts.compute_bytes
+    inputs = [
+        (outs["qkv"], facts.hidden, facts.rank_qkv),
+        (outs["gate_up"], facts.hidden, facts.rank_gate_up),
+        (facts.hidden, facts.inner, facts.rank_down),
+    ]
+    rooms = [facts.hidden * pitch(facts.queries)]
+    for out, features, rank in inputs:  # forward lays B beside the weight, backward A below it
+        rooms += [out * pitch(features + beside(rank)), (out + beside(rank)) * pitch(features)]
+    return max(rooms) * facts.compute_bytes

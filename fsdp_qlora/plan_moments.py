@@ -1,0 +1,174 @@
+"""The tensors alive at each moment that may be the peak, counted as `fused.py`, the head and loading make them.
+
+T tokens, H hidden, N * D queries, K * D keys, I intermediate, R ranks beside an input, L labels, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from fsdp_qlora.plan_facts import Facts, beside, pitch
+
+KEEP = ("input", "halves", "attention", "qkv", "all")  # as `fused.KEEP`, which takes torch to import
+FLOAT = 4  # bytes of float32
+ROUND = 512  # bytes: what the caching allocator rounds a tensor up to
+CHUNK_LOGITS = 1 << 27  # logits that the loss holds at a time (`cross_entropy._CHUNK_LOGITS`)
+PIECE = 512  # queries at a time in math attention (`attention._PIECE`)
+PIECES = 5  # score matrices of a piece alive at once in its backward: scores, p, d_p, d_scores, mask
+# Of Hugging Face's final norm, in bytes per number of [T, H]: its input in float32 is kept for backward, which makes
+# four more float32 tensors and has two of the stream's dtype.
+NORM_KEPT, NORM_BACKWARD = FLOAT, 5 * FLOAT
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """Of a block on one rank. kept: on the GPU from its forward to its backward; away: in host memory meanwhile.
+
+    forward, backward: working tensors at the worst moment of each pass, beside what is kept (backward: by this block
+    too) and what is on its way from or to host memory."""
+
+    kept: int
+    away: int
+    forward: int
+    backward: int
+
+    @classmethod
+    def of(cls, facts: Facts, keep: str, offloaded: bool) -> "BlockBytes":
+        if not facts.fused:
+            return _generic(facts)
+        s = _Sizes(facts)
+        large, small = s.kept(KEEP.index(keep))
+        forward, backward = s.forward(KEEP.index(keep)), s.backward(KEEP.index(keep))
+        return cls(small, large, forward, backward) if offloaded else cls(small + large, 0, forward, backward)
+
+
+class _Sizes:
+    """Bytes of a fused block's tensors, named as there."""
+
+    def __init__(self, facts: Facts) -> None:
+        f, c = facts, facts.compute_bytes
+        self.facts = f
+
+        def rows(columns: int, itemsize: int = c) -> int:
+            return -(-f.tokens * columns * itemsize // ROUND) * ROUND
+
+        self.h = rows(f.hidden)
+        self.y_wide = rows(pitch(f.hidden + beside(f.rank_qkv)))
+        self.n_wide = rows(pitch(f.hidden + beside(f.rank_gate_up)))
+        self.middle = rows(f.inner)
+        self.middle_wide = rows(pitch(f.inner + beside(f.rank_down)))
+        self.gate_up = rows(pitch(2 * f.inner + beside(f.rank_gate_up)))
+        self.d_wide = rows(pitch(f.hidden + beside(f.rank_down)))
+        self.qkv, self.out = rows(f.qkv), rows(f.queries)
+        self.heads = rows(f.queries + f.pairs) if f.head_norms else 0  # normalised, beside the raw ones
+        self.stats = rows(f.heads, FLOAT)
+        self.oa, self.hs = rows(f.rank_o), rows(beside(f.rank_down))
+        self.xs_qkv, self.xs_gate_up = rows(beside(f.rank_qkv)), rows(beside(f.rank_gate_up))
+        self.projected = self.h if f.norms_after else 0
+        self.gradients = f.adapter_parameters * c
+        self.attend, self.attend_backward = _attention(f)
+        self.dropped = 2 * rows(max(f.hidden, f.inner)) if f.dropout else 0  # the input contiguous, and dropped
+
+    def kept(self, level: int) -> tuple[int, int]:
+        """(what may be parked in host memory, what stays) of a block at that level."""
+        large, small = self.h + self.projected, self.hs
+        if level >= 1:
+            large, small = large + self.h + self.projected, small + self.oa
+        if level >= 2:
+            large, small = large + self.out, small + self.stats
+        if level >= 3:
+            large, small = large + self.qkv, small + self.xs_qkv
+        if level >= 4:
+            large, small = large + self.gate_up, small + self.xs_gate_up
+        return large, small
+
+    def attention_state(self, level: int) -> int:
+        """What attention's half leaves while the MLP's runs, at that level."""
+        state = self.oa + self.projected
+        state += self.out + self.stats if level >= 2 else 0
+        return state + (self.qkv + self.xs_qkv if level >= 3 else 0)
+
+    def attention_forward(self) -> int:
+        """The worst moment of the attention half, without its input."""
+        projected = self.y_wide + self.qkv + self.heads + self.out + self.stats
+        return projected + max(self.attend, self.oa + self.h + self.projected, self.dropped)
+
+    def forward(self, level: int) -> int:
+        """Its input included: nobody before it keeps that."""
+        mlp = self.attention_state(level) + 2 * self.h + self.n_wide + self.gate_up + self.middle_wide + self.hs
+        return self.h + max(self.attention_forward(), mlp + max(self.projected, self.dropped))
+
+    def backward(self, level: int) -> int:
+        """Beside what the block keeps; of that the attention half lets go h2, gate and up."""
+        d_h3, again = self.h, 0
+        redone = 0
+        if level == 0:  # the attention half is computed again, and all of it stays
+            again = self.qkv + self.out + self.stats + self.oa + self.xs_qkv + self.h + self.projected
+            redone = d_h3 + self.attention_forward()
+        gate_up = self.gate_up + self.xs_gate_up if level < 4 else 0
+        mlp = d_h3 + again + self.n_wide + gate_up + self.d_wide + self.middle + self.projected + self.dropped
+        return max(redone, mlp, self._attention_backward(level))
+
+    def _attention_backward(self, level: int) -> int:
+        state = 2 * self.h + self.y_wide + self.heads + self.gradients  # d_h3, d_h2
+        state += self.qkv + self.xs_qkv if level < 3 else 0
+        state += self.out + self.stats if level < 2 else 0
+        state += self.projected if level == 0 else 0
+        let_go = 0 if level == 0 else self.h + self.projected + (self.gate_up if level == 4 else 0)
+        gradients = self.out + self.qkv  # d_out; d_q, d_k, d_v
+        return max(0, state + gradients + max(self.attend_backward, self.dropped) - let_go)
+
+
+def _attention(facts: Facts) -> tuple[int, int]:
+    """Workspace of attention, forward and backward: float32 sums of d_q, and keys' gradients for each query head."""
+    queries = facts.tokens * facts.queries
+    if facts.attention in ("math", "cpu"):
+        scores = facts.batch * facts.heads * min(PIECE, facts.context) * facts.context * FLOAT
+        wide = (queries + 2 * facts.tokens * facts.pairs) * FLOAT
+        return wide + 3 * scores + queries * FLOAT, 2 * wide + PIECES * scores + queries * FLOAT
+    shared = 2 * queries * facts.compute_bytes if facts.kv_heads < facts.heads else 0
+    return 0, queries * FLOAT + facts.tokens * facts.heads * FLOAT + shared
+
+
+def _generic(facts: Facts) -> BlockBytes:
+    """A Hugging Face layer whose linears are replaced: what autograd keeps of it, all at once where it recomputes.
+
+    Kept numbers a token: two norms' input in float32 and output, q, k, v and their rotated copies, attention's output,
+    the residual sums, gate, up, act(gate), their product, each adapter's middle."""
+    f, c = facts, facts.compute_bytes
+    norms = 2 * f.hidden * (FLOAT + c)
+    attention = (2 * f.qkv + f.queries + 2 * f.hidden) * c + f.heads * FLOAT
+    inner = 4 * f.inner * c
+    ranks = (f.rank_qkv + f.rank_o + f.rank_gate_up + f.rank_down) * c
+    inside = f.tokens * (norms + attention + inner + ranks)
+    passing = f.tokens * (2 * f.inner + 2 * f.hidden) * c  # gradients on their way through the MLP
+    h = f.tokens * f.hidden * f.stream_bytes
+    if f.remat:
+        return BlockBytes(h, 0, h + inside, inside + passing + f.adapter_parameters * c)
+    return BlockBytes(h + inside, 0, h + inside, passing + f.adapter_parameters * c)
+
+
+def head_moments(facts: Facts) -> tuple[int, int]:
+    """(loss over chunks of logits, the final norm's backward), beside what the blocks keep. Every token is a label."""
+    f, c = facts, facts.compute_bytes
+    numbers = f.tokens * f.hidden
+    chunk = max(256, CHUNK_LOGITS // f.vocabulary // 256 * 256)
+    logits = min(chunk, f.tokens) * (-(-f.vocabulary // 16) * 16) * c
+    kept = numbers * NORM_KEPT
+    labelled = 2 * numbers * c  # the labelled rows and their gradient
+    return kept + numbers * f.stream_bytes + labelled + logits, kept + numbers * (NORM_BACKWARD - FLOAT + 2 * c)
+
+
+class Loading:
+    """Working bytes while a unit is encoded on a GPU: its weights as read, its bytes, the next unit's weights.
+
+    Random weights are made on the device, a unit ahead; a checkpoint's are in host memory, one on the device at a time.
+    With several ranks another's unit arrives beside this rank's own."""
+
+    def __init__(self, facts: Facts) -> None:
+        f = facts
+        received = 0 if f.ranks == 1 else 1
+        dense = f.linear_numbers * f.stream_bytes
+        largest = f.hidden * f.inner * (f.stream_bytes + 1)  # a weight and its codes
+        reading = 2 * dense if f.dummy else largest
+        self.block = reading + f.block_bytes * (1 + received)
+        table = max(f.head_bytes, f.embedding_bytes)
+        self.head = table * (2 + received) + (dense if f.dummy and received else 0)

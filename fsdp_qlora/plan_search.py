@@ -1,0 +1,193 @@
+"""Every candidate worth looking at for one placement, and the fastest of them that fits.
+
+A candidate is at most two kinds of block (keep level, offloaded or not), the second kind and the resident blocks each
+spread evenly. Given the kinds, as many blocks stay resident as fit: that is never slower and takes host memory away
+from nobody. What remains is small enough to bound all of it and walk through the few that may be the fastest.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+
+from fsdp_qlora.plan_facts import Facts
+from fsdp_qlora.plan_memory import RESERVED, BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan_moments import KEEP
+from fsdp_qlora.plan_time import Clock
+
+STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so that the link need not wait for a block
+COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one
+TIE = 1.01  # plans within 1 % of the fastest count as equally fast: the most frugal of them is taken
+WALKS = 1500  # candidates walked through at most, best bounds first: some 0.3 s
+
+Kind = tuple[str, bool]  # keep level, offloaded
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user fixed; None: free.
+
+    placements: those allowed. resident_blocks: of `stream`; all is `replicate`. keep, offload: of every block."""
+
+    placements: tuple[str, ...] | None = None
+    resident_blocks: int | None = None
+    keep: str | None = None
+    offload: bool | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """device_bytes: that PyTorch may allocate on a rank's GPU. host_bytes: that a node may still take."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
+class Found:
+    candidate: Candidate
+    seconds: float
+    device_bytes: int
+    host_bytes: int
+
+    @property
+    def thrift(self) -> tuple[int, int, float]:
+        return self.host_bytes, self.device_bytes, self.seconds
+
+
+class Search:
+    """Over one placement. Deterministic: every rank finds the same from the same numbers."""
+
+    def __init__(self, memory: Memory, clock: Clock | None, placement: Placed, wishes: Wishes, budget: Budget) -> None:
+        self.facts: Facts = memory.facts
+        self.memory, self.clock, self.placement, self.wishes, self.budget = memory, clock, placement, wishes, budget
+        self.limit = int(budget.device_bytes / RESERVED[placement])
+        self.peaks: dict[tuple[Kind, Kind, int], int] = {}
+
+    def best(self) -> Found | None:
+        """The fastest that fits, the most frugal within `TIE` of it; None where nothing fits."""
+        assert self.clock is not None
+        counts = sorted({round(i * self.facts.layers / COARSE) for i in range(COARSE + 1)})
+        found = self._walk(self._fitting(counts))
+        if not found:
+            return None
+        first = min(found, key=lambda f: (f.seconds, f.thrift))
+        kinds = _kinds_of(first.candidate)
+        if len(kinds) == 2:
+            near = sum((b.keep, b.offloaded) == kinds[1] for b in first.candidate.blocks)
+            step = -(-self.facts.layers // COARSE)
+            counts = list(range(max(1, near - step), min(self.facts.layers, near + step + 1)))
+            found += self._walk(self._fitting(counts, [kinds]))
+        fastest = min(f.seconds for f in found)
+        return min((f for f in found if f.seconds <= fastest * TIE), key=lambda f: f.thrift)
+
+    def fits(self) -> bool:
+        counts = sorted({0, self.facts.layers // 2})
+        return next(self._fitting(counts), None) is not None
+
+    def least(self) -> tuple[int, int]:
+        """(least bytes on a GPU, and least in host memory) of any candidate, whatever the other."""
+        everything = list(self._candidates([0]))
+        return (
+            min(self.memory.device_bytes(c) for c in everything),
+            min(self.memory.host_bytes(c) for c in everything),
+        )
+
+    def _walk(self, candidates: Iterator[Candidate]) -> list[Found]:
+        assert self.clock is not None
+        bounds = [(self.clock.bound(c), i, c) for i, c in enumerate(candidates)]
+        found: list[Found] = []
+        fastest = float("inf")
+        for bound, _, candidate in sorted(bounds)[:WALKS]:
+            if bound > fastest * TIE:
+                break
+            seconds = self.clock.seconds(candidate)
+            fastest = min(fastest, seconds)
+            m = self.memory
+            found.append(Found(candidate, seconds, m.device_bytes(candidate), m.host_bytes(candidate)))
+        return found
+
+    def _fitting(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None = None) -> Iterator[Candidate]:
+        """With as many resident blocks as fit, or as were asked for."""
+        for candidate in self._candidates(counts, pairs):
+            if self.placement != "stream":
+                if self.memory.device_bytes(candidate) <= self.limit and self._host_fits(candidate):
+                    yield candidate
+                continue
+            wanted = self.wishes.resident_blocks
+            resident = self._most_resident(candidate) if wanted is None else min(wanted, self.facts.layers)
+            candidate = _with_resident(candidate, resident)
+            if resident >= 0 and self.memory.device_bytes(candidate) <= self.limit and self._host_fits(candidate):
+                yield candidate
+
+    def _most_resident(self, candidate: Candidate) -> int:
+        """-1 where not even none fits. All of them is no streaming: that is `replicate`."""
+        spare = self.limit - self.memory.device_bytes(candidate)
+        return -1 if spare < 0 else min(self.facts.layers - 1, spare // self.facts.block_bytes)
+
+    def _host_fits(self, candidate: Candidate) -> bool:
+        return self.memory.host_bytes(candidate) <= self.budget.host_bytes
+
+    def _candidates(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None = None) -> Iterator[Candidate]:
+        """Of every mix of kinds with no resident block (stream) or as the placement has it."""
+        resident = self.placement == "replicate"
+        streaming = self.placement == "stream"
+        forms = [(head, staging) for head in (True, False) for staging in STAGING] if streaming else [(True, 0)]
+        if not self.facts.head_bytes:
+            forms = [form for form in forms if form[0]]
+        for first, second, count in _mixes(self._kinds(), counts, self.facts.layers, pairs):
+            blocks = _blocks(first, second, count, self.facts.layers, resident)
+            for head, staging in forms:
+                yield Candidate(self.placement, blocks, head, staging)
+
+    def _kinds(self) -> list[Kind]:
+        wishes = self.wishes
+        if not self.facts.fused:
+            return [("input", False)]
+        levels = KEEP if wishes.keep is None else (wishes.keep,)
+        away = (False, True) if wishes.offload is None else (wishes.offload,)
+        return [(keep, offloaded) for offloaded in away for keep in levels]
+
+
+def _mixes(
+    kinds: list[Kind], counts: list[int], layers: int, pairs: list[tuple[Kind, ...]] | None
+) -> Iterator[tuple[Kind, Kind, int]]:
+    if pairs is None:
+        for kind in kinds:
+            yield kind, kind, 0
+    for first, second in pairs or combinations(kinds, 2):
+        for count in counts:
+            if 0 < count < layers:
+                yield first, second, count
+
+
+@cache
+def spread(count: int, places: int) -> tuple[bool, ...]:
+    """`count` of `places`, as evenly as can be."""
+    return tuple((i + 1) * count // places > i * count // places for i in range(places))
+
+
+@cache
+def _block(resident: bool, kind: Kind) -> BlockPlan:
+    return BlockPlan(resident, *kind)
+
+
+def _blocks(first: Kind, second: Kind, count: int, layers: int, resident: bool) -> tuple[BlockPlan, ...]:
+    kinds = (_block(resident, first), _block(resident, second))
+    return tuple(kinds[seconds] for seconds in spread(count, layers))
+
+
+def _with_resident(candidate: Candidate, count: int) -> Candidate:
+    if count <= 0:
+        return candidate
+    blocks = tuple(
+        _block(stays, (b.keep, b.offloaded))
+        for b, stays in zip(candidate.blocks, spread(count, len(candidate.blocks)), strict=True)
+    )
+    return Candidate(candidate.placement, blocks, candidate.head_resident, candidate.staging)
+
+
+def _kinds_of(candidate: Candidate) -> tuple[Kind, ...]:
+    """In the order in which `_mixes` has them."""
+    order = {(keep, away): (away, KEEP.index(keep)) for keep in KEEP for away in (False, True)}
+    return tuple(sorted({(b.keep, b.offloaded) for b in candidate.blocks}, key=order.__getitem__))

@@ -1,0 +1,241 @@
+"""Time as arithmetic: the seconds of an optimizer step, from the work of its blocks and the rates of the machine.
+
+What computes and what copies are two queues that wait for each other: a block waits for its bytes, a copy for a buffer
+that is free. `Clock.seconds` walks one micro-batch through both, block by block, forward and back; everything that does
+not depend on the candidate is computed once, so that the search can afford thousands of walks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fsdp_qlora.plan_facts import Facts
+from fsdp_qlora.plan_memory import Candidate, Memory
+from fsdp_qlora.plan_moments import KEEP
+from fsdp_qlora.plan_work import BlockWork, Work, head_work, update_bytes
+
+PREFETCH = 2  # blocks that FSDP2 gathers ahead (`placement.PREFETCH`)
+SKINNY_BANDWIDTH = 0.8  # of copy bandwidth that an adapter's products reach: 22 ms for 18 ms of bytes (performance.md)
+SKINNY_MATMUL = 0.5  # of the matmul rate where these products are bound by arithmetic: one operand is R wide
+STEP_WAIT = (
+    0.004  # seconds the GPU idles at a step's one wait and until the host has queued work again (performance.md)
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does, slowest rank of all. Bytes per second unless another unit is named; 0.0: not measured.
+
+    matmul_forward, matmul_backward: FLOP/s of a block's products with the weight transposed and not, at the run's
+    tokens. attention_forward, attention_backward: FLOP/s, counting the keys that are seen. copy: in device memory, read
+    and written both counted. dequantize: stored bytes read and numbers written. h2d: pinned host memory to the device;
+    h2d_both, d2h_both: each direction while the other is busy as well; all ranks of the node at once. gather,
+    reduce: received by a rank in an all-gather and a reduce-scatter over all ranks. crowding: how many times longer a
+    product takes while a gather runs beside it. launch: seconds of the host per kernel or op.
+    """
+
+    matmul_forward: float
+    matmul_backward: float
+    attention_forward: float
+    attention_backward: float
+    copy: float
+    dequantize: float
+    h2d: float
+    h2d_both: float
+    d2h_both: float
+    gather: float
+    reduce: float
+    crowding: float
+    launch: float
+
+
+class Clock:
+    """Seconds of candidates for one model, run and machine."""
+
+    def __init__(self, facts: Facts, rates: Rates) -> None:
+        self.facts, self.rates, self.memory = facts, rates, Memory(facts)
+        work = BlockWork(facts)
+        levels = range(len(KEEP)) if facts.fused or not facts.remat else [0]
+        self.forward = self._of(work.forward())
+        self.backward = {KEEP[level]: self._of(work.backward(level)) for level in levels}
+        if not facts.fused:  # autograd under checkpointing computes the whole forward again
+            again = self.forward if facts.remat else 0.0
+            self.backward = dict.fromkeys(KEEP, self._of(work.backward(KEEP.index("all"))) + again)
+        embedding = facts.tokens * facts.hidden * facts.stream_bytes / rates.h2d if facts.embedding_on_host else 0.0
+        self.head = self._of(head_work(facts)) + embedding
+        others = (facts.ranks - 1) / facts.ranks
+        self.reduction = self._over(facts.adapter_parameters * facts.reduce_bytes * others, rates.reduce)
+        self.publish = self._over(facts.all_adapters * facts.compute_bytes * others, rates.gather)
+        # New adapters travel behind the next forward; only what outlasts it is waited for.
+        late = max(self.publish / facts.layers, self.publish - facts.layers * self.forward)
+        self.beside = update_bytes(facts) / rates.copy + STEP_WAIT + self.reduction + late
+
+    def seconds(self, candidate: Candidate) -> float:
+        """Of an optimizer step."""
+        micro = self._walk(candidate)
+        return micro * self.facts.accumulation + self.beside
+
+    def bound(self, candidate: Candidate) -> float:
+        """No walk takes less: the longer of arithmetic and copies, and what is beside both."""
+        micro = max(self.arithmetic(candidate), *self.link(candidate))
+        return micro * self.facts.accumulation + self.beside
+
+    def arithmetic(self, candidate: Candidate) -> float:
+        """Seconds of a micro-batch that the GPU computes, with nothing to wait for."""
+        backward = sum(self.backward[b.keep] for b in candidate.blocks)
+        return self.forward * self.facts.layers + backward + self.head
+
+    def link(self, candidate: Candidate) -> tuple[float, float]:
+        """Seconds of a micro-batch in which bytes come to the GPU, and in which kept tensors leave it."""
+        away = sum(self.memory.of[b.keep, b.offloaded].away for b in candidate.blocks)
+        if candidate.placement in ("shard", "shard_offload"):
+            blocks = 2 * self.facts.layers * self._gather(candidate)
+            return blocks + self._gather_head(candidate) + away / self.rates.h2d, away / self.rates.h2d
+        streamed = sum(not b.resident for b in candidate.blocks)
+        moved = max(0, 2 * (streamed - candidate.staging)) * self.facts.block_bytes
+        moved += 0 if candidate.head_resident else self.facts.head_bytes
+        return (moved + away) / self.rates.h2d, away / self.rates.h2d
+
+    def _of(self, work: Work) -> float:
+        """Seconds of some work: its kernels one after the other, or their launches if those take longer."""
+        r = self.rates
+        seconds = work.forward / r.matmul_forward + work.backward / r.matmul_backward
+        seconds += work.attend / r.attention_forward + work.attend_backward / r.attention_backward
+        seconds += work.bytes / r.copy + work.decoded / r.dequantize
+        skinny = (work.skinny_bytes / (SKINNY_BANDWIDTH * r.copy), work.skinny / (SKINNY_MATMUL * r.matmul_forward))
+        return max(seconds + max(skinny), work.launches * r.launch)
+
+    @staticmethod
+    def _over(nbytes: float, rate: float) -> float:
+        return nbytes / rate if nbytes else 0.0
+
+    def _gather(self, candidate: Candidate) -> float:
+        """Seconds until a block is whole. Offloaded shards come over the link that the others' bytes use as well, in
+        both directions where there is no peer access."""
+        f, r = self.facts, self.rates
+        received = f.block_bytes * (f.ranks - 1) / f.ranks
+        seconds = self._over(received, r.gather)
+        if candidate.placement == "shard_offload":
+            through_host = received if r.gather < r.h2d else 0.0
+            seconds = max(seconds, (f.block_bytes / f.ranks + through_host) / r.h2d_both)
+        return seconds
+
+    def _gather_head(self, candidate: Candidate) -> float:
+        """The head, and an embedding that is not in host memory, are gathered when they are wanted."""
+        f = self.facts
+        tables = f.head_bytes + (0 if f.embedding_on_host else f.embedding_bytes * (1 if f.head_bytes else 2))
+        return self._gather(candidate) * tables / f.block_bytes
+
+    def _walk(self, candidate: Candidate) -> float:
+        gathered = candidate.placement in ("shard", "shard_offload")
+        crowding = self._crowding(candidate)
+        if gathered:
+            unit = self._gather(candidate)
+            walk = Walk(self, candidate, crowding, PREFETCH + 1, unit, self._gather_head(candidate), keeps=False)
+        else:
+            unit, head = self.facts.block_bytes / self.rates.h2d, 0.0
+            walk = Walk(self, candidate, crowding, candidate.staging, unit, head, keeps=True)
+        return walk.run()
+
+    def _crowding(self, candidate: Candidate) -> float:
+        """How many times longer blocks take because NCCL's kernels have some of the multiprocessors."""
+        arithmetic = self.arithmetic(candidate)
+        moving = self.reduction * self.facts.layers + self.publish
+        if candidate.placement in ("shard", "shard_offload"):
+            moving += 2 * self.facts.layers * self._gather(candidate)
+        return 1 + (max(self.rates.crowding, 1.0) - 1) * min(1.0, moving / arithmetic)
+
+
+class Walk:
+    """One micro-batch: blocks forward, head, blocks back, with the link's copies beside them.
+
+    unit: seconds to bring a block. buffers: units that may be there at once. keeps: the last units of a pass are there
+    for the next one, which turns round, and are not brought again."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        candidate: Candidate,
+        crowding: float,
+        buffers: int,
+        unit: float,
+        head: float,
+        keeps: bool,
+    ) -> None:
+        self.clock, self.candidate, self.crowding = clock, candidate, crowding
+        self.buffers, self.unit, self.head, self.keeps = buffers, unit, head, keeps
+        self.blocks = candidate.blocks
+        facts, rates = clock.facts, clock.rates
+        self.streamed = [i for i, b in enumerate(self.blocks) if not (keeps and b.resident)]
+        self.streams_head = keeps and not candidate.head_resident
+        self.head_copy = facts.head_bytes / rates.h2d if self.streams_head else 0.0
+        self.slower = rates.h2d / rates.h2d_both  # while the other direction is busy
+        self.slower_out = rates.h2d / rates.d2h_both
+        self.away = [clock.memory.of[b.keep, b.offloaded].away / rates.h2d for b in self.blocks]
+        self.now = self.in_free = self.out_free = 0.0
+
+    def run(self) -> float:
+        self._forward()
+        self._backward()
+        return self.now
+
+    def _bring(self, seconds: float, earliest: float) -> float:
+        """When a copy to the GPU is done that may start at `earliest`."""
+        start = max(self.in_free, earliest)
+        self.in_free = start + seconds * (self.slower if self.out_free > start else 1.0)
+        return self.in_free
+
+    def _take_out(self, seconds: float) -> float:
+        start = max(self.out_free, self.now)
+        self.out_free = start + seconds * (self.slower_out if self.in_free > start else 1.0)
+        return self.out_free
+
+    def _forward(self) -> None:
+        order, there = self._arrivals([*self.streamed, *([-1] if self.streams_head else [])], self.keeps, 0.0)
+        pass_seconds, left = self.clock.forward * self.crowding, 0.0
+        for i in range(len(self.blocks)):
+            self.now = max(self.now, there.get(i, 0.0)) + pass_seconds
+            if i in there:
+                self._next(order, there)
+            if self.away[i]:
+                self.now = max(self.now, left)  # the block parked before is out before this one's memory is given back
+                left = self._take_out(self.away[i])
+        self.now = max(self.now, there.get(-1, 0.0)) + self.clock.head + self.head
+
+    def _backward(self) -> None:
+        held = self.buffers - self.streams_head if self.keeps else 0
+        order, there = self._arrivals(self.streamed[::-1], self.keeps, self.now, held)
+        parked = [i for i, seconds in enumerate(self.away) if seconds]
+        fetched: dict[int, float] = {}
+        reduced = self.now
+        for i in range(len(self.blocks) - 1, -1, -1):
+            if self.away[i]:
+                self._fetch(parked, fetched)
+            ready = max(there.get(i, 0.0), fetched.get(i, 0.0))
+            self.now = max(self.now, ready) + self.clock.backward[self.blocks[i].keep] * self.crowding
+            if i in there:
+                self._next(order, there)
+            reduced = max(reduced, self.now) + self.clock.reduction
+        self.now = max(self.now, reduced - self.clock.reduction)
+
+    def _fetch(self, parked: list[int], fetched: dict[int, float]) -> None:
+        """The block's own tensors, if they are not on their way, and those of the block parked before it."""
+        for i in (parked.pop(), *parked[-1:]):
+            if i not in fetched:
+                fetched[i] = self._bring(self.away[i], max(self.now, self.out_free))
+
+    def _arrivals(
+        self, units: Sequence[int], keeps: bool, start: float, held: int | None = None
+    ) -> tuple[list[int], dict[int, float]]:
+        """(units still to bring, last first; unit -> when it is there, of those that are or may start now)."""
+        held = (self.buffers if keeps else 0) if held is None else held
+        there = dict.fromkeys(units[:held], 0.0)
+        order = list(units[held:])[::-1]
+        for _ in range(self.buffers - held):
+            self._next(order, there, start)
+        return order, there
+
+    def _next(self, order: list[int], there: dict[int, float], start: float | None = None) -> None:
+        """A buffer is free: bring the next unit."""
+        if order:
+            unit = order.pop()
+            there[unit] = self._bring(self.head_copy if unit == -1 else self.unit, self.now if start is None else start)
