@@ -2,10 +2,12 @@
 
 The adapters of a block lie in one flat buffer in compute dtype, and so do their gradients. When a block's backward is
 done, its gradients are reduce-scattered while the block before it computes; a rank updates its slice of the float32
-master copy, and the new values are all-gathered once a step. Against sharding the adapters like the base (gathering
-them again for each forward and backward) this moves a third of the bytes, and the optimizer sees plain tensors.
+master copy, and the new values are all-gathered once a step, in the order of the next forward and behind it: a block
+waits for its own adapters alone. Against sharding the adapters like the base (gathering them again for each forward and
+backward) this moves a third of the bytes, and the optimizer sees plain tensors.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -23,6 +25,7 @@ from fsdp_qlora.model import CausalModel
 from fsdp_qlora.world import World
 
 IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
+ARRIVAL_SECONDS = 1.0  # after which new values that are not here never come (1.7 GB at 70B and rank 64: 0.1 s)
 MATRICES = ("lora_A", "lora_B")
 
 # torch 2.13 has new names for these two, and a warning for who uses the old ones.
@@ -34,17 +37,26 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Group:
     """The adapters of one block.
 
-    working: all of them, compute dtype [padded]. master, grad: this rank's slice, float32 [padded / world].
+    working: all of them, compute dtype [padded]; mine: this rank's slice of it. master, grad: this rank's slice,
+    float32 [padded / world].
     """
 
     names: list[str] = field(default_factory=list)  # PEFT's order: linear by linear, lora_A before lora_B
     params: list[nn.Parameter] = field(default_factory=list)
     working: Tensor = field(init=False)
+    mine: Tensor = field(init=False)
     master: nn.Parameter = field(init=False)
     grad: Tensor = field(init=False)
     unreduced: Tensor | None = None  # float32 [padded], with no_sync: this rank's own sum over micro-batches
     waiting: int = 0
     fresh: bool = True  # nothing of this optimizer step is in `grad` yet
+    gather: dist.Work | None = None  # of new working values, which nobody has waited for yet
+
+    def wait(self) -> None:
+        """Let the current stream (without a GPU: the caller) go on only when the new working values are here."""
+        if self.gather is not None:
+            self.gather.wait()
+            self.gather = None
 
 
 class ShardedAdapters:
@@ -52,6 +64,7 @@ class ShardedAdapters:
 
     One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last, the
     optimizer's update of `parameters()`, `publish`, `zero_grad`. Gradients are summed over ranks and micro-batches.
+    What `publish` starts goes on behind the next forward: each block waits for its own adapters before it computes.
     """
 
     def __init__(self, model: CausalModel, world: World, config: Config) -> None:
@@ -59,12 +72,17 @@ class ShardedAdapters:
         self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
         self.groups: list[Group] = []
         self._flying: deque[tuple[dist.Work, Group, Tensor, Tensor]] = deque()
+        self._gathers: list[dist.Work] = []  # all of the last `publish`
+        self._published = 0.0  # when that was
         self._next = -1
         self._reducing = True
         for path, block in model.blocks.items():
             adapted = {f"{path}.{name}": m for name, m in block.linears().items() if m.lora_A is not None}
             if adapted:
-                self.groups.append(self._make(adapted, config, len(self.groups)))
+                group = self._make(adapted, config, len(self.groups))
+                self.groups.append(group)
+                if world.size > 1:
+                    block.before_forward.append(group.wait)
 
     def parameters(self) -> list[nn.Parameter]:
         """This rank's float32 slices, one a block."""
@@ -83,6 +101,7 @@ class ShardedAdapters:
 
     def finish(self) -> None:
         """After the last backward: every gradient is reduced and in place when this returns (on the current stream)."""
+        self.wait()  # for those of blocks that were left out; what they are gathered into may be written to again
         while self._next >= 0:  # adapters that took no part in the loss have no gradient and count as zero
             self._reduce(self.groups[self._next])
             self._next -= 1
@@ -90,15 +109,39 @@ class ShardedAdapters:
             self._land()
 
     def publish(self) -> None:
-        """After the update: every rank's working copy becomes the new master values, rounded to the compute dtype."""
-        slices = [self._mine(group.working) for group in self.groups]
-        torch._foreach_copy_(slices, [group.master.detach() for group in self.groups])
-        if self.world.size > 1:
-            works = [
-                _all_gather(group.working, mine, async_op=True) for group, mine in zip(self.groups, slices, strict=True)
-            ]
-            for work in works:
-                work.wait()
+        """After the update: every rank's working copy becomes the new master values, rounded to the compute dtype.
+
+        Returns when that is under way. Who reads working copies, other than in a block's forward, must `wait`."""
+        assert all(group.gather is None for group in self.groups), "what is still being gathered would be overwritten"
+        torch._foreach_copy_([group.mine for group in self.groups], [group.master.detach() for group in self.groups])
+        if self.world.size == 1:
+            return
+        # All at once, in forward order: the communication stream takes them one after the other. NCCL's begin when what
+        # is on the current stream now has been done, gloo's at once.
+        self._gathers, self._published = [], time.monotonic()
+        for group in self.groups:
+            group.gather = _all_gather(group.working, group.mine, async_op=True)
+            self._gathers.append(group.gather)
+
+    def wait(self) -> None:
+        """Let the current stream go on only when all that `publish` started is done."""
+        for group in self.groups:
+            group.wait()
+
+    def arrived(self) -> bool:
+        """Whether this rank's working copies are wholly those of the last `publish`, for when a rank may be gone.
+
+        From any thread. Waits where what is on its way may still come, `ARRIVAL_SECONDS` from its start."""
+        while not all(work.is_completed() for work in self._gathers):
+            if time.monotonic() > self._published + ARRIVAL_SECONDS:
+                return False
+            time.sleep(0.01)
+        try:
+            for work in self._gathers:
+                work.wait()  # at once, as it is over: with an error where that is how it ended
+        except RuntimeError:
+            return False
+        return True
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -106,6 +149,7 @@ class ShardedAdapters:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """`path.lora_A` -> the whole float32 master matrix, on the CPU. A collective; the result is on every rank."""
+        self.wait()
         tensors: dict[str, Tensor] = {}
         for group in self.groups:
             whole = torch.empty(group.working.numel(), dtype=torch.float32, device=self.world.device)
@@ -117,7 +161,9 @@ class ShardedAdapters:
         return tensors
 
     def working_tensors(self) -> dict[str, Tensor]:
-        """As `named_tensors`, from this rank's copy in compute dtype: no other rank is asked, nor a hung stream."""
+        """As `named_tensors`, from this rank's copy in compute dtype: no other rank is asked, nor a hung stream.
+
+        Some are of the step before the last where not all has `arrived`."""
         tensors: dict[str, Tensor] = {}
         on_gpu = self.world.device.type == "cuda"
         with torch.cuda.stream(torch.cuda.Stream(self.world.device)) if on_gpu else nullcontext():
@@ -127,6 +173,7 @@ class ShardedAdapters:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set every adapter from `path.lora_A` -> matrix, as `named_tensors` gives them."""
+        self.wait()
         for group in self.groups:
             flat = torch.zeros(group.working.numel(), dtype=torch.float32)
             for name, view in zip(group.names, _split(flat, group.params), strict=True):
@@ -145,6 +192,7 @@ class ShardedAdapters:
         padded = -(-numel // self.world.size) * self.world.size
         dtype = next(iter(adapted.values())).dtype
         group.working = torch.zeros(padded, dtype=dtype, device=self.world.device)
+        group.mine = self._mine(group.working)
         offset = 0
         for path, linear in adapted.items():
             for matrix in MATRICES:

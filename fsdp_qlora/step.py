@@ -49,10 +49,21 @@ class Stepper:
         self.schedule = make_schedule(options, self.optimizer, steps)
         self.max_norm = options.grad_norm if options.apply_gradient_clipping else None
         self.scale = LossScale(model.precision.scale_loss)
-        self.done = 0  # optimizer steps
+        self.steps = steps
+        self._begun = 0  # optimizer steps of which the update has begun, or that were left out
+        self._updated = 0  # of these, the ones whose new values are on their way to every rank
         self._ended: float | None = None  # the last one: a step's seconds begin there, so that what lies between counts
         self.overflowed = False  # float16 gradients did, so the last step was left out and the loss scale shrunk
-        self.publishing = False  # True while working copies may be in part of the step after `done`
+
+    @property
+    def publishing(self) -> bool:
+        """Whether working copies may be in part of the step after `done`: see `ShardedAdapters.arrived`."""
+        return self._begun != self._updated or not self.adapters.arrived()
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps that this rank's working copies have in full."""
+        return self._begun - self.publishing
 
     def run(self, batches: list[Batch], epoch: float, host_gib: float) -> StepRecord:
         """Forward, backward and update over this rank's micro-batches (as many as every rank's).
@@ -72,11 +83,10 @@ class Stepper:
         loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
         lr = float(self.schedule.get_last_lr()[0])
         self.overflowed = not self._update(loss, norm, batches, losses_by_rank)
-        self.done += 1
         self._ended = time.perf_counter()
         on_gpu = self.world.device.type == "cuda"
         return StepRecord(
-            step=self.done,
+            step=self._updated,
             epoch=epoch,
             loss=loss,
             lr=lr,
@@ -108,13 +118,16 @@ class Stepper:
             if clip != self.scale.value:
                 torch._foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
             self.optimizer.step()
-            self.publishing = True
+            self._begun += 1
             self.adapters.publish()
-            self.publishing = False
+            if self._begun == self.steps:
+                self.adapters.wait()  # no forward follows that would
             self.scale.grow()
             self.schedule.step()
         else:
             self.scale.shrink()
+            self._begun += 1
+        self._updated = self._begun
         self.adapters.zero_grad()
         return finite
 
@@ -124,10 +137,11 @@ class Stepper:
         bad = [rank for rank, value in enumerate(losses) if not math.isfinite(value)] or range(self.world.size)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         where = "; ".join(f"rank {rank}: {', '.join(map(str, rows[rank])) or 'none'}" for rank in bad)
-        damaged = "" if self.done else "; so early the checkpoint itself may be damaged"
+        damaged = "" if self._updated else "; so early the checkpoint itself may be damaged"
         stopped = TrainingStopped(
-            f"step {self.done + 1}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): {where}"
-            f". Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream){damaged}"
+            f"step {self._updated + 1}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): "
+            f"{where}. Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream)"
+            f"{damaged}"
         )
         raise stopped.on_every_rank(self.world.rank)
 
