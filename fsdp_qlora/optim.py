@@ -9,19 +9,67 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from fsdp_qlora.config import TrainingOptions
+from fsdp_qlora.errors import UserError, first_line
+
+# How bitsandbytes' AdamW keeps its state. In 8 bits: with a float32 scale for each 256 values, and slices of less than
+# 4,096 values in 32 bits all the same. Paged: in unified memory, slices of less than 100,000 values on the GPU.
+BITSANDBYTES: dict[str, dict[str, object]] = {
+    "adamw_8bit": {"optim_bits": 8},
+    "paged_adamw": {"is_paged": True},
+    "paged_adamw_8bit": {"optim_bits": 8, "is_paged": True},
+}
+SMALLEST_PAGED = 100_000
 
 
 def make_optimizer(options: TrainingOptions, parameters: Iterable[nn.Parameter], device: torch.device) -> Optimizer:
-    """The optimizer of `--optimizer`. adam and adamw use PyTorch's fused kernel on a GPU; fused_* everywhere."""
+    """The optimizer of `--optimizer`. adam and adamw use PyTorch's fused kernel on a GPU; fused_* everywhere.
+
+    On a CPU the paged ones page nothing: their state lies in its memory anyway."""
     parameters = list(parameters)
+    settings: dict[str, object] = {"lr": options.lr, "weight_decay": options.wd}
+    if options.optimizer in BITSANDBYTES:
+        # It takes seconds to import: this is its one door for optimizers.
+        from bitsandbytes import optim as bitsandbytes
+
+        settings |= BITSANDBYTES[options.optimizer]
+        settings["is_paged"] = settings.get("is_paged", False) and device.type == "cuda"
+        return bitsandbytes.AdamW(parameters, **settings)
     makers: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "adadelta": Adadelta}
     kind = options.optimizer.removeprefix("fused_")
-    settings: dict[str, object] = {"lr": options.lr, "weight_decay": options.wd}
     if kind in ("adam", "adamw"):
         settings["fused"] = options.optimizer.startswith("fused_") or device.type == "cuda"
     else:
         settings["foreach"] = True
     return makers[kind](parameters, **settings)
+
+
+def check_optimizer(options: TrainingOptions, device: torch.device) -> None:
+    """Raises UserError where bitsandbytes cannot do on `device` what `--optimizer` asks of it: tried on one slice."""
+    if options.optimizer not in BITSANDBYTES:
+        return
+    slice_ = nn.Parameter(torch.zeros(SMALLEST_PAGED, device=device))
+    slice_.grad = torch.ones_like(slice_)
+    try:
+        make_optimizer(options, [slice_], device).step()
+    except (ImportError, RuntimeError, AttributeError, OSError, NotImplementedError) as error:
+        raise UserError(
+            f"optimizer: {options.optimizer} does not run on {device.type} with the bitsandbytes that is installed "
+            f"({first_line(error)}); see `python -m bitsandbytes`, or take adamw, which needs no bitsandbytes"
+        ) from error
+
+
+def state_bytes(optimizer: str, device: str = "cuda") -> float:
+    """Bytes of optimizer state in a device's memory per adapter parameter, by `--optimizer`.
+
+    On a GPU the moments of the paged ones count as none, since they give way: they take what memory is free there while
+    they are used, and wait in host memory otherwise."""
+    kind = optimizer.removeprefix("fused_")
+    if kind == "sgd":
+        return 0.0
+    paged = kind.startswith("paged_") and device == "cuda"
+    if kind.endswith("_8bit"):
+        return 2 * ((0 if paged else 1) + 4 / 256)
+    return 0.0 if paged else 8.0
 
 
 def make_schedule(options: TrainingOptions, optimizer: Optimizer, total_steps: int) -> LRScheduler:

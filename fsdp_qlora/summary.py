@@ -9,12 +9,11 @@ from fsdp_qlora.data import Batches
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.model import CausalModel
+from fsdp_qlora.optim import state_bytes
 from fsdp_qlora.placement import PREFETCH, Placement
 from fsdp_qlora.skeleton import Attention
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
-
-STATE_BYTES = {"adamw": 8, "adam": 8, "adadelta": 8, "sgd": 0}  # of optimizer state per adapter parameter
 
 
 def adapter_count(model: CausalModel) -> int:
@@ -24,9 +23,9 @@ def adapter_count(model: CausalModel) -> int:
 def adapter_bytes(model: CausalModel, config: Config, world: World) -> int:
     """Of a rank: the working copy, and its share of float32 masters, gradients and optimizer state."""
     count = adapter_count(model)
-    state = STATE_BYTES[config.training.optimizer.removeprefix("fused_")]
+    state = state_bytes(config.training.optimizer, world.device.type)
     whole = model.precision.compute.itemsize + (4 if config.memory.no_sync else 0)
-    return count * whole + count * (4 + 4 + state) // world.size
+    return count * whole + int(count * (4 + 4 + state)) // world.size
 
 
 def describe(
