@@ -64,8 +64,11 @@ class _Sizes:
         self.xs_qkv, self.xs_gate_up = rows(beside(f.rank_qkv)), rows(beside(f.rank_gate_up))
         self.projected = self.h if f.norms_after else 0
         self.gradients = f.adapter_parameters * c
+        self.gradients_down = f.rank_down * (f.hidden + f.inner) * c
         self.attend, self.attend_backward = _attention(f)
-        self.dropped = 2 * rows(max(f.hidden, f.inner)) if f.dropout else 0  # the input contiguous, and dropped
+        # An adapter's input dropped, and before that contiguous, which in backward the MLP's middle is already.
+        self.dropped = 2 * rows(max(f.hidden, f.inner)) if f.dropout else 0
+        self.dropped_again = self.dropped // 2
 
     def kept(self, level: int) -> tuple[int, int]:
         """(what may be parked in host memory, what stays) of a block at that level."""
@@ -103,8 +106,9 @@ class _Sizes:
         if level == 0:  # the attention half is computed again, and all of it stays
             again = self.qkv + self.out + self.stats + self.oa + self.xs_qkv + self.h + self.projected
             redone = d_h3 + self.attention_forward()
-        gate_up = self.gate_up + self.xs_gate_up if level < 4 else 0
-        mlp = d_h3 + again + self.n_wide + gate_up + self.d_wide + self.middle + self.projected + self.dropped
+        gate_up = self.gate_up if level < 4 else 0
+        mlp = d_h3 + again + self.n_wide + gate_up + self.d_wide + self.middle + self.projected
+        mlp += self.dropped_again + self.gradients_down
         return max(redone, mlp, self._attention_backward(level))
 
     def _attention_backward(self, level: int) -> int:
@@ -114,7 +118,7 @@ class _Sizes:
         state += self.projected if level == 0 else 0
         let_go = 0 if level == 0 else self.h + self.projected + (self.gate_up if level == 4 else 0)
         gradients = self.out + self.qkv  # d_out; d_q, d_k, d_v
-        return max(0, state + gradients + max(self.attend_backward, self.dropped) - let_go)
+        return max(0, state + gradients + max(self.attend_backward, self.dropped_again) - let_go)
 
 
 def _attention(facts: Facts) -> tuple[int, int]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from fsdp_qlora.plan_facts import Facts
 from fsdp_qlora.plan_moments import FLOAT, KEEP
 
-# Kernels and small ops that the host launches for a Llama block, counted by running it on the meta device
-# (tests/test_plan_time.py): forward, backward at each keep level. An adapter's gradient also passes through hooks.
-LAUNCHES_FORWARD = 38
-LAUNCHES_BACKWARD = (118, 108, 107, 97, 86)
+# Kernels that the host launches for a Llama block, forward, and backward at each keep level, counted by running it on
+# the meta device (tests/test_plan_time.py). What else the host does is in the seconds a launch is measured to take.
+LAUNCHES_FORWARD = 40
+LAUNCHES_BACKWARD = (86, 79, 79, 63, 52)
 
 
 @dataclass(frozen=True)
