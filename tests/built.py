@@ -30,10 +30,11 @@ class Built:
         """Forward: labels aligned with ids, -100 for none, as Hugging Face takes them."""
         following = torch.nn.functional.pad(labels_BS[:, 1:], (0, 1), value=-100).flatten()
         places = (following != -100).nonzero().squeeze(1)
-        return self.model(ids_BS, places, following[places], divisor)
+        ids, places, labels = (t.to(self.world.device) for t in (ids_BS, places, following[places]))
+        return self.model(ids, places, labels, divisor)
 
     def backward(self, loss: Tensor) -> dict[str, Tensor]:
-        """`path.lora_A` -> this process's gradient of it, as autograd leaves it. One rank only."""
+        """`path.lora_A` -> this process's gradient of it, as autograd leaves it, on the CPU. One rank only."""
         assert self.world.size == 1
         self.adapters.begin_micro_batch(last=True)
         loss.backward()
@@ -41,18 +42,19 @@ class Built:
         found = {}
         for group, flat in zip(self.adapters.groups, self.adapters.gradients(), strict=True):
             pieces = flat[: sum(p.numel() for p in group.params)].split([p.numel() for p in group.params])
-            found |= {n: f.view(p.shape).clone() for n, f, p in zip(group.names, pieces, group.params, strict=True)}
+            named = zip(group.names, pieces, group.params, strict=True)
+            found |= {name: piece.view(p.shape).to("cpu", copy=True) for name, piece, p in named}
         self.adapters.zero_grad()
         return found
 
     def logits(self, ids_BS: Tensor) -> Tensor:
-        """[B, S, V], before any scale or softcap of the family."""
+        """[B, S, V] on the CPU, before any scale or softcap of the family."""
         with torch.no_grad():
             self.model.rest.bind()
-            hidden = self.model.backbone(input_ids=ids_BS, use_cache=False)[0]
+            hidden = self.model.backbone(input_ids=ids_BS.to(self.world.device), use_cache=False)[0]
             head = self.model.head
             with head.frozen.opened():
-                return hidden @ head.weight.decode(hidden.dtype).T
+                return (hidden @ head.weight.decode(hidden.dtype).T).cpu()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from fsdp_qlora.adapters import initial_values
+from tests.truth import DEVICE
 
 Row = tuple[list[int], list[int]]  # token ids, and the label of each (-100: none)
 
@@ -74,12 +75,15 @@ def decoded(linear: bnb.nn.Linear4bit) -> Tensor:
 
 
 def load_quantized(folder: Path, recipe: Recipe) -> PreTrainedModel:
-    """The model as `from_pretrained` quantizes it and decodes it to float32; saved, it is a *-bnb-4bit one."""
+    """The model as `from_pretrained` quantizes it and decodes it to float32; saved, it is a *-bnb-4bit one.
+
+    On the device that our runs quantize on: bitsandbytes' kernels for CPUs and for GPUs round the scales of double
+    quantization to different codes."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=recipe.double_quant
     )
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, device_map="cpu", quantization_config=settings
+        folder, dtype=torch.float32, device_map=str(DEVICE), quantization_config=settings
     )
 
 

@@ -108,7 +108,8 @@ def _damage_models(root: Path) -> None:
         tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(note).encode())).byte()
 
     copy("refit", refit)
-    copy("nan", lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 5].fill_(torch.nan))
+    # In a norm: bitsandbytes' 4-bit code of a NaN is NaN on a CPU, but some number on a GPU.
+    copy("nan", lambda t: t["model.layers.1.input_layernorm.weight"][5].fill_(torch.nan))
     vocabulary = json.loads((root / "model/tokenizer.json").read_text())["model"]["vocab"]
     copy("nan_token", lambda t: t["model.embed_tokens.weight"][vocabulary["~"]].fill_(torch.nan))
     copy("steep", lambda t: t["lm_head.weight"].mul_(3))
@@ -461,7 +462,9 @@ def test_a_killed_rank_ends_the_others_with_a_message_and_what_was_learnt_is_sav
     run.ranks[victim].kill()
     done = run.end(timeout=60)
     assert done.returncode == 1
-    assert f"rank {1 - victim} stopped because another rank ended" in done.stderr
+    # Told by the broken connection, or, inside a GPU's exchange, by the time that it takes.
+    left = rf"rank {1 - victim}( stopped because another rank ended|: no step ended within \d+ s)"
+    assert re.search(left, done.stderr), done.stderr
     step = run.saved_step(done.stdout + done.stderr)
     assert 3 <= run.steps() - 1 <= step <= run.steps() + 1
     assert 'train.py", line' not in done.stderr, "a traceback of ours"
