@@ -102,13 +102,12 @@ class Block(nn.Module):
         return {name: m for name, m in self.layer.named_modules() if isinstance(m, FrozenLinear)}
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.frozen.bring is not None:
+            self.frozen.bring(False)  # first: copies that it starts need not wait for what follows
         for call in self.before_forward:
             call()
-        if self.frozen.bring is None:
-            return self._compute(hidden, *args, **kwargs)
-        self.frozen.bring(False)
         out = self._compute(hidden, *args, **kwargs)
-        if torch.is_grad_enabled():
+        if self.frozen.bring is not None and torch.is_grad_enabled():
             (out[0] if isinstance(out, tuple) else out).register_hook(self._before_backward)
         return out
 

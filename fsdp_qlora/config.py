@@ -19,7 +19,7 @@ Optimizer = Literal[
     "sgd",
     "adadelta",
 ]
-Sharding = Literal["full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"]
+Sharding = Literal["auto", "full_shard", "shard_grad_op", "ddp", "hybrid_full_shard", "hybrid_shard_grad_op"]
 
 
 @dataclass
@@ -335,14 +335,21 @@ class TrainingOptions:
 
 @dataclass
 class MemoryOptions:
-    """Memory: where the model is kept and what is computed twice to save space."""
+    """Memory: where the model is kept and what is computed twice to save space. Left alone, the plan decides."""
 
+    plan_only: bool = option(
+        False,
+        "Print the plan (what goes where, GiB, seconds per step) and stop, before any weight is downloaded or made.",
+        "to train is the usual wish",
+        "none: seconds; on a GPU a second of measuring more",
+        known_as=("dry_run", "estimate_memory"),
+    )
     sharding_strategy: Sharding = option(  # noqa: RUF009 (a dataclasses.field)
-        "full_shard",
-        """How the ranks divide the model. full_shard: each keeps 1/ranks of every block and gathers it for forward and
-        again for backward. shard_grad_op: gathered once, kept until backward. ddp: a whole copy on each. hybrid_*: the
-        same within groups of hybrid_shard_size ranks, copies between groups.""",
-        "it needs the least memory",
+        "auto",
+        """How the ranks divide the model. auto: the plan decides. full_shard: each keeps 1/ranks of every block and
+        gathers it for forward and again for backward. shard_grad_op: gathered once, kept until backward. ddp: a whole
+        copy on each. hybrid_*: the same within groups of hybrid_shard_size ranks, copies between groups.""",
+        "what is fastest depends on the cards, the link between them and the model",
         "full_shard moves every block twice a step; shard_grad_op once, with the whole base in memory; ddp never",
         known_as=("fsdp", "fsdp_sharding_strategy"),
     )
@@ -355,13 +362,29 @@ class MemoryOptions:
         at_least=1,
         special={-1: "the ranks of a node"},
     )
-    use_cpu_offload: bool = option(
-        False,
-        """Keep the frozen base in pinned host memory and copy each block to the GPU ahead of its use. Adapters and
-        optimizer stay on the GPU.""",
-        "faster wherever the shards fit (fsdp_qlora's was true)",
-        "the base leaves the GPUs for host RAM (35 GB at 70B) and crosses PCIe twice a step",
+    use_cpu_offload: bool | None = option(
+        None,
+        """Keep the frozen base in host memory, one pinned copy for all ranks of a node, and copy each block to the GPU
+        ahead of its use; what the GPU has room for stays there. Adapters and optimizer stay on the GPU. false: never.
+        null: the plan decides.""",
+        "the plan knows what fits and what is faster",
+        "the base leaves the GPUs for host RAM (35 GB at 70B) and crosses PCIe up to twice a step",
         known_as=("cpu_offload", "offload_params", "fsdp_offload_params"),
+    )
+    cpu_offload_by: Literal["stream", "fsdp2"] = option(
+        "stream",
+        """Who brings offloaded blocks to the GPU. stream: each rank copies them from the node's one copy. fsdp2: each
+        rank holds its shard in host memory, FSDP2 copies it and gathers the rest from the other ranks.""",
+        "nothing is gathered between GPUs, and the copies need none of their multiprocessors",
+        "fsdp2 is slower wherever it was measured; it is here for comparison",
+    )
+    resident_blocks: int | None = option(
+        None,
+        "Blocks that stay on the GPU under use_cpu_offload, spread evenly among the streamed ones.",
+        "null: as many as the plan finds room for",
+        "each takes its frozen bytes on every GPU (0.41 GiB at 70B) and needs no copy",
+        unit="blocks",
+        at_least=0,
     )
     use_gradient_checkpointing: bool = option(
         True,
@@ -377,20 +400,20 @@ class MemoryOptions:
         "none worth naming; it is here for comparison and for old scripts",
         known_as=("use_reentrant",),
     )
-    keep_activations: Literal["input", "halves", "attention", "qkv", "all"] = option(
-        "input",
+    keep_activations: Literal["auto", "input", "halves", "attention", "qkv", "all"] = option(
+        "auto",
         """What a fused block keeps for backward under gradient checkpointing, each value what the one before it keeps
         and more. input: its input. halves: + the MLP's input. attention: + attention's output and row sums. qkv: +
-        queries, keys and values. all: + the MLP's gate and up.""",
-        "it needs the least memory",
+        queries, keys and values. all: + the MLP's gate and up. auto: the plan decides, block by block.""",
+        "memory that is left buys back recomputation",
         "per token and block, in 16 bits at 8B / 70B: 8 / 16 KiB, 16 / 32, 24 / 49, 36 / 69, 92 / 181; each is faster",
         known_as=("keep_level", "checkpoint_level"),
     )
-    use_activation_cpu_offload: bool = option(
-        False,
+    use_activation_cpu_offload: bool | None = option(
+        None,
         """Let what fused blocks keep for backward wait in pinned host memory, copied out and back while the GPU
-        computes.""",
-        "GPU memory is enough more often than not",
+        computes. null: the plan decides, block by block.""",
+        "the plan knows what the GPU has room for and what the link has time for",
         """no GPU memory for kept activations beyond two blocks', for PCIe traffic; hidden where a block computes longer
         than its copy""",
         known_as=("activation_offloading", "offload_activations"),
@@ -410,6 +433,15 @@ class MemoryOptions:
         unit="GiB per rank",
         above=0,
         known_as=("max_memory", "gpu_memory_limit"),
+    )
+    host_memory_gib: float | None = option(
+        None,
+        """Most host memory the plan may give to frozen bytes and kept activations on a node, all its ranks together;
+        Python and its libraries take 2 to 3 GiB a rank more.""",
+        "null is nine tenths of what is available",
+        "less leaves more for other programs, and fewer activations wait there",
+        unit="GiB per node",
+        above=0,
     )
     reduce_dtype: Literal["fp32", "bf16"] = option(
         "fp32",

@@ -48,6 +48,24 @@ NEEDS = (
         "set sharding_strategy to hybrid_full_shard or hybrid_shard_grad_op",
     ),
     Needs(
+        ("cpu_offload_by",),
+        "use_cpu_offload",
+        lambda c: c.memory.use_cpu_offload is True,
+        "set use_cpu_offload to true",
+    ),
+    Needs(
+        ("resident_blocks",),
+        "use_cpu_offload",
+        lambda c: c.memory.use_cpu_offload is True,
+        "set use_cpu_offload to true",
+    ),
+    Needs(
+        ("resident_blocks",),
+        "cpu_offload_by",
+        lambda c: c.memory.cpu_offload_by == "stream",
+        "set cpu_offload_by to stream",
+    ),
+    Needs(
         ("reentrant_checkpointing",),
         "use_gradient_checkpointing",
         lambda c: c.memory.use_gradient_checkpointing,
@@ -96,8 +114,17 @@ CONFLICTS = (
     ),
     Conflict(
         ("use_cpu_offload", "sharding_strategy"),
-        lambda c: c.memory.use_cpu_offload and c.memory.sharding_strategy == "ddp",
+        lambda c: c.memory.use_cpu_offload is True and c.memory.sharding_strategy == "ddp",
         "ddp keeps the whole model on every GPU, so nothing is offloaded; take full_shard, or drop use_cpu_offload",
+    ),
+    Conflict(
+        ("use_cpu_offload", "sharding_strategy"),
+        lambda c: (
+            c.memory.use_cpu_offload is True
+            and c.memory.cpu_offload_by == "stream"
+            and c.memory.sharding_strategy not in ("auto", "full_shard", "ddp")
+        ),
+        "blocks streamed from the node's one copy are never gathered; take auto or full_shard, or cpu_offload_by fsdp2",
     ),
     Conflict(
         ("hybrid_shard_size", "world_size"),

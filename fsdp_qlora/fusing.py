@@ -1,6 +1,7 @@
 """Turns a model's blocks into fused ones where their family is known, all of them or none, and says which and why."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +9,11 @@ from transformers import AttentionInterface
 
 from fsdp_qlora.config import Config, ModelOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.fused import FusedBlock, Scratch
+from fsdp_qlora.fused import KEEP, FusedBlock, Scratch
 from fsdp_qlora.kernels.attention import fastest
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.offload import ActivationOffload
+from fsdp_qlora.plan import BlockPlan
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.recognise import Anatomy, recognise
 
@@ -25,8 +27,6 @@ class Fusion:
     blocks: int
     projections: int
     attention: tuple[str, ...]
-    keep: str
-    offloaded: bool
     reason: str
 
     def __str__(self) -> str:
@@ -34,8 +34,7 @@ class Fusion:
             return f"not fused: {self.reason}"
         return (
             f"{self.blocks} blocks and {self.projections} projections fused, "
-            f"attention by {' and '.join(self.attention)}, "
-            f"each block keeps: {self.keep}{' (in host memory)' if self.offloaded else ''}"
+            f"attention by {' and '.join(self.attention)}"
         )
 
 
@@ -56,7 +55,9 @@ class HalfTables(nn.Module):
 
 
 def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
-    """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be."""
+    """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be.
+
+    The blocks keep their input; `keep_activations` changes that."""
     options, memory = config.model, config.memory
     shape = (config.training.batch_size, config.data.context_length)
     found = [recognise(block.layer, block.frozen) for block in model.blocks.values()]
@@ -69,19 +70,25 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
             raise UserError(
                 f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}"
             )
-        return Fusion(0, 0, (), "", False, reason)
-    keep = memory.keep_activations if memory.use_gradient_checkpointing else "all"
-    offload = ActivationOffload(device, shape[0] * shape[1]) if memory.use_activation_cpu_offload else None
+        return Fusion(0, 0, (), reason)
     scratch, backends = Scratch(model.precision.compute, device), []
     for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):
         backend = _attention(options, model.precision, anatomy, shape, device)
         backends.append(backend)
-        block.fused = FusedBlock(anatomy, model.precision.compute, keep, scratch, backend, offload)
+        block.fused = FusedBlock(anatomy, model.precision.compute, KEEP[0], scratch, backend)
     model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb)
     AttentionInterface.register(NO_MASKS, _unused)
     model.backbone.config._attn_implementation = NO_MASKS
     projections = sum(len(anatomy.linears) for anatomy in anatomies)
-    return Fusion(len(anatomies), projections, tuple(dict.fromkeys(backends)), keep, offload is not None, "")
+    return Fusion(len(anatomies), projections, tuple(dict.fromkeys(backends)), "")
+
+
+def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:
+    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included."""
+    offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
+    for block, plan in zip(model.blocks.values(), blocks, strict=True):
+        if isinstance(block.fused, FusedBlock):
+            block.fused = replace(block.fused, keep=plan.keep, offload=offload if plan.offloaded else None)
 
 
 def _obstacle(model: CausalModel, options: ModelOptions, unknown: list[str]) -> str:

@@ -11,11 +11,20 @@ def page_lock(tensor: Tensor, what: str) -> Tensor:
     """Pin the memory that `tensor` has. PyTorch's own pinned allocator would make a copy rounded up to a power of two.
 
     what: the option or thing it is for, in the message. Raises UserError where the system refuses."""
-    nbytes = tensor.numel() * tensor.element_size()
-    status = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, 0))
+    status = try_page_lock(tensor)
     if status != 0:
         raise UserError(
-            f"{what}: the system refuses to page-lock {nbytes / GIB:.2f} GiB more of host memory "
+            f"{what}: the system refuses to page-lock {tensor.nbytes / GIB:.2f} GiB more of host memory "
             f"(CUDA error {status}); free some memory or raise `ulimit -l`"
         )
     return tensor
+
+
+def try_page_lock(tensor: Tensor) -> int:
+    """0, or CUDA's error code where the system refuses."""
+    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+
+
+def release_page_lock(tensor: Tensor) -> None:
+    """Undo `page_lock`, before the memory goes: pages that the driver still holds would never be free again."""
+    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())

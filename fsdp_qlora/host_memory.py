@@ -10,6 +10,8 @@ import psutil
 
 from fsdp_qlora.units import GIB
 
+CGROUP = Path("/sys/fs/cgroup")  # inside a container: its own group; version 2
+
 
 def host_memory_gib() -> float:
     """This process's proportional set size, GiB: private pages whole, a page shared by n processes as 1/n.
@@ -23,6 +25,18 @@ def host_memory_gib() -> float:
     except OSError:
         pass  # not Linux, or a kernel before 4.14
     return psutil.Process(os.getpid()).memory_info().rss / GIB
+
+
+def available_host_bytes() -> int:
+    """Host memory that can still be had without swapping: the machine's, or the container's where that has less."""
+    found = psutil.virtual_memory().available
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # not in such a group, or "max"
+        return found
+    cache = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+    return max(0, min(found, limit - used + cache))
 
 
 class HostMemory:

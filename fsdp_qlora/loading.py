@@ -73,6 +73,7 @@ def load(model: CausalModel, weights: Weights, placement: Placement, world: Worl
                 bar.update()
             del encoded
     bar.close()
+    placement.finish(world)
 
 
 def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:

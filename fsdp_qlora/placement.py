@@ -1,9 +1,11 @@
-"""Where a block's frozen bytes live and how they reach the device that computes: on every rank, or sharded by FSDP2.
+"""Where a block's frozen bytes live and how they reach the device that computes.
 
-Adapters are no concern of a placement: they are small, every rank has them (see shards.py), and FSDP2 is told to ignore
-them.
+Whole on every rank's device, sharded by FSDP2, or streamed from one copy in host memory. Adapters are no concern of a
+placement: they are small, every rank has them (see shards.py), and FSDP2 is told to ignore them.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,17 +18,21 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.config import MemoryOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.host_buffers import page_lock
+from fsdp_qlora.host_store import HostStore, rounded
 from fsdp_qlora.model import CausalModel, Unit
+from fsdp_qlora.plan import Plan
+from fsdp_qlora.stream import Stop, Streamer
 from fsdp_qlora.world import World
 
 PREFETCH = 2  # blocks gathered ahead: one crosses from the host while the one before it is being gathered
 
 
 class Placement(Protocol):
-    """`shards` ranks hold one copy of the frozen bytes between them; `prepare` before loading, `store` each unit."""
+    """Where the frozen bytes are kept: `prepare` before loading, `store` each unit, `finish` after the last.
+
+    name: for the user."""
 
     name: str
-    shards: int
 
     def prepare(self, model: CausalModel) -> None: ...
 
@@ -34,16 +40,23 @@ class Placement(Protocol):
         """Put a unit's bytes (uint8 [nbytes] on the device, the placement's to keep) where they belong."""
         ...
 
+    def finish(self, world: World) -> None:
+        """All is stored. A collective."""
+        ...
+
     def bytes_here(self, unit: Unit) -> int:
         """The bytes of `unit` that this rank must hold, by the placement's promise."""
+        ...
+
+    def close(self) -> None:
+        """Give back what outlives its tensors: the model is of no use after this."""
         ...
 
 
 class Replicated:
     """Every rank has everything: no traffic in a step, and a card must hold the whole base."""
 
-    name = "ddp: the frozen base on every rank"
-    shards = 1
+    name = "the whole frozen base on every rank"
 
     def prepare(self, model: CausalModel) -> None:
         pass
@@ -51,8 +64,14 @@ class Replicated:
     def store(self, unit: Unit, whole: Tensor) -> None:
         _keep_whole(unit, whole)
 
+    def finish(self, world: World) -> None:
+        pass
+
     def bytes_here(self, unit: Unit) -> int:
         return unit.frozen.layout.nbytes
+
+    def close(self) -> None:
+        pass
 
 
 class Sharded:
@@ -121,16 +140,97 @@ class Sharded:
             local.copy_(mine)
         unit.frozen.load_state_dict({"flat": nn.Parameter(shard, requires_grad=False)}, assign=True)
 
+    def finish(self, world: World) -> None:
+        pass
+
     def bytes_here(self, unit: Unit) -> int:
         return unit.frozen.layout.nbytes // (self.shards if unit.home == "shared" else 1)
 
+    def close(self) -> None:
+        pass
 
-def choose_placement(options: MemoryOptions, world: World) -> Placement:
-    """The placement of `--sharding_strategy` and `--use_cpu_offload`. Raises UserError if the ranks do not divide."""
-    strategy, offload = options.sharding_strategy, options.use_cpu_offload
-    if strategy == "ddp" or (world.size == 1 and not offload):
+
+class Streamed:
+    """One copy a node in host memory; every rank copies each block to its device ahead of use (see stream.py).
+
+    resident: the blocks that stay on the device instead. head_resident: whether the head does, or comes as one more
+    unit after the last block. An untied embedding stays in the node's copy, where its rows are read one by one; a tied
+    one is the head as well and stays on the device, as do vectors.
+    """
+
+    def __init__(self, world: World, resident: Sequence[bool], head_resident: bool, buffers: int) -> None:
+        self.world, self.resident, self.head_resident, self.buffers = world, resident, head_resident, buffers
+        moving = resident.count(False)
+        self.name = (
+            f"streamed: {moving} of {len(resident)} blocks copied ahead of use from one host copy for the node's ranks"
+            f"{', the others on each GPU' if moving < len(resident) else ''}"
+        )
+        self._sources: dict[str, Tensor] = {}
+
+    def prepare(self, model: CausalModel) -> None:
+        self._blocks = list(model.blocks)
+        self._order = [*self._blocks] + [u.name for u in model.units if u.frozen is model.head.frozen]
+        self._streamed = {name for name, stays in zip(self._blocks, self.resident, strict=True) if not stays}
+        if not self.head_resident and not model.is_tied():
+            self._streamed.add(self._order[-1])
+        embedding = model.embedding[0].frozen
+        in_store = self._streamed | {
+            u.name
+            for u in model.units
+            if u.frozen is embedding and (u.home == "host" or (self.world.device.type == "cpu" and not model.is_tied()))
+        }
+        self._units = {u.name: u for u in model.units}
+        self._in_store = in_store
+        nbytes = sum(rounded(self._units[name].frozen.layout.nbytes) for name in in_store)
+        self._store = HostStore(nbytes, self.world) if nbytes else None
+
+    def store(self, unit: Unit, whole: Tensor) -> None:
+        if unit.name not in self._in_store:
+            _keep_whole(unit, whole)
+            return
+        assert self._store is not None
+        piece = self._store.take(whole.numel())
+        mine = self._store.share(whole.numel())
+        piece[mine].copy_(whole[mine], non_blocking=True)
+        if unit.name in self._streamed:
+            self._sources[unit.name] = piece
+            return
+        readable = not (whole.is_cuda and self._store.refused)  # the embedding, whose rows the device reads itself
+        unit.frozen.flat = nn.Parameter((piece if readable else whole).view(torch.float32), requires_grad=False)
+
+    def finish(self, world: World) -> None:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        refused = self._store.refused if self._store is not None else 0
+        codes = [int(code) for (code,) in world.gather([refused])]  # also: every rank has written its part
+        if any(codes):
+            world.say(
+                f"the system refuses to page-lock the host copy of the frozen base (CUDA error {max(codes)}): blocks "
+                "are copied by way of the driver's own buffers, at about half the speed. Raise `ulimit -l` (memlock) "
+                "or the container's limit"
+            )
+        stops = [Stop(self._units[name].frozen, self._sources.get(name)) for name in self._order]
+        streamer = Streamer(stops, len(self._blocks), self.buffers, world.device)
+        for position, stop in enumerate(stops):
+            stop.frozen.bring = partial(streamer.need, position)
+
+    def bytes_here(self, unit: Unit) -> int:
+        return 0 if unit.name in self._streamed else unit.frozen.layout.nbytes
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+
+
+def choose_placement(plan: Plan, options: MemoryOptions, world: World) -> Placement:
+    """The placement that `plan` says, in the form of `--sharding_strategy`.
+
+    Raises UserError if the ranks do not divide."""
+    if plan.placement == "replicate":
         return Replicated()
-    shards = world.size
+    if plan.placement == "stream":
+        return Streamed(world, [block.resident for block in plan.blocks], plan.head_resident, plan.staging)
+    strategy, shards = options.sharding_strategy, world.size
     if strategy.startswith("hybrid"):
         shards = world.local_size if options.hybrid_shard_size == -1 else options.hybrid_shard_size
         if world.size % shards:
@@ -138,7 +238,7 @@ def choose_placement(options: MemoryOptions, world: World) -> Placement:
                 f"hybrid_shard_size: {world.size} ranks cannot be divided into groups of {shards}; "
                 "use a divisor of the number of ranks"
             )
-    return Sharded(world, reshard=strategy.endswith("full_shard"), shards=shards, offload=offload)
+    return Sharded(world, not strategy.endswith("shard_grad_op"), shards, offload=plan.placement == "shard_offload")
 
 
 def _keep_whole(unit: Unit, whole: Tensor) -> None:
@@ -152,7 +252,7 @@ def held_bytes(unit: Unit) -> int:
     """The bytes of `unit` that this rank really holds now, outside a pass."""
     flat = unit.frozen.flat
     local = flat.to_local() if isinstance(flat, DTensor) else flat
-    return local.untyped_storage().nbytes()
+    return 0 if local.is_meta else local.untyped_storage().nbytes()
 
 
 def check_bytes(model: CausalModel, placement: Placement) -> None:

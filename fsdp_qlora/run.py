@@ -1,6 +1,7 @@
 """The run, stage by stage: what is read and checked, what is built, what is loaded where, then the training loop."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,18 +14,20 @@ from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import check_space, prepare_output
 from fsdp_qlora.folders import writing_to
-from fsdp_qlora.fusing import Fusion, fuse
+from fsdp_qlora.fusing import Fusion, fuse, keep_activations
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.loading import check_names, is_quantized, load
 from fsdp_qlora.loop import Loop
 from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import CausalModel, Recipe, assemble
+from fsdp_qlora.optim import check_optimizer
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
+from fsdp_qlora.planning import plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
 from fsdp_qlora.step import Stepper
-from fsdp_qlora.summary import adapter_count, check_fits, describe
+from fsdp_qlora.summary import adapter_count, describe, describe_rows
 from fsdp_qlora.units import GIB
 from fsdp_qlora.weights import Checkpoint, Dummy, OnHub, Weights
 from fsdp_qlora.world import World, open_world
@@ -35,27 +38,37 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
 
     notes: lines that the user shall see along with what the run is about to do."""
     with open_world(config.launch, config.training.seed) as world, HostMemory() as host:
-        folder = Path(config.output.output_dir)
-        world.main_only(lambda: prepare_output(folder, config.output.overwrite_output_dir))
+        folder, only_plan = Path(config.output.output_dir), config.memory.plan_only
+        if not only_plan:
+            world.main_only(lambda: prepare_output(folder, config.output.overwrite_output_dir))
         model_name, revision = config.model.model_name, config.model.revision
         hf_config = world.first_on_node(lambda: read_config(model_name, revision))
         precision, attention = world.together(lambda: choose_compute(config, hf_config, world))
-        placement = world.together(lambda: choose_placement(config.memory, world))
-        tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
-        batches = make_batches(config, rows, world)
-        steps = count_steps(config, batches)
+        world.together(lambda: check_optimizer(config.training, world.device))
+        if not only_plan:
+            tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
+            batches = make_batches(config, rows, world)
+            steps = count_steps(config, batches)
         weights = world.together(lambda: open_weights(config, precision.stream))
-        model, fusion = build_model(config, hf_config, weights, precision, attention, placement, world)
-        for line in [*notes, *describe(model, hf_config, config, placement, batches, steps, attention, fusion, world)]:
+        model, fusion = build_model(config, hf_config, weights, precision, attention, world)
+        plan, planned, record = plan_run(model, config, fusion, world)
+        described = describe(model, hf_config, config, attention, fusion, world)
+        described += [] if only_plan else describe_rows(config, batches, steps, world)
+        for line in [*notes, *described, *planned]:
             world.say(line)
-        world.together(lambda: check_fits(model, config, placement, world))
+        if only_plan:
+            return 0
         metrics = world.together(lambda: Metrics(config, world, steps))
-        world.main_only(lambda: note_options(config, folder, adapter_count(model)))
+        world.main_only(lambda: note_run(config, folder, adapter_count(model), record))
 
-        adapters = load_model(config, model, weights, placement, world)
-        torch.manual_seed(config.training.seed + world.rank)  # what draws from here on is dropout: on each rank another
-        stepper = Stepper(model, adapters, config.training, steps, world)
-        return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
+        placement = world.together(lambda: choose_placement(plan, config.memory, world))
+        with closing(placement):
+            most_tokens = config.training.batch_size * config.data.context_length
+            keep_activations(model, plan.blocks, most_tokens, world.device)
+            adapters = load_model(config, model, weights, placement, world)
+            torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
+            stepper = Stepper(model, adapters, config.training, steps, world)
+            return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
 
 
 def choose_compute(config: Config, hf_config: PretrainedConfig, world: World) -> tuple[Precision, Attention]:
@@ -92,12 +105,13 @@ def read_data(
     return tokenizer, load_rows(options, tokenizer, max_positions(hf_config), hf_config.vocab_size)
 
 
-def note_options(config: Config, folder: Path, adapter_parameters: int) -> None:
-    """Write the run's options beside what it will leave, once it is sure that there is room for that."""
+def note_run(config: Config, folder: Path, adapter_parameters: int, plan: dict) -> None:
+    """Write the run's options and plan beside what it will leave, once it is sure that there is room for that."""
     if config.output.save_model:
         check_space(folder, adapter_parameters)
     with writing_to(folder, "output_dir"):
         save_config(config, folder / "config.yaml")
+        write_plan(folder, plan)
 
 
 def make_batches(config: Config, rows: Rows, world: World) -> Batches:
@@ -129,13 +143,12 @@ def build_model(
     weights: Weights,
     precision: Precision,
     attention: Attention,
-    placement: Placement,
     world: World,
 ) -> tuple[CausalModel, Fusion]:
     """The model without its weights, and what came of fusing its blocks. A collective.
 
     Raises UserError on every rank alike."""
-    recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, placement.shards, world))
+    recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, world))
     model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
     if not isinstance(weights, OnHub):  # a download waits until all else is known to be right
         world.together(lambda: check_names(model, weights))
@@ -157,14 +170,14 @@ def load_model(
 
 
 def make_recipe(
-    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision, shards: int, world: World
+    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision, world: World
 ) -> Recipe:
     remat = rematerialisation(config.memory)
     return Recipe(
         precision,
         storage(config, hf_config, weights, precision),
         remat,
-        shards,
+        shards=world.size,  # whatever the placement: the padding is a few hundred bytes
         host_embedding=world.device.type == "cuda",
     )
 

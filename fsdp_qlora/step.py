@@ -12,7 +12,7 @@ from fsdp_qlora.config import TrainingOptions
 from fsdp_qlora.data import IGNORE, Batch
 from fsdp_qlora.errors import TrainingStopped
 from fsdp_qlora.model import CausalModel
-from fsdp_qlora.optim import check_optimizer, make_optimizer, make_schedule
+from fsdp_qlora.optim import make_optimizer, make_schedule
 from fsdp_qlora.record import StepRecord
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.units import GIB
@@ -45,7 +45,6 @@ class Stepper:
         self, model: CausalModel, adapters: ShardedAdapters, options: TrainingOptions, steps: int, world: World
     ) -> None:
         self.model, self.adapters, self.world = model, adapters, world
-        world.together(lambda: check_optimizer(options, world.device))
         if options.optimizer.startswith("paged_") and world.device.type != "cuda":
             world.say(f"optimizer {options.optimizer}: without a GPU nothing is paged; the state is in memory anyway")
         self.optimizer = make_optimizer(options, adapters.parameters(), world.device)

@@ -1,6 +1,6 @@
 """Our model in this process, built and loaded from options as `run.py` does it, without the training loop around it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.config_parse import parse
-from fsdp_qlora.fusing import Fusion
+from fsdp_qlora.fusing import Fusion, keep_activations
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.placement import Placement, choose_placement
+from fsdp_qlora.plan import Plan
+from fsdp_qlora.planning import plan_run
 from fsdp_qlora.run import build_model, choose_compute, load_model, open_weights
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import read_config
@@ -65,12 +67,15 @@ def built(options: Options) -> Iterator[Built]:
         yield build_in(world, options)
 
 
-def build_in(world: World, options: Options) -> Built:
+def build_in(world: World, options: Options, change: Callable[[Plan], Plan] = lambda plan: plan) -> Built:
+    """change: what to do otherwise than planned."""
     config = parse(flags(options))
     hf_config = read_config(config.model.model_name, config.model.revision)
     precision, attention = choose_compute(config, hf_config, world)
-    placement = choose_placement(config.memory, world)
     weights = open_weights(config, precision.stream)
-    model, fusion = build_model(config, hf_config, weights, precision, attention, placement, world)
+    model, fusion = build_model(config, hf_config, weights, precision, attention, world)
+    plan = change(plan_run(model, config, fusion, world)[0])
+    placement = choose_placement(plan, config.memory, world)
+    keep_activations(model, plan.blocks, config.training.batch_size * config.data.context_length, world.device)
     adapters = load_model(config, model, weights, placement, world)
     return Built(model, adapters, placement, fusion, world)

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from fsdp_qlora.codecs import NF4, Codec
 from fsdp_qlora.config import AdapterOptions
 from fsdp_qlora.config_parse import parse
-from fsdp_qlora.fusing import Fusion, fuse
+from fsdp_qlora.fusing import Fusion, fuse, keep_activations
 from fsdp_qlora.loading import encode
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.placement import Replicated
+from fsdp_qlora.plan import BlockPlan
+from fsdp_qlora.planning import wishes_of
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.skeleton import build
 from tests.runs import Options, flags
@@ -43,7 +45,12 @@ class Subject:
         self.model.backbone.rotary_emb = self.rotary
         given: Options = {"model_name": "none", "context_length": 64} | options
         device = next(iter(self.weights.values())).device
-        return fuse(self.model, parse(flags(given)), device)
+        config = parse(flags(given))
+        fusion = fuse(self.model, config, device)
+        wishes = wishes_of(config.memory, 1)
+        kept = BlockPlan(True, wishes.keep or "input", bool(wishes.offload))
+        keep_activations(self.model, [kept] * len(self.model.blocks), 64, device)
+        return fusion
 
     def set_backend(self, backend: str) -> None:
         for block in self.model.blocks.values():

@@ -13,6 +13,8 @@ from tests.torchrun import run_torchrun
 ROWS = 21  # by fours: the sixth step of an epoch has one row, so that one of two ranks has nothing to do
 OPTIONS = {"num_epochs": 2, "lora_rank": 8, "lr": 5e-3, "precision": "fp32", "context_length": 64, "fused": "false"}
 
+FSDP2_OFFLOAD = {"use_cpu_offload": True, "cpu_offload_by": "fsdp2"}
+STREAMED = {"use_cpu_offload": True, "resident_blocks": 0}
 # Four rows a step on two ranks, two each at once. The same arithmetic in the same order: equal to the last bit.
 SAME_BITS = {
     "reentrant": {"reentrant_checkpointing": True},
@@ -22,21 +24,39 @@ SAME_BITS = {
     "ddp": {"sharding_strategy": "ddp"},
     "ddp-reentrant": {"sharding_strategy": "ddp", "reentrant_checkpointing": True},
     "hybrid-of-ones": {"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 1},
-    "offload": {"use_cpu_offload": True},
-    "offload-reentrant": {"use_cpu_offload": True, "reentrant_checkpointing": True},
-    "offload-shard_grad_op": {"use_cpu_offload": True, "sharding_strategy": "shard_grad_op"},
+    "fsdp2-offload": FSDP2_OFFLOAD,
+    "fsdp2-offload-reentrant": FSDP2_OFFLOAD | {"reentrant_checkpointing": True},
+    "fsdp2-offload-shard_grad_op": FSDP2_OFFLOAD | {"sharding_strategy": "shard_grad_op"},
+    "streamed": STREAMED,
+    "streamed-reentrant": STREAMED | {"reentrant_checkpointing": True},
+    "streamed-keeps-all": STREAMED | {"use_gradient_checkpointing": False},
+    "streamed-one-resident": STREAMED | {"resident_blocks": 1},
+    "streamed-two-resident": STREAMED | {"resident_blocks": 2, "sharding_strategy": "full_shard"},
 }
 ONE_BY_ONE = {"batch_size": 1, "gradient_accumulation_steps": 2}
 # The same sums in another order: equal within float32's rounding.
 SAME_SUMS = {
     "accumulated": ONE_BY_ONE,
-    "accumulated-reentrant-offload": ONE_BY_ONE | {"reentrant_checkpointing": True, "use_cpu_offload": True},
+    "accumulated-reentrant-fsdp2-offload": ONE_BY_ONE | FSDP2_OFFLOAD | {"reentrant_checkpointing": True},
+    "accumulated-streamed": ONE_BY_ONE | STREAMED,
     "no_sync": ONE_BY_ONE | {"no_sync": True},
     "no_sync-ddp": ONE_BY_ONE | {"no_sync": True, "sharding_strategy": "ddp"},
     "no_sync-shard_grad_op-keeps-all": ONE_BY_ONE
     | {"no_sync": True, "sharding_strategy": "shard_grad_op", "use_gradient_checkpointing": False},
     "fused": {"fused": "true"},
-    "fused-offload-no_sync": ONE_BY_ONE | {"fused": "true", "use_cpu_offload": True, "no_sync": True},
+    "fused-fsdp2-offload-no_sync": ONE_BY_ONE | FSDP2_OFFLOAD | {"fused": "true", "no_sync": True},
+}
+# The same of fused blocks, wherever their bytes and what they keep lie: equal to the last bit to "fused".
+FUSED = {
+    f"fused-{name}-{keep}": {"fused": "true", "keep_activations": keep} | placed
+    for name, placed in {
+        "sharded": {"sharding_strategy": "full_shard"},
+        "ddp": {"sharding_strategy": "ddp"},
+        "streamed": STREAMED,
+        "streamed-one-resident": STREAMED | {"resident_blocks": 1},
+        "streamed-kept-on-host": STREAMED | {"use_activation_cpu_offload": True},
+    }.items()
+    for keep in ("input", "attention", "all")
 }
 DROPOUT = {
     "dropout": {},
@@ -48,7 +68,8 @@ DROPOUT = {
 ON_FOUR = {
     "hybrid_full_shard": {"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 2},
     "hybrid_shard_grad_op": {"sharding_strategy": "hybrid_shard_grad_op", "hybrid_shard_size": 2},
-    "hybrid-offload": {"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 2, "use_cpu_offload": True},
+    "hybrid-fsdp2-offload": FSDP2_OFFLOAD | {"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 2},
+    "streamed": STREAMED,
 }
 
 
@@ -61,7 +82,7 @@ def options(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def two(options, tmp_path_factory) -> dict[str, Run]:
-    cases = {"sharded": {}} | SAME_BITS | SAME_SUMS | {"reduce-bf16": {"reduce_dtype": "bf16"}}
+    cases = {"sharded": {}} | SAME_BITS | SAME_SUMS | FUSED | {"reduce-bf16": {"reduce_dtype": "bf16"}}
     cases |= {name: more | {"lora_dropout": 0.3} for name, more in DROPOUT.items()}
     cases = {name: options | {"batch_size": 2} | more for name, more in cases.items()}
     cases |= {name: options | more for name, more in twins(options).items()}
@@ -114,13 +135,18 @@ def test_placement_and_checkpointing_change_no_bit(case, two):
     assert_same_bits(two[case], two["sharded"])
 
 
+@pytest.mark.parametrize("case", FUSED)
+def test_placement_and_what_is_kept_change_no_bit_of_fused_blocks(case, two):
+    assert_same_bits(two[case], two["fused"])
+
+
 @pytest.mark.parametrize("case", SAME_SUMS)
 def test_cutting_up_a_step_changes_only_rounding(case, two):
     assert_same_sums(two[case], two["sharded"])
 
 
 @pytest.mark.parametrize("case", ON_FOUR)
-def test_hybrid_sharding_of_four_ranks_in_twos(case, two, four):
+def test_four_ranks_train_as_two_do(case, two, four):
     assert_same_sums(four[case], two["sharded"])
 
 
@@ -146,10 +172,13 @@ def test_gradients_reduced_in_bfloat16_are_close(two):
 
 
 BYTES = """
+    import os
     import sys
+    from dataclasses import replace
     import torch
     import torch.distributed as dist
     from fsdp_qlora.config import LaunchOptions
+    from fsdp_qlora.frozen import checksum
     from fsdp_qlora.placement import held_bytes
     from fsdp_qlora.world import open_world
     from tests.built import build_in
@@ -160,7 +189,8 @@ BYTES = """
         "full_shard": ({}, 2),
         "shard_grad_op": ({"sharding_strategy": "shard_grad_op"}, 2),
         "hybrid": ({"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 1}, 1),
-        "offload": ({"use_cpu_offload": True}, 2),
+        "fsdp2-offload": ({"use_cpu_offload": True, "cpu_offload_by": "fsdp2"}, 2),
+        "streamed": ({"use_cpu_offload": True, "resident_blocks": 1}, 0),
     }
     EVERY_PATTERN = torch.arange(2**16).to(torch.uint16).view(torch.uint8)
 
@@ -172,15 +202,24 @@ BYTES = """
     def same(frozen, wanted):
         return torch.equal(frozen.flat.detach().view(torch.uint8), wanted)
 
+    before = set(os.listdir("/dev/shm"))
     with open_world(LaunchOptions(), 0) as world:
         for name, (more, shards) in PLACEMENTS.items():
             options = {"model_name": sys.argv[1], "dataset": "dummy", "train_type": "lora", "precision": "fp32",
                        "use_gradient_checkpointing": False, "fused": "false", "lora_rank": 2}
-            ours = build_in(world, options | more)
+            def two_buffers(plan):  # and the head comes too: four units by turns in two buffers
+                return replace(plan, staging=2, head_resident=False) if plan.placement == "stream" else plan
+
+            ours = build_in(world, options | more, two_buffers)
             units = ours.model.units
             wanted = [bytes_for(unit, i) for i, unit in enumerate(units)]
+            if name == "streamed":
+                ours.placement.close()
+                ours.placement.prepare(ours.model)
             for unit, whole in zip(units, wanted, strict=True):
+                unit.frozen.expected = checksum(whole)
                 ours.placement.store(unit, whole.clone())
+            ours.placement.finish(world)
 
             seen = []
             for i, block in enumerate(ours.model.blocks.values()):
@@ -195,7 +234,8 @@ BYTES = """
             ours.adapters.begin_micro_batch(last=True)
             loss = ours.loss(ids, ids, 7.0)
             whole_now = [not hasattr(block.frozen.flat, "to_local") for block in ours.model.blocks.values()]
-            assert whole_now == [name in ("ddp", "shard_grad_op")] * 3, (name, whole_now)  # between the two passes
+            everywhere = name in ("ddp", "shard_grad_op", "streamed")
+            assert whole_now == [everywhere] * 3, (name, whole_now)  # between the two passes
             loss.backward()
             ours.adapters.finish()
             assert seen == [True] * 2 * len(ours.model.blocks), (name, seen)  # each forward, and again in each backward
@@ -203,6 +243,11 @@ BYTES = """
                 with frozen.opened():
                     assert same(frozen, whole), name
 
+            if name == "streamed":
+                assert not os.listdir("/dev/shm") or before == set(os.listdir("/dev/shm")), "something has a name there"
+                ours.placement.close()
+                sys.stdout.write(f"rank {world.rank}: {name} keeps its bytes\\n")
+                continue
             held = torch.tensor([held_bytes(unit) for unit in units])
             sharded = torch.tensor([unit.home == "shared" for unit in units])
             nbytes = torch.tensor([unit.frozen.layout.nbytes for unit in units])
@@ -222,5 +267,5 @@ def test_all_bit_patterns_survive_every_placement(tmp_path):
     model: Path = tiny.save_model(LlamaConfig(**tiny.SHAPE | {"vocab_size": 1024}), tmp_path)
     done = run_torchrun(BYTES, 2, [str(model)])
     for rank in range(2):
-        for name in ("ddp", "full_shard", "shard_grad_op", "hybrid", "offload"):
+        for name in ("ddp", "full_shard", "shard_grad_op", "hybrid", "fsdp2-offload", "streamed"):
             assert f"rank {rank}: {name} keeps its bytes" in done.stdout, f"{done.stdout}\n{done.stderr}"

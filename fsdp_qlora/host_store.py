@@ -1,0 +1,116 @@
+"""One copy of frozen bytes in host memory for all ranks of a node: shared, page-locked once by each, gone with them.
+
+The memory is a memfd: it has no name, so nothing can be left behind in /dev/shm, whatever kills the ranks, and a
+container's small /dev/shm does not limit it. The first rank of the node makes it; the others open it through /proc,
+which needs no more than the same user. Its pages are filled in ahead of use by a thread of each rank, for the kernel
+takes longer to clear 35 GB than a disk to read them.
+"""
+
+import ctypes
+import mmap
+import os
+import threading
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.errors import UserError, first_line
+from fsdp_qlora.host_buffers import release_page_lock, try_page_lock
+from fsdp_qlora.units import GIB
+from fsdp_qlora.world import World
+
+PAGE = 4096  # bytes; what is page-locked must not share a page with something else that is
+POPULATE_STEP = 64 << 20  # bytes asked of the kernel at once
+MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # Linux 5.14 knows the second; where it does not, the first write does it
+
+
+class HostStore:
+    """Memory that every rank of a node sees. `take` hands out pieces, in the same order on every rank.
+
+    refused: 0, or CUDA's error code where the system refused to page-lock: copies from it are then slower, but right.
+    """
+
+    def __init__(self, nbytes: int, world: World) -> None:
+        """A collective. Raises UserError on every rank where the memory cannot be had."""
+        self.world, self.nbytes, self.refused = world, nbytes, 0
+        self._taken = 0
+        self._locked: list[Tensor] = []
+        descriptor = world.together(lambda: self._make(nbytes) if world.local_rank == 0 else -1)
+        pid, number = world.gather([os.getpid(), descriptor])[world.rank - world.local_rank]
+        self._map = world.together(lambda: self._open(int(pid), int(number)))
+        if descriptor >= 0:
+            os.close(descriptor)  # every rank has mapped it
+        self._closing = threading.Event()
+        self._filler = threading.Thread(target=self._populate, daemon=True, name="host store")
+        self._filler.start()
+
+    def take(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes], on pages of its own, page-locked for this rank where a GPU is there to read it."""
+        assert self._taken + nbytes <= self.nbytes, "the store was made too small"
+        piece = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=self._taken)
+        self._taken += rounded(nbytes)
+        if self.world.device.type == "cuda" and not self.refused:
+            self.refused = try_page_lock(piece)
+            if not self.refused:
+                self._locked.append(piece)
+        return piece
+
+    def share(self, nbytes: int) -> slice:
+        """The part of a piece of `nbytes` that this rank writes, when all ranks of the node have its contents."""
+        step = rounded(-(-nbytes // self.world.local_size))
+        return slice(min(nbytes, step * self.world.local_rank), min(nbytes, step * (self.world.local_rank + 1)))
+
+    def close(self) -> None:
+        """Give the memory back: no more reads, no more copies."""
+        self._closing.set()
+        self._filler.join()
+        if self._locked:
+            torch.cuda.synchronize(self.world.device)
+        while self._locked:
+            release_page_lock(self._locked.pop())
+
+    def _make(self, nbytes: int) -> int:
+        if not hasattr(os, "memfd_create"):
+            raise UserError(
+                "use_cpu_offload: this system has no memory that processes share without a name (Linux has); use "
+                "--cpu_offload_by fsdp2"
+            )
+        try:
+            descriptor = os.memfd_create("fsdp_qlora frozen base", os.MFD_CLOEXEC)
+            os.ftruncate(descriptor, nbytes)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        return descriptor
+
+    def _open(self, pid: int, number: int) -> mmap.mmap:
+        try:
+            mine = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                return mmap.mmap(mine, self.nbytes)
+            finally:
+                os.close(mine)
+        except OSError as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: OSError) -> UserError:
+        return UserError(
+            f"use_cpu_offload: {self.nbytes / GIB:.2f} GiB of host memory cannot be shared among the ranks of a node "
+            f"({first_line(error)}); free some memory, raise the container's limit, or use --cpu_offload_by fsdp2"
+        )
+
+    def _populate(self) -> None:
+        """Have the kernel clear this rank's share of the pages, in the order in which they will be written."""
+        advise = ctypes.CDLL(None, use_errno=True).madvise
+        advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        start = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+        advise(start, self.nbytes, MADV_HUGEPAGE)
+        ranks, mine = self.world.local_size, self.world.local_rank
+        for offset in range(mine * POPULATE_STEP, self.nbytes, ranks * POPULATE_STEP):
+            length = min(POPULATE_STEP, self.nbytes - offset)
+            if self._closing.is_set() or advise(start + offset, length, MADV_POPULATE_WRITE) != 0:
+                return
+
+
+def rounded(nbytes: int) -> int:
+    """What a piece of `nbytes` takes of a store."""
+    return -(-nbytes // PAGE) * PAGE

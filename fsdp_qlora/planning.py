@@ -1,0 +1,73 @@
+"""From a model, the options and this machine to the plan: what the user fixed, what there is, what it will be.
+
+The plan itself (plan.py and its neighbours) is arithmetic; here are its inputs read and its words told.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from fsdp_qlora.calibrate import calibrate
+from fsdp_qlora.config import Config, MemoryOptions
+from fsdp_qlora.fusing import Fusion
+from fsdp_qlora.host_memory import available_host_bytes
+from fsdp_qlora.model import CausalModel
+from fsdp_qlora.optim import state_bytes
+from fsdp_qlora.plan import Budget, Plan, Wishes, make_plan, plan_record, table
+from fsdp_qlora.plan_facts import facts_of
+from fsdp_qlora.units import GIB
+from fsdp_qlora.world import World
+
+HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
+
+
+def plan_run(model: CausalModel, config: Config, fusion: Fusion, world: World) -> tuple[Plan, list[str], dict]:
+    """(the plan, its table, its record for `write_plan`). A collective. Raises UserError where nothing fits."""
+    facts = facts_of(model, config, world, fusion, state_bytes(config.training.optimizer, world.device.type))
+    rates = calibrate(facts, model, world)
+    budget = find_budget(config.memory, world)
+    plan = world.together(lambda: make_plan(facts, rates, wishes_of(config.memory, world.size), budget))
+    return plan, table(plan, facts, rates, budget), plan_record(plan, facts, rates)
+
+
+def wishes_of(memory: MemoryOptions, ranks: int) -> Wishes:
+    """What the options leave to the plan, and what not."""
+    keep = None if memory.keep_activations == "auto" else memory.keep_activations
+    return Wishes(
+        placements=_placements(memory, ranks),
+        resident_blocks=memory.resident_blocks,
+        keep=keep if memory.use_gradient_checkpointing else "all",
+        offload=memory.use_activation_cpu_offload,
+    )
+
+
+def _placements(memory: MemoryOptions, ranks: int) -> tuple[str, ...]:
+    """Those that are allowed."""
+    if memory.use_cpu_offload:
+        return ("stream",) if memory.cpu_offload_by == "stream" else ("shard_offload",)
+    if memory.sharding_strategy == "ddp" or (memory.sharding_strategy != "auto" and ranks == 1):
+        return ("replicate",)
+    if memory.sharding_strategy != "auto":
+        return ("shard",)
+    resident = ("replicate", "shard") if ranks > 1 else ("replicate",)
+    return resident if memory.use_cpu_offload is False else (*resident, "stream")
+
+
+def find_budget(memory: MemoryOptions, world: World) -> Budget:
+    """What the plan may use of this machine: the least of any rank's. A collective."""
+    device = float("inf")
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)
+        device = free + torch.cuda.memory_reserved(world.device)
+    if memory.gpu_memory_gib is not None:
+        device = min(device, memory.gpu_memory_gib * GIB)
+    given = memory.host_memory_gib
+    host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
+    everyone = world.gather([device, host])
+    return Budget(*(min(column) for column in zip(*everyone, strict=True)))
+
+
+def write_plan(folder: Path, record: dict) -> None:
+    """Beside the run's results, for who compares it with what came."""
+    (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,105 @@
+"""Brings frozen bytes from host memory to the GPU ahead of their use, on a stream of their own, into a few buffers.
+
+A step's order of use is known: the blocks forward, the head, the blocks backward, the next forward. So at each stop the
+buffers shall hold the next few units of that order, the one in use included; what is missing is copied over what is
+not wanted. Units at the turn of the tide (the last blocks of a forward, the first of the next) are still there when
+they are needed again and are not copied twice. Nothing is ever copied back: frozen bytes do not change.
+
+A wrong guess (a forward that no backward follows) costs a copy that is waited for, never a wrong byte.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fsdp_qlora.frozen import FrozenBytes
+
+PIECE = 32 << 20  # bytes of one copy: others (activations on their way) get their turn on the link in between
+
+
+@dataclass
+class Stop:
+    """A unit in the order of use: a block, or the head after the last. source: None where its bytes stay on the GPU."""
+
+    frozen: FrozenBytes
+    source: Tensor | None
+    here: dict[int, nn.Parameter] = field(default_factory=dict)  # buffer -> its bytes there, as `FrozenBytes.flat`
+
+
+@dataclass
+class _Buffer:
+    memory: Tensor  # uint8 on the device
+    holds: int = -1  # the stop whose bytes are in it or on their way
+    arrived: torch.cuda.Event | None = None
+    done: torch.cuda.Event | None = None  # the computation that read it last
+
+
+class Streamer:
+    """Moves the bytes of `stops` (the first `blocks` of them used forward and backward, the rest forward alone)."""
+
+    def __init__(self, stops: list[Stop], blocks: int, buffers: int, device: torch.device) -> None:
+        self.stops, self.device = stops, device
+        self.copied = 0  # bytes, so far
+        streamed = [i for i, stop in enumerate(stops) if stop.source is not None]
+        most = max((stop.frozen.layout.nbytes for stop in stops if stop.source is not None), default=0)
+        count = min(buffers, len(streamed))
+        self._buffers = [_Buffer(torch.empty(most, dtype=torch.uint8, device=device)) for _ in range(count)]
+        self._wanted = [
+            [order_of_use(streamed, position, backward, len(stops), blocks)[:count] for position in range(len(stops))]
+            for backward in (False, True)
+        ]
+        self._using: _Buffer | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def need(self, position: int, backward: bool) -> None:
+        """Stop `position` is computed next: its bytes are there for what is queued from now on, the next on their way.
+
+        The computations queued before this were the last to read what the stop before had."""
+        if self._using is not None and self._stream is not None:
+            self._using.done = torch.cuda.current_stream(self.device).record_event()
+        self._using = None
+        wanted = self._wanted[backward][position]
+        stop = self.stops[position]
+        if stop.source is not None:
+            number = self._bring(position, wanted)
+            self._using = buffer = self._buffers[number]
+            if buffer.arrived is not None:
+                torch.cuda.current_stream(self.device).wait_event(buffer.arrived)
+            stop.frozen._parameters["flat"] = stop.here[number]
+        for one in wanted:
+            self._bring(one, wanted)
+
+    def _bring(self, position: int, wanted: list[int]) -> int:
+        """The number of the buffer that holds the stop's bytes, or will once its copy has arrived."""
+        for number, buffer in enumerate(self._buffers):
+            if buffer.holds == position:
+                return number
+        number, buffer = next((i, b) for i, b in enumerate(self._buffers) if b.holds not in wanted)
+        stop = self.stops[position]
+        assert stop.source is not None
+        target = buffer.memory[: stop.source.numel()]
+        if number not in stop.here:
+            stop.here[number] = nn.Parameter(target.view(torch.float32), requires_grad=False)
+        buffer.holds = position
+        self._copy(stop.source, target, buffer)
+        return number
+
+    def _copy(self, source: Tensor, target: Tensor, buffer: _Buffer) -> None:
+        self.copied += source.numel()
+        if self._stream is None:
+            target.copy_(source)
+            return
+        if buffer.done is not None:
+            self._stream.wait_event(buffer.done)
+        with torch.cuda.stream(self._stream):
+            for start in range(0, source.numel(), PIECE):
+                target[start : start + PIECE].copy_(source[start : start + PIECE], non_blocking=True)
+            buffer.arrived = self._stream.record_event()
+
+
+def order_of_use(streamed: list[int], position: int, backward: bool, stops: int, blocks: int) -> list[int]:
+    """The streamed stops in the order of their next use, from `position` on, each once."""
+    there, back = list(range(stops)), list(reversed(range(blocks)))
+    rest = back[blocks - 1 - position :] + there + back if backward else there[position:] + back + there
+    return [i for i in dict.fromkeys(rest) if i in set(streamed)]

@@ -1,0 +1,170 @@
+"""Streaming: the right bytes at every stop of any walk, no more copies than are needed, nothing left over."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsdp_qlora import host_store
+from fsdp_qlora.codecs import Plain
+from fsdp_qlora.config import LaunchOptions
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.frozen import FrozenBytes, Layout
+from fsdp_qlora.host_store import HostStore, rounded
+from fsdp_qlora.stream import Stop, Streamer, order_of_use
+from fsdp_qlora.world import open_world
+from tests.torchrun import run_torchrun
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BLOCKS, HEAD = 7, 7  # the head comes after the last block and is larger
+
+
+def stops(resident: set[int]) -> list[Stop]:
+    made = []
+    for i in range(BLOCKS + 1):
+        frozen = FrozenBytes(Layout({"w": (Plain(torch.float32), (64 if i < HEAD else 100, 3))}))
+        source = torch.full((frozen.layout.nbytes,), i + 1, dtype=torch.uint8)
+        if i in resident:
+            frozen.flat = torch.nn.Parameter(source.to(DEVICE).view(torch.float32), requires_grad=False)
+        made.append(Stop(frozen, None if i in resident else source.pin_memory() if DEVICE.type == "cuda" else source))
+    return made
+
+
+def walk(streamer: Streamer, positions: list[int], backward: bool) -> None:
+    for position in positions:
+        streamer.need(position, backward)
+        found = streamer.stops[position].frozen.flat.detach().view(torch.uint8)
+        assert found.device.type == DEVICE.type
+        assert bool((found == position + 1).all()), f"stop {position} has {found.unique().tolist()}"
+
+
+def step(streamer: Streamer) -> None:
+    walk(streamer, list(range(BLOCKS + 1)), backward=False)
+    walk(streamer, list(range(BLOCKS))[::-1], backward=True)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("resident", [set(), {0}, {6}, {1, 3, 5}, {HEAD}, set(range(BLOCKS))], ids=str)
+def test_every_stop_finds_its_bytes_and_none_is_copied_needlessly(resident, buffers):
+    streamer = Streamer(stops(resident), BLOCKS, buffers, DEVICE)
+    step(streamer)
+    before = streamer.copied
+    for _ in range(3):
+        step(streamer)
+    moved = [len(set(range(BLOCKS)) - resident), HEAD not in resident]
+    size, head_size = (stop.frozen.layout.nbytes for stop in streamer.stops[-2:])
+    every_use = 3 * (2 * moved[0] * size + moved[1] * head_size)
+    copied = streamer.copied - before
+    if buffers >= sum(moved):
+        assert copied == 0, "all of them have a buffer of their own"
+    else:  # the last of a pass are the first of the next: all that are still there but one, which the head may take
+        kept = 3 * 2 * (buffers - 1) * size
+        assert every_use - kept - 3 * 2 * size <= copied <= every_use - kept + 3 * 2 * size
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_a_walk_that_nobody_foresaw_finds_its_bytes_too(buffers):
+    """Forwards that no backward follows, a backward that ends early, jumps."""
+    streamer = Streamer(stops({2}), BLOCKS, buffers, DEVICE)
+    for positions, backward in (
+        (range(BLOCKS + 1), False),
+        (range(BLOCKS + 1), False),
+        ((6, 5), True),
+        ((0, 1, 2, 3), False),
+        ((5, 1, 6), True),
+        ((HEAD, 0, 4, 4, 0), False),
+    ):
+        walk(streamer, list(positions), backward)
+    step(streamer)
+
+
+def test_the_order_of_use_is_that_of_a_step():
+    whole = [*range(BLOCKS + 1), *reversed(range(BLOCKS)), *range(BLOCKS + 1), *reversed(range(BLOCKS))]
+    for backward, at in [(False, p) for p in range(BLOCKS + 1)] + [(True, p) for p in range(BLOCKS)]:
+        start = 2 * BLOCKS - at if backward else at
+        wanted = list(dict.fromkeys(i for i in whole[start:] if i != 3))
+        assert order_of_use([0, 1, 2, 4, 5, 6, 7], at, backward, BLOCKS + 1, BLOCKS) == wanted, (at, backward)
+
+
+# ---- the memory that ranks share
+
+
+def test_memory_that_cannot_be_had_is_a_users_error_of_one_line(monkeypatch):
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with (
+        open_world(LaunchOptions(), 0) as world,
+        pytest.raises(UserError, match=r"^use_cpu_offload: 2\.00 GiB .*No space left.*--cpu_offload_by fsdp2$"),
+    ):
+        HostStore(2 << 30, world)
+
+
+def test_a_system_without_such_memory_is_told_what_to_use(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    with open_world(LaunchOptions(), 0) as world, pytest.raises(UserError, match="--cpu_offload_by fsdp2"):
+        HostStore(1 << 20, world)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU needs page-locked memory")
+def test_memory_that_cannot_be_page_locked_still_serves(monkeypatch):
+    monkeypatch.setattr(host_store, "try_page_lock", lambda tensor: 801)
+    with open_world(LaunchOptions(), 0) as world:
+        store = HostStore(1 << 20, world)
+        piece = store.take(1000)
+        piece.copy_(torch.arange(1000, device=DEVICE).to(torch.uint8), non_blocking=True)
+        torch.cuda.synchronize()
+        assert store.refused == 801
+        assert piece.tolist() == [i % 256 for i in range(1000)]
+        store.close()
+
+
+SHARED = """
+    import os, sys
+    import torch
+    from fsdp_qlora.config import LaunchOptions
+    from fsdp_qlora.host_store import HostStore, rounded
+    from fsdp_qlora.world import open_world
+
+    with open_world(LaunchOptions(), 0) as world:
+        sizes = [10_000, 1, 4096, 100_001]
+        store = HostStore(sum(map(rounded, sizes)), world)
+        pieces = [store.take(size) for size in sizes]
+        assert all(piece.untyped_storage().nbytes() == piece.numel() for piece in pieces)
+        for piece in pieces:
+            mine = store.share(len(piece))
+            piece[mine] = world.rank + 1
+        world.barrier()
+        for piece in pieces:  # each byte written by one rank and seen by all
+            assert (piece > 0).all() and piece.tolist() == sorted(piece.tolist())
+        sums = [int(p.to(torch.int64).sum()) for p in pieces]
+        world.barrier()
+        store.close()
+        del store, pieces, piece
+        open_files = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        names = [os.readlink(file) for file in open_files if os.path.islink(file)]
+        assert not any("fsdp_qlora" in name for name in names), "the memory is still held"
+        sys.stdout.write(f"rank {world.rank} saw {sums}\\n")
+    """
+
+
+def test_ranks_of_a_node_write_and_read_the_same_memory_which_has_no_name():
+    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
+    done = run_torchrun(SHARED, 2)
+    sums = [line.partition("saw")[2] for line in done.stdout.splitlines() if "saw" in line]
+    assert len(sums) == 2, f"{done.stdout}\n{done.stderr}"
+    assert sums[0] == sums[1]
+    assert before >= {name for name in os.listdir("/dev/shm") if "fsdp" in name}
+
+
+def test_pieces_lie_on_pages_of_their_own():
+    with open_world(LaunchOptions(), 0) as world:
+        store = HostStore(3 * rounded(5000), world)
+        pieces = [store.take(5000) for _ in range(3)]
+        assert [piece.data_ptr() % 4096 for piece in pieces] == [0, 0, 0]
+        assert all(not piece.any() for piece in pieces), "fresh memory is zero"
+        with pytest.raises(AssertionError, match="too small"):
+            store.take(1)
+        store.close()
