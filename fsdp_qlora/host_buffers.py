@@ -1,5 +1,7 @@
 """Page-locked host memory: exactly as much as asked for, registered with the driver once."""
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from fsdp_qlora.units import GIB
 def page_lock(tensor: Tensor, what: str) -> Tensor:
     """Pin the memory that `tensor` has. PyTorch's own pinned allocator would make a copy rounded up to a power of two.
 
+    It is let go with the last tensor that has it. Otherwise the addresses, once they are given to somebody else, would
+    still be the old pages to the driver: copies of other tensors would bring their bytes, or fail.
+
     what: the option or thing it is for, in the message. Raises UserError where the system refuses."""
     status = try_page_lock(tensor)
     if status != 0:
@@ -17,6 +22,7 @@ def page_lock(tensor: Tensor, what: str) -> Tensor:
             f"{what}: the system refuses to page-lock {tensor.nbytes / GIB:.2f} GiB more of host memory "
             f"(CUDA error {status}); free some memory or raise `ulimit -l`"
         )
+    weakref.finalize(tensor.untyped_storage(), _unlock, tensor.data_ptr()).atexit = False  # then the process ends it
     return tensor
 
 
@@ -27,4 +33,8 @@ def try_page_lock(tensor: Tensor) -> int:
 
 def release_page_lock(tensor: Tensor) -> None:
     """Undo `page_lock`, before the memory goes: pages that the driver still holds would never be free again."""
-    torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+    _unlock(tensor.data_ptr())
+
+
+def _unlock(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fsdp_qlora.fused import AttentionState, Kept, MLPState
+from fsdp_qlora.host_buffers import page_lock
 from fsdp_qlora.offload import ActivationOffload
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,3 +61,29 @@ def test_nothing_stays_on_the_device_longer_than_needed(fetched: bool) -> None:
             assert back() is None, "the block is gone and so must be what it held"
     finally:
         gc.enable()
+
+
+def test_page_locked_memory_is_let_go_with_the_last_tensor_that_has_it(monkeypatch) -> None:
+    locked: set[tuple[int, int]] = set()
+
+    class Driver:
+        def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+            locked.add((address, nbytes))
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            locked.difference_update({piece for piece in locked if piece[0] == address})
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    whole = torch.empty(4096, dtype=torch.uint8)
+    wanted = {(whole.data_ptr(), 4096)}
+    assert page_lock(whole, "a test") is whole
+    parameter = torch.nn.Parameter(whole.view(torch.float32), requires_grad=False)
+    part = parameter.data[8:16]
+    del whole, parameter
+    gc.collect()
+    assert locked == wanted
+    del part
+    gc.collect()
+    assert not locked
