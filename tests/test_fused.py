@@ -5,6 +5,7 @@ Every family, every keep level, adapters on all linears and on some, biases, dro
 
 import dataclasses
 import statistics
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from fsdp_qlora.kernels.lora_wide import PITCH
 from fsdp_qlora.model import CausalModel
 from tests.fusable import Results, Subject, inputs, subject
 from tests.test_families import FAMILIES, config_of
+from tests.test_kernel_attention import flash_attn_package
 from tests.truth import DEVICE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,6 +134,20 @@ def test_every_attention_backend_in_a_block(keep, dtype):
     for backend in backends:
         of.set_backend(backend)
         assert_good(of.run(h, d_out), plain, truth)
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Gemma2"])
+def test_the_flash_attn_package_in_a_block(name, monkeypatch):
+    """Its backward takes what its forward has kept, so a block must keep all of it or compute all of it again."""
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn_package())
+    of = case(name, torch.float64, CPU)
+    h, d_out = inputs(of.hf_config, (2, 21), torch.float64, CPU)
+    truth = of.truth(h, d_out)
+    for keep in KEEP:
+        of.fuse(keep_activations=keep)
+        of.set_backend("flash_attn")
+        for key, ours in of.run(h, d_out).items():
+            assert (ours - truth[key]).abs().max() < 1e-12 * max(truth[key].abs().max(), 1.0), (keep, key)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

@@ -1,5 +1,8 @@
 """Attention with its backward apart: every backend against float64, with groups, windows, softcaps, odd sizes."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +116,63 @@ def test_float64_is_the_textbooks(case, backend):
     ours = (out, *attend_backward(d_out, q, k, v, out, stats, masking, backend))
     for mine, true in zip(ours, differentiated(eager, q, k, v, d_out, masking), strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-12)
+
+
+def flash_attn_func(
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """Stands where the flash-attn package (2.8) is not: its signature, and what its docstring says it means."""
+    assert dropout_p == 0
+    assert alibi_slopes is None
+    assert not return_attn_probs
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bind,bjnd->bnij", q, k) * (q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    left, right = window_size
+    offset = torch.arange(k.shape[1])[None, :] - torch.arange(q.shape[1])[:, None]  # of key j from query i
+    attended = offset <= 0 if causal else torch.ones_like(offset, dtype=torch.bool)
+    if left >= 0:
+        attended &= offset >= -left
+    if right >= 0:
+        attended &= offset <= right
+    p = scores.masked_fill(~attended, float("-inf")).softmax(-1)
+    return torch.einsum("bnij,bjnd->bind", p, v)
+
+
+def flash_attn_package():
+    package = ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    return package
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_flash_attn_package_is_asked_for_what_math_computes(case, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn_package())
+    shape, window, softcap = CASES[case]
+    masking = Masking(0.3, window, softcap)
+    q, k, v, d_out = draw(shape, torch.float64, "cpu")
+    results = {}
+    for backend in ("flash_attn", "math"):
+        with torch.no_grad():  # as inside an autograd function
+            out, stats = attend(q, k, v, masking, backend)
+            grads = attend_backward(d_out, q, k, v, out, stats, masking, backend)
+        assert not out.requires_grad
+        results[backend] = (out, *grads)
+    assert not q.requires_grad
+    for ours, true in zip(results["flash_attn"], results["math"], strict=True):
+        assert true.abs().max() > 0.1 or 1 in (shape[1], window), "nothing but zeros is compared"
+        torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-12)
 
 
 def test_large_scores_stay_finite():
