@@ -12,9 +12,6 @@ from fsdp_qlora.units import GIB
 def page_lock(tensor: Tensor, what: str) -> Tensor:
     """Pin the memory that `tensor` has. PyTorch's own pinned allocator would make a copy rounded up to a power of two.
 
-    It is let go with the last tensor that has it. Otherwise the addresses, once they are given to somebody else, would
-    still be the old pages to the driver: copies of other tensors would bring their bytes, or fail.
-
     what: the option or thing it is for, in the message. Raises UserError where the system refuses."""
     status = try_page_lock(tensor)
     if status != 0:
@@ -22,18 +19,19 @@ def page_lock(tensor: Tensor, what: str) -> Tensor:
             f"{what}: the system refuses to page-lock {tensor.nbytes / GIB:.2f} GiB more of host memory "
             f"(CUDA error {status}); free some memory or raise `ulimit -l`"
         )
-    weakref.finalize(tensor.untyped_storage(), _unlock, tensor.data_ptr()).atexit = False  # then the process ends it
     return tensor
 
 
 def try_page_lock(tensor: Tensor) -> int:
-    """0, or CUDA's error code where the system refuses."""
-    return int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+    """0, or CUDA's error code where the system refuses.
 
-
-def release_page_lock(tensor: Tensor) -> None:
-    """Undo `page_lock`, before the memory goes: pages that the driver still holds would never be free again."""
-    _unlock(tensor.data_ptr())
+    It is let go with the last tensor that has the memory. Otherwise the addresses, once they are somebody else's, would
+    still be the old pages to the driver: copies of other tensors would bring their bytes, or fail."""
+    address = tensor.data_ptr()
+    status = int(torch.cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
+    if status == 0:
+        weakref.finalize(tensor.untyped_storage(), _unlock, address).atexit = False  # then the process ends it
+    return status
 
 
 def _unlock(address: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError, first_line
-from fsdp_qlora.host_buffers import release_page_lock, try_page_lock
+from fsdp_qlora.host_buffers import try_page_lock
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
@@ -34,15 +34,12 @@ class HostStore:
         """A collective. Raises UserError on every rank where the memory cannot be had."""
         self.world, self.nbytes, self.refused = world, nbytes, 0
         self._taken = 0
-        self._locked: list[Tensor] = []
         descriptor = world.together(lambda: self._make(nbytes) if world.local_rank == 0 else -1)
         pid, number = world.gather([os.getpid(), descriptor])[world.rank - world.local_rank]
         self._map = world.together(lambda: self._open(int(pid), int(number)))
         if descriptor >= 0:
             os.close(descriptor)  # every rank has mapped it
-        self._closing = threading.Event()
-        self._filler = threading.Thread(target=self._populate, daemon=True, name="host store")
-        self._filler.start()
+        threading.Thread(target=_populate, args=(self._map, world), daemon=True, name="host store").start()
 
     def take(self, nbytes: int) -> Tensor:
         """uint8 [nbytes], on pages of its own, page-locked for this rank where a GPU is there to read it."""
@@ -51,23 +48,12 @@ class HostStore:
         self._taken += rounded(nbytes)
         if self.world.device.type == "cuda" and not self.refused:
             self.refused = try_page_lock(piece)
-            if not self.refused:
-                self._locked.append(piece)
         return piece
 
     def share(self, nbytes: int) -> slice:
         """The part of a piece of `nbytes` that this rank writes, when all ranks of the node have its contents."""
         step = rounded(-(-nbytes // self.world.local_size))
         return slice(min(nbytes, step * self.world.local_rank), min(nbytes, step * (self.world.local_rank + 1)))
-
-    def close(self) -> None:
-        """Give the memory back: no more reads, no more copies."""
-        self._closing.set()
-        self._filler.join()
-        if self._locked:
-            torch.cuda.synchronize(self.world.device)
-        while self._locked:
-            release_page_lock(self._locked.pop())
 
     def _make(self, nbytes: int) -> int:
         if not hasattr(os, "memfd_create"):
@@ -98,17 +84,16 @@ class HostStore:
             f"({first_line(error)}); free some memory, raise the container's limit, or use --cpu_offload_by fsdp2"
         )
 
-    def _populate(self) -> None:
-        """Have the kernel clear this rank's share of the pages, in the order in which they will be written."""
-        advise = ctypes.CDLL(None, use_errno=True).madvise
-        advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        start = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
-        advise(start, self.nbytes, MADV_HUGEPAGE)
-        ranks, mine = self.world.local_size, self.world.local_rank
-        for offset in range(mine * POPULATE_STEP, self.nbytes, ranks * POPULATE_STEP):
-            length = min(POPULATE_STEP, self.nbytes - offset)
-            if self._closing.is_set() or advise(start + offset, length, MADV_POPULATE_WRITE) != 0:
-                return
+
+def _populate(memory: mmap.mmap, world: World) -> None:
+    """Have the kernel clear this rank's share of the pages, in the order in which they will be written."""
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    start, nbytes = torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory)
+    advise(start, nbytes, MADV_HUGEPAGE)
+    for offset in range(world.local_rank * POPULATE_STEP, nbytes, world.local_size * POPULATE_STEP):
+        if advise(start + offset, min(POPULATE_STEP, nbytes - offset), MADV_POPULATE_WRITE) != 0:
+            return
 
 
 def rounded(nbytes: int) -> int:

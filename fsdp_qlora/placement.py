@@ -48,10 +48,6 @@ class Placement(Protocol):
         """The bytes of `unit` that this rank must hold, by the placement's promise."""
         ...
 
-    def close(self) -> None:
-        """Give back what outlives its tensors: the model is of no use after this."""
-        ...
-
 
 class Replicated:
     """Every rank has everything: no traffic in a step, and a card must hold the whole base."""
@@ -69,9 +65,6 @@ class Replicated:
 
     def bytes_here(self, unit: Unit) -> int:
         return unit.frozen.layout.nbytes
-
-    def close(self) -> None:
-        pass
 
 
 class Sharded:
@@ -146,9 +139,6 @@ class Sharded:
     def bytes_here(self, unit: Unit) -> int:
         return unit.frozen.layout.nbytes // (self.shards if unit.home == "shared" else 1)
 
-    def close(self) -> None:
-        pass
-
 
 class Streamed:
     """One copy a node in host memory; every rank copies each block to its device ahead of use (see stream.py).
@@ -216,10 +206,6 @@ class Streamed:
 
     def bytes_here(self, unit: Unit) -> int:
         return 0 if unit.name in self._streamed else unit.frozen.layout.nbytes
-
-    def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
 
 
 def choose_placement(plan: Plan, options: MemoryOptions, world: World) -> Placement:

@@ -96,8 +96,8 @@ class _Sizes:
 
     def forward(self, level: int) -> int:
         """Its input included: nobody before it keeps that."""
-        mlp = self.attention_state(level) + 2 * self.h + self.n_wide + self.gate_up + self.middle_wide + self.hs
-        return self.h + max(self.attention_forward(), mlp + max(self.projected, self.dropped))
+        mlp = self.attention_state(level) + 2 * self.h + self.n_wide + self.gate_up + self.middle_wide
+        return self.h + max(self.attention_forward(), mlp + max(self.hs + self.projected, self.dropped))
 
     def backward(self, level: int) -> int:
         """Beside what the block keeps; of that the attention half lets go h2, gate and up."""

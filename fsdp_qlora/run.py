@@ -1,7 +1,6 @@
 """The run, stage by stage: what is read and checked, what is built, what is loaded where, then the training loop."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -62,13 +61,12 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         world.main_only(lambda: note_run(config, folder, adapter_count(model), record))
 
         placement = world.together(lambda: choose_placement(plan, config.memory, world))
-        with closing(placement):
-            most_tokens = config.training.batch_size * config.data.context_length
-            keep_activations(model, plan.blocks, most_tokens, world.device)
-            adapters = load_model(config, model, weights, placement, world)
-            torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
-            stepper = Stepper(model, adapters, config.training, steps, world)
-            return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
+        most_tokens = config.training.batch_size * config.data.context_length
+        keep_activations(model, plan.blocks, most_tokens, world.device)
+        adapters = load_model(config, model, weights, placement, world)
+        torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
+        stepper = Stepper(model, adapters, config.training, steps, world)
+        return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
 
 
 def choose_compute(config: Config, hf_config: PretrainedConfig, world: World) -> tuple[Precision, Attention]:

@@ -411,10 +411,10 @@ def test_a_model_that_is_nowhere_is_told_in_one_line_and_in_seconds(tmp_path):
 class Training:
     """A long run of two ranks under torchrun, somewhere in the middle of its steps."""
 
-    def __init__(self, material: Material, folder: Path) -> None:
+    def __init__(self, material: Material, folder: Path, **changes: str) -> None:
         self.folder = folder
         self.start = time.monotonic()
-        arguments = _arguments(material, folder, num_epochs="100000", batch_size="4")
+        arguments = _arguments(material, folder, num_epochs="100000", batch_size="4", **changes)
         self.process = start_torchrun(ROOT / "train.py", args=arguments)
         while self.steps() < 4:
             assert self.process.poll() is None, self.process.communicate()
@@ -458,9 +458,11 @@ def _opens_in_peft(material: Material, folder: Path) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_others_with_a_message_and_what_was_learnt_is_saved(material, tmp_path, victim):
-    run = Training(material, tmp_path / "out")
+    before = set(os.listdir("/dev/shm"))
+    run = Training(material, tmp_path / "out", use_cpu_offload="true")
     run.ranks[victim].kill()
     done = run.end(timeout=60)
+    assert set(os.listdir("/dev/shm")) <= before, "shared memory outlives the job"
     assert done.returncode == 1
     # Told by the broken connection, or, inside a GPU's exchange, by the time that it takes.
     left = rf"rank {1 - victim}( stopped because another rank ended|: no step ended within \d+ s)"

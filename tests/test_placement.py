@@ -214,7 +214,6 @@ BYTES = """
             units = ours.model.units
             wanted = [bytes_for(unit, i) for i, unit in enumerate(units)]
             if name == "streamed":
-                ours.placement.close()
                 ours.placement.prepare(ours.model)
             for unit, whole in zip(units, wanted, strict=True):
                 unit.frozen.expected = checksum(whole)
@@ -245,7 +244,6 @@ BYTES = """
 
             if name == "streamed":
                 assert not os.listdir("/dev/shm") or before == set(os.listdir("/dev/shm")), "something has a name there"
-                ours.placement.close()
                 sys.stdout.write(f"rank {world.rank}: {name} keeps its bytes\\n")
                 continue
             held = torch.tensor([held_bytes(unit) for unit in units])

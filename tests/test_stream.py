@@ -118,7 +118,6 @@ def test_memory_that_cannot_be_page_locked_still_serves(monkeypatch):
         torch.cuda.synchronize()
         assert store.refused == 801
         assert piece.tolist() == [i % 256 for i in range(1000)]
-        store.close()
 
 
 SHARED = """
@@ -141,7 +140,6 @@ SHARED = """
             assert (piece > 0).all() and piece.tolist() == sorted(piece.tolist())
         sums = [int(p.to(torch.int64).sum()) for p in pieces]
         world.barrier()
-        store.close()
         del store, pieces, piece
         open_files = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
         names = [os.readlink(file) for file in open_files if os.path.islink(file)]
@@ -167,4 +165,3 @@ def test_pieces_lie_on_pages_of_their_own():
         assert all(not piece.any() for piece in pieces), "fresh memory is zero"
         with pytest.raises(AssertionError, match="too small"):
             store.take(1)
-        store.close()

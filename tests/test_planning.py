@@ -1,0 +1,119 @@
+"""What options mean to the plan, what this machine offers it, and `--plan_only` as a user types it."""
+
+import json
+import math
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import train
+from fsdp_qlora import host_memory
+from fsdp_qlora.config import MemoryOptions
+from fsdp_qlora.config_parse import parse
+from fsdp_qlora.host_memory import available_host_bytes
+from fsdp_qlora.planning import find_budget, wishes_of
+from fsdp_qlora.units import GIB
+from fsdp_qlora.world import open_world
+from tests import tiny
+from tests.runs import run_alone
+from tests.torchrun import ROOT, run_torchrun
+
+ANYWHERE = ("replicate", "shard", "stream")
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "placements"),
+    [
+        ("", 2, ANYWHERE),
+        ("", 1, ("replicate", "stream")),
+        ("--use_cpu_offload true", 2, ("stream",)),
+        ("--use_cpu_offload true", 1, ("stream",)),
+        ("--use_cpu_offload true --sharding_strategy full_shard", 2, ("stream",)),
+        ("--use_cpu_offload true --cpu_offload_by fsdp2", 2, ("shard_offload",)),
+        ("--use_cpu_offload true --cpu_offload_by fsdp2 --sharding_strategy shard_grad_op", 2, ("shard_offload",)),
+        ("--use_cpu_offload false", 2, ("replicate", "shard")),
+        ("--use_cpu_offload false", 1, ("replicate",)),
+        ("--sharding_strategy full_shard", 2, ("shard",)),
+        ("--sharding_strategy hybrid_shard_grad_op", 2, ("shard",)),
+        ("--sharding_strategy full_shard", 1, ("replicate",)),
+        ("--sharding_strategy ddp", 2, ("replicate",)),
+    ],
+)
+def test_where_the_base_may_lie(given, ranks, placements):
+    memory = parse(["--model_name", "m", *given.split()]).memory
+    assert wishes_of(memory, ranks).placements == placements
+
+
+def test_what_blocks_keep_is_the_plans_unless_it_is_given():
+    assert wishes_of(MemoryOptions(), 1).keep is None
+    assert wishes_of(MemoryOptions(keep_activations="qkv"), 1).keep == "qkv"
+    assert wishes_of(MemoryOptions(use_gradient_checkpointing=False), 1).keep == "all"
+    assert [wishes_of(MemoryOptions(use_activation_cpu_offload=x), 1).offload for x in (None, True, False)] == [
+        None,
+        True,
+        False,
+    ]
+
+
+def test_a_limit_that_is_given_is_the_limit():
+    config = parse(["--model_name", "m", "--host_memory_gib", "3.5"])
+    with open_world(config.launch, 0) as world:
+        assert find_budget(config.memory, world).host_bytes == 3.5 * GIB
+        found = find_budget(MemoryOptions(), world)
+    assert 0 < found.host_bytes < psutil.virtual_memory().total
+    assert found.device_bytes > 0
+    assert math.isinf(found.device_bytes) != torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "cache", "expected"), [("1000", "600", "100", 500), ("max", "600", "0", None), ("1", "9", "0", 0)]
+)
+def test_a_containers_limit_counts(tmp_path, monkeypatch, limit, used, cache, expected):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{used}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {cache}\nactive_file 0\n")
+    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
+    found = available_host_bytes()
+    assert found == expected if expected is not None else found > 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A config alone: there is no weight that could be read, nor a tokenizer."""
+    folder = tmp_path_factory.mktemp("plan")
+    LlamaConfig(**tiny.SHAPE).save_pretrained(folder)
+    return folder
+
+
+def test_plan_only_prints_the_plan_and_leaves_nothing(model, tmp_path):
+    """Neither weights nor data are looked for, and no folder is made."""
+    options = ["--model_name", str(model), "--dummy_weights", "true", "--dataset", str(tmp_path / "none.jsonl")]
+    arguments = [*options, "--plan_only", "true", "--output_dir", str(tmp_path / "out")]
+    done = run_torchrun(ROOT / "train.py", 2, [*arguments, "--use_cpu_offload", "true"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("plan      stream: ") == 1, done.stdout
+    assert "0 of 3 blocks resident" in done.stdout
+    assert "memory " in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_option_is_still_refused(model, capsys):
+    assert (
+        train.main(["--model_name", str(model), "--plan_only", "--sharding_strategy", "ddp", "--use_cpu_offload"]) == 2
+    )
+    assert "ddp keeps the whole model" in capsys.readouterr().err
+
+
+def test_a_run_leaves_its_plan_beside_what_came(tmp_path):
+    tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path / "model")
+    rows = tiny.save_rows(tmp_path / "rows.jsonl", 4)
+    options = {"model_name": tmp_path / "model", "dataset": rows, "precision": "fp32", "context_length": 64}
+    run = run_alone(options | {"use_cpu_offload": True, "keep_activations": "qkv"}, tmp_path / "out")
+    record = json.loads((run.folder / "plan.json").read_text())
+    assert record["plan"]["placement"] == "stream"
+    assert [block["keep"] for block in record["plan"]["blocks"]] == ["qkv"] * 3
+    assert record["facts"]["layers"] == 3
+    assert record["plan"]["device_bytes"] == sum(record["plan"]["parts"].values()) > 0
