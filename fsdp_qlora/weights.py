@@ -82,14 +82,19 @@ class Checkpoint:
 
 
 class OnHub:
-    """A hub model's checkpoint, downloaded when it is first asked for: by then it is known that the run can be."""
+    """A hub model's checkpoint, downloaded when its tensors are first asked for: by then the run is known to be able.
+
+    Their names alone are had from the files' headers, which the hub gives without the rest."""
 
     def __init__(self, model_name: str, revision: str | None, workers: int = -1) -> None:
         self.model_name, self.revision, self.workers = model_name, revision, workers
         self._checkpoint: Checkpoint | None = None
+        self._names: Set[str] | None = None
 
     def names(self) -> Set[str]:
-        return self._open().names()
+        if self._checkpoint is None and self._names is None:
+            self._names = names_on_hub(self.model_name, self.revision)
+        return self._open().names() if self._names is None else self._names
 
     def check(self, expected: Mapping[str, Shape], ignored: Iterable[str] = ()) -> None:
         self._open().check(expected, ignored)
@@ -126,6 +131,16 @@ class Dummy:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=self.dtype, device=device)
         generator = torch.Generator(device).manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(name)))
         return torch.randn(shape, dtype=self.dtype, device=device, generator=generator).mul_(1 / math.sqrt(shape[-1]))
+
+
+def names_on_hub(model_name: str, revision: str | None) -> Set[str] | None:
+    """Every tensor of a hub model, read from the headers of its files; None where the hub does not tell (offline)."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        return get_safetensors_metadata(model_name, revision=revision).weight_map.keys()
+    except Exception:  # whatever it is, the download that follows meets it too, and says it
+        return None
 
 
 def fetch(model_name: str, revision: str | None) -> Path:

@@ -3,17 +3,20 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import psutil
 import pytest
 import torch
 from transformers import LlamaConfig
 
 import train
-from fsdp_qlora import host_memory
+from fsdp_qlora import host_memory, weights
 from fsdp_qlora.config import MemoryOptions
 from fsdp_qlora.config_parse import parse
 from fsdp_qlora.host_memory import available_host_bytes
+from fsdp_qlora.loading import is_quantized
 from fsdp_qlora.planning import find_budget, wishes_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import open_world
@@ -117,3 +120,23 @@ def test_a_run_leaves_its_plan_beside_what_came(tmp_path):
     assert [block["keep"] for block in record["plan"]["blocks"]] == ["qkv"] * 3
     assert record["facts"]["layers"] == 3
     assert record["plan"]["device_bytes"] == sum(record["plan"]["parts"].values()) > 0
+
+
+def test_the_names_in_a_hub_models_checkpoint_need_no_download(monkeypatch):
+    """A quantized checkpoint's layout depends on them, so the plan does."""
+    hub = SimpleNamespace(weight_map={"a.weight": "x.safetensors", "a.weight.absmax": "x.safetensors"})
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda name, revision: hub)
+    monkeypatch.setattr(weights, "fetch", lambda *_: pytest.fail("downloaded"))
+    source = weights.OnHub("somebody/something-bnb-4bit", None)
+    assert source.names() == hub.weight_map.keys()
+    assert is_quantized(source, "a.weight")
+    assert not is_quantized(source, "b.weight")
+
+
+def test_a_hub_that_does_not_tell_names_is_asked_for_the_files(monkeypatch, tmp_path):
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", offline)
+    monkeypatch.setattr(weights, "fetch", lambda *_: tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path / "model"))
+    assert "model.norm.weight" in weights.OnHub("somebody/something", None).names()
