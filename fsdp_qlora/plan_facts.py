@@ -27,8 +27,9 @@ class Facts:
     norms_after: norms follow o and down (Gemma 2, 3). head_norms: queries and keys are normalised (Qwen 3, Gemma 3).
     keys: that a query sees, the mean over queries and blocks. stream_bytes, compute_bytes, reduce_bytes: of a number of
     the residual stream, in compute and in gradient sums. state_bytes: of optimizer state on the GPU per adapter
-    parameter. remat: whether unfused blocks run under checkpointing. workspace_bytes: that PyTorch gives to cuBLAS on
-    each thread that multiplies. dummy: random weights, made on the device.
+    parameter. shards: ranks among which `shard` divides a copy. reshard: whether a block that was gathered is freed
+    between its forward and its backward. remat: whether unfused blocks run under checkpointing. workspace_bytes: that
+    PyTorch gives to cuBLAS on each thread that multiplies. dummy: random weights, made on the device.
     """
 
     layers: int
@@ -65,6 +66,8 @@ class Facts:
     dropout: float
     ranks: int
     local_ranks: int
+    shards: int
+    reshard: bool
     fused: bool
     remat: bool
     attention: str
@@ -144,6 +147,8 @@ def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fu
         dropout=config.adapter.lora_dropout,
         ranks=world.size,
         local_ranks=world.local_size,
+        shards=_shards(memory.sharding_strategy, memory.hybrid_shard_size, world),
+        reshard=not memory.sharding_strategy.endswith("shard_grad_op"),
         fused=bool(fusion.blocks),
         remat=memory.use_gradient_checkpointing,
         attention=fusion.attention[0] if fusion.attention else "",
@@ -166,6 +171,12 @@ def keys_seen(context: int, window: int | None) -> float:
     """Mean number of keys that a causal query sees: (S + 1) / 2, fewer through a window."""
     w = context if window is None else min(window, context)
     return (w * (w + 1) / 2 + (context - w) * w) / context
+
+
+def _shards(strategy: str, group: int, world: "World") -> int:
+    if not strategy.startswith("hybrid"):
+        return world.size
+    return world.local_size if group == -1 else group
 
 
 def _codec(linears: list[Any]) -> str:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Literal
 
 from fsdp_qlora.plan_facts import Facts, beside, pitch
-from fsdp_qlora.plan_moments import BlockBytes, Loading, head_moments
+from fsdp_qlora.plan_moments import FLOAT, BlockBytes, Loading, head_moments
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)
@@ -54,41 +54,42 @@ class Memory:
         self.head = max(head_moments(facts))
         self.adapters = facts.all_adapters * facts.compute_bytes
         owned = -(-facts.all_adapters // facts.ranks)
-        self.owned = owned * 8 + int(owned * facts.state_bytes) + self._unreduced()
+        self.owned = owned * 2 * FLOAT + int(owned * facts.state_bytes) + self._unreduced()
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
 
     def device_parts(self, candidate: Candidate) -> dict[str, int]:
         """What is on a GPU at the peak, by name; the sum is the peak."""
-        held = {
+        return max(self.step_parts(candidate), self.loading_parts(candidate), key=lambda parts: sum(parts.values()))
+
+    def step_parts(self, candidate: Candidate) -> dict[str, int]:
+        """What is on a GPU at the worst moment of a step."""
+        kept, working = self._peak(candidate.blocks, self._head_gathered(candidate))
+        return {
             "frozen base": self._resident(candidate),
             "frozen base on its way": self._moving(candidate),
             "adapters": self.adapters,
             "gradients, masters, optimizer": self.owned + self.flying,
             "decoded weights, cuBLAS": self.scratch + self.workspace,
+            "kept for backward": kept,
+            "working": working,
         }
-        kept, working = self._peak(candidate.blocks, self._head_gathered(candidate))
-        step = sum(held.values()) + kept + working
-        loading = self.loading(candidate)
-        if loading > step:
-            idle = held["frozen base"] + self.adapters + 8 * -(-self.facts.all_adapters // self.facts.ranks)
-            return {"frozen base": held["frozen base"], "adapters": self.adapters, "loading": loading - idle} | {
-                "gradients, masters, optimizer": idle - held["frozen base"] - self.adapters
-            }
-        return held | {"kept for backward": kept, "working": working}
+
+    def loading_parts(self, candidate: Candidate) -> dict[str, int]:
+        """What is on a GPU when the unit is encoded that takes most, all other units being where they stay."""
+        of, resident = Loading(self.facts), self._resident(candidate)
+        encoding = max(of.block, of.head - self._head_here(candidate))
+        masters = 2 * FLOAT * -(-self.facts.all_adapters // self.facts.ranks)
+        return {
+            "frozen base": resident,
+            "adapters": self.adapters,
+            "gradients and masters": masters,
+            "unit being encoded": encoding,
+        }
 
     def device_bytes(self, candidate: Candidate) -> int:
         return sum(self.device_parts(candidate).values())
-
-    def loading(self, candidate: Candidate) -> int:
-        """The peak of loading: all that stays, and the unit that takes most while it is encoded."""
-        facts = self.facts
-        idle = self.adapters + 8 * -(-facts.all_adapters // facts.ranks)
-        staging = candidate.staging * self.staged(candidate) if candidate.placement == "stream" else 0
-        before_head = self._resident(candidate) - self._head_here(candidate)
-        of = Loading(facts)
-        return idle + staging + max(before_head + of.block, before_head + of.head)
 
     def host_parts(self, candidate: Candidate) -> dict[str, int]:
         """Bytes in host memory of a node, all its ranks together, by name."""
@@ -100,7 +101,7 @@ class Memory:
             frozen = facts.block_bytes * sum(not b.resident for b in blocks)
             frozen += 0 if candidate.head_resident else facts.head_bytes
         elif kind == "shard_offload":
-            frozen = self._frozen_shared() * facts.local_ranks // facts.ranks
+            frozen = self._frozen_shared() * facts.local_ranks // facts.shards
         kept = sum(self.of[b.keep, b.offloaded].away for b in blocks) * facts.local_ranks
         return {"frozen base": frozen, "embedding": embedding * copies, "kept for backward": kept}
 
@@ -122,7 +123,7 @@ class Memory:
     def _resident(self, candidate: Candidate) -> int:
         facts = self.facts
         if candidate.placement == "shard":
-            return -(-self._frozen_shared() // facts.ranks) + facts.rest_bytes
+            return -(-self._frozen_shared() // facts.shards) + facts.rest_bytes
         if candidate.placement == "shard_offload":
             return facts.rest_bytes
         blocks = sum(b.resident for b in candidate.blocks) * facts.block_bytes
@@ -134,19 +135,25 @@ class Memory:
 
     def _moving(self, candidate: Candidate) -> int:
         if candidate.placement == "stream":
-            return candidate.staging * self.staged(candidate)
-        return 0 if _whole(candidate) else GATHERED * self.facts.block_bytes
+            streamed = sum(not b.resident for b in candidate.blocks) + (not candidate.head_resident)
+            return min(candidate.staging, streamed) * self.staged(candidate)
+        return 0 if _whole(candidate) else self._gathered()
 
     def _head_gathered(self, candidate: Candidate) -> int:
         """What the head needs beyond `_moving` while it is gathered: no block is then."""
         if _whole(candidate):
             return 0
         facts = self.facts
-        return HEAD_COPIES * (facts.head_bytes or facts.embedding_bytes) - GATHERED * facts.block_bytes
+        return HEAD_COPIES * (facts.head_bytes or facts.embedding_bytes) - (self._gathered() if facts.reshard else 0)
+
+    def _gathered(self) -> int:
+        """Bytes of blocks that are whole at once."""
+        facts = self.facts
+        return (GATHERED if facts.reshard else facts.layers) * facts.block_bytes
 
     def _unreduced(self) -> int:
         facts = self.facts
-        return 4 * facts.all_adapters if facts.no_sync and facts.accumulation > 1 else 0
+        return FLOAT * facts.all_adapters if facts.no_sync and facts.accumulation > 1 else 0
 
     def _peak(self, blocks: Sequence[BlockPlan], head_gathered: int) -> tuple[int, int]:
         """(bytes kept, bytes of working tensors) at the worst moment of a micro-batch."""

@@ -88,11 +88,12 @@ class Clock:
         """Seconds of a micro-batch in which bytes come to the GPU, and in which kept tensors leave it."""
         away = sum(self.memory.of[b.keep, b.offloaded].away for b in candidate.blocks)
         if candidate.placement in ("shard", "shard_offload"):
-            blocks = 2 * self.facts.layers * self._gather(candidate)
+            blocks = self._passes() * self.facts.layers * self._gather(candidate)
             return blocks + self._gather_head(candidate) + away / self.rates.h2d, away / self.rates.h2d
         streamed = sum(not b.resident for b in candidate.blocks)
-        moved = max(0, 2 * (streamed - candidate.staging)) * self.facts.block_bytes
-        moved += 0 if candidate.head_resident else self.facts.head_bytes
+        head = not candidate.head_resident  # in a buffer that would have kept a block where the passes turn round
+        moved = max(0, 2 * (streamed - candidate.staging) + head) * self.facts.block_bytes
+        moved += self.facts.head_bytes if head else 0
         return (moved + away) / self.rates.h2d, away / self.rates.h2d
 
     def _of(self, work: Work) -> float:
@@ -112,12 +113,16 @@ class Clock:
         """Seconds until a block is whole. Offloaded shards come over the link that the others' bytes use as well, in
         both directions where there is no peer access."""
         f, r = self.facts, self.rates
-        received = f.block_bytes * (f.ranks - 1) / f.ranks
+        received = f.block_bytes * (f.shards - 1) / f.shards
         seconds = self._over(received, r.gather)
         if candidate.placement == "shard_offload":
             through_host = received if r.gather < r.h2d else 0.0
-            seconds = max(seconds, (f.block_bytes / f.ranks + through_host) / r.h2d_both)
+            seconds = max(seconds, (f.block_bytes / f.shards + through_host) / r.h2d_both)
         return seconds
+
+    def _passes(self) -> int:
+        """In how many of a micro-batch's two passes blocks are gathered."""
+        return 2 if self.facts.reshard else 1
 
     def _gather_head(self, candidate: Candidate) -> float:
         """The head, and an embedding that is not in host memory, are gathered when they are wanted."""
@@ -141,7 +146,7 @@ class Clock:
         arithmetic = self.arithmetic(candidate)
         moving = self.reduction * self.facts.layers + self.publish
         if candidate.placement in ("shard", "shard_offload"):
-            moving += 2 * self.facts.layers * self._gather(candidate)
+            moving += self._passes() * self.facts.layers * self._gather(candidate)
         return 1 + (max(self.rates.crowding, 1.0) - 1) * min(1.0, moving / arithmetic)
 
 
@@ -203,6 +208,8 @@ class Walk:
 
     def _backward(self) -> None:
         held = self.buffers - self.streams_head if self.keeps else 0
+        if not self.keeps and not self.clock.facts.reshard:
+            held = len(self.streamed)
         order, there = self._arrivals(self.streamed[::-1], self.keeps, self.now, held)
         parked = [i for i, seconds in enumerate(self.away) if seconds]
         fetched: dict[int, float] = {}

@@ -1,9 +1,11 @@
 """Shapes that the plan's arithmetic is held against, as the numbers that `facts_of` reads off a model."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fsdp_qlora.plan_facts import Facts, keys_seen
+from fsdp_qlora.plan_memory import BlockPlan, Candidate, Placed
+from fsdp_qlora.plan_time import Rates
 from fsdp_qlora.units import GIB
 
 BF16, FLOAT = 2, 4  # bytes
@@ -64,6 +66,8 @@ def facts(shape: str, batch: int, context: int, rank: int, ranks: int = 1, **cha
         dropout=0.0,
         ranks=ranks,
         local_ranks=ranks,
+        shards=ranks,
+        reshard=True,
         fused=True,
         remat=True,
         attention="cudnn",
@@ -76,3 +80,61 @@ def facts(shape: str, batch: int, context: int, rank: int, ranks: int = 1, **cha
 
 def gib(nbytes: float) -> float:
     return nbytes / GIB
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was measured: docs/performance.md and benchmarks/results/2026-11-22-h200.jsonl."""
+
+    name: str
+    facts: Facts
+    placement: Placed
+    keep: str
+    offloaded: bool
+    allocated_gib: float
+    seconds: float
+    attention: tuple[float, float]  # FLOP/s forward and backward at its shape
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.placement, (BlockPlan(True, self.keep, self.offloaded),) * self.facts.layers, True, 0)
+
+    @property
+    def rates(self) -> Rates:
+        return replace(H200, attention_forward=self.attention[0], attention_backward=self.attention[1])
+
+
+TERA, GIGA = 1e12, 1e9
+# The H200s of those runs, before calibration was there, from their other measurements: products by shape and attention
+# (cuDNN) as a whole step's parts took one by one, decoding and copying per op, the link and NCCL without peer access on
+# the home rig. Not measured apart: `crowding` is what NCCL's 16 or so of 132 multiprocessors make, and `launch` is what
+# the row of 1 x 512 gives, which the host bounds; that row shows no more than that the others do not contradict it.
+H200 = Rates(
+    matmul_forward=710 * TERA,
+    matmul_backward=689 * TERA,
+    attention_forward=550 * TERA,
+    attention_backward=393 * TERA,
+    copy=4260 * GIGA,
+    dequantize=3875 * GIGA,
+    h2d=55 * GIGA,
+    h2d_both=38 * GIGA,
+    d2h_both=38 * GIGA,
+    gather=25 * GIGA,
+    reduce=25 * GIGA,
+    crowding=1.15,
+    launch=36e-6,
+)
+LONG_8B, SHORT_8B = (550 * TERA, 393 * TERA), (250 * TERA, 180 * TERA)
+LONG_70B, SHORT_70B = (523 * TERA, 393 * TERA), (229 * TERA, 156 * TERA)
+B8, B70 = "llama3_8b", "llama2_70b"
+MEASURED = [
+    Run("8B 4x2048 all", facts(B8, 4, 2048, 16), "replicate", "all", False, 29.148, 0.4786, LONG_8B),
+    Run("8B 4x2048 input", facts(B8, 4, 2048, 16), "replicate", "input", False, 8.290, 0.6272, LONG_8B),
+    Run("8B 8x512 halves", facts(B8, 8, 512, 16), "replicate", "halves", False, 7.653, 0.3041, SHORT_8B),
+    Run(
+        "8B 4x2048 attention, offloaded", facts(B8, 4, 2048, 16), "replicate", "attention", True, 6.552, 0.6028, LONG_8B
+    ),
+    Run("8B 1x512 input", facts(B8, 1, 512, 16), "replicate", "input", False, 5.701, 0.1599, SHORT_8B),
+    Run("70B 2x512", facts(B70, 2, 512, 64, 2), "shard_offload", "input", False, 11.365, 1.9392, SHORT_70B),
+    Run("70B 2x2048", facts(B70, 2, 2048, 64, 2), "shard_offload", "input", False, 15.9, 3.082, LONG_70B),
+]

@@ -58,7 +58,7 @@ def test_a_slow_link_is_all_that_counts_and_what_turns_round_is_not_copied_again
     seconds = clock.seconds(streamed(known.layers))
     assert seconds == pytest.approx(expected, rel=0.01)
     assert clock.seconds(streamed(known.layers, head=False)) - seconds == pytest.approx(
-        (known.head_bytes + 2 * known.block_bytes) / 1e9, rel=0.1
+        (known.head_bytes + known.block_bytes) / 1e9, rel=0.02
     )  # the head takes a buffer that would have kept a block over the turn
     half = clock.seconds(streamed(known.layers, resident=40))
     assert half == pytest.approx((2 * (40 - 3) * known.block_bytes) / 1e9, rel=0.02)

@@ -1,0 +1,115 @@
+"""The plan's memory: equal to what the program's own code allocates on the meta device, near what was measured."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
+
+from fsdp_qlora.plan_facts import Facts, facts_of
+from fsdp_qlora.plan_memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan_moments import KEEP, BlockBytes
+from fsdp_qlora.units import GIB
+from tests.known_runs import MEASURED, facts
+from tests.metered import WORLD, metered_block, metered_step, planned
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 1024,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "stacked projections": Phi3Config(**SHAPE),
+    "head norms": Qwen3Config(**SHAPE, head_dim=64),
+    "four norms": Gemma2Config(**SHAPE, head_dim=64, attn_logit_softcapping=None),
+}
+
+
+def every(facts: Facts, keep: str, offloaded: bool = False, placement: Placed = "replicate") -> Candidate:
+    return Candidate(placement, (BlockPlan(True, keep, offloaded),) * facts.layers, True, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_block_allocates_what_is_counted(family: str, dropout: float) -> None:
+    model, config, fusion = planned(
+        FAMILIES[family], batch_size=4, context_length=256, lora_rank=20, lora_dropout=dropout
+    )
+    known = facts_of(model, config, WORLD, fusion, 8)
+    for keep in KEEP:
+        counted, real = BlockBytes.of(known, keep, False), metered_block(model, config, keep)
+        assert counted.kept == real.kept, keep
+        assert counted.forward == real.forward, keep
+        assert counted.backward == real.backward, keep
+
+
+@pytest.mark.parametrize("keep", ["input", "qkv", "all"])
+@pytest.mark.parametrize("vocabulary", [1024, 32000])
+def test_a_whole_step_allocates_what_is_counted(keep: str, vocabulary: int) -> None:
+    """With few words the peak is in a block's backward, with many at the head."""
+    model, config, fusion = planned(
+        LlamaConfig(**SHAPE | {"vocab_size": vocabulary}), batch_size=2, context_length=256, lora_rank=16
+    )
+    known = facts_of(model, config, WORLD, fusion, 0)  # no optimizer yet, so no state
+    real, counted = metered_step(model, config, keep), Memory(known)
+    parts = counted.step_parts(every(known, keep))
+    working = parts["kept for backward"] + parts["working"]
+    assert working == pytest.approx(real.peak - real.before, rel=0.02)
+    embedding = 0 if known.embedding_on_host else known.embedding_bytes
+    assert sum(parts.values()) - working == pytest.approx(real.before, rel=0.005), embedding
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])
+def test_measured_peaks_are_met_within_5_percent(row: Any) -> None:
+    known = row.facts
+    predicted = Memory(known).device_bytes(every(known, row.keep, row.offloaded, row.placement))
+    assert predicted == pytest.approx(row.allocated_gib * GIB, rel=0.05)
+
+
+def test_offloaded_blocks_keep_little_on_the_gpu_and_the_rest_in_host_memory() -> None:
+    known = facts("llama3_8b", 4, 2048, 16)
+    for keep in KEEP:
+        here, away = (BlockBytes.of(known, keep, offloaded) for offloaded in (False, True))
+        assert away.kept + away.away == here.kept
+        assert away.kept < here.kept / 20
+    memory = Memory(known)
+    assert memory.host_bytes(every(known, "qkv", True)) > memory.host_bytes(every(known, "qkv"))
+
+
+def test_streamed_blocks_are_in_host_memory_once_and_in_buffers_on_the_gpu() -> None:
+    known = facts("llama3_70b", 1, 512, 16, ranks=2)
+    memory = Memory(known)
+
+    def streamed(resident: int, head: bool, staging: int = 3) -> Candidate:
+        blocks = tuple(BlockPlan(i < resident, "input", False) for i in range(known.layers))
+        return Candidate("stream", blocks, head, staging)
+
+    ten, none = streamed(10, True), streamed(0, True)
+    assert memory.device_bytes(ten) - memory.device_bytes(none) == 10 * known.block_bytes
+    assert memory.host_bytes(none) - memory.host_bytes(ten) == 10 * known.block_bytes
+    # A streamed head makes every buffer as large as it is.
+    assert memory.staged(streamed(0, False)) == known.head_bytes > known.block_bytes == memory.staged(none)
+    assert memory.host_bytes(streamed(0, False)) - memory.host_bytes(none) == known.head_bytes
+
+
+def test_facts_are_plain_numbers_that_survive_json() -> None:
+    model, config, fusion = planned(FAMILIES["llama"], context_length=256, lora_rank=16)
+    known = facts_of(model, config, WORLD, fusion, 8)
+    assert Facts(**json.loads(json.dumps(asdict(known)))) == known
+    assert known.adapter_parameters * known.layers == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_facts_of_an_unfused_model() -> None:
+    model, config, fusion = planned(FAMILIES["llama"], context_length=256, lora_rank=16, fused="false")
+    known = facts_of(model, config, WORLD, fusion, 8)
+    assert not known.fused
+    assert (known.hidden, known.inner, known.heads, known.kv_heads, known.head_dim) == (1024, 3584, 16, 4, 64)
+    assert Memory(known).device_bytes(every(known, "input")) > known.layers * known.block_bytes
