@@ -1,7 +1,6 @@
 """Turns a model's blocks into fused ones where their family is known, all of them or none, and says which and why."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,6 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.fused import KEEP, FusedBlock, Scratch
 from fsdp_qlora.kernels.attention import fastest
 from fsdp_qlora.model import CausalModel
-from fsdp_qlora.offload import ActivationOffload
-from fsdp_qlora.plan import BlockPlan
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.recognise import Anatomy, recognise
 
@@ -57,7 +54,7 @@ class HalfTables(nn.Module):
 def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
     """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be.
 
-    The blocks keep their input; `keep_activations` changes that."""
+    The blocks keep their input, until a plan says otherwise."""
     options, memory = config.model, config.memory
     shape = (config.training.batch_size, config.data.context_length)
     found = [recognise(block.layer, block.frozen) for block in model.blocks.values()]
@@ -81,14 +78,6 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
     model.backbone.config._attn_implementation = NO_MASKS
     projections = sum(len(anatomy.linears) for anatomy in anatomies)
     return Fusion(len(anatomies), projections, tuple(dict.fromkeys(backends)), "")
-
-
-def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:
-    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included."""
-    offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
-    for block, plan in zip(model.blocks.values(), blocks, strict=True):
-        if isinstance(block.fused, FusedBlock):
-            block.fused = replace(block.fused, keep=plan.keep, offload=offload if plan.offloaded else None)
 
 
 def _obstacle(model: CausalModel, options: ModelOptions, unknown: list[str]) -> str:

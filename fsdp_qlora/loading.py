@@ -3,6 +3,7 @@
 Never more than a few units are in flight, so the peak of host memory is the frozen bytes' own place plus a few blocks.
 """
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -50,7 +51,7 @@ def check_names(model: CausalModel, weights: Weights) -> None:
 
 def load(model: CausalModel, weights: Weights, placement: Placement, world: World) -> None:
     """Read, encode and place every unit. Collective: ranks take turns unit by unit and encode at the same time."""
-    units = model.units
+    units, start = model.units, time.perf_counter()
     bar = tqdm(total=len(units), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
     mine = units[world.rank :: world.size]
     with ThreadPoolExecutor(1) as ahead:
@@ -74,6 +75,7 @@ def load(model: CausalModel, weights: Weights, placement: Placement, world: Worl
             del encoded
     bar.close()
     placement.finish(world)
+    world.say(f"loaded    in {time.perf_counter() - start:.0f} s")
 
 
 def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:

@@ -54,9 +54,9 @@ class Loop:
             except torch.OutOfMemoryError as error:
                 step = self.stepper.done + 1
                 raise TrainingStopped(
-                    f"rank {self.world.rank}: GPU memory ran out in step {step} ({first_line(error)}); "
-                    f"lower batch_size or context_length, or use --use_activation_cpu_offload true or "
-                    f"--use_cpu_offload true{self._rescue_if_possible()}"
+                    f"rank {self.world.rank}: GPU memory ran out in step {step} ({first_line(error)}); give the plan "
+                    f"less, with a --gpu_memory_gib 1 or 2 below what the card has, or lower batch_size or "
+                    f"context_length{self._rescue_if_possible()}"
                 ) from error
             except RuntimeError as error:  # a collective failed because a peer is gone: nothing collective can be done
                 rescued = self._rescue_if_possible()

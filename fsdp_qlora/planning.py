@@ -4,17 +4,21 @@ The plan itself (plan.py and its neighbours) is arithmetic; here are its inputs 
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fsdp_qlora.calibrate import calibrate
 from fsdp_qlora.config import Config, MemoryOptions
+from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.host_memory import available_host_bytes
 from fsdp_qlora.model import CausalModel
+from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.optim import state_bytes
-from fsdp_qlora.plan import Budget, Plan, Wishes, make_plan, plan_record, table
+from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, table
 from fsdp_qlora.plan_facts import facts_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
@@ -66,6 +70,14 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
     everyone = world.gather([device, host])
     return Budget(*(min(column) for column in zip(*everyone, strict=True)))
+
+
+def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:
+    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included."""
+    offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
+    for block, plan in zip(model.blocks.values(), blocks, strict=True):
+        if isinstance(block.fused, FusedBlock):
+            block.fused = replace(block.fused, keep=plan.keep, offload=offload if plan.offloaded else None)
 
 
 def write_plan(folder: Path, record: dict) -> None:

@@ -13,7 +13,7 @@ from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import check_space, prepare_output
 from fsdp_qlora.folders import writing_to
-from fsdp_qlora.fusing import Fusion, fuse, keep_activations
+from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.loading import check_names, is_quantized, load
 from fsdp_qlora.loop import Loop
@@ -21,7 +21,7 @@ from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.optim import check_optimizer
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
-from fsdp_qlora.planning import plan_run, write_plan
+from fsdp_qlora.planning import keep_activations, plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config

@@ -148,7 +148,7 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
         if isinstance(error, torch.OutOfMemoryError):
             raise TrainingStopped(
                 f"rank {world.rank}: GPU memory ran out while the model was made or loaded "
-                f"({first_line(error)}); use --use_cpu_offload true, more GPUs or a lower lora_rank, and see "
+                f"({first_line(error)}); give the plan a lower --gpu_memory_gib, or use a lower lora_rank, and see "
                 "with `nvidia-smi` what else is on the card"
             ) from error
         if world.size > 1 and isinstance(error, Exception) and peer_is_gone(error):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.config_parse import parse
-from fsdp_qlora.fusing import Fusion, keep_activations
+from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.placement import Placement, choose_placement
 from fsdp_qlora.plan import Plan
-from fsdp_qlora.planning import plan_run
+from fsdp_qlora.planning import keep_activations, plan_run
 from fsdp_qlora.run import build_model, choose_compute, load_model, open_weights
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import read_config

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from fsdp_qlora.codecs import NF4, Codec
 from fsdp_qlora.config import AdapterOptions
 from fsdp_qlora.config_parse import parse
-from fsdp_qlora.fusing import Fusion, fuse, keep_activations
+from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.loading import encode
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.placement import Replicated
 from fsdp_qlora.plan import BlockPlan
-from fsdp_qlora.planning import wishes_of
+from fsdp_qlora.planning import keep_activations, wishes_of
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.skeleton import build
 from tests.runs import Options, flags

@@ -358,9 +358,7 @@ def test_bfloat16_is_refused_by_name_on_a_card_without_it(monkeypatch):
 
 def test_gpu_memory_that_runs_out_before_the_first_step_is_told_in_a_line():
     with (
-        pytest.raises(
-            TrainingStopped, match=r"^rank 0: GPU memory ran out .*\(CUDA out of memory.*--use_cpu_offload true"
-        ),
+        pytest.raises(TrainingStopped, match=r"^rank 0: GPU memory ran out .*\(CUDA out of memory.*--gpu_memory_gib"),
         open_world(LaunchOptions(), seed=1),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
