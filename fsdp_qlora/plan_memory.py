@@ -58,6 +58,7 @@ class Memory:
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
+        self.always = self.adapters + self.owned + self.flying + self.scratch + self.workspace
 
     def device_parts(self, candidate: Candidate) -> dict[str, int]:
         """What is on a GPU at the peak, by name; the sum is the peak."""
@@ -79,17 +80,28 @@ class Memory:
     def loading_parts(self, candidate: Candidate) -> dict[str, int]:
         """What is on a GPU when the unit is encoded that takes most, all other units being where they stay."""
         of, resident = Loading(self.facts), self._resident(candidate)
-        encoding = max(of.block, of.head - self._head_here(candidate))
+        before_head = resident - self._head_here(candidate)
+        moments = ((0, of.first), (before_head, of.block), (before_head, of.head))
+        frozen, encoding = max(moments, key=sum)
         masters = 2 * FLOAT * -(-self.facts.all_adapters // self.facts.ranks)
         return {
-            "frozen base": resident,
+            "frozen base": frozen,
             "adapters": self.adapters,
             "gradients and masters": masters,
             "unit being encoded": encoding,
         }
 
-    def device_bytes(self, candidate: Candidate) -> int:
-        return sum(self.device_parts(candidate).values())
+    def device_bytes(self, candidate: Candidate, peak: int | None = None) -> int:
+        """The sum of `device_parts`. peak: of `peak` of such blocks, where that is known."""
+        if peak is None:
+            peak = sum(self._peak(candidate.blocks, self._head_gathered(candidate)))
+        held = self._resident(candidate) + self._moving(candidate) + self.always
+        return max(held + peak, sum(self.loading_parts(candidate).values()))
+
+    def peak(self, candidate: Candidate) -> int:
+        """Bytes kept and working at the worst moment: alike for all candidates of a placement with such kinds of block
+        in such an order, whatever is resident."""
+        return sum(self._peak(candidate.blocks, self._head_gathered(candidate)))
 
     def host_parts(self, candidate: Candidate) -> dict[str, int]:
         """Bytes in host memory of a node, all its ranks together, by name."""

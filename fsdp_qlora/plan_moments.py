@@ -165,14 +165,14 @@ class Loading:
     """Working bytes while a unit is encoded on a GPU: its weights as read, its bytes, the next unit's weights.
 
     Random weights are made on the device, a unit ahead; a checkpoint's are in host memory, one on the device at a time.
-    With several ranks another's unit arrives beside this rank's own."""
+    With several ranks another's block arrives beside this rank's own. first: the embedding, before anything stays.
+    block; head: when all blocks are where they stay; no block is read ahead of it."""
 
     def __init__(self, facts: Facts) -> None:
         f = facts
         received = 0 if f.ranks == 1 else 1
         dense = f.linear_numbers * f.stream_bytes
         largest = f.hidden * f.inner * (f.stream_bytes + 1)  # a weight and its codes
-        reading = 2 * dense if f.dummy else largest
-        self.block = reading + f.block_bytes * (1 + received)
-        table = max(f.head_bytes, f.embedding_bytes)
-        self.head = table * (2 + received) + (dense if f.dummy and received else 0)
+        self.first = (2 + received) * f.embedding_bytes + (dense if f.dummy else 0)
+        self.block = (2 * dense if f.dummy else largest) + f.block_bytes * (1 + received)
+        self.head = 2 * f.head_bytes

@@ -5,8 +5,10 @@ spread evenly. Given the kinds, as many blocks stay resident as fit: that is nev
 from nobody. What remains is small enough to bound all of it and walk through the few that may be the fastest.
 """
 
+import math
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
@@ -19,6 +21,8 @@ STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so tha
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one
 TIE = 1.01  # plans within 1 % of the fastest count as equally fast: the most frugal of them is taken
 WALKS = 1500  # candidates walked through at most, best bounds first: some 0.3 s
+
+PLACEMENTS: tuple[Placed, ...] = ("replicate", "shard", "stream", "shard_offload")
 
 Kind = tuple[str, bool]  # keep level, offloaded
 
@@ -43,6 +47,18 @@ class Budget:
     host_bytes: int
 
 
+def placements(facts: Facts, wishes: Wishes) -> list[Placed]:
+    """Those that may be chosen. On one rank a shard is the whole; `stream` with every block resident is `replicate`."""
+    if wishes.resident_blocks is not None:
+        return ["stream"] if wishes.resident_blocks < facts.layers else ["replicate"]
+    if wishes.placements is not None:
+        unknown = set(wishes.placements) - set(PLACEMENTS)
+        assert not unknown, f"placements {unknown}"
+        alone = facts.ranks == 1 and "shard" in wishes.placements
+        return [p for p in PLACEMENTS if p in wishes.placements or (alone and p == "replicate")]
+    return [p for p in PLACEMENTS if facts.ranks > 1 or not p.startswith("shard")]
+
+
 @dataclass(frozen=True)
 class Found:
     candidate: Candidate
@@ -62,13 +78,10 @@ class Search:
         self.facts: Facts = memory.facts
         self.memory, self.clock, self.placement, self.wishes, self.budget = memory, clock, placement, wishes, budget
         self.limit = int(budget.device_bytes / RESERVED[placement])
-        self.peaks: dict[tuple[Kind, Kind, int], int] = {}
 
     def best(self) -> Found | None:
         """The fastest that fits, the most frugal within `TIE` of it; None where nothing fits."""
-        assert self.clock is not None
-        counts = sorted({round(i * self.facts.layers / COARSE) for i in range(COARSE + 1)})
-        found = self._walk(self._fitting(counts))
+        found = self._walk(self._fitting(self._counts()))
         if not found:
             return None
         first = min(found, key=lambda f: (f.seconds, f.thrift))
@@ -82,63 +95,87 @@ class Search:
         return min((f for f in found if f.seconds <= fastest * TIE), key=lambda f: f.thrift)
 
     def fits(self) -> bool:
-        counts = sorted({0, self.facts.layers // 2})
-        return next(self._fitting(counts), None) is not None
+        """Whether `best` would find any."""
+        return next(self._fitting(self._counts()), None) is not None
 
-    def least(self) -> tuple[int, int]:
-        """(least bytes on a GPU, and least in host memory) of any candidate, whatever the other."""
-        everything = list(self._candidates([0]))
-        return (
-            min(self.memory.device_bytes(c) for c in everything),
-            min(self.memory.host_bytes(c) for c in everything),
-        )
+    def least_device(self) -> int | None:
+        """The least bytes of a GPU, with what the allocator sets aside, with the host memory there is; None where that
+        is too little for any."""
+        needs = [self.memory.device_bytes(c) for c in self._at_least_resident()]
+        return min((math.ceil(n * RESERVED[self.placement]) for n in needs), default=None)
 
-    def _walk(self, candidates: Iterator[Candidate]) -> list[Found]:
+    def least_host(self) -> int | None:
+        """The least bytes of host memory with the GPUs there are; None where these are too small for any."""
+        whatever = replace(self.budget, host_bytes=sys.maxsize)
+        search = Search(self.memory, None, self.placement, self.wishes, whatever)
+        return min((self.memory.host_bytes(c) for c, _ in search._fitting(self._counts())), default=None)
+
+    def _counts(self) -> list[int]:
+        """Of blocks of the second kind."""
+        return sorted({round(i * self.facts.layers / COARSE) for i in range(COARSE + 1)})
+
+    def _walk(self, fitting: Iterator[tuple[Candidate, int]]) -> list[Found]:
         assert self.clock is not None
-        bounds = [(self.clock.bound(c), i, c) for i, c in enumerate(candidates)]
+        bounds = [(self.clock.bound(c), i, c, device) for i, (c, device) in enumerate(fitting)]
         found: list[Found] = []
         fastest = float("inf")
-        for bound, _, candidate in sorted(bounds)[:WALKS]:
+        for bound, _, candidate, device in sorted(bounds)[:WALKS]:
             if bound > fastest * TIE:
                 break
             seconds = self.clock.seconds(candidate)
             fastest = min(fastest, seconds)
-            m = self.memory
-            found.append(Found(candidate, seconds, m.device_bytes(candidate), m.host_bytes(candidate)))
+            found.append(Found(candidate, seconds, device, self.memory.host_bytes(candidate)))
         return found
 
-    def _fitting(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None = None) -> Iterator[Candidate]:
-        """With as many resident blocks as fit, or as were asked for."""
-        for candidate in self._candidates(counts, pairs):
-            if self.placement != "stream":
-                if self.memory.device_bytes(candidate) <= self.limit and self._host_fits(candidate):
-                    yield candidate
+    def _fitting(
+        self, counts: list[int], pairs: list[tuple[Kind, ...]] | None = None
+    ) -> Iterator[tuple[Candidate, int]]:
+        """(candidate, its bytes on a GPU), with as many resident blocks as fit, or as were asked for."""
+        for candidate, peak in self._candidates(counts, pairs):
+            device = self.memory.device_bytes(candidate, peak)
+            if device > self.limit:
                 continue
-            wanted = self.wishes.resident_blocks
-            resident = self._most_resident(candidate) if wanted is None else min(wanted, self.facts.layers)
-            candidate = _with_resident(candidate, resident)
-            if resident >= 0 and self.memory.device_bytes(candidate) <= self.limit and self._host_fits(candidate):
+            if self.placement == "stream":
+                resident = self._residents(device)
+                device += resident * self.facts.block_bytes
+                if device > self.limit:
+                    continue
+                candidate = _with_resident(candidate, resident)
+                device = self.memory.device_bytes(candidate, peak)
+            if self.memory.host_bytes(candidate) <= self.budget.host_bytes:
+                yield candidate, device
+
+    def _residents(self, device: int) -> int:
+        """How many blocks stay on a GPU that needs `device` bytes with none. All of them would be `replicate`."""
+        if self.wishes.resident_blocks is not None:
+            return min(self.wishes.resident_blocks, self.facts.layers)
+        return min(self.facts.layers - 1, (self.limit - device) // self.facts.block_bytes)
+
+    def _at_least_resident(self) -> Iterator[Candidate]:
+        """With so few resident blocks that the rest just has room in host memory."""
+        for candidate, _ in self._candidates(self._counts(), None):
+            over = self.memory.host_bytes(candidate) - self.budget.host_bytes
+            if self.placement == "stream":
+                wanted = self.wishes.resident_blocks
+                resident = max(0, -(-over // self.facts.block_bytes)) if wanted is None else wanted
+                candidate = _with_resident(candidate, min(resident, self.facts.layers - 1))
+                over = self.memory.host_bytes(candidate) - self.budget.host_bytes
+            if over <= 0:
                 yield candidate
 
-    def _most_resident(self, candidate: Candidate) -> int:
-        """-1 where not even none fits. All of them is no streaming: that is `replicate`."""
-        spare = self.limit - self.memory.device_bytes(candidate)
-        return -1 if spare < 0 else min(self.facts.layers - 1, spare // self.facts.block_bytes)
-
-    def _host_fits(self, candidate: Candidate) -> bool:
-        return self.memory.host_bytes(candidate) <= self.budget.host_bytes
-
-    def _candidates(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None = None) -> Iterator[Candidate]:
-        """Of every mix of kinds with no resident block (stream) or as the placement has it."""
+    def _candidates(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None) -> Iterator[tuple[Candidate, int]]:
+        """(every mix of kinds, with no resident block under `stream`; its peak)."""
         resident = self.placement == "replicate"
-        streaming = self.placement == "stream"
-        forms = [(head, staging) for head in (True, False) for staging in STAGING] if streaming else [(True, 0)]
-        if not self.facts.head_bytes:
-            forms = [form for form in forms if form[0]]
+        forms = [(head, staging) for head in (True, False) for staging in STAGING]
+        if self.placement != "stream":
+            forms = [(True, 0)]
+        elif not self.facts.head_bytes:
+            forms = [(True, staging) for staging in STAGING]
         for first, second, count in _mixes(self._kinds(), counts, self.facts.layers, pairs):
             blocks = _blocks(first, second, count, self.facts.layers, resident)
+            peak = self.memory.peak(Candidate(self.placement, blocks, True, 0))
             for head, staging in forms:
-                yield Candidate(self.placement, blocks, head, staging)
+                yield Candidate(self.placement, blocks, head, staging), peak
 
     def _kinds(self) -> list[Kind]:
         wishes = self.wishes

@@ -1,0 +1,99 @@
+"""Where nothing fits: what is needed, what there is, and the nearest thing that would fit, all of it computed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fsdp_qlora.plan_facts import Facts, keys_seen
+from fsdp_qlora.plan_memory import Memory
+from fsdp_qlora.plan_search import Budget, Search, Wishes, placements
+from fsdp_qlora.units import GIB
+
+CONTEXT_STEP, RANK_STEP = 64, 8  # tokens and ranks between the values that are tried
+TENTH = GIB / 10  # bytes: what a user is told is rounded up to tenths of a GiB
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """What would fit with everything else as it is; None where no value does.
+
+    context: tokens, in steps of `CONTEXT_STEP`. batch: rows. rank: of the adapters, in steps of `RANK_STEP`. device:
+    bytes that a GPU must be able to give; host: bytes of host memory."""
+
+    context: int | None
+    batch: int | None
+    rank: int | None
+    device: int | None
+    host: int | None
+
+
+def nearest(facts: Facts, wishes: Wishes, budget: Budget) -> Nearest:
+    here = _searches(facts, wishes, budget)
+    devices = [n for n in (search.least_device() for search in here) if n is not None]
+    hosts = [n for n in (search.least_host() for search in here) if n is not None]
+
+    def fits(changed: Facts) -> bool:
+        return any(search.fits() for search in _searches(changed, wishes, budget))
+
+    return Nearest(
+        _last(range(CONTEXT_STEP, facts.context, CONTEXT_STEP), lambda n: fits(with_context(facts, n))),
+        _last(range(1, facts.batch), lambda n: fits(replace(facts, batch=n))),
+        _last(range(RANK_STEP, rank_of(facts), RANK_STEP), lambda n: fits(with_rank(facts, n))),
+        min(devices, default=None),
+        min(hosts, default=None),
+    )
+
+
+def refusal(facts: Facts, wishes: Wishes, budget: Budget) -> str:
+    """One line for the user."""
+    close = nearest(facts, wishes, budget)
+    have, host = f"{budget.device_bytes / GIB:.1f} GiB", f"{budget.host_bytes / GIB:.1f} GiB"
+    needs = []
+    if close.device is not None:
+        needs.append(f"at least {_up(close.device)} on each GPU")
+    if close.host is not None:
+        needs.append(f"at least {_up(close.host)} of host memory per node")
+    if not needs:
+        needs.append("more of both")
+    lower = {"--context_length": close.context, "--batch_size": close.batch, "--lora_rank": close.rank}
+    ways = [f"{option} {value}" for option, value in lower.items() if value is not None]
+    nothing = "no shorter context, smaller batch or lower rank alone does either"
+    return (
+        f"the run does not fit into the {have} of each GPU and {host} of host memory that it may use: it needs "
+        f"{' or '.join(needs)}; what would fit: {', or '.join(ways) or nothing}"
+    )
+
+
+def with_context(facts: Facts, context: int) -> Facts:
+    share = facts.keys / keys_seen(facts.context, None)
+    return replace(facts, context=context, keys=share * keys_seen(context, None))
+
+
+def rank_of(facts: Facts) -> int:
+    """Of the adapters of one linear."""
+    return max(facts.rank_down, facts.rank_o, facts.rank_gate_up // facts.gate_up_linears, facts.rank_qkv // 3)
+
+
+def with_rank(facts: Facts, rank: int) -> Facts:
+    """With adapters of another rank on the same linears."""
+    old = rank_of(facts)
+    ranks = ("rank_qkv", "rank_o", "rank_gate_up", "rank_down", "adapter_parameters")
+    return replace(facts, **{name: getattr(facts, name) * rank // old for name in ranks})
+
+
+def _searches(facts: Facts, wishes: Wishes, budget: Budget) -> list[Search]:
+    memory = Memory(facts)
+    return [Search(memory, None, placement, wishes, budget) for placement in placements(facts, wishes)]
+
+
+def _up(nbytes: int) -> str:
+    return f"{math.ceil(nbytes / TENTH) / 10:.1f} GiB"
+
+
+def _last(values: range, works: Callable[[int], bool]) -> int | None:
+    """The last of ascending values that works, where smaller ones do if a larger one does."""
+    low, high = -1, len(values)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if works(values[middle]) else (low, middle)
+    return values[low] if low >= 0 else None
