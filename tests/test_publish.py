@@ -54,13 +54,14 @@ class Half:
 
     def update(self) -> None:
         """New values for all adapters, as an optimizer step gives them."""
-        self.values = [torch.randn(group.working.numel()) * 0.1 for group in self.adapters.groups]
+        device = self.ours.world.device
+        self.values = [torch.randn(group.working.numel(), device=device) * 0.1 for group in self.adapters.groups]
         for group, values in zip(self.adapters.groups, self.values, strict=True):
             group.master.data.copy_(values[: group.master.numel()])
         self.adapters.publish()
 
     def forward(self) -> float:
-        ids = torch.arange(4, 24)[None]
+        ids = torch.arange(4, 24, device=self.ours.world.device)[None]
         return self.ours.loss(ids, ids, 19.0).item()
 
 
@@ -161,8 +162,8 @@ def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync
     model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
     options = OPTIONS | {"model_name": model, "lora_rank": 3, "lora_target_modules": "q_proj", "reduce_dtype": dtype}
     options |= {"no_sync": no_sync, "gradient_accumulation_steps": 2}
-    ids = torch.arange(4, 24)[None]
     with built(options) as ours:
+        ids = torch.arange(4, 24, device=ours.world.device)[None]
         truth = ours.backward(ours.loss(ids, ids, 1.0) + ours.loss(ids, ids, 1.0))
         slices = []
         for rank in range(5):  # 3 * (64 + 64) = 384 values of a block are 5 * 77 - 1
@@ -185,7 +186,7 @@ def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync
     assert not flat[:, -1].any()
     expected = torch.cat([t.flatten() for t in truth.values()]).view(3, -1)
     assert expected.any()
-    torch.testing.assert_close(flat[:, :-1], expected, rtol=1e-4 if dtype == "fp32" else 1e-2, atol=1e-5)
+    torch.testing.assert_close(flat[:, :-1], expected.to(flat.device), rtol=1e-4 if dtype == "fp32" else 1e-2, atol=1e-5)
 
 
 TWO = """
@@ -212,7 +213,7 @@ TWO = """
             shards._all_gather = (lambda *a, async_op=False: Later(*a) if async_op else gather(*a)) if late else gather
             ours = build_in(world, options)
             adapters, losses = ours.adapters, []
-            ids = torch.arange(5, 25)[None] + world.rank
+            ids = torch.arange(5, 25, device=world.device)[None] + world.rank
             for step in range(3):
                 for micro in range(2):
                     adapters.begin_micro_batch(last=micro == 1)

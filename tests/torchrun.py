@@ -9,6 +9,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 _SCRIPTS = tempfile.TemporaryDirectory(prefix="fsdp_qlora_ranks_")  # gone with the process
 
@@ -75,5 +78,9 @@ def run_torchrun(
     timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script (path or text) on `nproc` ranks to its end, whatever its exit code; `.stdout`, `.stderr`,
-    `.returncode` say what happened."""
+    `.returncode` say what happened.
+
+    Skips on a machine whose GPUs are too few for a rank each."""
+    if 0 < torch.cuda.device_count() < nproc and (env or {}).get("CUDA_VISIBLE_DEVICES") != "":
+        pytest.skip(f"{nproc} ranks need as many GPUs, or none")
     return finish(start_torchrun(script, nproc, args, env), timeout)
