@@ -37,6 +37,7 @@ def calibrate(facts: Facts, model: CausalModel, world: World) -> Rates | None:
         if world.local_rank == 0:
             write(file, mine)
     assert mine is not None
+    torch.cuda.reset_peak_memory_stats(world.device)  # what a run reports as its peak is its own
     return slowest(world.gather([getattr(mine, name) for name in NAMES]))
 
 
@@ -76,7 +77,7 @@ def read(file: Path) -> Rates | None:
     try:
         values = json.loads(file.read_text())
         rates = Rates(**{name: float(values[name]) for name in NAMES})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # ValueError: JSON's and Unicode's too
         return None
     return rates if rates.matmul_forward > 0 and rates.h2d > 0 and rates.copy > 0 else None
 
@@ -104,7 +105,6 @@ def _measure(facts: Facts, model: CausalModel, world: World) -> Rates:
     values["launch"] = launches(model, facts, device)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)  # what a run reports as its peak is its own
     return Rates(**values)
 
 

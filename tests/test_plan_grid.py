@@ -1,0 +1,94 @@
+"""The plan against the measured grid: the arithmetic as it is now, from the facts and rates kept beside each run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import plan_grid
+from fsdp_qlora.plan import Budget, Wishes, make_plan, plan_record
+from fsdp_qlora.plan_facts import Facts
+from fsdp_qlora.plan_memory import BlockPlan, Candidate, Memory
+from fsdp_qlora.plan_time import Clock, Rates
+from fsdp_qlora.units import GIB
+from tests.known_runs import H200, facts
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "benchmarks" / "results" / "plan_grid.jsonl"
+ROWS = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+measured = pytest.mark.skipif(not ROWS, reason="no grid has been measured yet")
+each = pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
+
+
+def candidate_of(row: dict[str, Any]) -> Candidate:
+    plan = row["plan"]
+    blocks = tuple(BlockPlan(**block) for block in plan["blocks"])
+    return Candidate(plan["placement"], blocks, plan["head_resident"], plan["staging"])
+
+
+@measured
+@each
+def test_memory_is_met_within_5_percent(row: dict[str, Any]) -> None:
+    predicted = Memory(Facts(**row["facts"])).device_bytes(candidate_of(row))
+    assert predicted == pytest.approx(row["measured"]["allocated_gib"] * GIB, rel=0.05)
+
+
+@measured
+@each
+def test_time_is_met_within_15_percent(row: dict[str, Any]) -> None:
+    predicted = Clock(Facts(**row["facts"]), Rates(**row["rates"])).seconds(candidate_of(row))
+    assert predicted == pytest.approx(row["measured"]["seconds"], rel=0.15)
+
+
+@measured
+def test_the_grid_is_wide_enough() -> None:
+    """At least 12 configurations of 7B to 70B, 512 to 16k tokens, one and two GPUs."""
+    facts = [Facts(**row["facts"]) for row in ROWS]
+    assert len({row["name"] for row in ROWS}) >= 12
+    assert {f.ranks for f in facts} >= {1, 2}
+    assert min(f.context for f in facts) <= 512
+    assert max(f.context for f in facts) >= 16384
+    assert {4096, 8192} <= {f.hidden for f in facts}
+
+
+def test_the_script_knows_its_configurations() -> None:
+    command = [sys.executable, "-m", "benchmarks.plan_grid", "--list", "--only", "8b-all,70b-512"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == ["8b-all", "70b-512"]
+    wrong = subprocess.run([*command[:-1], "9b"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "9b is none of" in wrong.stderr
+
+
+def test_a_line_is_all_that_the_prediction_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = facts("llama2_70b", 2, 512, 64, ranks=2)
+    made = make_plan(known, H200, Wishes(), Budget(24 * GIB, 64 * GIB))
+
+    def measure(asked: Any, scratch: Path) -> dict[str, Any]:
+        (scratch / "out").mkdir()
+        (scratch / "out" / "plan.json").write_text(json.dumps(plan_record(made, known, H200)))
+        names = ("gpu_allocated_gib", "gpu_reserved_gib", "host_gib", "seconds_per_step")
+        return dict.fromkeys(names, 1.0) | {"losses": [], "batch_size": asked.batch_size}
+
+    monkeypatch.setattr(plan_grid, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["plan_grid", "--out", str(tmp_path / "grid.jsonl"), "--only", "70b-512,70b-2048"])
+    assert plan_grid.main() == 0
+    line = json.loads((tmp_path / "grid.jsonl").read_text().splitlines()[0])
+    assert line["name"] == "70b-512"
+    assert candidate_of(line) == made.candidate
+    assert Clock(Facts(**line["facts"]), Rates(**line["rates"])).seconds(candidate_of(line)) == made.seconds
+
+
+def test_a_failed_run_does_not_end_the_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    def measure(asked: Any, scratch: Path) -> dict[str, Any]:
+        raise SystemExit("train.py ended with 2")
+
+    monkeypatch.setattr(plan_grid, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["plan_grid", "--out", str(tmp_path / "grid.jsonl"), "--only", "8b-all,8b-short"])
+    assert plan_grid.main() == 1
+    told = capsys.readouterr().out
+    assert told.count("FAILED") == 2
+    assert "0 of 2 ran; not 8b-all, 8b-short" in told
