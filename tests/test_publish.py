@@ -186,7 +186,6 @@ def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync
     assert not flat[:, -1].any()
     expected = torch.cat([t.flatten() for t in truth.values()]).view(3, -1)
     assert expected.any()
-    tolerance = 1e-4 if dtype == "fp32" else 1e-2
     torch.testing.assert_close(
         flat[:, :-1], expected.to(flat.device), rtol=1e-4 if dtype == "fp32" else 1e-2, atol=1e-5
     )
