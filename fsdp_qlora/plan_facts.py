@@ -23,7 +23,7 @@ class Facts:
     layers: decoder blocks. block_bytes: frozen bytes of the largest block. embedding_bytes, head_bytes (0 where the
     head is tied to the embedding), rest_bytes: of those units. embedding_on_host: in pinned host memory.
     linear_numbers: weights in a block's linears. qkv_linears, gate_up_linears: in how many linears they are stored.
-    rank_*: sum of the ranks of the adapters that read this input. adapter_parameters: of a block.
+    rank: of an adapter; rank_*: sum over the adapters that read this input. adapter_parameters: of a block.
     norms_after: norms follow o and down (Gemma 2, 3). head_norms: queries and keys are normalised (Qwen 3, Gemma 3).
     keys: that a query sees, the mean over queries and blocks. stream_bytes, compute_bytes, reduce_bytes: of a number of
     the residual stream, in compute and in gradient sums. state_bytes: of optimizer state on the GPU per adapter
@@ -47,6 +47,7 @@ class Facts:
     linear_numbers: int
     qkv_linears: int
     gate_up_linears: int
+    rank: int
     rank_qkv: int
     rank_o: int
     rank_gate_up: int
@@ -138,6 +139,7 @@ def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fu
         codec=_codec(linears),
         stream_bytes=model.precision.stream.itemsize,
         compute_bytes=model.precision.compute.itemsize,
+        rank=config.adapter.lora_rank,
         reduce_bytes={"fp32": 4, "bf16": 2}[memory.reduce_dtype],
         state_bytes=state_bytes,
         batch=training.batch_size,

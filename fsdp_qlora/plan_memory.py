@@ -53,8 +53,10 @@ class Memory:
         self.of = {kind: BlockBytes.of(facts, *kind) for kind in kinds}
         self.head = max(head_moments(facts))
         self.adapters = facts.all_adapters * facts.compute_bytes
+        self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
-        self.owned = owned * 2 * FLOAT + int(owned * facts.state_bytes) + self._unreduced()
+        self.masters = 2 * FLOAT * owned  # and gradients
+        self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
@@ -78,25 +80,28 @@ class Memory:
         }
 
     def loading_parts(self, candidate: Candidate) -> dict[str, int]:
-        """What is on a GPU when the unit is encoded that takes most, all other units being where they stay."""
-        of, resident = Loading(self.facts), self._resident(candidate)
-        before_head = resident - self._head_here(candidate)
-        moments = ((0, of.first), (before_head, of.block), (before_head, of.head))
-        frozen, encoding = max(moments, key=sum)
-        masters = 2 * FLOAT * -(-self.facts.all_adapters // self.facts.ranks)
+        """What is on a GPU when the unit is encoded that takes most, those before it being where they stay."""
+        before_head = self._resident(candidate) - self._head_here(candidate)
+        of = self.loading
+        frozen, encoding = max((0, of.first), (before_head, of.block), (before_head, of.head), key=sum)
         return {
             "frozen base": frozen,
             "adapters": self.adapters,
-            "gradients and masters": masters,
+            "gradients and masters": self.masters,
             "unit being encoded": encoding,
         }
 
     def device_bytes(self, candidate: Candidate, peak: int | None = None) -> int:
-        """The sum of `device_parts`. peak: of `peak` of such blocks, where that is known."""
-        if peak is None:
-            peak = sum(self._peak(candidate.blocks, self._head_gathered(candidate)))
-        held = self._resident(candidate) + self._moving(candidate) + self.always
-        return max(held + peak, sum(self.loading_parts(candidate).values()))
+        """The sum of `device_parts`. peak: what `peak` says of such blocks, where that is known."""
+        first = self.adapters + self.masters + self.loading.first
+        return max(first, self.with_residents(candidate, self.peak(candidate) if peak is None else peak))
+
+    def with_residents(self, candidate: Candidate, peak: int) -> int:
+        """As `device_bytes`, without the moment of loading before any block is: each resident block adds its bytes."""
+        resident = self._resident(candidate)
+        late = max(self.loading.block, self.loading.head) - self._head_here(candidate)
+        step = self._moving(candidate) + self.always + peak
+        return resident + max(step, self.adapters + self.masters + late)
 
     def peak(self, candidate: Candidate) -> int:
         """Bytes kept and working at the worst moment: alike for all candidates of a placement with such kinds of block
@@ -172,14 +177,15 @@ class Memory:
         sizes = [self.of[b.keep, b.offloaded] for b in blocks]
         before = list(accumulate((s.kept for s in sizes), initial=0))
         fetched = max(s.away for s in sizes)
-        worst = (before[-1], self.head + head_gathered + sizes[-1].away)
+        worst = (before[-1], self.head + head_gathered + fetched)
+        first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
         seen: set[int] = set()
         for i in range(len(sizes) - 1, -1, -1):  # of blocks alike the last has most before it
             size = sizes[i]
             if id(size) in seen:
                 continue
             seen.add(id(size))
-            going = sizes[i - 1].away if i else 0
+            going = fetched if i > first_away else 0  # what was parked last is let go when the next is parked
             moments = ((before[i], size.forward + going), (before[i + 1], size.backward + size.away + fetched))
             worst = max(worst, *moments, key=sum)
         return worst

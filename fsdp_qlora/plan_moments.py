@@ -37,7 +37,9 @@ class BlockBytes:
         s = _Sizes(facts)
         large, small = s.kept(KEEP.index(keep))
         forward, backward = s.forward(KEEP.index(keep)), s.backward(KEEP.index(keep))
-        return cls(small, large, forward, backward) if offloaded else cls(small + large, 0, forward, backward)
+        if not offloaded:
+            return cls(small + large, 0, forward, backward)
+        return cls(small, large, max(forward, s.parking(KEEP.index(keep))), backward)
 
 
 class _Sizes:
@@ -98,6 +100,15 @@ class _Sizes:
         """Its input included: nobody before it keeps that."""
         mlp = self.attention_state(level) + 2 * self.h + self.n_wide + self.gate_up + self.middle_wide
         return self.h + max(self.attention_forward(), mlp + max(self.hs + self.projected, self.dropped))
+
+    def parking(self, level: int) -> int:
+        """When what is kept is made contiguous for its way to host memory: gate and up, if ranks stand beside them."""
+        f = self.facts
+        width = 2 * f.inner + beside(f.rank_gate_up)
+        if level < KEEP.index("all") or width == pitch(width):
+            return 0
+        state = self.attention_state(level) + self.projected + self.hs + self.xs_gate_up
+        return state + 3 * self.h + self.n_wide + self.gate_up + self.gate_up * width // pitch(width)
 
     def backward(self, level: int) -> int:
         """Beside what the block keeps; of that the attention half lets go h2, gate and up."""

@@ -38,7 +38,7 @@ def nearest(facts: Facts, wishes: Wishes, budget: Budget) -> Nearest:
     return Nearest(
         _last(range(CONTEXT_STEP, facts.context, CONTEXT_STEP), lambda n: fits(with_context(facts, n))),
         _last(range(1, facts.batch), lambda n: fits(replace(facts, batch=n))),
-        _last(range(RANK_STEP, rank_of(facts), RANK_STEP), lambda n: fits(with_rank(facts, n))),
+        _last(range(RANK_STEP, facts.rank, RANK_STEP), lambda n: fits(with_rank(facts, n))),
         min(devices, default=None),
         min(hosts, default=None),
     )
@@ -69,16 +69,10 @@ def with_context(facts: Facts, context: int) -> Facts:
     return replace(facts, context=context, keys=share * keys_seen(context, None))
 
 
-def rank_of(facts: Facts) -> int:
-    """Of the adapters of one linear."""
-    return max(facts.rank_down, facts.rank_o, facts.rank_gate_up // facts.gate_up_linears, facts.rank_qkv // 3)
-
-
 def with_rank(facts: Facts, rank: int) -> Facts:
     """With adapters of another rank on the same linears."""
-    old = rank_of(facts)
-    ranks = ("rank_qkv", "rank_o", "rank_gate_up", "rank_down", "adapter_parameters")
-    return replace(facts, **{name: getattr(facts, name) * rank // old for name in ranks})
+    ranks = ("rank", "rank_qkv", "rank_o", "rank_gate_up", "rank_down", "adapter_parameters")
+    return replace(facts, **{name: getattr(facts, name) * rank // facts.rank for name in ranks})
 
 
 def _searches(facts: Facts, wishes: Wishes, budget: Budget) -> list[Search]:

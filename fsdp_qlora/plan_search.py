@@ -132,24 +132,20 @@ class Search:
     ) -> Iterator[tuple[Candidate, int]]:
         """(candidate, its bytes on a GPU), with as many resident blocks as fit, or as were asked for."""
         for candidate, peak in self._candidates(counts, pairs):
-            device = self.memory.device_bytes(candidate, peak)
-            if device > self.limit:
+            if self.memory.device_bytes(candidate, peak) > self.limit:
                 continue
             if self.placement == "stream":
-                resident = self._residents(device)
-                device += resident * self.facts.block_bytes
-                if device > self.limit:
-                    continue
-                candidate = _with_resident(candidate, resident)
-                device = self.memory.device_bytes(candidate, peak)
-            if self.memory.host_bytes(candidate) <= self.budget.host_bytes:
+                candidate = _with_resident(candidate, self._residents(candidate, peak))
+            device = self.memory.device_bytes(candidate, peak)
+            if device <= self.limit and self.memory.host_bytes(candidate) <= self.budget.host_bytes:
                 yield candidate, device
 
-    def _residents(self, device: int) -> int:
-        """How many blocks stay on a GPU that needs `device` bytes with none. All of them would be `replicate`."""
+    def _residents(self, candidate: Candidate, peak: int) -> int:
+        """How many blocks stay on the GPU beside all else. All of them would be `replicate`."""
         if self.wishes.resident_blocks is not None:
             return min(self.wishes.resident_blocks, self.facts.layers)
-        return min(self.facts.layers - 1, (self.limit - device) // self.facts.block_bytes)
+        spare = self.limit - self.memory.with_residents(candidate, peak)
+        return min(self.facts.layers - 1, spare // self.facts.block_bytes)
 
     def _at_least_resident(self) -> Iterator[Candidate]:
         """With so few resident blocks that the rest just has room in host memory."""

@@ -1,5 +1,6 @@
 """A plan in a few lines: what goes where, what it takes, how long a step should be, and what else was considered."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -36,12 +37,14 @@ def kept_line(blocks: tuple[BlockPlan, ...]) -> str:
 
 
 def memory_lines(
-    parts: Mapping[str, int], placement: Placed, host: Mapping[str, int], limits: tuple[int, int]
+    parts: Mapping[str, int], placement: Placed, host: Mapping[str, int], limits: tuple[float, float]
 ) -> list[str]:
     peak = sum(parts.values())
     shares = ", ".join(f"{name} {gib(n)}" for name, n in parts.items() if n >= GIB / 100)
     waits = ", ".join(f"{name} {gib(n)}" for name, n in host.items() if n >= GIB / 100)
     reserved = peak * RESERVED[placement]
+    if math.isinf(limits[0]):  # no GPU: all of it is the machine's memory
+        return [f"memory    {gib(peak)} GiB for each rank at the peak: {shares}"]
     lines = [
         f"memory    {gib(peak)} GiB on each GPU at the peak, {gib(reserved)} with what the allocator sets aside, "
         f"of {gib(limits[0])}: {shares}"
@@ -84,7 +87,7 @@ def lines(
     seconds: float | None,
     facts: Facts,
     rates: Rates | None,
-    limits: tuple[int, int],
+    limits: tuple[float, float],
     found: Mapping[Placed, Found | None],
 ) -> list[str]:
     """limits: bytes that may be taken on a GPU and of host memory."""

@@ -47,6 +47,7 @@ def facts(shape: str, batch: int, context: int, rank: int, ranks: int = 1, **cha
         linear_numbers=sum(o * i for o, i in linears),
         qkv_linears=3,
         gate_up_linears=2,
+        rank=rank,
         rank_qkv=3 * rank,
         rank_o=rank,
         rank_gate_up=2 * rank,

@@ -182,6 +182,13 @@ def test_a_refusal_is_one_line_with_what_is_needed_and_what_would_fit(
     assert all(n <= said < n + GIB / 9 for said, n in zip(told, needed, strict=True))
 
 
+def test_a_plan_without_a_gpu_has_a_table_without_a_limit() -> None:
+    known, endless = facts("llama3_8b", 1, 512, 16), Budget(float("inf"), GIB)  # type: ignore[arg-type]
+    lines = table(plan(known, budget=endless, rates=None), known, None, endless)
+    assert "inf" not in "\n".join(lines)
+    assert "GiB for each rank" in lines[2]
+
+
 def test_the_table_says_what_goes_where_and_what_else_there_is() -> None:
     made = plan(RIG)
     lines = table(made, RIG, H200, HOME)
