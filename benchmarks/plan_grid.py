@@ -1,6 +1,6 @@
 """What the plan predicts beside what comes: train.py over a grid of shapes, lengths, placements and keep levels.
 
-    python -m benchmarks.plan_grid --out plan_grid.jsonl [--only 8b-all,70b-512] [--gpus 2] [--list]
+    python -m benchmarks.plan_grid --out plan_grid.jsonl [--only 8b-all,70b-512] [--gpus 2] [--list] [-- ...]
 
 Each configuration is one run of a few steps, as benchmarks/rig.py makes it, and one line: the facts and rates that its
 plan was made from, the plan, and the measured peak and seconds. tests/test_plan_grid.py predicts again from the facts
@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ STREAM = "--use_cpu_offload=true"
 
 @dataclass(frozen=True)
 class Case:
-    """One run. options: of train.py, beside those that rig.py gives."""
+    """One run. options: of train.py, beside those that rig.py gives. host_gib: of host memory, for the plan."""
 
     shape: str
     gpus: int
@@ -53,6 +54,7 @@ class Case:
     options: tuple[str, ...] = ()
     cap_gib: float = 24.0
     peer_access: bool = False
+    host_gib: float = 100.0
 
 
 def keeping(level: str, where: str = ON_GPU) -> tuple[str, ...]:
@@ -85,8 +87,9 @@ CASES = {
     "70b20-peers": Case("grid_70b_20_layers", 2, 2, 512, 64, (*SHARD, *keeping("input")), peer_access=True),
     "70b20-16k": Case("grid_70b_20_layers", 2, 1, 16384, 64, (*resident(0), *keeping("attention", IN_HOST))),
     "70b20-one": Case("grid_70b_20_layers", 1, 1, 4096, 64, (STREAM, *keeping("attention"))),
-    "70b-512": Case("grid_70b", 2, 2, 512, 64),
-    "70b-2048": Case("grid_70b", 2, 2, 2048, 64),
+    # 42 GiB for the whole job: Python, CUDA and their libraries take 2.8 of them on each rank.
+    "70b-512": Case("grid_70b", 2, 2, 512, 64, host_gib=36.4),
+    "70b-2048": Case("grid_70b", 2, 2, 2048, 64, host_gib=36.4),
 }
 
 
@@ -96,6 +99,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="names of configurations, with commas between")
     parser.add_argument("--gpus", type=int, default=None, help="only those that want so many")
     parser.add_argument("--list", action="store_true", help="name the configurations and stop")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("train_options", nargs="*", help="after --: further options of train.py, for every run")
     asked = parser.parse_args()
     wanted = [name for name in asked.only.split(",") if name] or list(CASES)
     unknown = [name for name in wanted if name not in CASES]
@@ -106,30 +111,30 @@ def main() -> int:
         print("\n".join(f"{name:12} {CASES[name]}" for name in wanted))
         return 0
     SHAPES.update(GRID_SHAPES)
-    failed = [name for name in wanted if not _try(name, asked.out)]
+    failed = [name for name in wanted if not _try(name, asked)]
     print(f"{len(wanted) - len(failed)} of {len(wanted)} ran" + (f"; not {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 
-def _try(name: str, out: Path) -> bool:
+def _try(name: str, asked: argparse.Namespace) -> bool:
     """Run one and append its line; says so where it failed, and the next one goes on."""
     start = time.time()
     try:
-        line = row(name, CASES[name])
+        line = row(name, CASES[name], asked.steps, asked.train_options)
     except (SystemExit, Exception) as error:
         print(f"{name}: FAILED after {time.time() - start:.0f} s: {type(error).__name__}: {error}", flush=True)
         return False
-    with out.open("a") as file:
+    with asked.out.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{name}: {told(line)}, {time.time() - start:.0f} s in all", flush=True)
     return True
 
 
-def row(name: str, case: Case) -> dict[str, Any]:
-    options = [f"--lora_rank={case.rank}", *case.options]
+def row(name: str, case: Case, steps: int, more: Sequence[str]) -> dict[str, Any]:
+    options = [f"--lora_rank={case.rank}", f"--host_memory_gib={case.host_gib}", *case.options, *more]
     asked = argparse.Namespace(
         shape=case.shape, gpus=case.gpus, cap_gib=case.cap_gib, batch_size=case.batch, context_length=case.context,
-        steps=STEPS, peer_access=case.peer_access, train_options=options,
+        steps=steps, peer_access=case.peer_access, train_options=options,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(asked, Path(scratch))
