@@ -91,7 +91,10 @@ def choose_attention(wanted: str, config: PretrainedConfig, precision: Precision
 
 
 def _runs_on_sdpa(config: PretrainedConfig) -> bool:
-    """Whether the model's class says so; Gemma 2 caps its attention scores, which PyTorch's attention cannot."""
+    """Whether the model's class says so and its scores have no softcap, which PyTorch's attention cannot apply: the
+    Gemma 2 of transformers 5.17 says that it can, and leaves the softcap out."""
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return False
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return True  # `build` says what is wrong with it
     return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", True))
