@@ -51,6 +51,8 @@ class Streamer:
         ]
         self._using: _Buffer | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # the buffers' memory was somebody else's, who may not be done with it
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def need(self, position: int, backward: bool) -> None:
         """Stop `position` is computed next: its bytes are there for what is queued from now on, the next on their way.
