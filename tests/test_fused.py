@@ -106,7 +106,8 @@ def test_float64_is_exact(name, shape):
 def test_rounding_is_at_most_plain_pytorchs(name, dtype):
     of = case(name, dtype)
     of.fuse()
-    h, d_out = inputs(of.hf_config, (2, 21), dtype, DEVICE)
+    # Eight rows: of two, one may be such that a rounding anywhere decides a tensor's whole error, ours or theirs.
+    h, d_out = inputs(of.hf_config, (8, 21), dtype, DEVICE)
     assert_good(of.run(h, d_out), of.plain(h, d_out), of.truth(h, d_out))
 
 

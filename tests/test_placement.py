@@ -82,7 +82,8 @@ def options(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def two(options, tmp_path_factory) -> dict[str, Run]:
-    cases = {"sharded": {}} | SAME_BITS | SAME_SUMS | FUSED | {"reduce-bf16": {"reduce_dtype": "bf16"}}
+    cases: dict[str, dict] = {"sharded": {"sharding_strategy": "full_shard"}, "reduce-bf16": {"reduce_dtype": "bf16"}}
+    cases |= SAME_BITS | SAME_SUMS | FUSED
     cases |= {name: more | {"lora_dropout": 0.3} for name, more in DROPOUT.items()}
     cases = {name: options | {"batch_size": 2} | more for name, more in cases.items()}
     cases |= {name: options | more for name, more in twins(options).items()}
@@ -186,7 +187,7 @@ BYTES = """
     torch.use_deterministic_algorithms(True, warn_only=True)
     PLACEMENTS = {
         "ddp": ({"sharding_strategy": "ddp"}, 1),
-        "full_shard": ({}, 2),
+        "full_shard": ({"sharding_strategy": "full_shard"}, 2),
         "shard_grad_op": ({"sharding_strategy": "shard_grad_op"}, 2),
         "hybrid": ({"sharding_strategy": "hybrid_full_shard", "hybrid_shard_size": 1}, 1),
         "fsdp2-offload": ({"use_cpu_offload": True, "cpu_offload_by": "fsdp2"}, 2),
