@@ -52,6 +52,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="where the model is kept for another time, else nowhere")
     parser.add_argument("--alone", help="(how this starts itself) the system to measure in this process")
     asked = parser.parse_args()
+    if asked.steps <= WARM_UP:
+        parser.error(f"--steps {asked.steps}: the first {WARM_UP} are not measured")
     if asked.alone:
         measure(asked)
         return 0
