@@ -65,7 +65,7 @@ def main() -> int:
             command = [sys.executable, "-m", "benchmarks.peers", *sys.argv[1:], "--checkpoint", str(folder)]
             done = subprocess.run([*command, "--alone", system], cwd=ROOT, check=False)
             if done.returncode:
-                append(asked.out, {"system": system, "failed": f"ended with {done.returncode}"} | facts(asked))
+                append(asked.out, {"system": system, "failed": f"ended with {done.returncode}"} | facts(asked, system))
     return 0
 
 
@@ -76,7 +76,7 @@ def measure(asked: argparse.Namespace) -> None:
     try:
         model = load(asked.checkpoint, checkpointing)
     except ImportError as error:
-        append(asked.out, {"system": asked.alone, "failed": f"not installed: {error}"} | facts(asked))
+        append(asked.out, {"system": asked.alone, "failed": f"not installed: {error}"} | facts(asked, asked.alone))
         return
     import torch  # Unsloth is to be imported before it
 
@@ -114,7 +114,7 @@ def measure(asked: argparse.Namespace) -> None:
         }  # fmt: skip
         if not all(0.8 * unknowing < x < 1.6 * unknowing for x in losses):
             row["failed"] = f"losses are not those of an untrained model ({unknowing:.2f})"
-        append(asked.out, row | facts(asked))
+        append(asked.out, row | facts(asked, asked.alone))
         print(f"{asked.alone} {batch} x {context}: {row['tokens_per_second']:,.0f} tok/s, "
               f"GPU {row['gpu_allocated_gib']} / {row['gpu_reserved_gib']} GiB", flush=True)  # fmt: skip
 
@@ -203,7 +203,7 @@ def write_checkpoint(shape: str, folder: Path) -> None:
 # ---- rows
 
 
-def facts(asked: argparse.Namespace) -> dict[str, object]:
+def facts(asked: argparse.Namespace, system: str) -> dict[str, object]:
     """What ran where."""
     import torch
 
@@ -214,10 +214,11 @@ def facts(asked: argparse.Namespace) -> dict[str, object]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    here = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    here = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     found |= {"python": sys.version.split()[0], "commit": os.environ.get("COMMIT") or here}
-    return found | {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d")}
+    command = f"python -m benchmarks.peers --systems {system} --shape {asked.shape} --steps {asked.steps}"
+    return found | {"command": command, "date": time.strftime("%Y-%m-%d")}
 
 
 def append(out: Path, row: dict[str, object]) -> None:

@@ -55,7 +55,9 @@ class Memory:
         self.adapters = facts.all_adapters * facts.compute_bytes
         self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
-        self.masters = 2 * FLOAT * owned  # and gradients
+        self.masters = FLOAT * owned
+        # A block's gradient is there from its backward to the end of the step.
+        self.gradient = FLOAT * -(-facts.adapter_parameters // facts.ranks)
         self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
         self.scratch = _scratch(facts)
@@ -68,12 +70,12 @@ class Memory:
 
     def step_parts(self, candidate: Candidate) -> dict[str, int]:
         """What is on a GPU at the worst moment of a step."""
-        kept, working = self._peak(candidate.blocks, self._head_gathered(candidate))
+        kept, working, gradients = self._peak(candidate.blocks, self._head_gathered(candidate))
         return {
             "frozen base": self._resident(candidate),
             "frozen base on its way": self._moving(candidate),
             "adapters": self.adapters,
-            "gradients, masters, optimizer": self.owned + self.flying,
+            "gradients, masters, optimizer": self.owned + self.flying + gradients,
             "decoded weights, cuBLAS": self.scratch + self.workspace,
             "kept for backward": kept,
             "working": working,
@@ -87,7 +89,7 @@ class Memory:
         return {
             "frozen base": frozen,
             "adapters": self.adapters,
-            "gradients and masters": self.masters,
+            "masters": self.masters,
             "unit being encoded": encoding,
         }
 
@@ -104,7 +106,7 @@ class Memory:
         return resident + max(step, self.adapters + self.masters + late)
 
     def peak(self, candidate: Candidate) -> int:
-        """Bytes kept and working at the worst moment: alike for all candidates of a placement with such kinds of block
+        """Bytes kept, working and of gradients at the worst moment: alike for all candidates of a placement with such kinds of block
         in such an order, whatever is resident."""
         return sum(self._peak(candidate.blocks, self._head_gathered(candidate)))
 
@@ -172,22 +174,24 @@ class Memory:
         facts = self.facts
         return FLOAT * facts.all_adapters if facts.no_sync and facts.accumulation > 1 else 0
 
-    def _peak(self, blocks: Sequence[BlockPlan], head_gathered: int) -> tuple[int, int]:
-        """(bytes kept, bytes of working tensors) at the worst moment of a micro-batch."""
+    def _peak(self, blocks: Sequence[BlockPlan], head_gathered: int) -> tuple[int, int, int]:
+        """(bytes kept, of working tensors, of gradients) at the worst moment of a micro-batch and the update after it.
+
+        Of blocks alike it is the last that has most kept before it, or the first that has most gradients behind it."""
         sizes = [self.of[b.keep, b.offloaded] for b in blocks]
         before = list(accumulate((s.kept for s in sizes), initial=0))
         fetched = max(s.away for s in sizes)
-        worst = (before[-1], self.head + head_gathered + fetched)
+        every = len(sizes) * self.gradient
         first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
-        seen: set[int] = set()
-        for i in range(len(sizes) - 1, -1, -1):  # of blocks alike the last has most before it
+        behind = [every if self.facts.accumulation > 1 else every - (i + 1) * self.gradient for i in range(len(sizes))]
+        worst = max((before[-1], self.head + head_gathered + fetched, behind[-1]), (0, 0, every), key=sum)
+        last = {id(size): i for i, size in enumerate(sizes)}
+        first = {id(size): len(sizes) - 1 - i for i, size in enumerate(reversed(sizes))}
+        for i in {*last.values(), *first.values()}:
             size = sizes[i]
-            if id(size) in seen:
-                continue
-            seen.add(id(size))
             going = fetched if i > first_away else 0  # what was parked last is let go when the next is parked
-            moments = ((before[i], size.forward + going), (before[i + 1], size.backward + size.away + fetched))
-            worst = max(worst, *moments, key=sum)
+            forward = (before[i], size.forward + going, behind[-1])
+            worst = max(worst, forward, (before[i + 1], size.backward + size.away + fetched, behind[i]), key=sum)
         return worst
 
 

@@ -37,8 +37,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Group:
     """The adapters of one block.
 
-    working: all of them, compute dtype [padded]; mine: this rank's slice of it. master, grad: this rank's slice,
-    float32 [padded / world].
+    working: all of them, compute dtype [padded]; mine: this rank's slice of it. master: this rank's slice, float32
+    [padded / world], whose `grad` is there from the block's backward to `zero_grad`: at the turn of a step, where the
+    blocks keep most, none is.
     """
 
     names: list[str] = field(default_factory=list)  # PEFT's order: linear by linear, lora_A before lora_B
@@ -46,10 +47,8 @@ class Group:
     working: Tensor = field(init=False)
     mine: Tensor = field(init=False)
     master: nn.Parameter = field(init=False)
-    grad: Tensor = field(init=False)
     unreduced: Tensor | None = None  # float32 [padded], with no_sync: this rank's own sum over micro-batches
     waiting: int = 0
-    fresh: bool = True  # nothing of this optimizer step is in `grad` yet
     gather: dist.Work | None = None  # of new working values, which nobody has waited for yet
 
     def wait(self) -> None:
@@ -90,7 +89,7 @@ class ShardedAdapters:
 
     def gradients(self) -> list[Tensor]:
         """This rank's float32 slices of the summed gradients, as `parameters()`; complete after `finish`."""
-        return [group.grad for group in self.groups]
+        return [group.master.grad for group in self.groups if group.master.grad is not None]
 
     def begin_micro_batch(self, last: bool) -> None:
         """Before each backward. last: no more micro-batches follow in this optimizer step."""
@@ -145,7 +144,7 @@ class ShardedAdapters:
 
     def zero_grad(self) -> None:
         for group in self.groups:
-            group.fresh, group.unreduced = True, None
+            group.master.grad = group.unreduced = None
 
     def named_tensors(self) -> dict[str, Tensor]:
         """`path.lora_A` -> the whole float32 master matrix, on the CPU. A collective; the result is on every rank."""
@@ -205,8 +204,6 @@ class ShardedAdapters:
                 group.names.append(f"{path}.{matrix}")
                 group.params.append(parameter)
         group.master = nn.Parameter(torch.empty(padded // self.world.size, device=self.world.device))
-        group.grad = torch.zeros_like(group.master)
-        group.master.grad = group.grad
         flat = torch.cat([v.reshape(-1) for v in values.values()] + [torch.zeros(padded - numel)])
         group.working.copy_(flat)
         group.master.data.copy_(self._mine(flat))
@@ -242,7 +239,7 @@ class ShardedAdapters:
         if self.world.size == 1:
             self._keep(group, whole)
             return
-        mine = torch.empty(group.grad.numel(), dtype=self.reduce_dtype, device=self.world.device)
+        mine = torch.empty(group.master.numel(), dtype=self.reduce_dtype, device=self.world.device)
         work = _reduce_scatter(mine, whole, async_op=True)
         self._flying.append((work, group, mine, whole))
         while len(self._flying) > IN_FLIGHT:
@@ -254,11 +251,10 @@ class ShardedAdapters:
         self._keep(group, mine)
 
     def _keep(self, group: Group, mine: Tensor) -> None:
-        if group.fresh:
-            group.grad.copy_(mine)
-            group.fresh = False
+        if group.master.grad is None:
+            group.master.grad = mine.float()  # itself, where it is float32
         else:
-            group.grad.add_(mine)
+            group.master.grad.add_(mine)
 
 
 def _split(flat: Tensor, params: Iterable[nn.Parameter]) -> list[Tensor]:

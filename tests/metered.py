@@ -239,7 +239,7 @@ def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = Non
 
 
 def _of(group: Any) -> list[torch.Tensor]:
-    return [group.working, group.master.data, group.grad]
+    return [group.working, group.master.data]
 
 
 def _step(model: CausalModel, adapters: ShardedAdapters, ids: Any, places: Any, labels: Any) -> None:

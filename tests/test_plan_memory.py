@@ -1,7 +1,7 @@
 """The plan's memory: equal to what the program's own code allocates on the meta device, near what was measured."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -71,16 +71,14 @@ def test_a_whole_step_allocates_what_is_counted(keep: str, vocabulary: int) -> N
     )
     known = facts_of(model, config, WORLD, fusion, 0)  # no optimizer yet, so no state
     real, counted = metered_step(model, config, keep), Memory(known)
-    parts = counted.step_parts(every(known, keep))
-    working = parts["kept for backward"] + parts["working"]
+    parts, working = counted.step_parts(every(known, keep)), counted.peak(every(known, keep))
     assert working == pytest.approx(real.peak - real.before, rel=0.02)
-    embedding = 0 if known.embedding_on_host else known.embedding_bytes
-    assert sum(parts.values()) - working == pytest.approx(real.before, rel=0.005), embedding
+    assert sum(parts.values()) - working == pytest.approx(real.before, rel=0.005)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])
 def test_measured_peaks_are_met_within_5_percent(row: Any) -> None:
-    known = row.facts
+    known = replace(row.facts, accumulation=2)  # when these were measured, gradients were there all the time
     predicted = Memory(known).device_bytes(every(known, row.keep, row.offloaded, row.placement))
     assert predicted == pytest.approx(row.allocated_gib * GIB, rel=0.05)
 
