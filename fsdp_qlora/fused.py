@@ -50,20 +50,23 @@ KEEP = ("input", "halves", "attention", "qkv", "all")
 
 
 class Scratch:
-    """One buffer for decoded weights, shared by all blocks: on one stream each is used before the next is written."""
+    """Buffers for decoded weights, shared by all blocks: on one stream each is used before the next is written.
+
+    Place 0 serves whatever is used once. The others hold weights that backward uses twice, for the product that it
+    computes again and for its gradient."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._buffer = torch.empty(0, dtype=dtype, device=device)
+        self._nothing = torch.empty(0, dtype=dtype, device=device)
+        self.buffers: dict[int, Tensor] = {}  # by place
 
-    def room(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns] with rows on whole cache lines, good until the next call."""
+    def room(self, rows: int, columns: int, place: int = 0) -> Tensor:
+        """[rows, columns] with rows on whole cache lines, good until the next call for that place."""
         pitch = -(-columns // PITCH) * PITCH
         numel = rows * pitch
-        if self._buffer.numel() < numel:
-            dtype, device = self._buffer.dtype, self._buffer.device
-            self._buffer = torch.empty(0, dtype=dtype, device=device)  # freed first: the two never live side by side
-            self._buffer = torch.empty(numel, dtype=dtype, device=device)
-        return self._buffer[:numel].view(rows, pitch)[:, :columns]
+        if self.buffers.get(place, self._nothing).numel() < numel:
+            self.buffers[place] = self._nothing  # freed first: the two never live side by side
+            self.buffers[place] = self._nothing.new_empty(numel)
+        return self.buffers[place][:numel].view(rows, pitch)[:, :columns]
 
 
 @dataclass
@@ -175,8 +178,7 @@ class FusedBlock:
         features = h.shape[1]
         y_wide = self._normed(h, anatomy.attention_norm, anatomy.qkv)
         rotated = state.qkv is not None
-        if state.qkv is None:
-            self._project_qkv(state, y_wide, drop)
+        decoded = [] if rotated else self._project_qkv(state, y_wide, drop, first=1)
         q, k, v = self._heads(state, shape, rotary, rotate=not rotated)
         if state.out is None or state.stats is None:
             state.out, state.stats = attend(q, k, v, anatomy.masking, self.backend)
@@ -203,16 +205,17 @@ class FusedBlock:
         d_bs = gradients_of_b_wide(d_outs, state.xs, d_xa, qkv)
         d_as = gradients_of_a_wide(d_xa, y_wide[:, :features], qkv, p=p, seed=seed)
         del y_wide
-        d_y = gradient_of_input_wide(d_outs, d_last, qkv, features, self.scratch.room, p=p, seed=seed)
+        room = self.scratch.room
+        d_y = gradient_of_input_wide(d_outs, d_last, qkv, features, room, p=p, seed=seed, decoded=decoded)
         d_h = self._norm_backward(d_y, h, anatomy.attention_norm, skip=d_h2)
         return d_h, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
 
-    def _project_qkv(self, state: AttentionState, y_wide: Tensor, drop: Any) -> None:
+    def _project_qkv(self, state: AttentionState, y_wide: Tensor, drop: Any, first: int | None = None) -> list[Tensor]:
         qkv = self._projections(self.anatomy.qkv)
         features = y_wide.shape[1] - extra(qkv)
         state.xs = adapt_(y_wide, features, qkv, p=drop[0], seed=drop[1])
         state.qkv = [y_wide.new_empty(y_wide.shape[0], linear.out_features) for linear in self.anatomy.qkv]
-        project_wide(y_wide, features, qkv, state.qkv, self.scratch.room)
+        return project_wide(y_wide, features, qkv, state.qkv, self.scratch.room, first=first)
 
     def _beside(self, d_outs: list[Tensor], projections: list[Projection]) -> tuple[list[Tensor], Tensor]:
         """(the gradients of the projections' outputs, the last of them in a copy with room beside it for d_xa)."""
@@ -266,14 +269,10 @@ class FusedBlock:
         return state
 
     def mlp_backward(self, d_h3: Tensor, h2: Tensor, state: MLPState, drop: Any) -> tuple[Tensor, Gradients]:
-        """(d_h2 [T, H], gradients of gate's, up's and down's adapters)."""
+        """(d_h2 [T, H], gradients of gate's, up's and down's adapters). down first: gate and up, if they are computed
+        again, are then decoded once for that and for their gradients."""
         anatomy, (p, seed), room = self.anatomy, drop, self.scratch.room
         features, inner = h2.shape[1], anatomy.down.in_features
-        n_wide = self._normed(h2, anatomy.mlp_norm, anatomy.gate_up)
-        if state.gate_up is None:
-            self._project_gate_up(state, n_wide, drop)
-        assert state.gate_up is not None
-        assert state.xs is not None
         assert state.hs is not None
         d_added = d_h3
         if anatomy.mlp_out_norm is not None:
@@ -283,9 +282,15 @@ class FusedBlock:
         d_ha = d_wide[:, features:]
         d_b = gradients_of_b_wide(d_outs, state.hs, d_ha, down)
         middle = gradient_of_input_wide(d_outs, d_wide, down, inner, room, p=p, seed=seed + 3)
+        d_ha = d_ha.clone()
+        del d_added, d_outs, d_wide
+        n_wide = self._normed(h2, anatomy.mlp_norm, anatomy.gate_up)
+        decoded = self._project_gate_up(state, n_wide, drop, first=0) if state.gate_up is None else []
+        assert state.gate_up is not None
+        assert state.xs is not None
         glu_backward_(middle, *self._gate_and_up(state), anatomy.activation)  # now the MLP's inner activations again
         d_a = gradients_of_a_wide(d_ha, middle, down, p=p, seed=seed + 3)
-        del middle, d_outs, d_wide, d_ha
+        del middle, d_ha
         gate_up = self._projections(anatomy.gate_up)  # and gate and up have become their gradients
         d_xa = state.gate_up[:, 2 * inner :]
         d_outs = [*self._gate_and_up(state)] if len(gate_up) == 2 else [state.gate_up[:, : 2 * inner]]
@@ -293,18 +298,18 @@ class FusedBlock:
         d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
         del n_wide
         d_last = state.gate_up[:, (len(gate_up) - 1) * inner :]
-        d_n = gradient_of_input_wide(d_outs, d_last, gate_up, features, room, p=p, seed=seed + 2)
+        d_n = gradient_of_input_wide(d_outs, d_last, gate_up, features, room, p=p, seed=seed + 2, decoded=decoded)
         d_h2 = self._norm_backward(d_n, h2, anatomy.mlp_norm, skip=d_h3)
         return d_h2, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
 
-    def _project_gate_up(self, state: MLPState, n_wide: Tensor, drop: Any) -> None:
+    def _project_gate_up(self, state: MLPState, n_wide: Tensor, drop: Any, first: int | None = None) -> list[Tensor]:
         gate_up = self._projections(self.anatomy.gate_up)
         beside, inner = extra(gate_up), self.anatomy.down.in_features
         features = n_wide.shape[1] - beside
         state.xs = adapt_(n_wide, features, gate_up, p=drop[0], seed=drop[1] + 2)
         state.gate_up = wide(n_wide.shape[0], 2 * inner + beside, n_wide)
         outs = [*self._gate_and_up(state)] if len(gate_up) == 2 else [state.gate_up[:, : 2 * inner]]
-        project_wide(n_wide, features, gate_up, outs, self.scratch.room)
+        return project_wide(n_wide, features, gate_up, outs, self.scratch.room, first=first)
 
     def _gate_and_up(self, state: MLPState) -> tuple[Tensor, Tensor]:
         assert state.gate_up is not None

@@ -66,7 +66,8 @@ class _Sizes:
         self.xs_qkv, self.xs_gate_up = rows(beside(f.rank_qkv)), rows(beside(f.rank_gate_up))
         self.projected = self.h if f.norms_after else 0
         self.gradients = f.adapter_parameters * c
-        self.gradients_down = f.rank_down * (f.hidden + f.inner) * c
+        self.gradients_down, self.gradient_down_b = f.rank_down * (f.hidden + f.inner) * c, f.rank_down * f.hidden * c
+        self.gradients_qkv = f.rank_qkv * (f.hidden + f.qkv // f.qkv_linears) * c
         self.attend, self.attend_backward = _attention(f)
         # An adapter's input dropped, and before that contiguous, which in backward the MLP's middle is already.
         self.dropped = 2 * rows(max(f.hidden, f.inner)) if f.dropout else 0
@@ -117,14 +118,15 @@ class _Sizes:
         if level == 0:  # the attention half is computed again, and all of it stays
             again = self.qkv + self.out + self.stats + self.oa + self.xs_qkv + self.h + self.projected
             redone = d_h3 + self.attention_forward()
-        gate_up = self.gate_up if level < 4 else 0
-        mlp = d_h3 + again + self.n_wide + gate_up + self.d_wide + self.middle + self.projected
+        down = d_h3 + again + self.projected + self.d_wide + self.middle + self.gradient_down_b
+        down += max(self.dropped_again, self.hs)
+        mlp = d_h3 + again + self.n_wide + (self.gate_up if level < 4 else 0) + self.middle + self.hs
         mlp += self.dropped_again + self.gradients_down
-        return max(redone, mlp, self._attention_backward(level))
+        return max(redone, down, mlp, self._attention_backward(level))
 
     def _attention_backward(self, level: int) -> int:
-        state = 2 * self.h + self.y_wide + self.heads + self.gradients  # d_h3, d_h2
-        state += self.qkv + self.xs_qkv if level < 3 else 0
+        state = 2 * self.h + self.y_wide + self.heads + self.gradients - self.gradients_qkv  # d_h3, d_h2
+        state += self.oa + (self.qkv if level < 3 else 0)
         state += self.out + self.stats if level < 2 else 0
         state += self.projected if level == 0 else 0
         let_go = 0 if level == 0 else self.h + self.projected + (self.gate_up if level == 4 else 0)

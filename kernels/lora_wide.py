@@ -23,7 +23,8 @@ from fsdp_qlora.kernels.lora import Projection
 
 ALIGN = 8  # numbers: 16 bytes in 16-bit dtypes, which fast matrix products ask of a row's start
 PITCH = 64  # numbers from row to row: a multiple of this, 128 bytes, for whole cache lines
-Room = Callable[[int, int], torch.Tensor]  # (rows, columns) -> scratch as of `wide`, good until it is asked for again
+# (rows, columns, place) -> scratch as of `wide`, good until that place is asked for again.
+Room = Callable[[int, int, int], torch.Tensor]
 
 
 def wide(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
@@ -62,13 +63,19 @@ def project_wide(
     room: Room,
     *,
     plus: torch.Tensor | None = None,
-) -> None:
+    first: int | None = None,
+) -> list[torch.Tensor]:
     """Write each projection of x_wide [T, H + R], adapted already, to outs[i] [T, O], stride 1 along O.
 
-    plus: [T, O] added to the one output of a projection without a bias (a residual)."""
-    at = 0
-    for projection, out in zip(projections, outs, strict=True):
-        weight = room(out.shape[1], x_wide.shape[1])
+    plus: [T, O] added to the one output of a projection without a bias (a residual).
+    first: the place of the first weight, the next ones following, with room below each for its input's adapters: then
+    what is returned, the weights [O + R, H + R], serves `gradient_of_input_wide` too. By default all use place 0."""
+    at, weights = 0, []
+    below = 0 if first is None else x_wide.shape[1] - features
+    for i, (projection, out) in enumerate(zip(projections, outs, strict=True)):
+        rows = out.shape[1]
+        whole = room(rows + below, x_wide.shape[1], 0 if first is None else first + i)
+        weight = whole[:rows]
         projection.weight(weight[:, :features])
         beside = weight[:, features:]
         if beside.numel() and (len(projection.adapters) != 1 or projection.adapters[0].b.shape != beside.shape):
@@ -83,6 +90,8 @@ def project_wide(
             torch.mm(x_wide, weight.t(), out=out)
         else:
             torch.addmm(summand, x_wide, weight.t(), out=out)
+        weights.append(whole)
+    return weights
 
 
 def gradients_of_b_wide(
@@ -122,15 +131,23 @@ def gradient_of_input_wide(
     *,
     p: float,
     seed: int,
+    decoded: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """d_x [T, H], new. d_last_wide: [T, O + R], the last of d_outs with d_xa beside it."""
+    """d_x [T, H], new. d_last_wide: [T, O + R], the last of d_outs with d_xa beside it.
+
+    decoded: the weights as `project_wide` has just left them, each in a place of its own; else they are decoded."""
     a_RH, _ = _stacked(projections)
+    beside = extra(projections)
     d_x: torch.Tensor | None = None
     for i, (d_out, projection) in enumerate(zip(d_outs, projections, strict=True)):
         rows = d_out.shape[1]
         along = a_RH is not None and not p and i == len(d_outs) - 1
-        weight = room(d_last_wide.shape[1] if along else rows, features)
-        projection.weight(weight[:rows])
+        used = d_last_wide.shape[1] if along else rows
+        if decoded:
+            weight = decoded[i][:used, :features]
+        else:  # rows as far apart as those of `decoded`: the same product whatever was computed before it
+            weight = room(used, features + beside, 0)[:, :features]
+            projection.weight(weight[:rows])
         if along:
             assert a_RH is not None
             weight[rows : rows + a_RH.shape[0]].copy_(a_RH)

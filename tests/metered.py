@@ -171,7 +171,8 @@ def metered_step(model: CausalModel, config: Any, keep: str) -> Metered:
             meter.add(tensor)
         _step(model, adapters, ids, places, labels)  # makes the scratch buffer as large as it will be
         for block in model.blocks.values():
-            meter.add(block.fused.scratch._buffer)
+            for buffer in block.fused.scratch.buffers.values():
+                meter.add(buffer)
         before = meter.mark()
         adapters.begin_micro_batch(last=True)
         loss = model(ids, places, labels, 1.0)
@@ -223,8 +224,8 @@ def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = Non
             h = torch.empty(batch, context, fused.anatomy.down.out_features, dtype=fused.dtype, device=META)
             h.requires_grad_()
             cos, sin = (torch.empty(context, fused.anatomy.head_dim // 2, device=META) for _ in range(2))
-            if fused.scratch._buffer.numel():
-                meter.add(fused.scratch._buffer)
+            for buffer in fused.scratch.buffers.values():
+                meter.add(buffer)
             before = meter.mark() - h.nbytes
             out = fused(h, cos, sin)
             forward, launches = meter.peak - before, meter.launches
