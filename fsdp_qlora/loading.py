@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.frozen import checksum
 from fsdp_qlora.model import CausalModel, Unit
 from fsdp_qlora.placement import Placement
@@ -87,7 +88,12 @@ def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> T
         if isinstance(form.codec, NF4) and f"{source}.absmax" in tensors:
             parts = form.codec.from_checkpoint(source, tensors, form.shape)
         else:
-            parts = form.codec.encode(tensors[source].to(device))
+            weight = tensors[source].to(device)
+            if isinstance(form.codec, NF4) and not weight.isfinite().all():  # on a GPU some 4-bit number would hide it
+                raise UserError(
+                    f"model_name: {source} of the checkpoint holds NaN or infinity: it is damaged, download it again"
+                )
+            parts = form.codec.encode(weight)
         layout.write(buffer, entry, parts)
     return buffer
 

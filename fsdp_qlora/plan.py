@@ -42,7 +42,7 @@ class Plan:
 
 
 def make_plan(facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget) -> Plan:
-    """The fastest plan within the budget; the most frugal of those within 1 % of it.
+    """The fastest plan within the budget, of the first placement of `PLACEMENTS` that is within `SIMPLER` of it.
 
     Without rates (no GPU): everything on one rank, shards on several, or as wished, with no time and no limit.
     Raises UserError, one line, where nothing fits."""

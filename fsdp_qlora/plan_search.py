@@ -1,8 +1,9 @@
 """Every candidate worth looking at for one placement, and the fastest of them that fits.
 
 A candidate is at most two kinds of block (keep level, offloaded or not), the second kind and the resident blocks each
-spread evenly. Given the kinds, as many blocks stay resident as fit: that is never slower and takes host memory away
-from nobody. What remains is small enough to bound all of it and walk through the few that may be the fastest.
+spread evenly; from the best of them `plan_climb.py` goes on to three. Given the kinds, as many blocks stay resident as
+fit: that is never slower and takes host memory away from nobody. What remains is small enough to bound all of it and
+walk through the few that may be the fastest.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
+from fsdp_qlora.plan_climb import Cost, Kind, blend, climb, corners
 from fsdp_qlora.plan_facts import Facts
 from fsdp_qlora.plan_memory import RESERVED, BlockPlan, Candidate, Memory, Placed
 from fsdp_qlora.plan_moments import KEEP
@@ -19,12 +21,11 @@ from fsdp_qlora.plan_time import Clock
 
 STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so that the link need not wait for a block
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one
-TIE = 1.01  # plans within 1 % of the fastest count as equally fast: the most frugal of them is taken
+TIE = 1.002  # plans within 0.2 % of the fastest count as equally fast: the most frugal of them is taken
+CORNERS = 30  # mixes of three kinds that are tried
 WALKS = 1500  # candidates walked through at most, best bounds first: some 0.3 s
 
 PLACEMENTS: tuple[Placed, ...] = ("replicate", "shard", "stream", "shard_offload")
-
-Kind = tuple[str, bool]  # keep level, offloaded
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,49 @@ class Search:
             step = -(-self.facts.layers // COARSE)
             counts = list(range(max(1, near - step), min(self.facts.layers, near + step + 1)))
             found += self._walk(self._fitting(counts, [kinds]))
-        fastest = min(f.seconds for f in found)
-        return min((f for f in found if f.seconds <= fastest * TIE), key=lambda f: f.thrift)
+        fastest = min(found, key=lambda f: (f.seconds, f.thrift))
+        found += [three for c in self._of_three(fastest.candidate) if (three := self._evaluate(c)) is not None]
+        fastest = min(found, key=lambda f: (f.seconds, f.thrift))
+        better = self._evaluate(climb(fastest.candidate, fastest.seconds, self._kinds(), self._timed))
+        found += [better] if better is not None else []
+        limit = min(f.seconds for f in found) * TIE
+        return min((f for f in found if f.seconds <= limit), key=lambda f: f.thrift)
+
+    def _of_three(self, like: Candidate) -> Iterator[Candidate]:
+        """The most promising mixes of three kinds that use up both memories, with the head and buffers of `like`."""
+        assert self.clock is not None
+        facts, of, kinds = self.facts, self.memory.of, self._kinds()
+        costs = {
+            (keep, away): Cost(self.clock.backward[keep], of[keep, away].kept, of[keep, away].away * facts.local_ranks)
+            for keep, away in kinds
+        }
+        nothing = replace(like, blocks=blend({kinds[0]: facts.layers}, kinds))
+        away = facts.layers * costs[kinds[0]].host
+        gpu = self.limit - self.memory.device_bytes(nothing) + facts.layers * costs[kinds[0]].gpu
+        host = self.budget.host_bytes - self.memory.host_bytes(nothing) + away
+        for counts in corners(costs, facts.layers, gpu, host)[:CORNERS]:
+            yield replace(like, blocks=blend(counts, kinds))
+
+    def _timed(self, candidate: Candidate) -> tuple[Candidate, float] | None:
+        found = self._evaluate(candidate)
+        return None if found is None else (found.candidate, found.seconds)
+
+    def _evaluate(self, candidate: Candidate) -> Found | None:
+        """With as many resident blocks as fit, or as were asked for; None where it does not fit."""
+        candidate = replace(candidate, blocks=tuple(replace(b, resident=False) for b in candidate.blocks))
+        if self.placement == "replicate":
+            candidate = replace(candidate, blocks=tuple(replace(b, resident=True) for b in candidate.blocks))
+        peak = self.memory.peak(candidate)
+        if self.placement == "stream":
+            spare = self.limit - self.memory.device_bytes(candidate, peak)
+            wanted = self.wishes.resident_blocks
+            resident = spare // self.facts.block_bytes if wanted is None else wanted
+            candidate = _with_resident(candidate, min(resident, self.facts.layers - 1))
+        device, host = self.memory.device_bytes(candidate, peak), self.memory.host_bytes(candidate)
+        if device > self.limit or host > self.budget.host_bytes:
+            return None
+        assert self.clock is not None
+        return Found(candidate, self.clock.seconds(candidate), device, host)
 
     def fits(self) -> bool:
         """Whether `best` would find any."""

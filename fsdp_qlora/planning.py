@@ -23,6 +23,9 @@ from fsdp_qlora.plan_facts import facts_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
+# GiB of a GPU that go to others than PyTorch's allocator after the plan is made: CUDA modules, cuDNN, NCCL's buffers
+# (1.1 GiB in all on H200s, of which the context's half is there already).
+OUTSIDE_GIB = 0.75
 HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
 
 
@@ -63,7 +66,7 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     device = float("inf")
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
-        device = free + torch.cuda.memory_reserved(world.device)
+        device = free + torch.cuda.memory_reserved(world.device) - OUTSIDE_GIB * GIB
     if memory.gpu_memory_gib is not None:
         device = min(device, memory.gpu_memory_gib * GIB)
     given = memory.host_memory_gib

@@ -148,6 +148,9 @@ def build_model(
     Raises UserError on every rank alike."""
     recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, world))
     model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
+    for module in model.backbone.modules():  # rotary tables, which not every family moves to where their input is
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(world.device))
     if not isinstance(weights, OnHub):  # a download waits until all else is known to be right
         world.together(lambda: check_names(model, weights))
     return model, world.together(lambda: fuse(model, config, world.device))

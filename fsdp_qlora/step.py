@@ -79,7 +79,7 @@ class Stepper:
         losses = self._passes(batches, label_tokens / self.scale.value)
         norms = torch._foreach_norm(self.adapters.gradients())
         sums = torch.stack([losses, torch.stack(norms).square().sum()])
-        loss_part, square = sums.tolist()  # the step's one wait for the GPU
+        loss_part, square = _to_host(sums)  # the step's one wait for the GPU
         everyone = self.world.gather([loss_part, square, *self._memory(), host_gib])
         losses_by_rank, squares, allocated, reserved, host = (list(column) for column in zip(*everyone, strict=True))
         loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
@@ -151,6 +151,17 @@ class Stepper:
         if self.world.device.type != "cuda":
             return 0.0, 0.0
         return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+
+
+def _to_host(numbers: Tensor) -> list[float]:
+    """Waits on an event: a copy to ordinary memory would hold a lock of the driver while it waits, and with it whoever
+    saves the adapter from another thread when a peer is gone."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist()
+    here = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    here.copy_(numbers, non_blocking=True)
+    torch.cuda.current_stream(numbers.device).record_event().synchronize()
+    return here.tolist()
 
 
 def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

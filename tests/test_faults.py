@@ -108,7 +108,8 @@ def _damage_models(root: Path) -> None:
         tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(note).encode())).byte()
 
     copy("refit", refit)
-    # In a norm: bitsandbytes' 4-bit code of a NaN is NaN on a CPU, but some number on a GPU.
+    copy("nan_linear", lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 5].fill_(torch.nan))
+    # In a norm, which is not quantized.
     copy("nan", lambda t: t["model.layers.1.input_layernorm.weight"][5].fill_(torch.nan))
     vocabulary = json.loads((root / "model/tokenizer.json").read_text())["model"]["vocab"]
     copy("nan_token", lambda t: t["model.embed_tokens.weight"][vocabulary["~"]].fill_(torch.nan))
@@ -188,6 +189,10 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     "shard gone": ({"model_name": "{root}/shard_gone"}, ["lacks model-00002-", "index.json", "download the rest"]),
     "damaged index": ({"model_name": "{root}/odd_index"}, ["index.json is damaged", "download it again"]),
     "file cut short": ({"model_name": "{root}/cut"}, ["cut/model.safetensors cannot be read", "download it again"]),
+    "NaN to be quantized": (
+        {"model_name": "{root}/nan_linear"},
+        ["model.layers.1.mlp.up_proj.weight of the checkpoint holds NaN or infinity", "download it again"],
+    ),
     "no config.json": ({"model_name": "{root}/no_config"}, ["no_config has no readable config.json"]),
     "no tokenizer": ({"model_name": "{root}/no_tokenizer"}, ["tokenizer could not be loaded", "tokenizer_config.json"]),
     "disk full at once": ({}, ["output_dir", "File too large", "free some space"]),

@@ -11,8 +11,10 @@ import pytest
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, table
+from fsdp_qlora.plan_climb import Cost, blend, corners
 from fsdp_qlora.plan_facts import Facts
 from fsdp_qlora.plan_memory import RESERVED, Memory
+from fsdp_qlora.plan_moments import KEEP
 from fsdp_qlora.plan_refusal import CONTEXT_STEP, RANK_STEP, Nearest, nearest, with_context, with_rank
 from fsdp_qlora.plan_search import spread
 from fsdp_qlora.plan_time import Clock, Rates
@@ -200,3 +202,41 @@ def test_the_table_says_what_goes_where_and_what_else_there_is() -> None:
     assert f"{made.seconds:.3f} s a step" in text
     assert "replicate does not fit" in text
     assert "shard_offload" in text
+
+
+# ---- three kinds of block
+
+
+KINDS = [(keep, away) for away in (False, True) for keep in KEEP]
+
+
+def test_blocks_of_several_kinds_are_spread_evenly() -> None:
+    counts = Counter({("halves", False): 51, ("halves", True): 20, ("all", False): 9})
+    blocks = blend(counts, KINDS)
+    assert Counter((b.keep, b.offloaded) for b in blocks) == counts
+    for kind, count in counts.items():
+        for end in range(1, 81):
+            seen = sum((b.keep, b.offloaded) == kind for b in blocks[:end])
+            assert abs(seen - end * count / 80) < 1.5, (kind, end)
+
+
+def test_corners_use_up_both_memories_and_no_more() -> None:
+    costs = {("input", False): Cost(9.0, 10, 0), ("input", True): Cost(9.0, 1, 9), ("all", False): Cost(5.0, 100, 0)}
+    found = corners(costs, 80, 1000, 100)
+    assert len(found) == 1
+    (counts,) = found
+    assert sum(counts.values()) == 80
+    assert 1000 - 110 < sum(costs[k].gpu * n for k, n in counts.items()) <= 1000
+    assert 100 - 10 < sum(costs[k].host * n for k, n in counts.items()) <= 100
+    assert corners(costs, 80, 100, 0) == []
+
+
+def test_a_little_host_memory_is_worth_a_third_kind() -> None:
+    known = facts("llama2_70b", 2, 2048, 64, ranks=2)
+    seconds = []
+    for host in (33.5, 38.4):
+        plan = make_plan(known, H200, Wishes(placements=("stream",)), Budget(24 * GIB, int(host * GIB)))
+        assert plan.host_bytes <= host * GIB
+        seconds.append(plan.seconds)
+    assert seconds[1] < seconds[0] * 0.998
+    assert len({(b.keep, b.offloaded) for b in plan.blocks}) == 3

@@ -68,7 +68,7 @@ def test_a_fast_link_hides_behind_arithmetic() -> None:
     known = facts("llama2_70b", 2, 2048, 64)
     clock, everything = Clock(known, with_link(1e15)), Candidate("replicate", streamed(80, 80).blocks, True, 0)
     assert clock.seconds(streamed(known.layers)) == pytest.approx(clock.seconds(everything), rel=1e-3)
-    assert clock.bound(everything) <= clock.seconds(everything)
+    assert clock.bound(everything) <= clock.seconds(everything) * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("rate", [5e9, 55e9])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fsdp_qlora import environment
 from fsdp_qlora import world as world_module
 from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.environment import Launch, check_launch, rank_from_environment, read_launch
@@ -181,3 +182,18 @@ def test_the_others_end_with_a_message_when_a_rank_ends(fate):
     assert "rank 1 tripped" in done.stderr or "SIGKILL" in fate
     assert "while closing the process group" not in done.stderr
     assert "AssertionError" not in done.stderr
+
+
+def test_gpu_memory_grows_page_by_page_unless_the_user_says_otherwise(monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(environment, "_kernel", lambda: "6.1.0-microsoft-standard-wsl2")
+    environment.choose_allocator()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.setattr(environment, "_kernel", lambda: "6.1.0-28-amd64")
+    environment.choose_allocator()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    environment.choose_allocator()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
