@@ -12,7 +12,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan_facts import Facts
 from fsdp_qlora.plan_memory import BlockPlan, Candidate, Memory, Placed
 from fsdp_qlora.plan_refusal import refusal
-from fsdp_qlora.plan_search import TIE, Budget, Found, Search, Wishes, placements, spread
+from fsdp_qlora.plan_search import PLACEMENTS, SIMPLER, Budget, Found, Search, Wishes, placements, spread
 from fsdp_qlora.plan_table import lines
 from fsdp_qlora.plan_time import Clock, Rates
 
@@ -53,7 +53,7 @@ def make_plan(facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget)
     if not best:
         raise UserError(refusal(facts, wishes, budget))
     fastest = min(found.seconds for found in best.values())
-    chosen = min((f for f in best.values() if f.seconds <= fastest * TIE), key=lambda f: f.thrift)
+    chosen = next(best[p] for p in PLACEMENTS if p in best and best[p].seconds <= fastest * SIMPLER)
     return _plan(memory, chosen.candidate, chosen.seconds)
 
 

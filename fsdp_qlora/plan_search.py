@@ -25,7 +25,9 @@ TIE = 1.002  # plans within 0.2 % of the fastest count as equally fast: the most
 CORNERS = 30  # mixes of three kinds that are tried
 WALKS = 1500  # candidates walked through at most, best bounds first: some 0.3 s
 
+# In the order of how much there is to move; of the fastest that are within SIMPLER of each other the first is taken.
 PLACEMENTS: tuple[Placed, ...] = ("replicate", "shard", "stream", "shard_offload")
+SIMPLER = 1.01
 
 
 @dataclass(frozen=True)
