@@ -227,11 +227,13 @@ class TrainingOptions:
     batch_size: int = option(
         1,
         """Rows per rank in one forward and backward pass (the micro-batch). Rows of one optimizer step:
-        batch_size * gradient_accumulation_steps * ranks.""",
+        batch_size * gradient_accumulation_steps * ranks. -1: gradient_accumulation_steps rows per rank, in
+        micro-batches of the size that the plan finds fastest.""",
         "it fits wherever anything fits",
         "activation memory grows in proportion; larger is faster, most of all with CPU offload",
         unit="rows",
         at_least=1,
+        special={-1: "the plan decides"},
         known_as=("per_device_train_batch_size", "micro_batch_size", "train_batch_size"),
     )
     gradient_accumulation_steps: int = option(

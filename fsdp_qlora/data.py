@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fsdp_qlora.rows import Rows, load_rows
+from fsdp_qlora.rows import PAD_TO, Rows, load_rows
 from fsdp_qlora.tokens import load_tokenizer
 
 __all__ = ["IGNORE", "Batch", "Batches", "Rows", "load_rows", "load_tokenizer"]
 
 IGNORE = -100  # the label of a position without loss
-PAD_TO = 8  # widths are multiples of this, which is what tensor cores like
 
 
 @dataclass

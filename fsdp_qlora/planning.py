@@ -5,13 +5,14 @@ The plan itself (plan.py and its neighbours) is arithmetic; here are its inputs 
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fsdp_qlora.calibrate import calibrate
 from fsdp_qlora.config import Config, MemoryOptions
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.host_memory import available_host_bytes
@@ -29,13 +30,49 @@ OUTSIDE_GIB = 0.75
 HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
 
 
-def plan_run(model: CausalModel, config: Config, fusion: Fusion, world: World) -> tuple[Plan, list[str], dict]:
-    """(the plan, its table, its record for `write_plan`). A collective. Raises UserError where nothing fits."""
-    facts = facts_of(model, config, world, fusion, state_bytes(config.training.optimizer, world.device.type))
-    rates = calibrate(facts, model, world)
-    budget = find_budget(config.memory, world)
-    plan = world.together(lambda: make_plan(facts, rates, wishes_of(config.memory, world.size), budget))
-    return plan, table(plan, facts, rates, budget), plan_record(plan, facts, rates)
+@dataclass(frozen=True)
+class Planned:
+    """A plan, its table for the user, its record for `write_plan`, and the options that it was made for."""
+
+    plan: Plan
+    lines: list[str]
+    record: dict
+    config: Config
+
+
+def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
+    """The plan for rows of at most `longest` tokens. A collective. Raises UserError where nothing fits."""
+    budget, refused = find_budget(config.memory, world), None
+    found: list[Planned] = []
+    for sized in micro_batches(config):
+        at_length = replace(sized, data=replace(config.data, context_length=longest))
+        optimizer = state_bytes(config.training.optimizer, world.device.type)
+        facts = facts_of(model, at_length, world, fusion, optimizer)
+        rates = calibrate(facts, model, world)
+        try:
+            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), budget)
+        except UserError as error:  # the same on every rank: they have the same numbers
+            refused = error
+            continue
+        found.append(Planned(plan, table(plan, facts, rates, budget), plan_record(plan, facts, rates), sized))
+    if not found:
+        assert refused is not None
+        raise refused.on_every_rank(world.rank)
+    # Without times the smallest, which fits wherever anything does; the largest of those as fast.
+    return min(found, key=lambda one: one.plan.seconds or one.config.training.batch_size)
+
+
+def micro_batches(config: Config) -> list[Config]:
+    """The options as they are, or with every micro-batch that divides a step's rows evenly, the largest first."""
+    training = config.training
+    if training.batch_size > 0:
+        return [config]
+    rows = training.gradient_accumulation_steps
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    return [
+        replace(config, training=replace(training, batch_size=size, gradient_accumulation_steps=rows // size))
+        for size in sizes
+    ]
 
 
 def wishes_of(memory: MemoryOptions, ranks: int) -> Wishes:

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 CHUNK = 2048  # rows tokenized in one call: enough to occupy every core, few enough to hold as Python objects
 DUMMY_SAMPLES = 512
+PAD_TO = 8  # widths of batches are multiples of this, which is what tensor cores like
 
 
 @dataclass
@@ -46,6 +47,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def widest(self) -> int:
+        """Tokens of the longest row, padded as a batch of it is."""
+        return min(-(-int(self.lengths.max()) // PAD_TO) * PAD_TO, self.context_length)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:

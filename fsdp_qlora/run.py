@@ -21,7 +21,7 @@ from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.optim import check_optimizer
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
-from fsdp_qlora.planning import keep_activations, plan_run, write_plan
+from fsdp_qlora.planning import keep_activations, micro_batches, plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
@@ -44,25 +44,28 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         hf_config = world.first_on_node(lambda: read_config(model_name, revision))
         precision, attention = world.together(lambda: choose_compute(config, hf_config, world))
         world.together(lambda: check_optimizer(config.training, world.device))
+        longest = config.data.context_length
         if not only_plan:
             tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
+            longest = rows.widest
+        weights = world.together(lambda: open_weights(config, precision.stream))
+        model, fusion = build_model(micro_batches(config)[0], hf_config, weights, precision, attention, world)
+        planned = plan_run(model, config, fusion, longest, world)
+        plan, config = planned.plan, planned.config
+        described = describe(model, hf_config, config, attention, fusion, world)
+        if not only_plan:
             batches = make_batches(config, rows, world)
             steps = count_steps(config, batches)
-        weights = world.together(lambda: open_weights(config, precision.stream))
-        model, fusion = build_model(config, hf_config, weights, precision, attention, world)
-        plan, planned, record = plan_run(model, config, fusion, world)
-        described = describe(model, hf_config, config, attention, fusion, world)
-        described += [] if only_plan else describe_rows(config, batches, steps, world)
-        for line in [*notes, *described, *planned]:
+            described += describe_rows(config, batches, steps, world)
+        for line in [*notes, *described, *planned.lines]:
             world.say(line)
         if only_plan:
             return 0
         metrics = world.together(lambda: Metrics(config, world, steps))
-        world.main_only(lambda: note_run(config, folder, adapter_count(model), record))
+        world.main_only(lambda: note_run(config, folder, adapter_count(model), planned.record))
 
         placement = world.together(lambda: choose_placement(plan, config.memory, world))
-        most_tokens = config.training.batch_size * config.data.context_length
-        keep_activations(model, plan.blocks, most_tokens, world.device)
+        keep_activations(model, plan.blocks, config.training.batch_size * longest, world.device)
         adapters = load_model(config, model, weights, placement, world)
         torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
         stepper = Stepper(model, adapters, config.training, steps, world)

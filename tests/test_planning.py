@@ -12,12 +12,13 @@ import torch
 from transformers import LlamaConfig
 
 import train
-from fsdp_qlora import host_memory, weights
+from fsdp_qlora import host_memory, planning, weights
 from fsdp_qlora.config import MemoryOptions
 from fsdp_qlora.config_parse import parse
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.host_memory import available_host_bytes
 from fsdp_qlora.loading import is_quantized
-from fsdp_qlora.planning import find_budget, wishes_of
+from fsdp_qlora.planning import find_budget, micro_batches, wishes_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import open_world
 from tests import tiny
@@ -140,3 +141,55 @@ def test_a_hub_that_does_not_tell_names_is_asked_for_the_files(monkeypatch, tmp_
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", offline)
     monkeypatch.setattr(weights, "fetch", lambda *_: tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path / "model"))
     assert "model.norm.weight" in weights.OnHub("somebody/something", None).names()
+
+
+def test_micro_batches_of_every_size_that_divides_a_steps_rows():
+    config = parse(["--model_name", "m", "--batch_size", "-1", "--gradient_accumulation_steps", "12"])
+    sizes = [(c.training.batch_size, c.training.gradient_accumulation_steps) for c in micro_batches(config)]
+    assert sizes == [(12, 1), (6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]
+    given = parse(["--model_name", "m", "--batch_size", "2", "--gradient_accumulation_steps", "12"])
+    assert micro_batches(given) == [given]
+
+
+def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
+    """Larger ones are faster here, until 8, which does not fit."""
+
+    def plan_of(facts, *_):
+        if facts.batch == 8:
+            raise UserError("does not fit")
+        return SimpleNamespace(seconds=1 / facts.batch)
+
+    monkeypatch.setattr(
+        planning, "facts_of", lambda model, config, *_: SimpleNamespace(batch=config.training.batch_size)
+    )
+    monkeypatch.setattr(planning, "calibrate", lambda *_: None)
+    monkeypatch.setattr(planning, "make_plan", plan_of)
+    monkeypatch.setattr(planning, "table", lambda *_: [])
+    monkeypatch.setattr(planning, "plan_record", lambda *_: {})
+    config = parse(["--model_name", "m", "--batch_size", "-1", "--gradient_accumulation_steps", "8"])
+    with open_world(config.launch, 0) as world:
+        planned = planning.plan_run(None, config, None, 64, world)
+        assert (planned.config.training.batch_size, planned.config.training.gradient_accumulation_steps) == (4, 2)
+        monkeypatch.setattr(planning, "make_plan", lambda *_: plan_of(SimpleNamespace(batch=8)))
+        with pytest.raises(UserError, match="does not fit"):
+            planning.plan_run(None, config, None, 64, world)
+
+
+def test_a_planned_micro_batch_trains_as_one_that_is_given(tmp_path):
+    tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path / "model")
+    rows = tiny.save_rows(tmp_path / "rows.jsonl", 12)
+    options = {
+        "model_name": tmp_path / "model",
+        "dataset": rows,
+        "precision": "fp32",
+        "context_length": 200,
+        "lr": 5e-3,
+    }
+    options |= {"gradient_accumulation_steps": 4}
+    planned = run_alone(options | {"batch_size": -1}, tmp_path / "planned")
+    given = run_alone(options | {"batch_size": 1}, tmp_path / "given")
+    assert planned.losses == given.losses
+    assert len(planned.losses) == 3
+    facts = json.loads((planned.folder / "plan.json").read_text())["facts"]
+    assert (facts["batch"], facts["accumulation"]) == (1, 4)
+    assert facts["context"] < 100, "planned for the longest row there is, not for the longest there might be"
