@@ -165,3 +165,26 @@ def test_pieces_lie_on_pages_of_their_own():
         assert all(not piece.any() for piece in pieces), "fresh memory is zero"
         with pytest.raises(AssertionError, match="too small"):
             store.take(1)
+
+
+NODES = """
+    import os, sys
+    rank = int(os.environ["RANK"])
+    os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    from fsdp_qlora.config import LaunchOptions
+    from fsdp_qlora.host_store import HostStore
+    from fsdp_qlora.world import open_world
+
+    with open_world(LaunchOptions(), 0) as world:  # two nodes of two ranks, as the ranks see it
+        piece = HostStore(1000, world).take(1000)
+        piece[world.local_rank * 500 : world.local_rank * 500 + 500] = rank + 1
+        world.barrier()
+        sys.stdout.write(f"rank {rank} sees {sorted(set(piece.tolist()))}\\n")
+        world.barrier()
+    """
+
+
+def test_each_node_has_a_copy_of_its_own():
+    done = run_torchrun(NODES, 4, env={"CUDA_VISIBLE_DEVICES": ""})
+    for rank, seen in enumerate(["[1, 2]", "[1, 2]", "[3, 4]", "[3, 4]"]):
+        assert f"rank {rank} sees {seen}" in done.stdout, f"{done.stdout}\n{done.stderr}"
