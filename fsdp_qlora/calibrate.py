@@ -32,13 +32,13 @@ def calibrate(facts: Facts, model: CausalModel, world: World) -> Rates | None:
         return None
     file = cache_file(key_of(facts, world))
     mine = read(file)
-    if min(found[0] for found in world.gather([float(mine is not None)])) == 0:
-        mine = _measure(facts, model, world)
-        if world.local_rank == 0:
-            write(file, mine)
-    assert mine is not None
+    known = min(found[0] for found in world.gather([float(mine is not None)])) == 1
+    mine = mine if known and mine is not None else _measure(facts, model, world)
     torch.cuda.reset_peak_memory_stats(world.device)  # what a run reports as its peak is its own
-    return slowest(world.gather([getattr(mine, name) for name in NAMES]))
+    agreed = slowest(world.gather([getattr(mine, name) for name in NAMES]))
+    if not known:
+        write(file, agreed)  # every rank does, whole or not at all: the file's name depends on its card
+    return agreed
 
 
 def slowest(by_rank: Sequence[Sequence[float]]) -> Rates:

@@ -1,6 +1,7 @@
 """Page-locked host memory: exactly as much as asked for, registered with the driver once."""
 
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -28,11 +29,26 @@ def try_page_lock(tensor: Tensor) -> int:
     It is let go with the last tensor that has the memory. Otherwise the addresses, once they are somebody else's, would
     still be the old pages to the driver: copies of other tensors would bring their bytes, or fail."""
     address = tensor.data_ptr()
-    status = int(torch.cuda.cudart().cudaHostRegister(address, tensor.nbytes, 0))
+    status = register(address, tensor.nbytes)
     if status == 0:
-        weakref.finalize(tensor.untyped_storage(), _unlock, address).atexit = False  # then the process ends it
+        weakref.finalize(tensor.untyped_storage(), unregister, address).atexit = False  # then the process ends it
     return status
 
 
-def _unlock(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+def register(address: int, nbytes: int) -> int:
+    """0, or CUDA's error code. Whoever calls it must `unregister` before the memory goes."""
+    status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+    if status != 0:
+        _forget_error()
+    return status
+
+
+def unregister(address: int) -> None:
+    if int(torch.cuda.cudart().cudaHostUnregister(address)) != 0:
+        _forget_error()
+
+
+def _forget_error() -> None:
+    """The runtime keeps what it refused and gives it to whoever asks next, which is the check after the next kernel."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

@@ -7,25 +7,32 @@ takes longer to clear 35 GB than a disk to read them.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
+import weakref
 
 import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError, first_line
-from fsdp_qlora.host_buffers import try_page_lock
+from fsdp_qlora.host_buffers import register, unregister
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
 PAGE = 4096  # bytes; what is page-locked must not share a page with something else that is
 POPULATE_STEP = 64 << 20  # bytes asked of the kernel at once
+NAME = "fsdp_qlora frozen base"  # seen in /proc alone
+MFD_NOEXEC_SEAL = 8  # Linux 6.3 and later; some systems demand it
+INSTEAD = "use --use_cpu_offload true --cpu_offload_by fsdp2, which shares none"
 MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # Linux 5.14 knows the second; where it does not, the first write does it
 
 
 class HostStore:
-    """Memory that every rank of a node sees. `take` hands out pieces, in the same order on every rank.
+    """Memory that every rank of a node sees, page-locked as long as this object lives.
+
+    `take` hands out pieces, in the same order on every rank.
 
     refused: 0, or CUDA's error code where the system refused to page-lock: copies from it are then slower, but right.
     """
@@ -34,6 +41,8 @@ class HostStore:
         """A collective. Raises UserError on every rank where the memory cannot be had."""
         self.world, self.nbytes, self.refused = world, nbytes, 0
         self._taken = 0
+        self._locked: list[int] = []  # addresses
+        weakref.finalize(self, _unlock, self._locked).atexit = False  # then the process ends it
         descriptor = world.together(lambda: self._make(nbytes) if world.local_rank == 0 else -1)
         pid, number = world.gather([os.getpid(), descriptor])[world.rank - world.local_rank]
         self._map = world.together(lambda: self._open(int(pid), int(number)))
@@ -47,7 +56,8 @@ class HostStore:
         piece = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=self._taken)
         self._taken += rounded(nbytes)
         if self.world.device.type == "cuda" and not self.refused:
-            self.refused = try_page_lock(piece)
+            self.refused = register(piece.data_ptr(), nbytes)
+            self._locked += [] if self.refused else [piece.data_ptr()]
         return piece
 
     def share(self, nbytes: int) -> slice:
@@ -56,13 +66,18 @@ class HostStore:
         return slice(min(nbytes, step * self.world.local_rank), min(nbytes, step * (self.world.local_rank + 1)))
 
     def _make(self, nbytes: int) -> int:
+        """A descriptor of fresh memory; -1 where this rank shares it with none."""
+        if self.world.local_size == 1:
+            return -1
         if not hasattr(os, "memfd_create"):
-            raise UserError(
-                "use_cpu_offload: this system has no memory that processes share without a name (Linux has); use "
-                "--cpu_offload_by fsdp2"
-            )
+            raise UserError(f"the frozen base cannot be streamed: this system has no memory without a name; {INSTEAD}")
         try:
-            descriptor = os.memfd_create("fsdp_qlora frozen base", os.MFD_CLOEXEC)
+            try:
+                descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | MFD_NOEXEC_SEAL)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a kernel before 6.3
+                    raise
+                descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC)
             os.ftruncate(descriptor, nbytes)
         except OSError as error:
             raise self._unavailable(error) from error
@@ -70,19 +85,31 @@ class HostStore:
 
     def _open(self, pid: int, number: int) -> mmap.mmap:
         try:
-            mine = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+            if number < 0:
+                return mmap.mmap(-1, self.nbytes)
+            place = f"/proc/{pid}/fd/{number}"
+            if not os.readlink(place).startswith(f"/memfd:{NAME}"):  # a process of another namespace, with that number
+                raise FileNotFoundError(errno.ENOENT, "no such memory", place)
+            mine = os.open(place, os.O_RDWR | os.O_CLOEXEC)
             try:
                 return mmap.mmap(mine, self.nbytes)
             finally:
                 os.close(mine)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._unavailable(error) from error
 
-    def _unavailable(self, error: OSError) -> UserError:
+    def _unavailable(self, error: Exception) -> UserError:
+        full = getattr(error, "errno", None) in (errno.ENOMEM, errno.ENOSPC)
+        cure = "free some memory or raise the container's limit" if full else "the system forbids it"
         return UserError(
-            f"use_cpu_offload: {self.nbytes / GIB:.2f} GiB of host memory cannot be shared among the ranks of a node "
-            f"({first_line(error)}); free some memory, raise the container's limit, or use --cpu_offload_by fsdp2"
+            f"the frozen base cannot be streamed: {self.nbytes / GIB:.2f} GiB of host memory cannot be shared among "
+            f"the ranks of a node ({first_line(error)}): {cure}, or {INSTEAD}"
         )
+
+
+def _unlock(addresses: list[int]) -> None:
+    while addresses:
+        unregister(addresses.pop())
 
 
 def _populate(memory: mmap.mmap, world: World) -> None:

@@ -5,12 +5,14 @@ fetched, the copy of the one parked before it is started. Host buffers are page-
 widest micro-batch, and used again by every later one.
 """
 
+import sys
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from fsdp_qlora.host_buffers import page_lock
+from fsdp_qlora.host_buffers import try_page_lock
 
 
 @dataclass
@@ -48,6 +50,7 @@ class ActivationOffload:
     def __init__(self, device: torch.device, most_tokens: int) -> None:
         self.device, self.most_tokens = device, most_tokens
         self.on_gpu = device.type == "cuda"
+        self.refused = 0  # CUDA's error code, once the system has refused to page-lock
         if self.on_gpu:
             self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._free: dict[int, list[_Buffer]] = {}  # by bytes per token
@@ -120,4 +123,13 @@ class ActivationOffload:
         if free:
             return free.pop()
         memory = torch.empty(per_token * max(tokens, self.most_tokens), dtype=torch.uint8)
-        return _Buffer(page_lock(memory, "use_activation_cpu_offload") if self.on_gpu else memory, per_token)
+        if self.on_gpu and not self.refused:
+            self.refused = try_page_lock(memory)
+            if self.refused:
+                tqdm.write(
+                    f"the system refuses to page-lock host memory for what blocks keep (CUDA error {self.refused}): it "
+                    "is copied by way of the driver's own buffers, which waits. Raise `ulimit -l`, or use "
+                    "--use_activation_cpu_offload false",
+                    file=sys.stdout,
+                )
+        return _Buffer(memory, per_token)

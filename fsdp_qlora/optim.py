@@ -72,6 +72,13 @@ def state_bytes(optimizer: str, device: str = "cuda") -> float:
     return 0.0 if paged else 8.0
 
 
+def paged_bytes(optimizer: str) -> int:
+    """Bytes of optimizer state in host memory per adapter parameter, on a GPU that has no room for it."""
+    if not optimizer.startswith("paged_"):
+        return 0
+    return 2 if optimizer.endswith("_8bit") else 8
+
+
 def make_schedule(options: TrainingOptions, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """Hugging Face's: warm-up over `warmup_ratio` of the steps, then cosine or linear to zero; constant has no warm-up.
 

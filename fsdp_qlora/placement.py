@@ -159,7 +159,9 @@ class Streamed:
 
     def prepare(self, model: CausalModel) -> None:
         self._blocks = list(model.blocks)
-        self._order = [*self._blocks] + [u.name for u in model.units if u.frozen is model.head.frozen]
+        self._order = list(self._blocks)
+        if not model.is_tied():  # a tied head is the embedding, which stays on the device
+            self._order += [u.name for u in model.units if u.frozen is model.head.frozen]
         self._streamed = {name for name, stays in zip(self._blocks, self.resident, strict=True) if not stays}
         if not self.head_resident and not model.is_tied():
             self._streamed.add(self._order[-1])
@@ -209,22 +211,26 @@ class Streamed:
 
 
 def choose_placement(plan: Plan, options: MemoryOptions, world: World) -> Placement:
-    """The placement that `plan` says, in the form of `--sharding_strategy`.
-
-    Raises UserError if the ranks do not divide."""
+    """The placement that `plan` says, in the form of `--sharding_strategy`."""
     if plan.placement == "replicate":
         return Replicated()
     if plan.placement == "stream":
         return Streamed(world, [block.resident for block in plan.blocks], plan.head_resident, plan.staging)
-    strategy, shards = options.sharding_strategy, world.size
-    if strategy.startswith("hybrid"):
-        shards = world.local_size if options.hybrid_shard_size == -1 else options.hybrid_shard_size
-        if world.size % shards:
-            raise UserError(
-                f"hybrid_shard_size: {world.size} ranks cannot be divided into groups of {shards}; "
-                "use a divisor of the number of ranks"
-            )
-    return Sharded(world, not strategy.endswith("shard_grad_op"), shards, offload=plan.placement == "shard_offload")
+    reshard, offload = not options.sharding_strategy.endswith("shard_grad_op"), plan.placement == "shard_offload"
+    return Sharded(world, reshard, shard_count(options, world), offload)
+
+
+def shard_count(options: MemoryOptions, world: World) -> int:
+    """Ranks that hold one copy between them. Raises UserError if the ranks cannot be divided so."""
+    if not options.sharding_strategy.startswith("hybrid"):
+        return world.size
+    shards = world.local_size if options.hybrid_shard_size == -1 else options.hybrid_shard_size
+    if world.size % shards:
+        raise UserError(
+            f"hybrid_shard_size: {world.size} ranks cannot be divided into groups of {shards}; "
+            "use a divisor of the number of ranks"
+        )
+    return shards
 
 
 def _keep_whole(unit: Unit, whole: Tensor) -> None:

@@ -18,15 +18,18 @@ from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.host_memory import available_host_bytes
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.offload import ActivationOffload
-from fsdp_qlora.optim import state_bytes
+from fsdp_qlora.optim import paged_bytes, state_bytes
+from fsdp_qlora.placement import shard_count
 from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, table
-from fsdp_qlora.plan_facts import facts_of
+from fsdp_qlora.plan_facts import Facts, facts_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
 # GiB of a GPU that go to others than PyTorch's allocator after the plan is made: CUDA modules, cuDNN, NCCL's buffers
 # (1.1 GiB in all on H200s, of which the context's half is there already).
 OUTSIDE_GIB = 0.75
+# Attention's backends by the memory that they take, least first; "": Hugging Face's own, of generic blocks.
+ATTENTION = ("", "cudnn", "flash", "flash_attn", "cpu", "math")
 HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
 
 
@@ -42,24 +45,34 @@ class Planned:
 
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
     """The plan for rows of at most `longest` tokens. A collective. Raises UserError where nothing fits."""
+    world.together(lambda: shard_count(config.memory, world))  # what cannot be divided need not be planned
     budget, refused = find_budget(config.memory, world), None
     found: list[Planned] = []
     for sized in micro_batches(config):
         at_length = replace(sized, data=replace(config.data, context_length=longest))
         optimizer = state_bytes(config.training.optimizer, world.device.type)
-        facts = facts_of(model, at_length, world, fusion, optimizer)
+        facts = agreed(facts_of(model, at_length, world, fusion, optimizer), world)
         rates = calibrate(facts, model, world)
+        pages = paged_bytes(config.training.optimizer) * facts.all_adapters * facts.local_ranks // facts.ranks
+        left = replace(budget, host_bytes=budget.host_bytes - pages)
         try:
-            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), budget)
+            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left)
         except UserError as error:  # the same on every rank: they have the same numbers
             refused = error
             continue
-        found.append(Planned(plan, table(plan, facts, rates, budget), plan_record(plan, facts, rates), sized))
+        found.append(Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized))
     if not found:
         assert refused is not None
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
     return min(found, key=lambda one: one.plan.seconds or one.config.training.batch_size)
+
+
+def agreed(facts: Facts, world: World) -> Facts:
+    """What may differ from rank to rank (cards, nodes), as the one that needs most has it: all must find one plan."""
+    local = world.gather([facts.workspace_bytes, facts.local_ranks, ATTENTION.index(facts.attention)])
+    workspace, ranks, attention = (int(max(column)) for column in zip(*local, strict=True))
+    return replace(facts, workspace_bytes=workspace, local_ranks=ranks, attention=ATTENTION[attention])
 
 
 def micro_batches(config: Config) -> list[Config]:
@@ -99,7 +112,13 @@ def _placements(memory: MemoryOptions, ranks: int) -> tuple[str, ...]:
 
 
 def find_budget(memory: MemoryOptions, world: World) -> Budget:
-    """What the plan may use of this machine: the least of any rank's. A collective."""
+    """What the plan may use of this machine: the least of any rank's. A collective.
+
+    Raises UserError for a limit that limits nothing."""
+    if memory.host_memory_gib is not None and world.device.type != "cuda":
+        raise UserError(
+            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away"
+        ).on_every_rank(world.rank)
     device = float("inf")
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)

@@ -148,8 +148,8 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
         if isinstance(error, torch.OutOfMemoryError):
             raise TrainingStopped(
                 f"rank {world.rank}: GPU memory ran out while the model was made or loaded "
-                f"({first_line(error)}); give the plan a lower --gpu_memory_gib, or use a lower lora_rank, and see "
-                "with `nvidia-smi` what else is on the card"
+                f"({first_line(error)}); use a lower lora_rank, or another --gpu_memory_gib (the plan fills it), and "
+                "see with `nvidia-smi` what else is on the card"
             ) from error
         if world.size > 1 and isinstance(error, Exception) and peer_is_gone(error):
             raise TrainingStopped(

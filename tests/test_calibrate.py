@@ -100,6 +100,29 @@ def test_it_is_measured_once_for_a_card_and_a_shape(monkeypatch: pytest.MonkeyPa
     assert len(measured) == 4
 
 
+def test_what_is_kept_is_what_the_slowest_rank_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cards in slots of unequal speed: the second start must plan with the rates of the first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(calibrating, "_measure", lambda *_: H200)
+    place = list(dataclasses.asdict(H200)).index("h2d")
+
+    class SlowSlot(_Ranks):
+        def gather(self, numbers: Any) -> list[list[float]]:
+            theirs = list(numbers)
+            if len(theirs) > 1:
+                theirs[place] = min(theirs[place], 6e9)
+            return [list(numbers), theirs]
+
+    known, model = facts("llama3_8b", 4, 2048, 16, ranks=2), None
+    first = calibrate(known, model, SlowSlot(0, 2, 0, 2, torch.device("cuda")))
+    again = calibrate(known, model, _Ranks(0, 2, 0, 2, torch.device("cuda")))  # each rank reads the file alone
+    assert first is not None
+    assert first.h2d == 6e9
+    assert again == first
+
+
 # ---- the measuring itself: on the CPU with a clock in place of CUDA's events, to see that it runs
 
 

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from fsdp_qlora import offload as offload_module
 from fsdp_qlora.fused import AttentionState, Kept, MLPState
 from fsdp_qlora.host_buffers import page_lock
 from fsdp_qlora.offload import ActivationOffload
@@ -87,3 +88,16 @@ def test_page_locked_memory_is_let_go_with_the_last_tensor_that_has_it(monkeypat
     del part
     gc.collect()
     assert not locked
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU needs page-locked memory")
+def test_memory_that_cannot_be_page_locked_serves_and_is_told_once(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(offload_module, "try_page_lock", lambda tensor: 801)
+    offload = ActivationOffload(DEVICE, 6)
+    blocks = [kept_of_a_block(i) for i in range(3)]
+    before = [contents(kept) for kept in blocks]
+    parked = [kept.park(offload) for kept in blocks]
+    for kept, place, was in reversed(list(zip(blocks, parked, before, strict=True))):
+        kept.fetch(offload, place)
+        assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
+    assert capsys.readouterr().out.count("--use_activation_cpu_offload false") == 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from fsdp_qlora.config_parse import parse
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.host_memory import available_host_bytes
 from fsdp_qlora.loading import is_quantized
-from fsdp_qlora.planning import find_budget, micro_batches, wishes_of
+from fsdp_qlora.planning import agreed, find_budget, micro_batches, wishes_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import open_world
 from tests import tiny
@@ -62,14 +63,31 @@ def test_what_blocks_keep_is_the_plans_unless_it_is_given():
     ]
 
 
-def test_a_limit_that_is_given_is_the_limit():
+def test_a_limit_that_is_given_is_the_limit_on_a_gpu_and_no_option_without_one():
     config = parse(["--model_name", "m", "--host_memory_gib", "3.5"])
     with open_world(config.launch, 0) as world:
-        assert find_budget(config.memory, world).host_bytes == 3.5 * GIB
         found = find_budget(MemoryOptions(), world)
+        if torch.cuda.is_available():
+            assert find_budget(config.memory, world).host_bytes == 3.5 * GIB
+        else:
+            with pytest.raises(UserError, match=r"host_memory_gib: 3\.5 has no effect without a GPU"):
+                find_budget(config.memory, world)
     assert 0 < found.host_bytes < psutil.virtual_memory().total
     assert found.device_bytes > 0
     assert math.isinf(found.device_bytes) != torch.cuda.is_available()
+
+
+def test_ranks_with_different_cards_plan_for_the_one_that_needs_most(monkeypatch):
+    @dataclass(frozen=True)
+    class Known:
+        workspace_bytes: int
+        local_ranks: int
+        attention: str
+
+    theirs = [32.0, 2.0, planning.ATTENTION.index("math")]
+    with open_world(parse(["--model_name", "m"]).launch, 0) as world:
+        monkeypatch.setattr(type(world), "gather", lambda self, numbers: [list(map(float, numbers)), theirs])
+        assert agreed(Known(8, 4, "flash"), world) == Known(32, 4, "math")
 
 
 @pytest.mark.parametrize(
@@ -159,9 +177,11 @@ def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
             raise UserError("does not fit")
         return SimpleNamespace(seconds=1 / facts.batch)
 
-    monkeypatch.setattr(
-        planning, "facts_of", lambda model, config, *_: SimpleNamespace(batch=config.training.batch_size)
-    )
+    def facts_of(model, config, *_):
+        return SimpleNamespace(batch=config.training.batch_size, all_adapters=1, local_ranks=1, ranks=1)
+
+    monkeypatch.setattr(planning, "facts_of", facts_of)
+    monkeypatch.setattr(planning, "agreed", lambda facts, world: facts)
     monkeypatch.setattr(planning, "calibrate", lambda *_: None)
     monkeypatch.setattr(planning, "make_plan", plan_of)
     monkeypatch.setattr(planning, "table", lambda *_: [])

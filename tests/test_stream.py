@@ -1,6 +1,7 @@
 """Streaming: the right bytes at every stop of any walk, no more copies than are needed, nothing left over."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fsdp_qlora.codecs import Plain
 from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.frozen import FrozenBytes, Layout
+from fsdp_qlora.host_buffers import register
 from fsdp_qlora.host_store import HostStore, rounded
 from fsdp_qlora.stream import Stop, Streamer, order_of_use
 from fsdp_qlora.world import open_world
@@ -95,28 +97,44 @@ def test_memory_that_cannot_be_had_is_a_users_error_of_one_line(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "memfd_create", refuse)
-    with (
-        open_world(LaunchOptions(), 0) as world,
-        pytest.raises(UserError, match=r"^use_cpu_offload: 2\.00 GiB .*No space left.*--cpu_offload_by fsdp2$"),
-    ):
-        HostStore(2 << 30, world)
+    told = r"^the frozen base .* 2\.00 GiB .*No space left.*raise the container's limit.*--cpu_offload_by fsdp2"
+    with open_world(LaunchOptions(), 0) as world, pytest.raises(UserError, match=told):
+        HostStore(2 << 30, replace(world, local_size=2))
+
+
+def test_memory_that_is_forbidden_is_told_so(monkeypatch):
+    def forbid(*_: object) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "memfd_create", forbid)
+    with open_world(LaunchOptions(), 0) as world:
+        with pytest.raises(
+            UserError, match="the system forbids it, or use --use_cpu_offload true --cpu_offload_by fsdp2"
+        ):
+            HostStore(1 << 20, replace(world, local_size=2))
+        assert HostStore(1 << 20, world).take(5).tolist() == [0] * 5, "a lone rank shares with none"
 
 
 def test_a_system_without_such_memory_is_told_what_to_use(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     with open_world(LaunchOptions(), 0) as world, pytest.raises(UserError, match="--cpu_offload_by fsdp2"):
-        HostStore(1 << 20, world)
+        HostStore(1 << 20, replace(world, local_size=2))
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU needs page-locked memory")
 def test_memory_that_cannot_be_page_locked_still_serves(monkeypatch):
-    monkeypatch.setattr(host_store, "try_page_lock", lambda tensor: 801)
+    def refuse(address: int, nbytes: int) -> int:
+        assert register(address, nbytes) == 0
+        return register(address, nbytes)  # for the second time, which is refused
+
+    monkeypatch.setattr(host_store, "register", refuse)
     with open_world(LaunchOptions(), 0) as world:
         store = HostStore(1 << 20, world)
         piece = store.take(1000)
+        torch.ones(1, device=DEVICE).add_(1)  # no kernel is told of the refusal
         piece.copy_(torch.arange(1000, device=DEVICE).to(torch.uint8), non_blocking=True)
         torch.cuda.synchronize()
-        assert store.refused == 801
+        assert store.refused != 0
         assert piece.tolist() == [i % 256 for i in range(1000)]
 
 
