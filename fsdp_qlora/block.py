@@ -141,6 +141,11 @@ def _drops(layer: nn.Module) -> bool:
     return any(
         (isinstance(m, FrozenLinear) and m.dropout > 0)
         or (isinstance(m, nn.Dropout) and m.p > 0)
-        or getattr(m, "attention_dropout", 0.0) > 0
+        or _positive(getattr(m, "attention_dropout", 0.0))
         for m in layer.modules()
     )
+
+
+def _positive(probability: Any) -> bool:
+    """Of a number; Bloom and Persimmon have a module by that name, which is looked at as one."""
+    return isinstance(probability, int | float) and probability > 0

@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
+from fsdp_qlora.block import _drops
 from fsdp_qlora.errors import UserError
 from tests import plain, tiny
 from tests.built import built
@@ -29,8 +30,10 @@ FAMILIES: dict[str, dict] = {
     "Phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
     "Granite": {"logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
     "Cohere": {"logit_scale": 0.25, "tie_word_embeddings": True},
+    "Bloom": {"tie_word_embeddings": True},
+    "Persimmon": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
 }  # fmt: skip
-GENERIC = ("Phi", "Granite", "Cohere")  # have no fused block
+GENERIC = ("Phi", "Granite", "Cohere", "Bloom", "Persimmon")  # have no fused block
 
 EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
 REFUSED: dict[str, tuple[dict, str]] = {
@@ -96,3 +99,11 @@ def test_what_is_not_layers_of_plain_linears_is_refused_by_name(refused, tmp_pat
         pass
     assert str(error.value).startswith("model_name: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("drops", [0.0, 0.1])
+@pytest.mark.parametrize("named", ["number", "module"])
+def test_a_layers_own_dropout_is_seen_as_a_number_and_as_a_module(named, drops):
+    layer = torch.nn.Module()
+    layer.attention_dropout = drops if named == "number" else torch.nn.Dropout(drops)
+    assert _drops(layer) == (drops > 0)
