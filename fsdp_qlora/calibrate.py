@@ -65,15 +65,20 @@ def key_of(facts: Facts, world: World) -> dict[str, Any]:
     }
 
 
-def cache_file(key: dict[str, Any]) -> Path:
-    """Where rates with that key are kept: $XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def cache_file(key: dict[str, Any]) -> Path | None:
+    """Where rates with that key are kept: $XDG_CACHE_HOME, or ~/.cache; None for a user without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # neither $HOME nor an entry in passwd, as in containers under a number of their own
+        return None
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return Path(base) / "fsdp_qlora" / f"rates-{digest}.json"
 
 
-def read(file: Path) -> Rates | None:
+def read(file: Path | None) -> Rates | None:
     """What `write` left there, or None: a file that is damaged or of other fields is as none."""
+    if file is None:
+        return None
     try:
         values = json.loads(file.read_text())
         rates = Rates(**{name: float(values[name]) for name in NAMES})
@@ -82,8 +87,10 @@ def read(file: Path) -> Rates | None:
     return rates if rates.matmul_forward > 0 and rates.h2d > 0 and rates.copy > 0 else None
 
 
-def write(file: Path, rates: Rates) -> None:
+def write(file: Path | None, rates: Rates) -> None:
     """For the next start; where that cannot be, it is measured again then."""
+    if file is None:
+        return
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")

@@ -60,6 +60,20 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     write(tmp_path / "taken" / "rates.json", H200)
 
 
+def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user may have neither $HOME nor an entry in passwd."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    file = cache_file({"card": "any"})
+    assert file is None
+    write(file, H200)
+    assert read(file) is None
+
+
 def test_the_slowest_rank_decides() -> None:
     slow = dataclasses.replace(H200, h2d=H200.h2d / 2, crowding=2.0, launch=1e-3)
     rows = [[getattr(rates, name) for name in NAMES] for rates in (H200, slow)]
