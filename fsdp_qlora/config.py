@@ -390,7 +390,8 @@ class MemoryOptions:
     )
     use_gradient_checkpointing: bool = option(
         True,
-        "Keep only each block's input for backward and compute the block's inside again there.",
+        """Keep part of what a block computes for backward and compute the rest again there: fused blocks keep what the
+        plan decides (or keep_activations says), others their input alone. false: every block keeps everything.""",
         "without it activations outgrow small cards at once",
         "about a third more arithmetic for a fraction of the activation memory",
         known_as=("gradient_checkpointing", "activation_checkpointing"),

@@ -67,6 +67,10 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
             raise UserError(
                 f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}"
             )
+        if memory.use_gradient_checkpointing and memory.keep_activations != "auto":
+            raise UserError(
+                f"keep_activations: {memory.keep_activations} needs fused blocks, and the model is not fused: {reason}"
+            )
         return Fusion(0, 0, (), reason)
     scratch, backends = Scratch(model.precision.compute, device), []
     for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):

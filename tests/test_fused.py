@@ -381,6 +381,14 @@ def test_host_memory_for_activations_needs_fused_blocks():
         of.fuse(use_activation_cpu_offload=True)
 
 
+@pytest.mark.parametrize("keep", KEEP)
+def test_a_keep_level_needs_fused_blocks(keep):
+    of = subject(config_of("Phi", FAMILIES["Phi"]), torch.float32, CPU)
+    with pytest.raises(UserError, match=rf"keep_activations: {keep} .*PhiDecoderLayer"):
+        of.fuse(keep_activations=keep)
+    assert of.fuse(keep_activations="auto").blocks == 0
+
+
 def test_options_that_stand_in_the_way_are_named():
     of = subject(config_of("Llama", {}), torch.float32, CPU)
     assert "eager" in reason(of, attention="eager")
