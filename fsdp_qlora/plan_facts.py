@@ -23,7 +23,8 @@ class Facts:
     layers: decoder blocks. block_bytes: frozen bytes of the largest block. embedding_bytes, head_bytes (0 where the
     head is tied to the embedding), rest_bytes: of those units. embedding_on_host: in pinned host memory.
     linear_numbers: weights in a block's linears. qkv_linears, gate_up_linears: in how many linears they are stored.
-    rank: of an adapter; rank_*: sum over the adapters that read this input. adapter_parameters: of a block.
+    rank: of an adapter; rank_*: sum over the adapters that read this input, in the block with most. adapter_parameters:
+    of a block, the mean; most_adapters: of the block that has most of them, where they are not alike (else 0).
     norms_after: norms follow o and down (Gemma 2, 3). head_norms: queries and keys are normalised (Qwen 3, Gemma 3).
     keys: that a query sees, the mean over queries and blocks. stream_bytes, compute_bytes, reduce_bytes: of a number of
     the residual stream, in compute and in gradient sums. state_bytes: of optimizer state on the GPU per adapter
@@ -75,6 +76,7 @@ class Facts:
     keys: float
     workspace_bytes: int
     dummy: bool
+    most_adapters: int = 0
 
     @property
     def tokens(self) -> int:
@@ -96,6 +98,11 @@ class Facts:
         return self.kv_heads * self.head_dim
 
     @property
+    def attention_again(self) -> bool:
+        """Whether no level keeps what attention gave: flash-attn's own graph would hold q, k and v with it."""
+        return self.attention == "flash_attn"
+
+    @property
     def qkv(self) -> int:
         """Numbers per token of queries, keys and values."""
         return self.queries + 2 * self.pairs
@@ -104,6 +111,11 @@ class Facts:
     def all_adapters(self) -> int:
         """Adapter parameters of the model."""
         return self.adapter_parameters * self.layers
+
+    @property
+    def largest_adapters(self) -> int:
+        """Adapter parameters of the block that has most."""
+        return max(self.adapter_parameters, self.most_adapters)
 
 
 def beside(rank: int) -> int:
@@ -121,6 +133,7 @@ def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fu
     blocks = list(model.blocks.values())
     linears = [m for block in blocks for m in block.linears().values()]
     first = blocks[0].linears()
+    adapters = [sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks]
     kinds = {u.name: u for u in model.units}
     others = [u for u in model.units if u.name not in model.blocks]
     embedding = next(u for u in others if u.frozen is model.embedding[0].frozen)
@@ -135,7 +148,8 @@ def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fu
         rest_bytes=sum(u.frozen.layout.nbytes for u in others if u.home == "device"),
         vocabulary=model.head.weight.shape[0],
         linear_numbers=sum(m.out_features * m.in_features for m in first.values()),
-        adapter_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad) // len(blocks),
+        adapter_parameters=-(-sum(adapters) // len(blocks)),
+        most_adapters=max(adapters) if len(set(adapters)) > 1 else 0,
         codec=_codec(linears),
         stream_bytes=model.precision.stream.itemsize,
         compute_bytes=model.precision.compute.itemsize,
@@ -201,10 +215,10 @@ def _fused(model: "CausalModel", context: int) -> dict[str, Any]:
         "head_dim": a.head_dim,
         "qkv_linears": len(a.qkv),
         "gate_up_linears": len(a.gate_up),
-        "rank_qkv": _rank(*a.qkv),
-        "rank_o": _rank(a.o),
-        "rank_gate_up": _rank(*a.gate_up),
-        "rank_down": _rank(a.down),
+        "rank_qkv": max(_rank(*x.qkv) for x in anatomies),
+        "rank_o": max(_rank(x.o) for x in anatomies),
+        "rank_gate_up": max(_rank(*x.gate_up) for x in anatomies),
+        "rank_down": max(_rank(x.down) for x in anatomies),
         "norms_after": a.mlp_out_norm is not None,
         "head_norms": a.q_norm is not None,
         "keys": sum(keys_seen(context, x.masking.window) for x in anatomies) / len(anatomies),
@@ -215,7 +229,7 @@ def _generic(model: "CausalModel", config: "Config") -> dict[str, Any]:
     """Of an unfused model, from its Hugging Face config; what that does not say is taken as Llama has it."""
     hf = model.backbone.config
     hidden, heads = hf.hidden_size, hf.num_attention_heads
-    linears = next(iter(model.blocks.values())).linears().values()
+    most = max(_rank(*block.linears().values()) for block in model.blocks.values())
     rank = config.adapter.lora_rank
     return {
         "hidden": hidden,
@@ -225,7 +239,7 @@ def _generic(model: "CausalModel", config: "Config") -> dict[str, Any]:
         "head_dim": getattr(hf, "head_dim", None) or hidden // heads,
         "qkv_linears": 3,
         "gate_up_linears": 2,
-        "rank_qkv": min(3 * rank, _rank(*linears)),
+        "rank_qkv": min(3 * rank, most),
         "rank_o": rank,
         "rank_gate_up": 2 * rank,
         "rank_down": rank,

@@ -207,8 +207,8 @@ def _whole(candidate: Candidate) -> bool:
 
 
 def _reduction(facts: Facts) -> int:
-    """Bytes of one block's gradients on their way: the whole, and this rank's slice of the sum."""
-    whole = facts.adapter_parameters * facts.reduce_bytes
+    """Bytes of the largest block's gradients on their way: the whole, and this rank's slice of the sum."""
+    whole = facts.largest_adapters * facts.reduce_bytes
     return whole + whole // facts.ranks
 
 

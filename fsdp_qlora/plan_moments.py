@@ -62,10 +62,13 @@ class _Sizes:
         self.qkv, self.out = rows(f.qkv), rows(f.queries)
         self.heads = rows(f.queries + f.pairs) if f.head_norms else 0  # normalised, beside the raw ones
         self.stats = rows(f.heads, FLOAT)
+        # What attention gave, from which level on it is kept, and what its stats hold beside it where it is not.
+        self.attended_at = len(KEEP) if f.attention_again else KEEP.index("attention")
+        self.graph = self.heads if f.attention_again else 0
         self.oa, self.hs = rows(f.rank_o), rows(beside(f.rank_down))
         self.xs_qkv, self.xs_gate_up = rows(beside(f.rank_qkv)), rows(beside(f.rank_gate_up))
         self.projected = self.h if f.norms_after else 0
-        self.gradients = f.adapter_parameters * c
+        self.gradients = f.largest_adapters * c
         self.gradients_down, self.gradient_down_b = f.rank_down * (f.hidden + f.inner) * c, f.rank_down * f.hidden * c
         self.gradients_qkv = f.rank_qkv * (f.hidden + f.qkv // f.qkv_linears) * c
         self.attend, self.attend_backward = _attention(f)
@@ -78,7 +81,7 @@ class _Sizes:
         large, small = self.h + self.projected, self.hs
         if level >= 1:
             large, small = large + self.h + self.projected, small + self.oa
-        if level >= 2:
+        if level >= self.attended_at:
             large, small = large + self.out, small + self.stats
         if level >= 3:
             large, small = large + self.qkv, small + self.xs_qkv
@@ -89,7 +92,7 @@ class _Sizes:
     def attention_state(self, level: int) -> int:
         """What attention's half leaves while the MLP's runs, at that level."""
         state = self.oa + self.projected
-        state += self.out + self.stats if level >= 2 else 0
+        state += self.out + self.stats if level >= self.attended_at else 0
         return state + (self.qkv + self.xs_qkv if level >= 3 else 0)
 
     def attention_forward(self) -> int:
@@ -116,7 +119,7 @@ class _Sizes:
         d_h3, again = self.h, 0
         redone = 0
         if level == 0:  # the attention half is computed again, and all of it stays
-            again = self.qkv + self.out + self.stats + self.oa + self.xs_qkv + self.h + self.projected
+            again = self.qkv + self.out + self.stats + self.graph + self.oa + self.xs_qkv + self.h + self.projected
             redone = d_h3 + self.attention_forward()
         down = d_h3 + again + self.projected + self.d_wide + self.middle + self.gradient_down_b
         down += max(self.dropped_again, self.hs)
@@ -127,8 +130,8 @@ class _Sizes:
     def _attention_backward(self, level: int) -> int:
         state = 2 * self.h + self.y_wide + self.heads + self.gradients - self.gradients_qkv  # d_h3, d_h2
         state += self.oa + (self.qkv if level < 3 else 0)
-        state += self.out + self.stats if level < 2 else 0
-        state += self.projected if level == 0 else 0
+        state += self.out + self.stats if level < self.attended_at else 0
+        state += self.projected + self.graph if level == 0 else 0
         let_go = 0 if level == 0 else self.h + self.projected + (self.gate_up if level == 4 else 0)
         gradients = self.out + self.qkv  # d_out; d_q, d_k, d_v
         return max(0, state + gradients + max(self.attend_backward, self.dropped_again) - let_go)
@@ -159,8 +162,8 @@ def _generic(facts: Facts) -> BlockBytes:
     passing = f.tokens * (2 * f.inner + 2 * f.hidden) * c  # gradients on their way through the MLP
     h = f.tokens * f.hidden * f.stream_bytes
     if f.remat:
-        return BlockBytes(h, 0, h + inside, inside + passing + f.adapter_parameters * c)
-    return BlockBytes(h + inside, 0, h + inside, passing + f.adapter_parameters * c)
+        return BlockBytes(h, 0, h + inside, inside + passing + f.largest_adapters * c)
+    return BlockBytes(h + inside, 0, h + inside, passing + f.largest_adapters * c)
 
 
 def head_moments(facts: Facts) -> tuple[int, int]:

@@ -77,7 +77,7 @@ class BlockWork:
         if level < KEEP.index("qkv"):
             qkv = self._product("qkv")
             work += (qkv if level < KEEP.index("halves") else replace(qkv, decoded=0.0)) + Work(bytes=rope)
-        if level < KEEP.index("attention"):
+        if level < KEEP.index("attention") or f.attention_again:
             work += self._attention()
         if level < KEEP.index("halves"):
             work += self._product("o") + Work(bytes=n * 3 * f.hidden)

@@ -1,12 +1,16 @@
 """The plan's memory: equal to what the program's own code allocates on the meta device, near what was measured."""
 
 import json
+import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
+from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.plan_facts import Facts, facts_of
 from fsdp_qlora.plan_memory import BlockPlan, Candidate, Memory, Placed
 from fsdp_qlora.plan_moments import KEEP, BlockBytes
@@ -44,6 +48,37 @@ def test_a_block_allocates_what_is_counted(family: str, dropout: float) -> None:
         FAMILIES[family], batch_size=4, context_length=256, lora_rank=20, lora_dropout=dropout
     )
     known = facts_of(model, config, WORLD, fusion, 8)
+    for keep in KEEP:
+        counted, real = BlockBytes.of(known, keep, False), metered_block(model, config, keep)
+        assert counted.kept == real.kept, keep
+        assert counted.forward == real.forward, keep
+        assert counted.backward == real.backward, keep
+
+
+class _FlashAttn(torch.autograd.Function):
+    """What the flash-attn package's function allocates and saves."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+        out, sums = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Any) -> Any:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_with_flash_attn_allocates_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its statistics hold q, k and v, so that no level keeps them, and level `input` holds normalised heads twice."""
+    package = SimpleNamespace(flash_attn_func=lambda q, k, v, **_: _FlashAttn.apply(q, k, v))
+    monkeypatch.setitem(sys.modules, "flash_attn", package)  # type: ignore[arg-type]
+    model, config, fusion = planned(FAMILIES[family], batch_size=4, context_length=256, lora_rank=20)
+    for block in model.blocks.values():
+        assert isinstance(block.fused, FusedBlock)
+        block.fused = replace(block.fused, backend="flash_attn")
+    known = facts_of(model, config, WORLD, replace(fusion, attention=("flash_attn",)), 8)
     for keep in KEEP:
         counted, real = BlockBytes.of(known, keep, False), metered_block(model, config, keep)
         assert counted.kept == real.kept, keep
@@ -126,3 +161,21 @@ def test_facts_of_an_unfused_model() -> None:
     assert not known.fused
     assert (known.hidden, known.inner, known.heads, known.kv_heads, known.head_dim) == (1024, 3584, 16, 4, 64)
     assert Memory(known).device_bytes(every(known, "input")) > known.layers * known.block_bytes
+
+
+@pytest.mark.parametrize("fused", ["auto", "false"])
+def test_adapters_on_some_layers_only_are_seen_whichever_layer_has_them(fused: str) -> None:
+    options = {"context_length": 256, "lora_rank": 16, "fused": fused}
+    one, everywhere = (
+        facts_of(model, config, WORLD, fusion, 8)
+        for model, config, fusion in (
+            planned(FAMILIES["llama"], **options, lora_target_modules=modules)
+            for modules in ("layers.1.mlp.down_proj", "down_proj")
+        )
+    )
+    assert one.largest_adapters == everywhere.adapter_parameters == everywhere.largest_adapters == 16 * (1024 + 3584)
+    assert one.all_adapters == one.largest_adapters, "of two layers one has an adapter"
+    ranks = ("rank_qkv", "rank_o", "rank_gate_up", "rank_down")
+    assert [getattr(one, name) for name in ranks] == [getattr(everywhere, name) for name in ranks]
+    assert BlockBytes.of(one, "all", False) == BlockBytes.of(everywhere, "all", False)
+    assert Memory(one).masters * 2 == Memory(everywhere).masters

@@ -42,6 +42,13 @@ def test_flops_are_four_per_parameter_and_token_and_six_with_everything_recomput
     assert work.again(KEEP.index("halves")).forward == pytest.approx(two * (parameters - down - o))
 
 
+def test_flash_attn_is_repeated_at_every_level() -> None:
+    for attention, repeated in (("flash_attn", KEEP), ("cudnn", KEEP[: KEEP.index("attention")])):
+        work = BlockWork(facts("llama3_8b", 4, 2048, 16, attention=attention))
+        for level, keep in enumerate(KEEP):
+            assert work.again(level).attend == (work.forward().attend if keep in repeated else 0), (attention, keep)
+
+
 def streamed(layers: int, resident: int = 0, keep: str = "input", head: bool = True, staging: int = 3) -> Candidate:
     blocks = tuple(BlockPlan(i >= layers - resident, keep, False) for i in range(layers))
     return Candidate("stream", blocks, head, staging)
