@@ -10,6 +10,10 @@ from fsdp_qlora.plan_search import Budget, Search, Wishes, placements
 from fsdp_qlora.units import GIB
 
 CONTEXT_STEP, RANK_STEP = 64, 8  # tokens and ranks between the values that are tried
+LEFT = (
+    "leaving sharding_strategy, use_cpu_offload, resident_blocks, keep_activations and use_activation_cpu_offload to "
+    "the plan"
+)
 TENTH = GIB / 10  # bytes: what a user is told is rounded up to tenths of a GiB
 
 
@@ -56,12 +60,33 @@ def refusal(facts: Facts, wishes: Wishes, budget: Budget) -> str:
     if not needs:
         needs.append("more of both")
     lower = {"--context_length": close.context, "--batch_size": close.batch, "--lora_rank": close.rank}
-    ways = [f"{option} {value}" for option, value in lower.items() if value is not None]
+    ways = [left_to_the_plan(facts)] if fixed(facts, wishes) and fits_free(facts, budget) else []
+    ways += [f"{option} {value}" for option, value in lower.items() if value is not None]
     nothing = "no shorter context, smaller batch or lower rank alone does either"
     return (
         f"the run does not fit into the {have} of each GPU and {host} of host memory that it may use: it needs "
         f"{' or '.join(needs)}; what would fit: {', or '.join(ways) or nothing}"
     )
+
+
+def fixed(facts: Facts, wishes: Wishes) -> bool:
+    """Whether the user fixed anything."""
+    return replace(wishes, placements=wishes.placements or _free(facts)) != Wishes(_free(facts))
+
+
+def fits_free(facts: Facts, budget: Budget) -> bool:
+    """Whether something fits with nothing fixed: `auto` shards over all ranks and frees what it gathered."""
+    free = replace(facts, remat=True, shards=facts.ranks, reshard=True)
+    return any(search.fits() for search in _searches(free, Wishes(_free(facts)), budget))
+
+
+def left_to_the_plan(facts: Facts) -> str:
+    return LEFT if facts.remat else f"use_gradient_checkpointing true and {LEFT}"
+
+
+def _free(facts: Facts) -> tuple[str, ...]:
+    """Placements of which the plan chooses where none is asked for."""
+    return ("replicate", "shard", "stream") if facts.ranks > 1 else ("replicate", "stream")
 
 
 def with_context(facts: Facts, context: int) -> Facts:
@@ -71,7 +96,7 @@ def with_context(facts: Facts, context: int) -> Facts:
 
 def with_rank(facts: Facts, rank: int) -> Facts:
     """With adapters of another rank on the same linears."""
-    ranks = ("rank", "rank_qkv", "rank_o", "rank_gate_up", "rank_down", "adapter_parameters")
+    ranks = ("rank", "rank_qkv", "rank_o", "rank_gate_up", "rank_down", "adapter_parameters", "most_adapters")
     return replace(facts, **{name: getattr(facts, name) * rank // facts.rank for name in ranks})
 
 

@@ -10,16 +10,18 @@ from fsdp_qlora.plan_search import Found
 from fsdp_qlora.plan_time import Clock, Rates
 from fsdp_qlora.units import GIB
 
+MIB = 2**20  # bytes
 WHERE = {
-    "replicate": "the frozen base on every GPU",
-    "shard": "each GPU has its share of the frozen base, blocks gathered ahead of use",
+    "replicate": "the frozen base on every {place}, every block resident",
+    "shard": "each {place} has its share of the frozen base, blocks gathered ahead of use",
     "shard_offload": "each rank has its share of the frozen base in host memory, blocks gathered ahead of use",
     "stream": "the frozen base in host memory, once per node, blocks copied ahead of use",
 }
 
 
-def where_line(candidate: Candidate) -> str:
-    text = f"plan      {candidate.placement}: {WHERE[candidate.placement]}"
+def where_line(candidate: Candidate, gpus: bool) -> str:
+    where = WHERE[candidate.placement].format(place="GPU" if gpus else "rank")
+    text = f"plan      {candidate.placement}: {where}"
     if candidate.placement != "stream":
         return text
     resident = sum(b.resident for b in candidate.blocks)
@@ -27,11 +29,14 @@ def where_line(candidate: Candidate) -> str:
     return f"{text}; {resident} of {len(candidate.blocks)} blocks resident, head {head}, {candidate.staging} buffers"
 
 
-def kept_line(blocks: tuple[BlockPlan, ...]) -> str:
-    counts = Counter((b.keep, "host memory" if b.offloaded else "GPU") for b in blocks)
+def kept_line(blocks: tuple[BlockPlan, ...], facts: Facts, gpus: bool) -> str:
+    if not facts.fused:  # checkpointing and autograd decide
+        return f"          every block keeps for backward: {'its input' if facts.remat else 'everything'}"
+    here = "GPU memory" if gpus else "memory"
+    counts = Counter((b.keep, "host memory" if b.offloaded else here) for b in blocks)
     if len(counts) == 1:
         ((keep, where),) = counts
-        return f"          every block keeps for backward: {keep}, in {where} memory".replace("memory memory", "memory")
+        return f"          every block keeps for backward: {keep}, in {where}"
     shares = (f"{n} blocks {keep} ({where})" for (keep, where), n in sorted(counts.items(), key=lambda c: -c[1]))
     return f"          kept for backward: {', '.join(shares)}"
 
@@ -40,18 +45,24 @@ def memory_lines(
     parts: Mapping[str, int], placement: Placed, host: Mapping[str, int], limits: tuple[float, float]
 ) -> list[str]:
     peak = sum(parts.values())
-    shares = ", ".join(f"{name} {gib(n)}" for name, n in parts.items() if n >= GIB / 100)
-    waits = ", ".join(f"{name} {gib(n)}" for name, n in host.items() if n >= GIB / 100)
     reserved = peak * RESERVED[placement]
     if math.isinf(limits[0]):  # no GPU: all of it is the machine's memory
-        return [f"memory    {gib(peak)} GiB for each rank at the peak: {shares}"]
+        return [f"memory    {size(peak)} for each rank at the peak{_shares(parts)}"]
     lines = [
-        f"memory    {gib(peak)} GiB on each GPU at the peak, {gib(reserved)} with what the allocator sets aside, "
-        f"of {gib(limits[0])}: {shares}"
+        f"memory    {size(peak)} on each GPU at the peak, {size(reserved)} with what the allocator sets aside, "
+        f"of {size(limits[0])}{_shares(parts)}"
     ]
+    waits = _shares(host)
     if waits:
-        lines.append(f"          {gib(sum(host.values()))} GiB of host memory per node, of {gib(limits[1])}: {waits}")
+        lines.append(f"          {size(sum(host.values()))} of host memory per node, of {size(limits[1])}{waits}")
     return lines
+
+
+def _shares(parts: Mapping[str, int]) -> str:
+    """': ' and what takes a hundredth of the whole, or of a GiB; '' where there is nothing."""
+    least = min(sum(parts.values()), GIB) / 100
+    told = [f"{name} {size(n)}" for name, n in parts.items() if n and n >= least]
+    return f": {', '.join(told)}" if told else ""
 
 
 def time_line(clock: Clock, candidate: Candidate, seconds: float) -> str:
@@ -73,13 +84,15 @@ def alternative_lines(facts: Facts, chosen: Placed, found: Mapping[Placed, Found
         if best is None:
             texts.append(f"{placement} does not fit")
             continue
-        host = f", host {gib(best.host_bytes)}" if best.host_bytes else ""
-        texts.append(f"{placement} {best.seconds:.3f} s ({gib(best.device_bytes)} GiB{host})")
+        host = f", host {size(best.host_bytes)}" if best.host_bytes else ""
+        texts.append(f"{placement} {best.seconds:.3f} s ({size(best.device_bytes)}{host})")
     return [f"          instead of: {'; '.join(texts)}"] if texts else []
 
 
-def gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.1f}" if nbytes >= 10 * GIB else f"{nbytes / GIB:.2f}"
+def size(nbytes: float) -> str:
+    """Three digits or so: 22.9 GiB, 6.55 GiB, 84.0 MiB, 0.25 MiB."""
+    number, unit = (nbytes / GIB, "GiB") if nbytes >= GIB / 10 else (nbytes / MIB, "MiB")
+    return f"{number:.1f} {unit}" if number >= 10 else f"{number:.2f} {unit}"
 
 
 def lines(
@@ -90,9 +103,9 @@ def lines(
     limits: tuple[float, float],
     found: Mapping[Placed, Found | None],
 ) -> list[str]:
-    """limits: bytes that may be taken on a GPU and of host memory."""
-    memory = Memory(facts)
-    table = [where_line(candidate), kept_line(candidate.blocks)]
+    """limits: bytes that may be taken on a GPU (infinitely many where there is none) and of host memory."""
+    memory, gpus = Memory(facts), not math.isinf(limits[0])
+    table = [where_line(candidate, gpus), kept_line(candidate.blocks, facts, gpus)]
     parts, host = memory.device_parts(candidate), memory.host_parts(candidate)
     table += memory_lines(parts, candidate.placement, host, limits)
     if rates is not None and seconds is not None:

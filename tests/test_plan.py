@@ -184,11 +184,90 @@ def test_a_refusal_is_one_line_with_what_is_needed_and_what_would_fit(
     assert all(n <= said < n + GIB / 9 for said, n in zip(told, needed, strict=True))
 
 
+FREE = ("replicate", "shard", "stream")  # as the options have it where nothing is fixed
+LEFT = "leaving sharding_strategy, use_cpu_offload, resident_blocks, keep_activations and use_activation_cpu_offload"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "gib"),
+    [
+        (Wishes(placements=("shard",)), 16),
+        (Wishes(placements=("replicate",)), 16),
+        (Wishes(placements=("stream",), resident_blocks=60), 24),
+        (Wishes(placements=FREE, keep="all", offload=False), 16),
+    ],
+)
+def test_a_refusal_of_what_the_user_fixed_names_the_free_plan_first(wishes: Wishes, gib: int) -> None:
+    budget = Budget(gib * GIB, 64 * GIB)
+    assert fits(RIG, Wishes(placements=FREE), budget)
+    with pytest.raises(UserError, match=f"; what would fit: {LEFT} to the plan"):
+        plan(RIG, wishes, budget)
+    with pytest.raises(UserError, match=f"; what would fit: use_gradient_checkpointing true and {LEFT} to the plan"):
+        plan(replace(RIG, remat=False), wishes, budget)
+    with pytest.raises(UserError, match=f"; what would fit: {LEFT} to the plan"):
+        plan(replace(RIG, reshard=False), wishes, budget)
+
+
+@pytest.mark.parametrize("wishes", [Wishes(), Wishes(placements=FREE), Wishes(placements=("shard",))])
+def test_a_refusal_names_the_free_plan_only_where_that_fits_and_another_was_asked_for(wishes: Wishes) -> None:
+    with pytest.raises(UserError) as refused:
+        plan(RIG, wishes, Budget(4 * GIB, 64 * GIB))
+    assert "to the plan" not in str(refused.value)
+    alone = facts("llama2_70b", 2, 512, 64)
+    with pytest.raises(UserError) as refused:
+        plan(alone, Wishes(placements=("replicate", "stream")), Budget(4 * GIB, 64 * GIB))
+    assert "to the plan" not in str(refused.value)
+
+
 def test_a_plan_without_a_gpu_has_a_table_without_a_limit() -> None:
     known, endless = facts("llama3_8b", 1, 512, 16), Budget(float("inf"), GIB)  # type: ignore[arg-type]
     lines = table(plan(known, budget=endless, rates=None), known, None, endless)
     assert "inf" not in "\n".join(lines)
     assert "GiB for each rank" in lines[2]
+    several = replace(known, ranks=2, local_ranks=2, shards=2)
+    lines += table(plan(several, budget=endless, rates=None), several, None, endless)
+    assert "on every rank" in lines[0]
+    assert "each rank has its share" in lines[3]
+    assert "GPU" not in "\n".join(lines)
+
+
+def test_the_memory_of_a_tiny_model_is_told_in_mib() -> None:
+    tiny = replace(
+        facts("llama3_8b", 1, 64, 8),
+        hidden=64,
+        inner=144,
+        layers=3,
+        heads=4,
+        head_dim=16,
+        vocabulary=264,
+        block_bytes=1 << 17,
+        embedding_bytes=1 << 16,
+        head_bytes=1 << 16,
+        linear_numbers=1 << 15,
+        adapter_parameters=1 << 12,
+        workspace_bytes=0,
+    )
+    for budget, rates in ((Budget(float("inf"), GIB), None), (HOME, H200)):  # type: ignore[arg-type]
+        made = plan(tiny, budget=budget, rates=rates)
+        (line,) = (line for line in table(made, tiny, rates, budget) if line.startswith("memory"))
+        assert f"{made.device_bytes / 2**20:.2f} MiB" in line
+        told = [float(mib) for mib in re.findall(r"([0-9.]+) MiB", line.split(": ")[1])]
+        assert sum(told) == pytest.approx(made.device_bytes / 2**20, rel=0.05)
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+@pytest.mark.parametrize(("remat", "kept"), [(True, "its input"), (False, "everything")])
+def test_the_table_says_what_generic_blocks_keep(remat: bool, kept: str, gpus: bool) -> None:
+    known = replace(facts("llama3_8b", 1, 512, 16), fused=False, remat=remat)
+    budget, rates = (Budget(80 * GIB, 64 * GIB), H200) if gpus else (Budget(float("inf"), GIB), None)  # type: ignore[arg-type]
+    made = plan(known, Wishes(keep=None if remat else "all"), budget, rates)
+    assert table(made, known, rates, budget)[1] == f"          every block keeps for backward: {kept}"
+
+
+def test_as_many_resident_blocks_as_there_are_is_told_as_what_it_is() -> None:
+    known = facts("llama3_8b", 1, 512, 16)
+    made = plan(known, Wishes(placements=("stream",), resident_blocks=40))
+    assert table(made, known, H200, HOME)[0].endswith("every block resident")
 
 
 def test_the_table_says_what_goes_where_and_what_else_there_is() -> None:
