@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from fsdp_qlora.calibrate import calibrate
 from fsdp_qlora.config import Config, MemoryOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.fused import FusedBlock
@@ -21,7 +20,8 @@ from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.optim import paged_bytes, state_bytes
 from fsdp_qlora.placement import shard_count
 from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, table
-from fsdp_qlora.plan_facts import Facts, facts_of
+from fsdp_qlora.plan.calibrate import calibrate
+from fsdp_qlora.plan.facts import Facts, facts_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fsdp_qlora.plan_facts import Facts, keys_seen
-from fsdp_qlora.plan_memory import BlockPlan, Candidate, Placed
-from fsdp_qlora.plan_time import Rates
+from fsdp_qlora.plan.clock import Rates
+from fsdp_qlora.plan.facts import Facts, keys_seen
+from fsdp_qlora.plan.memory import BlockPlan, Candidate, Placed
 from fsdp_qlora.units import GIB
 
 BF16, FLOAT = 2, 4  # bytes

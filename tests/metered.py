@@ -23,7 +23,7 @@ from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, nf4, rms_norm, rope
 from fsdp_qlora.model import CausalModel, Recipe, assemble
-from fsdp_qlora.plan_moments import ROUND
+from fsdp_qlora.plan.moments import ROUND
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import build

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from fsdp_qlora import calibrate as calibrating
-from fsdp_qlora import measure, measure_launches
-from fsdp_qlora.calibrate import NAMES, cache_file, calibrate, key_of, read, slowest, write
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.kernels.attention import Masking
-from fsdp_qlora.plan_facts import facts_of
-from fsdp_qlora.plan_time import Rates
+from fsdp_qlora.plan import calibrate as calibrating
+from fsdp_qlora.plan import launches, measure
+from fsdp_qlora.plan.calibrate import NAMES, cache_file, calibrate, key_of, read, slowest, write
+from fsdp_qlora.plan.clock import Rates
+from fsdp_qlora.plan.facts import facts_of
 from fsdp_qlora.world import World
 from tests.known_runs import H200, facts
 from tests.metered import META, WORLD, planned
@@ -169,7 +169,7 @@ def test_what_is_measured_on_one_card_runs(clocked: None, one_thread: None) -> N
     found = measure.products(known, dtype, CPU) | measure.attention(known, Masking(0.1), dtype, CPU)
     found |= measure.attention(dataclasses.replace(known, attention=""), Masking(0.1), dtype, CPU)
     found |= measure.memory(model, CPU) | measure.collectives(known, dtype, dataclasses.replace(WORLD, device=CPU))
-    found["launch"] = measure_launches.launches(model, known, CPU)
+    found["launch"] = launches.launches(model, known, CPU)
     link = {"h2d", "h2d_both", "d2h_both"}
     assert found.keys() == set(NAMES) - link
     assert all(value > 0 for name, value in found.items() if name not in ("gather", "reduce"))

@@ -68,6 +68,8 @@ def test_a_wheel_carries_the_kernels_and_runs_without_the_checkout(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     assert {f"fsdp_qlora/kernels/{name}.py" for name in KERNELS} <= names
+    ours = {str(file.relative_to(ROOT)) for file in (ROOT / "fsdp_qlora").rglob("*.py")}
+    assert ours <= names, f"left out: {ours - names}"
     assert {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")} == {"fsdp_qlora"}
     code = f"import fsdp_qlora.kernels.{KERNELS[0]} as kernel; print(kernel.__file__)"
     assert python(code, tmp_path / "site", cwd=tmp_path).startswith(str(tmp_path / "site"))

@@ -11,13 +11,13 @@ import pytest
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, table
-from fsdp_qlora.plan_climb import Cost, blend, corners
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_memory import RESERVED, Memory
-from fsdp_qlora.plan_moments import KEEP
-from fsdp_qlora.plan_refusal import CONTEXT_STEP, RANK_STEP, Nearest, nearest, with_context, with_rank
-from fsdp_qlora.plan_search import spread
-from fsdp_qlora.plan_time import Clock, Rates
+from fsdp_qlora.plan.climb import Cost, blend, corners
+from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.memory import RESERVED, Memory
+from fsdp_qlora.plan.moments import KEEP
+from fsdp_qlora.plan.refusal import CONTEXT_STEP, RANK_STEP, Nearest, nearest, with_context, with_rank
+from fsdp_qlora.plan.search import spread
 from fsdp_qlora.units import GIB
 from tests.known_runs import H200, facts
 

@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks import plan_grid
 from fsdp_qlora.plan import Budget, Wishes, make_plan, plan_record
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_memory import BlockPlan, Candidate, Memory
-from fsdp_qlora.plan_time import Clock, Rates
+from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory
 from fsdp_qlora.units import GIB
 from tests.known_runs import H200, facts
 

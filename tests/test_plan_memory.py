@@ -11,9 +11,9 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from fsdp_qlora.fused import FusedBlock
-from fsdp_qlora.plan_facts import Facts, facts_of
-from fsdp_qlora.plan_memory import BlockPlan, Candidate, Memory, Placed
-from fsdp_qlora.plan_moments import KEEP, BlockBytes
+from fsdp_qlora.plan.facts import Facts, facts_of
+from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.moments import KEEP, BlockBytes
 from fsdp_qlora.units import GIB
 from tests.known_runs import MEASURED, facts
 from tests.metered import WORLD, Host, metered_block, metered_step, planned

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from fsdp_qlora.plan_memory import BlockPlan, Candidate
-from fsdp_qlora.plan_moments import KEEP
-from fsdp_qlora.plan_time import Clock, Rates
-from fsdp_qlora.plan_work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD, BlockWork
+from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.memory import BlockPlan, Candidate
+from fsdp_qlora.plan.moments import KEEP
+from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD, BlockWork
 from tests.known_runs import H200, MEASURED, facts
 from tests.metered import metered_block, planned
 from tests.test_plan_memory import SHAPE

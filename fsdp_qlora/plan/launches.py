@@ -15,8 +15,8 @@ from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.frozen import FrozenBytes, FrozenTensor
 from fsdp_qlora.fused import FusedBlock, Scratch
 from fsdp_qlora.model import CausalModel
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD
+from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD
 from fsdp_qlora.recognise import Anatomy, Norm
 
 FEW_TOKENS = 16  # of the block that measures launches

@@ -1,7 +1,7 @@
 """Memory as arithmetic: the bytes on a GPU at the peak of a step or of loading, and the bytes in host memory.
 
 GPU bytes are what `torch.cuda.max_memory_allocated` will say. They are what is held all the time plus the largest of a
-few moments (`plan_moments.py`): a block in forward or backward with all that blocks before it keep, the head, a unit
+few moments (`moments.py`): a block in forward or backward with all that blocks before it keep, the head, a unit
 being encoded. Sizes follow the code that allocates, tensor by tensor; `tests/test_plan_memory.py` lets that code run on
 the meta device and compares. What the allocator reserves beyond what is allocated is `RESERVED`, named and apart.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 from typing import Literal
 
-from fsdp_qlora.plan_facts import Facts, beside, pitch
-from fsdp_qlora.plan_moments import FLOAT, BlockBytes, Loading, head_moments
+from fsdp_qlora.plan.facts import Facts, beside, pitch
+from fsdp_qlora.plan.moments import FLOAT, BlockBytes, Loading, head_moments
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)

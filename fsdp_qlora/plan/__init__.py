@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_memory import BlockPlan, Candidate, Memory, Placed
-from fsdp_qlora.plan_refusal import refusal
-from fsdp_qlora.plan_search import PLACEMENTS, SIMPLER, Budget, Found, Search, Wishes, placements, spread
-from fsdp_qlora.plan_table import lines
-from fsdp_qlora.plan_time import Clock, Rates
+from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.refusal import refusal
+from fsdp_qlora.plan.search import PLACEMENTS, SIMPLER, Budget, Found, Search, Wishes, placements, spread
+from fsdp_qlora.plan.table import lines
 
 __all__ = ["BlockPlan", "Budget", "Plan", "Wishes", "make_plan", "plan_record", "table"]
 

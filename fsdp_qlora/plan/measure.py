@@ -18,7 +18,7 @@ from fsdp_qlora.host_buffers import try_page_lock
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward
 from fsdp_qlora.kernels.lora_wide import wide
 from fsdp_qlora.model import CausalModel
-from fsdp_qlora.plan_facts import Facts, keys_seen
+from fsdp_qlora.plan.facts import Facts, keys_seen
 from fsdp_qlora.world import World
 
 WARM_SECONDS = 0.2  # of products before anything is timed: a cold card clocks higher than a step lets it

@@ -5,8 +5,8 @@ Counted as `fused.py` and the kernels do it, per micro-batch of one rank. N * D 
 
 from dataclasses import dataclass, replace
 
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_moments import FLOAT, KEEP
+from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.moments import FLOAT, KEEP
 
 # Kernels that the host launches for a Llama block, forward, and backward at each keep level, counted by running it on
 # the meta device (tests/test_plan_time.py). What else the host does is in the seconds a launch is measured to take.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from fsdp_qlora.plan_memory import BlockPlan, Candidate
+from fsdp_qlora.plan.memory import BlockPlan, Candidate
 
 Kind = tuple[str, bool]  # keep level, offloaded
 

@@ -5,7 +5,7 @@ T tokens, H hidden, N * D queries, K * D keys, I intermediate, R ranks beside an
 
 from dataclasses import dataclass
 
-from fsdp_qlora.plan_facts import Facts, beside, pitch
+from fsdp_qlora.plan.facts import Facts, beside, pitch
 
 KEEP = ("input", "halves", "attention", "qkv", "all")  # as `fused.KEEP`, which takes torch to import
 FLOAT = 4  # bytes of float32

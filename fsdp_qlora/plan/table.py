@@ -4,10 +4,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_memory import RESERVED, BlockPlan, Candidate, Memory, Placed
-from fsdp_qlora.plan_search import Found
-from fsdp_qlora.plan_time import Clock, Rates
+from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.memory import RESERVED, BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.search import Found
 from fsdp_qlora.units import GIB
 
 MIB = 2**20  # bytes

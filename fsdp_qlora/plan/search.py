@@ -1,7 +1,7 @@
 """Every candidate worth looking at for one placement, and the fastest of them that fits.
 
 A candidate is at most two kinds of block (keep level, offloaded or not), the second kind and the resident blocks each
-spread evenly; from the best of them `plan_climb.py` goes on to three. Given the kinds, as many blocks stay resident as
+spread evenly; from the best of them `climb.py` goes on to three. Given the kinds, as many blocks stay resident as
 fit: that is never slower and takes host memory away from nobody. What remains is small enough to bound all of it and
 walk through the few that may be the fastest.
 """
@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
-from fsdp_qlora.plan_climb import Cost, Kind, blend, climb, corners
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_memory import RESERVED, BlockPlan, Candidate, Memory, Placed
-from fsdp_qlora.plan_moments import KEEP
-from fsdp_qlora.plan_time import Clock
+from fsdp_qlora.plan.climb import Cost, Kind, blend, climb, corners
+from fsdp_qlora.plan.clock import Clock
+from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.memory import RESERVED, BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.moments import KEEP
 
 STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so that the link need not wait for a block
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one

@@ -8,10 +8,10 @@ not depend on the candidate is computed once, so that the search can afford thou
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_memory import Candidate, Memory
-from fsdp_qlora.plan_moments import KEEP
-from fsdp_qlora.plan_work import BlockWork, Work, head_work, update_bytes
+from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.memory import Candidate, Memory
+from fsdp_qlora.plan.moments import KEEP
+from fsdp_qlora.plan.work import BlockWork, Work, head_work, update_bytes
 
 PREFETCH = 2  # blocks that FSDP2 gathers ahead (`placement.PREFETCH`)
 SKINNY_BANDWIDTH = 0.8  # of copy bandwidth that an adapter's products reach: 22 ms for 18 ms of bytes (performance.md)

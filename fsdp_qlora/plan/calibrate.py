@@ -14,8 +14,8 @@ import torch
 
 from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.model import CausalModel
-from fsdp_qlora.plan_facts import Facts
-from fsdp_qlora.plan_time import Rates as Rates
+from fsdp_qlora.plan.clock import Rates as Rates
+from fsdp_qlora.plan.facts import Facts
 from fsdp_qlora.world import World
 
 VERSION = 1  # of how rates are measured: others' files are measured again
@@ -100,8 +100,8 @@ def write(file: Path | None, rates: Rates) -> None:
 
 def _measure(facts: Facts, model: CausalModel, world: World) -> Rates:
     # Only where there is something to measure: these need the blocks' own code.
-    from fsdp_qlora import measure
-    from fsdp_qlora.measure_launches import launches
+    from fsdp_qlora.plan import measure
+    from fsdp_qlora.plan.launches import launches
 
     dtype, device = model.precision.compute, world.device
     values = measure.products(facts, dtype, device)

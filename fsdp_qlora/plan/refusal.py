@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fsdp_qlora.plan_facts import Facts, keys_seen
-from fsdp_qlora.plan_memory import Memory
-from fsdp_qlora.plan_search import Budget, Search, Wishes, placements
+from fsdp_qlora.plan.facts import Facts, keys_seen
+from fsdp_qlora.plan.memory import Memory
+from fsdp_qlora.plan.search import Budget, Search, Wishes, placements
 from fsdp_qlora.units import GIB
 
 CONTEXT_STEP, RANK_STEP = 64, 8  # tokens and ranks between the values that are tried
