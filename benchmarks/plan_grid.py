@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.rig import SHAPES, WARM_UP, measure
 
 STEPS = WARM_UP + 4
-LONGEST = 65536  # tokens that every shape here may take; rotary tables are made for the context alone
+LONGEST = 262144  # tokens that every shape here may take; rotary tables are made for the context alone
 LLAMA3_8B = {**SHAPES["llama3_8b"], "max_position_embeddings": LONGEST}
 LLAMA2_70B = {**SHAPES["llama2_70b"], "max_position_embeddings": LONGEST}
 GRID_SHAPES = {
@@ -91,6 +91,13 @@ CASES = {
     "70b-512": Case("grid_70b", 2, 2, 512, 64, host_gib=36.4),
     "70b-2048": Case("grid_70b", 2, 2, 2048, 64, host_gib=36.4),
 }
+# How long a context may be; minutes each, so only by name, with --steps 2.
+LONG = {
+    "70b-16k": Case("grid_70b", 2, 1, 16384, 64, host_gib=125),
+    "70b-32k": Case("grid_70b", 2, 1, 32768, 64, host_gib=125),
+    "8b-78k": Case("grid_8b", 1, 1, 78592, 32),
+    "8b-128k": Case("grid_8b", 1, 1, 131072, 32),
+}
 
 
 def main() -> int:
@@ -102,13 +109,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("train_options", nargs="*", help="after --: further options of train.py, for every run")
     asked = parser.parse_args()
+    known = CASES | LONG
     wanted = [name for name in asked.only.split(",") if name] or list(CASES)
-    unknown = [name for name in wanted if name not in CASES]
+    unknown = [name for name in wanted if name not in known]
     if unknown:
-        parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(CASES)}")
-    wanted = [name for name in wanted if asked.gpus in (None, CASES[name].gpus)]
+        parser.error(f"--only: {', '.join(unknown)} is none of {', '.join(known)}")
+    wanted = [name for name in wanted if asked.gpus in (None, known[name].gpus)]
     if asked.list:
-        print("\n".join(f"{name:12} {CASES[name]}" for name in wanted))
+        print("\n".join(f"{name:12} {known[name]}" for name in wanted))
         return 0
     SHAPES.update(GRID_SHAPES)
     failed = [name for name in wanted if not _try(name, asked)]
@@ -120,7 +128,7 @@ def _try(name: str, asked: argparse.Namespace) -> bool:
     """Run one and append its line; says so where it failed, and the next one goes on."""
     start = time.time()
     try:
-        line = row(name, CASES[name], asked.steps, asked.train_options)
+        line = row(name, (CASES | LONG)[name], asked.steps, asked.train_options)
     except (SystemExit, Exception) as error:
         print(f"{name}: FAILED after {time.time() - start:.0f} s: {type(error).__name__}: {error}", flush=True)
         return False
