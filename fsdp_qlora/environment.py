@@ -127,6 +127,12 @@ def choose_allocator() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def allocator_grows() -> bool:
+    """Whether PyTorch was told to let its GPU memory grow page by page."""
+    told = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    return any("expandable_segments:true" in text.lower() for text in told)
+
+
 def _kernel() -> str:
     return platform.release().lower()
 

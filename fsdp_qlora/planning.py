@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fsdp_qlora.config import Config, MemoryOptions
+from fsdp_qlora.environment import allocator_grows
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
@@ -28,6 +29,9 @@ from fsdp_qlora.world import World
 # GiB of a GPU that go to others than PyTorch's allocator after the plan is made: CUDA modules, cuDNN, NCCL's buffers
 # (1.1 GiB in all on H200s, of which the context's half is there already).
 OUTSIDE_GIB = 0.75
+# Of a GPU's memory that is lost in pieces where the allocator's segments are of fixed size (docs/LOG.md: 2.2 of 24 GiB),
+# beyond the share that every plan leaves.
+PIECES = 0.06
 # Attention's backends by the memory that they take, least first; "": Hugging Face's own, of generic blocks.
 ATTENTION = ("", "cudnn", "flash", "flash_attn", "cpu", "math")
 HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
@@ -125,6 +129,7 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         device = free + torch.cuda.memory_reserved(world.device) - OUTSIDE_GIB * GIB
     if memory.gpu_memory_gib is not None:
         device = min(device, memory.gpu_memory_gib * GIB)
+    device *= 1 if allocator_grows() else 1 - PIECES
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
     everyone = world.gather([device, host])

@@ -193,7 +193,9 @@ def test_gpu_memory_grows_page_by_page_unless_the_user_says_otherwise(monkeypatc
     monkeypatch.setattr(environment, "_kernel", lambda: "6.1.0-28-amd64")
     environment.choose_allocator()
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert environment.allocator_grows()
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     environment.choose_allocator()
+    assert not environment.allocator_grows(), "the plan then leaves more free"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
