@@ -29,7 +29,7 @@ from fsdp_qlora.world import World
 # GiB of a GPU that go to others than PyTorch's allocator after the plan is made: CUDA modules, cuDNN, NCCL's buffers
 # (1.1 GiB in all on H200s, of which the context's half is there already).
 OUTSIDE_GIB = 0.75
-# Of a GPU's memory that is lost in pieces where the allocator's segments are of fixed size (docs/LOG.md: 2.2 of 24 GiB),
+# Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
 # beyond the share that every plan leaves.
 PIECES = 0.06
 # Attention's backends by the memory that they take, least first; "": Hugging Face's own, of generic blocks.
