@@ -75,7 +75,7 @@ def load(model: CausalModel, weights: Weights, placement: Placement, world: Worl
                 bar.update()
             del encoded
     bar.close()
-    placement.finish(world)
+    placement.finish()
     world.say(f"loaded    in {time.perf_counter() - start:.0f} s")
 
 

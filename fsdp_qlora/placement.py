@@ -28,11 +28,7 @@ PREFETCH = 2  # blocks gathered ahead: one crosses from the host while the one b
 
 
 class Placement(Protocol):
-    """Where the frozen bytes are kept: `prepare` before loading, `store` each unit, `finish` after the last.
-
-    name: for the user."""
-
-    name: str
+    """Where the frozen bytes are kept: `prepare` before loading, `store` each unit, `finish` after the last."""
 
     def prepare(self, model: CausalModel) -> None: ...
 
@@ -40,7 +36,7 @@ class Placement(Protocol):
         """Put a unit's bytes (uint8 [nbytes] on the device, the placement's to keep) where they belong."""
         ...
 
-    def finish(self, world: World) -> None:
+    def finish(self) -> None:
         """All is stored. A collective."""
         ...
 
@@ -52,15 +48,13 @@ class Placement(Protocol):
 class Replicated:
     """Every rank has everything: no traffic in a step, and a card must hold the whole base."""
 
-    name = "the whole frozen base on every rank"
-
     def prepare(self, model: CausalModel) -> None:
         pass
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         _keep_whole(unit, whole)
 
-    def finish(self, world: World) -> None:
+    def finish(self) -> None:
         pass
 
     def bytes_here(self, unit: Unit) -> int:
@@ -86,10 +80,6 @@ class Sharded:
         else:
             self.mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replica", "shard"))
         self.index = self.mesh.get_local_rank(self.mesh.ndim - 1)
-        where = "in host memory" if offload else "on the GPU" if kind == "cuda" else "in memory"
-        self.name = f"FSDP2: each rank has 1/{shards} of the frozen base {where}, gathered {PREFETCH} blocks ahead" + (
-            "" if reshard else ", kept from forward to backward"
-        )
 
     def prepare(self, model: CausalModel) -> None:
         policy = CPUOffloadPolicy(pin_memory=self.pin) if self.offload else OffloadPolicy()
@@ -133,7 +123,7 @@ class Sharded:
             local.copy_(mine)
         unit.frozen.load_state_dict({"flat": nn.Parameter(shard, requires_grad=False)}, assign=True)
 
-    def finish(self, world: World) -> None:
+    def finish(self) -> None:
         pass
 
     def bytes_here(self, unit: Unit) -> int:
@@ -150,11 +140,6 @@ class Streamed:
 
     def __init__(self, world: World, resident: Sequence[bool], head_resident: bool, buffers: int) -> None:
         self.world, self.resident, self.head_resident, self.buffers = world, resident, head_resident, buffers
-        moving = resident.count(False)
-        self.name = (
-            f"streamed: {moving} of {len(resident)} blocks copied ahead of use from one host copy for the node's ranks"
-            f"{', the others on each GPU' if moving < len(resident) else ''}"
-        )
         self._sources: dict[str, Tensor] = {}
 
     def prepare(self, model: CausalModel) -> None:
@@ -190,19 +175,19 @@ class Streamed:
         readable = not (whole.is_cuda and self._store.refused)  # the embedding, whose rows the device reads itself
         unit.frozen.flat = nn.Parameter((piece if readable else whole).view(torch.float32), requires_grad=False)
 
-    def finish(self, world: World) -> None:
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
+    def finish(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
         refused = self._store.refused if self._store is not None else 0
-        codes = [int(code) for (code,) in world.gather([refused])]  # also: every rank has written its part
+        codes = [int(code) for (code,) in self.world.gather([refused])]  # also: every rank has written its part
         if any(codes):
-            world.say(
+            self.world.say(
                 f"the system refuses to page-lock the host copy of the frozen base (CUDA error {max(codes)}): blocks "
                 "are copied by way of the driver's own buffers, at about half the speed. Raise `ulimit -l` (memlock) "
                 "or the container's limit"
             )
         stops = [Stop(self._units[name].frozen, self._sources.get(name)) for name in self._order]
-        streamer = Streamer(stops, len(self._blocks), self.buffers, world.device)
+        streamer = Streamer(stops, len(self._blocks), self.buffers, self.world.device)
         for position, stop in enumerate(stops):
             stop.frozen.bring = partial(streamer.need, position)
 

@@ -22,6 +22,7 @@ from fsdp_qlora.optim import paged_bytes, state_bytes
 from fsdp_qlora.placement import shard_count
 from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, table
 from fsdp_qlora.plan.calibrate import calibrate
+from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.facts import Facts, facts_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
@@ -51,7 +52,7 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
     """The plan for rows of at most `longest` tokens. A collective. Raises UserError where nothing fits."""
     world.together(lambda: shard_count(config.memory, world))  # what cannot be divided need not be planned
     budget, refused = find_budget(config.memory, world), None
-    found: list[Planned] = []
+    found: list[tuple[Plan, Facts, Rates | None, Budget, Config]] = []
     for sized in micro_batches(config):
         at_length = replace(sized, data=replace(config.data, context_length=longest))
         optimizer = state_bytes(config.training.optimizer, world.device.type)
@@ -64,12 +65,13 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         except UserError as error:  # the same on every rank: they have the same numbers
             refused = error
             continue
-        found.append(Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized))
+        found.append((plan, facts, rates, left, sized))
     if not found:
         assert refused is not None
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
-    return min(found, key=lambda one: one.plan.seconds or one.config.training.batch_size)
+    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
+    return Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized)
 
 
 def agreed(facts: Facts, world: World) -> Facts:

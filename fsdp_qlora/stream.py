@@ -102,6 +102,6 @@ class Streamer:
 
 def order_of_use(streamed: list[int], position: int, backward: bool, stops: int, blocks: int) -> list[int]:
     """The streamed stops in the order of their next use, from `position` on, each once."""
-    there, back = list(range(stops)), list(reversed(range(blocks)))
+    moving, there, back = set(streamed), list(range(stops)), list(reversed(range(blocks)))
     rest = back[blocks - 1 - position :] + there + back if backward else there[position:] + back + there
-    return [i for i in dict.fromkeys(rest) if i in set(streamed)]
+    return [i for i in dict.fromkeys(rest) if i in moving]

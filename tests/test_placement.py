@@ -220,7 +220,7 @@ BYTES = """
             for unit, whole in zip(units, wanted, strict=True):
                 unit.frozen.expected = checksum(whole)
                 ours.placement.store(unit, whole.clone().to(world.device))
-            ours.placement.finish(world)
+            ours.placement.finish()
 
             seen = []
             for i, block in enumerate(ours.model.blocks.values()):

@@ -5,7 +5,8 @@ the same plan from the same numbers, before anything is loaded.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from fsdp_qlora.errors import UserError
@@ -49,7 +50,9 @@ def make_plan(facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget)
     memory = Memory(facts)
     if rates is None:
         return _plan(memory, _simplest(facts, wishes), None)
-    best = _best(memory, Clock(facts, rates), wishes, budget)
+    free = replace(wishes, placements=None)
+    found = {p: _best(facts, rates, p, free, budget) for p in placements(facts, wishes)}
+    best = {p: f for p, f in found.items() if f is not None}
     if not best:
         raise UserError(refusal(facts, wishes, budget))
     fastest = min(found.seconds for found in best.values())
@@ -62,10 +65,10 @@ def plan_record(plan: Plan, facts: Facts, rates: Rates | None) -> dict[str, Any]
     return {"plan": asdict(plan), "facts": asdict(facts), "rates": None if rates is None else asdict(rates)}
 
 
-def _best(memory: Memory, clock: Clock, wishes: Wishes, budget: Budget) -> dict[Placed, Found]:
-    searches = {p: Search(memory, clock, p, wishes, budget) for p in placements(memory.facts, wishes)}
-    found = {p: search.best() for p, search in searches.items()}
-    return {p: f for p, f in found.items() if f is not None}
+@cache
+def _best(facts: Facts, rates: Rates, placement: Placed, wishes: Wishes, budget: Budget) -> Found | None:
+    """Searched once, for the plan and for the table beside it."""
+    return Search(Memory(facts), Clock(facts, rates), placement, wishes, budget).best()
 
 
 def _plan(memory: Memory, candidate: Candidate, seconds: float | None) -> Plan:
@@ -99,7 +102,5 @@ def table(plan: Plan, facts: Facts, rates: Rates | None, budget: Budget) -> list
     """Lines for the start-up table."""
     found: dict[Placed, Found | None] = {}
     if rates is not None:
-        memory = Memory(facts)
-        clock = Clock(facts, rates)
-        found = {p: Search(memory, clock, p, Wishes(), budget).best() for p in placements(facts, Wishes())}
+        found = {p: _best(facts, rates, p, Wishes(), budget) for p in placements(facts, Wishes())}
     return lines(plan.candidate, plan.seconds, facts, rates, (budget.device_bytes, budget.host_bytes), found)
