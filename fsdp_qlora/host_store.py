@@ -1,4 +1,4 @@
-"""One copy of frozen bytes in host memory for all ranks of a node: shared, page-locked once by each, gone with them.
+"""Host memory that all ranks of a node share: page-locked once by each, gone with them.
 
 The memory is a memfd: it has no name, so nothing can be left behind in /dev/shm, whatever kills the ranks, and a
 container's small /dev/shm does not limit it. The first rank of the node makes it; the others open it through /proc,
@@ -23,8 +23,9 @@ from fsdp_qlora.world import World
 
 PAGE = 4096  # bytes; what is page-locked must not share a page with something else that is
 POPULATE_STEP = 64 << 20  # bytes asked of the kernel at once
-NAME = "fsdp_qlora frozen base"  # seen in /proc alone
+NAME = "fsdp_qlora"  # seen in /proc alone
 MFD_NOEXEC_SEAL = 8  # Linux 6.3 and later; some systems demand it
+BASE = "the frozen base cannot be streamed"
 INSTEAD = "use --use_cpu_offload true --cpu_offload_by fsdp2, which shares none"
 MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # Linux 5.14 knows the second; where it does not, the first write does it
 
@@ -37,9 +38,12 @@ class HostStore:
     refused: 0, or CUDA's error code where the system refused to page-lock: copies from it are then slower, but right.
     """
 
-    def __init__(self, nbytes: int, world: World) -> None:
-        """A collective. Raises UserError on every rank where the memory cannot be had."""
+    def __init__(self, nbytes: int, world: World, fails: str = BASE, instead: str = INSTEAD) -> None:
+        """fails, instead: what cannot be done without this memory and what can, for messages.
+
+        A collective. Raises UserError on every rank where the memory cannot be had."""
         self.world, self.nbytes, self.refused = world, nbytes, 0
+        self._fails, self._instead = fails, instead
         self._taken = 0
         self._locked: list[int] = []  # addresses
         weakref.finalize(self, _unlock, self._locked).atexit = False  # then the process ends it
@@ -70,7 +74,7 @@ class HostStore:
         if self.world.local_size == 1:
             return -1
         if not hasattr(os, "memfd_create"):
-            raise UserError(f"the frozen base cannot be streamed: this system has no memory without a name; {INSTEAD}")
+            raise UserError(f"{self._fails}: this system has no memory without a name; {self._instead}")
         try:
             try:
                 descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | MFD_NOEXEC_SEAL)
@@ -102,8 +106,8 @@ class HostStore:
         full = getattr(error, "errno", None) in (errno.ENOMEM, errno.ENOSPC)
         cure = "free some memory or raise the container's limit" if full else "the system forbids it"
         return UserError(
-            f"the frozen base cannot be streamed: {self.nbytes / GIB:.2f} GiB of host memory cannot be shared among "
-            f"the ranks of a node ({first_line(error)}): {cure}, or {INSTEAD}"
+            f"{self._fails}: {self.nbytes / GIB:.2f} GiB of host memory cannot be shared among "
+            f"the ranks of a node ({first_line(error)}): {cure}, or {self._instead}"
         )
 
 

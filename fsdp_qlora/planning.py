@@ -76,9 +76,15 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
 
 def agreed(facts: Facts, world: World) -> Facts:
     """What may differ from rank to rank (cards, nodes), as the one that needs most has it: all must find one plan."""
-    local = world.gather([facts.workspace_bytes, facts.local_ranks, ATTENTION.index(facts.attention)])
-    workspace, ranks, attention = (int(max(column)) for column in zip(*local, strict=True))
-    return replace(facts, workspace_bytes=workspace, local_ranks=ranks, attention=ATTENTION[attention])
+    here = [facts.workspace_bytes, facts.local_ranks, ATTENTION.index(facts.attention), not facts.exchange_by_host]
+    workspace, ranks, attention, by_nccl = (int(max(column)) for column in zip(*world.gather(here), strict=True))
+    return replace(
+        facts,
+        workspace_bytes=workspace,
+        local_ranks=ranks,
+        attention=ATTENTION[attention],
+        exchange_by_host=not by_nccl,
+    )
 
 
 def micro_batches(config: Config) -> list[Config]:

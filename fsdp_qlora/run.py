@@ -11,6 +11,7 @@ from fsdp_qlora.config import Config, DataOptions, MemoryOptions
 from fsdp_qlora.config_file import save as save_config
 from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.exchange import check_exchange, choose_exchange
 from fsdp_qlora.export import check_space, prepare_output
 from fsdp_qlora.folders import writing_to
 from fsdp_qlora.fusing import Fusion, fuse
@@ -44,6 +45,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         hf_config = world.first_on_node(lambda: read_config(model_name, revision))
         precision, attention = world.together(lambda: choose_compute(config, hf_config, world))
         world.together(lambda: check_optimizer(config.training, world.device))
+        world.together(lambda: check_exchange(config.memory, world))
         longest = config.data.context_length
         if not only_plan:
             tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
@@ -167,6 +169,7 @@ def load_model(
     Raises UserError on every rank alike, before anything is read, where the checkpoint is not this model's."""
     world.first_on_node(lambda: check_names(model, weights))
     adapters = ShardedAdapters(model, world, config)
+    adapters.exchange = choose_exchange(adapters.largest, config.memory, world)
     placement.prepare(model)
     load(model, weights, placement, world)
     check_bytes(model, placement)

@@ -15,22 +15,18 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fsdp_qlora.adapters import initial_values
 from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.config import Config
+from fsdp_qlora.exchange import Collectives, Exchange, Pending
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.world import World
 
 IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
 ARRIVAL_SECONDS = 1.0  # after which new values that are not here never come (1.7 GB at 70B and rank 64: 0.1 s)
 MATRICES = ("lora_A", "lora_B")
-
-# torch 2.13 has new names for these two, and a warning for who uses the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass
@@ -49,7 +45,7 @@ class Group:
     master: nn.Parameter = field(init=False)
     unreduced: Tensor | None = None  # float32 [padded], with no_sync: this rank's own sum over micro-batches
     waiting: int = 0
-    gather: dist.Work | None = None  # of new working values, which nobody has waited for yet
+    gather: Pending | None = None  # of new working values, which nobody has waited for yet
 
     def wait(self) -> None:
         """Let the current stream (without a GPU: the caller) go on only when the new working values are here."""
@@ -67,14 +63,16 @@ class ShardedAdapters:
     """
 
     def __init__(self, model: CausalModel, world: World, config: Config) -> None:
+        self.exchange: Exchange = Collectives()
         self.world, self.no_sync = world, config.memory.no_sync
         self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
         self.groups: list[Group] = []
-        self._flying: deque[tuple[dist.Work, Group, Tensor, Tensor]] = deque()
-        self._gathers: list[dist.Work] = []  # all of the last `publish`
+        self._flying: deque[tuple[Pending, Group, Tensor, Tensor]] = deque()
+        self._gathers: list[Pending] = []  # all of the last `publish`
         self._published = 0.0  # when that was
         self._next = -1
         self._reducing = True
+        self._abandoned = False
         for path, block in model.blocks.items():
             adapted = {f"{path}.{name}": m for name, m in block.linears().items() if m.lora_A is not None}
             if adapted:
@@ -82,6 +80,11 @@ class ShardedAdapters:
                 self.groups.append(group)
                 if world.size > 1:
                     block.before_forward.append(group.wait)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest tensor that ranks exchange: a block's adapters, in float32 where they are saved."""
+        return max((4 * group.working.numel() for group in self.groups), default=0)
 
     def parameters(self) -> list[nn.Parameter]:
         """This rank's float32 slices, one a block."""
@@ -112,6 +115,8 @@ class ShardedAdapters:
 
         Returns when that is under way. Who reads working copies, other than in a block's forward, must `wait`."""
         assert all(group.gather is None for group in self.groups), "what is still being gathered would be overwritten"
+        if self._abandoned:  # the gradients are not the sums that they should be
+            raise RuntimeError("remote process exited, so the adapter is being saved without it")
         torch._foreach_copy_([group.mine for group in self.groups], [group.master.detach() for group in self.groups])
         if self.world.size == 1:
             return
@@ -119,7 +124,7 @@ class ShardedAdapters:
         # is on the current stream now has been done, gloo's at once.
         self._gathers, self._published = [], time.monotonic()
         for group in self.groups:
-            group.gather = _all_gather(group.working, group.mine, async_op=True)
+            group.gather = self.exchange.all_gather(group.working, group.mine)
             self._gathers.append(group.gather)
 
     def wait(self) -> None:
@@ -155,14 +160,17 @@ class ShardedAdapters:
             if self.world.size == 1:
                 whole.copy_(group.master.detach())
             else:
-                _all_gather(whole, group.master.detach())
+                self.exchange.all_gather(whole, group.master.detach()).wait()
             tensors |= _named(group, whole.cpu())
         return tensors
 
     def working_tensors(self) -> dict[str, Tensor]:
         """As `named_tensors`, from this rank's copy in compute dtype: no other rank is asked, nor a hung stream.
 
-        Some are of the step before the last where not all has `arrived`."""
+        Some are of the step before the last where not all has `arrived`. No step can end after this."""
+        if self.arrived():  # else what this rank would be given in place of the rest is not worth saving
+            self._abandoned = True
+            self.exchange.let_go()
         tensors: dict[str, Tensor] = {}
         on_gpu = self.world.device.type == "cuda"
         with torch.cuda.stream(torch.cuda.Stream(self.world.device)) if on_gpu else nullcontext():
@@ -240,7 +248,7 @@ class ShardedAdapters:
             self._keep(group, whole)
             return
         mine = torch.empty(group.master.numel(), dtype=self.reduce_dtype, device=self.world.device)
-        work = _reduce_scatter(mine, whole, async_op=True)
+        work = self.exchange.reduce_scatter(mine, whole)
         self._flying.append((work, group, mine, whole))
         while len(self._flying) > IN_FLIGHT:
             self._land()

@@ -83,11 +83,12 @@ def test_ranks_with_different_cards_plan_for_the_one_that_needs_most(monkeypatch
         workspace_bytes: int
         local_ranks: int
         attention: str
+        exchange_by_host: bool
 
-    theirs = [32.0, 2.0, planning.ATTENTION.index("math")]
+    theirs = [32.0, 2.0, planning.ATTENTION.index("math"), 1.0]
     with open_world(parse(["--model_name", "m"]).launch, 0) as world:
         monkeypatch.setattr(type(world), "gather", lambda self, numbers: [list(map(float, numbers)), theirs])
-        assert agreed(Known(8, 4, "flash"), world) == Known(32, 4, "math")
+        assert agreed(Known(8, 4, "flash", True), world) == Known(32, 4, "math", False)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 
 from fsdp_qlora import shards
 from fsdp_qlora.config_parse import parse
+from fsdp_qlora.exchange import Collectives, Pending
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.step import Stepper
 from tests import tiny
@@ -42,8 +43,7 @@ class Half:
     adapters: ShardedAdapters
     events: list[tuple[str, int]] = field(default_factory=list)
 
-    def gather(self, whole: Tensor, mine: Tensor, async_op: bool) -> Late:
-        assert async_op
+    def all_gather(self, whole: Tensor, mine: Tensor) -> Late:
         index = next(i for i, group in enumerate(self.adapters.groups) if group.working is whole)
         assert mine.data_ptr() == whole.data_ptr()
         values = self.values[index].to(whole.dtype)
@@ -69,7 +69,7 @@ OPTIONS = {"dataset": "dummy", "precision": "fp32", "lora_rank": 4, "fused": "fa
 
 
 @pytest.fixture(params=["false", "true"], ids=["generic", "fused"])
-def half(request, tmp_path, monkeypatch):
+def half(request, tmp_path):
     model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
     options = OPTIONS | {"model_name": model, "fused": request.param}
     with built(options) as ours:
@@ -77,7 +77,7 @@ def half(request, tmp_path, monkeypatch):
         half = Half(ours, ShardedAdapters(ours.model, pair, parse(flags(options))))
         for index, block in enumerate(ours.model.blocks.values()):
             block.register_forward_hook(lambda *_, index=index: half.events.append(("forward", index)))
-        monkeypatch.setattr(shards, "_all_gather", half.gather)
+        half.adapters.exchange = half
         yield half
 
 
@@ -146,19 +146,21 @@ def test_a_rescue_knows_what_has_not_arrived(half, monkeypatch):
     assert (stepper.done, stepper.publishing) == (0, True), "over, but not well"
 
 
-class Summed:
-    """A reduction over ranks whose other gradients are zero."""
+class Summing(Collectives):
+    """An exchange with ranks whose gradients are zero."""
 
-    def __init__(self, mine: Tensor, whole: Tensor, rank: int) -> None:
-        mine.copy_(whole.view(-1, mine.numel())[rank])
+    def __init__(self, rank: int) -> None:
+        self.rank, self.wholes = rank, []
 
-    def wait(self) -> None:
-        pass
+    def reduce_scatter(self, mine: Tensor, whole: Tensor) -> Pending:
+        self.wholes.append(whole.clone())
+        mine.copy_(whole.view(-1, mine.numel())[self.rank])
+        return Late(mine, mine.clone(), 0, [])
 
 
 @pytest.mark.parametrize("no_sync", ["false", "true"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync, dtype, tmp_path, monkeypatch):
+def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync, dtype, tmp_path):
     model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
     options = OPTIONS | {"model_name": model, "lora_rank": 3, "lora_target_modules": "q_proj", "reduce_dtype": dtype}
     options |= {"no_sync": no_sync, "gradient_accumulation_steps": 2}
@@ -167,20 +169,14 @@ def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync
         truth = ours.backward(ours.loss(ids, ids, 1.0) + ours.loss(ids, ids, 1.0))
         slices = []
         for rank in range(5):  # 3 * (64 + 64) = 384 values of a block are 5 * 77 - 1
-            wholes: list[Tensor] = []
-
-            def reduce(mine: Tensor, whole: Tensor, async_op: bool, rank: int = rank, wholes: list = wholes) -> Summed:
-                wholes.append(whole.clone())
-                return Summed(mine, whole, rank)
-
-            monkeypatch.setattr(shards, "_reduce_scatter", reduce)
             adapters = ShardedAdapters(ours.model, replace(ours.world, rank=rank, size=5), parse(flags(options)))
+            adapters.exchange = summing = Summing(rank)
             for last in (False, True):
                 adapters.begin_micro_batch(last)
                 ours.loss(ids, ids, 1.0).backward()
             adapters.finish()
-            assert len(wholes) == (3 if no_sync == "true" else 6)
-            assert all(whole.numel() == 385 and whole[-1] == 0 for whole in wholes)
+            assert len(summing.wholes) == (3 if no_sync == "true" else 6)
+            assert all(whole.numel() == 385 and whole[-1] == 0 for whole in summing.wholes)
             slices.append(torch.stack(adapters.gradients()))
     flat = torch.cat(slices, dim=1)
     assert not flat[:, -1].any()
@@ -194,8 +190,8 @@ def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync
 TWO = """
     import sys, time
     import torch
-    from fsdp_qlora import shards
     from fsdp_qlora.config import LaunchOptions
+    from fsdp_qlora.exchange import Collectives
     from fsdp_qlora.world import open_world
     from tests.built import build_in
 
@@ -203,18 +199,21 @@ TWO = """
         def __init__(self, *arguments):
             self.arguments = arguments
         def wait(self):
-            gather(*self.arguments)
+            Collectives().all_gather(*self.arguments).wait()
         def is_completed(self):
             return True
 
-    gather = shards._all_gather
+    class Late(Collectives):
+        def all_gather(self, whole, mine):
+            return Later(whole, mine)
+
     options = {"model_name": sys.argv[1], "dataset": "dummy", "precision": "fp32", "lora_rank": 3, "fused": "false",
                "train_type": "lora", "lora_target_modules": "q_proj,down_proj"}
     with open_world(LaunchOptions(), 0) as world:
         def steps(late):
-            shards._all_gather = (lambda *a, async_op=False: Later(*a) if async_op else gather(*a)) if late else gather
             ours = build_in(world, options)
             adapters, losses = ours.adapters, []
+            adapters.exchange = Late() if late else Collectives()
             ids = torch.arange(5, 25, device=world.device)[None] + world.rank
             for step in range(3):
                 for micro in range(2):

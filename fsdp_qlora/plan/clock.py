@@ -66,8 +66,16 @@ class Clock:
         embedding = facts.tokens * facts.hidden * facts.stream_bytes / rates.h2d if facts.embedding_on_host else 0.0
         self.head = self._of(head_work(facts)) + embedding
         others = (facts.ranks - 1) / facts.ranks
-        self.reduction = self._over(facts.adapter_parameters * facts.reduce_bytes * others, rates.reduce)
-        self.publish = self._over(facts.all_adapters * facts.compute_bytes * others, rates.gather)
+        gradients, values = facts.adapter_parameters * facts.reduce_bytes, facts.all_adapters * facts.compute_bytes
+        if facts.exchange_by_host:  # out and in one after the other; new values go out once for all
+            self.reduction = gradients * others * (1 / rates.d2h_both + 1 / rates.h2d_both)
+            self.publish = values * (1 / facts.ranks / rates.d2h_both + others / rates.h2d_both)
+        else:
+            self.reduction = self._over(gradients * others, rates.reduce)
+            self.publish = self._over(values * others, rates.gather)
+        # What of it the link carries to the GPU for a block backward and forward, beside the block's own bytes.
+        self.reduction_in = gradients * others / rates.h2d if facts.exchange_by_host else 0.0
+        self.publish_in = values * others / rates.h2d / facts.layers if facts.exchange_by_host else 0.0
         # New adapters travel behind the next forward; only what outlasts it is waited for.
         late = max(self.publish / facts.layers, self.publish - facts.layers * self.forward)
         self.beside = update_bytes(facts) / rates.copy + STEP_WAIT + self.reduction + late
@@ -90,14 +98,15 @@ class Clock:
     def link(self, candidate: Candidate) -> tuple[float, float]:
         """Seconds of a micro-batch in which bytes come to the GPU, and in which kept tensors leave it."""
         away = sum(self.memory.of[b.keep, b.offloaded].away for b in candidate.blocks)
+        exchanged = (self.reduction_in + self.publish_in / self.facts.accumulation) * self.facts.layers
         if candidate.placement in ("shard", "shard_offload"):
             blocks = self._passes() * self.facts.layers * self._gather(candidate)
-            return blocks + self._gather_head(candidate) + away / self.rates.h2d, away / self.rates.h2d
+            return blocks + self._gather_head(candidate) + away / self.rates.h2d + exchanged, away / self.rates.h2d
         streamed = sum(not b.resident for b in candidate.blocks)
         head = not candidate.head_resident  # in a buffer that would have kept a block where the passes turn round
         moved = max(0, 2 * (streamed - candidate.staging) + head) * self.facts.block_bytes
         moved += self.facts.head_bytes if head else 0
-        return (moved + away) / self.rates.h2d, away / self.rates.h2d
+        return (moved + away) / self.rates.h2d + exchanged, away / self.rates.h2d
 
     def _of(self, work: Work) -> float:
         """Seconds of some work: its kernels one after the other, or their launches if those take longer."""
@@ -147,7 +156,7 @@ class Clock:
     def _crowding(self, candidate: Candidate) -> float:
         """How many times longer blocks take because NCCL's kernels have some of the multiprocessors."""
         arithmetic = self.arithmetic(candidate)
-        moving = self.reduction * self.facts.layers + self.publish
+        moving = 0.0 if self.facts.exchange_by_host else self.reduction * self.facts.layers + self.publish
         if candidate.placement in ("shard", "shard_offload"):
             moving += self._passes() * self.facts.layers * self._gather(candidate)
         return 1 + (max(self.rates.crowding, 1.0) - 1) * min(1.0, moving / arithmetic)
@@ -204,6 +213,7 @@ class Walk:
             self.now = max(self.now, there.get(i, 0.0)) + pass_seconds
             if i in there:
                 self._next(order, there)
+            self._bring(self.clock.publish_in / self.clock.facts.accumulation, self.now)
             if self.away[i]:
                 self.now = max(self.now, left)  # the block parked before is out before this one's memory is given back
                 left = self._take_out(self.away[i])
@@ -224,6 +234,7 @@ class Walk:
             self.now = max(self.now, ready) + self.clock.backward[self.blocks[i].keep] * self.crowding
             if i in there:
                 self._next(order, there)
+            self._bring(self.clock.reduction_in, self.now)
             reduced = max(reduced, self.now) + self.clock.reduction
         self.now = max(self.now, reduced - self.clock.reduction)
 

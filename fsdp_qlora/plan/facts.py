@@ -30,7 +30,8 @@ class Facts:
     the residual stream, in compute and in gradient sums. state_bytes: of optimizer state on the GPU per adapter
     parameter. shards: ranks among which `shard` divides a copy. reshard: whether a block that was gathered is freed
     between its forward and its backward. remat: whether unfused blocks run under checkpointing. workspace_bytes: that
-    PyTorch gives to cuBLAS on each thread that multiplies. dummy: random weights, made on the device.
+    PyTorch gives to cuBLAS on each thread that multiplies. dummy: random weights, made on the device. exchange_by_host:
+    adapters cross between ranks by copy engines through host memory.
     """
 
     layers: int
@@ -77,6 +78,7 @@ class Facts:
     workspace_bytes: int
     dummy: bool
     most_adapters: int = 0
+    exchange_by_host: bool = False
 
     @property
     def tokens(self) -> int:
@@ -130,6 +132,8 @@ def pitch(columns: int) -> int:
 
 def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fusion", state_bytes: float) -> Facts:
     """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter."""
+    from fsdp_qlora.exchange import through_host
+
     blocks = list(model.blocks.values())
     linears = [m for block in blocks for m in block.linears().values()]
     first = blocks[0].linears()
@@ -170,6 +174,7 @@ def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fu
         attention=fusion.attention[0] if fusion.attention else "",
         workspace_bytes=workspace(world.device),
         dummy=config.model.dummy_weights,
+        exchange_by_host=through_host(memory, world),
         **(_fused(model, config.data.context_length) if fusion.blocks else _generic(model, config)),
     )
 

@@ -16,12 +16,13 @@ from fsdp_qlora.plan.moments import FLOAT, BlockBytes, Loading, head_moments
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)
+EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchange.SLOTS`)
 GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
 HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
 THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autograd's
-# Reserved over allocated, docs/performance.md: 1.03 to 1.08 on one stream, 1.11 and 1.14 under FSDP2, whose gathers
-# allocate on streams of their own. The allocator gives unused memory back before it fails, so most of it is slack.
-RESERVED = {"replicate": 1.05, "stream": 1.05, "shard": 1.10, "shard_offload": 1.10}
+# Reserved over allocated (docs/performance.md): 1.015 and less where segments grow; under FSDP2, whose gathers allocate on
+# streams of their own, 1.11 and 1.14 before they did. The allocator gives unused memory back before it fails.
+RESERVED = {"replicate": 1.03, "stream": 1.03, "shard": 1.10, "shard_offload": 1.10}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Memory:
         self.gradient = FLOAT * -(-facts.adapter_parameters // facts.ranks)
         self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
+        if facts.exchange_by_host and facts.ranks > 2:  # what comes of the second peer on waits to be added
+            self.flying += FLOAT * facts.largest_adapters // facts.ranks
         self.scratch = {again: _scratch(facts, *again) for again in product((False, True), repeat=2)}
         self.workspace = THREADS * facts.workspace_bytes
         self.always = self.adapters + self.owned + self.flying + self.workspace
@@ -122,7 +125,10 @@ class Memory:
         elif kind == "shard_offload":
             frozen = self._frozen_shared() * facts.local_ranks // facts.shards
         kept = sum(self.of[b.keep, b.offloaded].away for b in blocks) * facts.local_ranks
-        return {"frozen base": frozen, "embedding": embedding * copies, "kept for backward": kept}
+        parts = {"frozen base": frozen, "embedding": embedding * copies, "kept for backward": kept}
+        if facts.exchange_by_host:
+            parts["exchange"] = EXCHANGES * (facts.ranks - 1) * FLOAT * facts.largest_adapters
+        return parts
 
     def host_bytes(self, candidate: Candidate) -> int:
         return sum(self.host_parts(candidate).values())

@@ -41,6 +41,11 @@ def kept_line(blocks: tuple[BlockPlan, ...], facts: Facts, gpus: bool) -> str:
     return f"          kept for backward: {', '.join(shares)}"
 
 
+def exchange_line(facts: Facts) -> str:
+    by = "by copy engines through host memory" if facts.exchange_by_host else "by NCCL"
+    return f"          adapters cross between GPUs {by}"
+
+
 def memory_lines(
     parts: Mapping[str, int], placement: Placed, host: Mapping[str, int], limits: tuple[float, float]
 ) -> list[str]:
@@ -106,6 +111,7 @@ def lines(
     """limits: bytes that may be taken on a GPU (infinitely many where there is none) and of host memory."""
     memory, gpus = Memory(facts), not math.isinf(limits[0])
     table = [where_line(candidate, gpus), kept_line(candidate.blocks, facts, gpus)]
+    table += [exchange_line(facts)] if gpus and facts.ranks > 1 else []
     parts, host = memory.device_parts(candidate), memory.host_parts(candidate)
     table += memory_lines(parts, candidate.placement, host, limits)
     if rates is not None and seconds is not None:
