@@ -25,11 +25,12 @@ from fsdp_qlora.model import CausalModel
 from fsdp_qlora.world import World
 
 IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
+GATHERS_AHEAD = 8  # that `publish` starts itself; each block's forward starts one more, while the GPU has work
 ARRIVAL_SECONDS = 1.0  # after which new values that are not here never come (1.7 GB at 70B and rank 64: 0.1 s)
 MATRICES = ("lora_A", "lora_B")
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """The adapters of one block.
 
@@ -68,7 +69,8 @@ class ShardedAdapters:
         self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
         self.groups: list[Group] = []
         self._flying: deque[tuple[Pending, Group, Tensor, Tensor]] = deque()
-        self._gathers: list[Pending] = []  # all of the last `publish`
+        self._gathers: list[Pending] = []  # that the last `publish` has started
+        self._unsent: deque[Group] = deque()  # whose new values it has not
         self._published = 0.0  # when that was
         self._next = -1
         self._reducing = True
@@ -79,7 +81,7 @@ class ShardedAdapters:
                 group = self._make(adapted, config, len(self.groups))
                 self.groups.append(group)
                 if world.size > 1:
-                    block.before_forward.append(group.wait)
+                    block.before_forward.append(partial(self._before_forward, group))
 
     @property
     def largest(self) -> int:
@@ -113,30 +115,44 @@ class ShardedAdapters:
     def publish(self) -> None:
         """After the update: every rank's working copy becomes the new master values, rounded to the compute dtype.
 
-        Returns when that is under way. Who reads working copies, other than in a block's forward, must `wait`."""
-        assert all(group.gather is None for group in self.groups), "what is still being gathered would be overwritten"
+        Returns when the first are under way; the next forward starts the others ahead of their use. Who reads working
+        copies, other than in a block's forward, must `wait`."""
+        still = self._unsent or any(group.gather is not None for group in self.groups)
+        assert not still, "what is still being gathered would be overwritten"
         if self._abandoned:  # the gradients are not the sums that they should be
             raise RuntimeError("remote process exited, so the adapter is being saved without it")
         torch._foreach_copy_([group.mine for group in self.groups], [group.master.detach() for group in self.groups])
         if self.world.size == 1:
             return
-        # All at once, in forward order: the communication stream takes them one after the other. NCCL's begin when what
-        # is on the current stream now has been done, gloo's at once.
-        self._gathers, self._published = [], time.monotonic()
-        for group in self.groups:
-            group.gather = self.exchange.all_gather(group.working, group.mine)
-            self._gathers.append(group.gather)
+        # In forward order, one after the other, each when what is on the current stream at its start has been done.
+        self._gathers, self._unsent, self._published = [], deque(self.groups), time.monotonic()
+        for _ in range(min(GATHERS_AHEAD, len(self.groups))):
+            self._start_next()
 
     def wait(self) -> None:
-        """Let the current stream go on only when all that `publish` started is done."""
+        """Let the current stream go on only when all that was published is there."""
+        while self._unsent:
+            self._start_next()
         for group in self.groups:
             group.wait()
+
+    def _before_forward(self, group: Group) -> None:
+        if self._unsent:
+            self._start_next()
+        while group in self._unsent:  # where blocks before it were left out
+            self._start_next()
+        group.wait()
+
+    def _start_next(self) -> None:
+        group = self._unsent.popleft()
+        group.gather = self.exchange.all_gather(group.working, group.mine)
+        self._gathers.append(group.gather)
 
     def arrived(self) -> bool:
         """Whether this rank's working copies are wholly those of the last `publish`, for when a rank may be gone.
 
         From any thread. Waits where what is on its way may still come, `ARRIVAL_SECONDS` from its start."""
-        while not all(work.is_completed() for work in self._gathers):
+        while self._unsent or not all(work.is_completed() for work in self._gathers):
             if time.monotonic() > self._published + ARRIVAL_SECONDS:
                 return False
             time.sleep(0.01)

@@ -79,8 +79,9 @@ class Stepper:
         losses = self._passes(batches, label_tokens / self.scale.value)
         norms = torch._foreach_norm(self.adapters.gradients())
         sums = torch.stack([losses, torch.stack(norms).square().sum()])
+        memory = self._memory()  # all of the step has been allocated, if not yet computed
         loss_part, square = _to_host(sums)  # the step's one wait for the GPU
-        everyone = self.world.gather([loss_part, square, *self._memory(), host_gib])
+        everyone = self.world.gather([loss_part, square, *memory, host_gib])
         losses_by_rank, squares, allocated, reserved, host = (list(column) for column in zip(*everyone, strict=True))
         loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
         lr = float(self.schedule.get_last_lr()[0])

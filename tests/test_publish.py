@@ -52,6 +52,9 @@ class Half:
         self.events.append(("start", index))
         return Late(whole, values, index, self.events)
 
+    def let_go(self) -> None:
+        pass
+
     def update(self) -> None:
         """New values for all adapters, as an optimizer step gives them."""
         device = self.ours.world.device
@@ -100,6 +103,25 @@ def test_each_block_waits_for_its_own_adapters_when_its_forward_begins(half):
     assert abs(after - before) > 1e-3
 
 
+def test_later_gathers_start_behind_the_forward_and_none_is_forgotten(half, monkeypatch):
+    monkeypatch.setattr(shards, "GATHERS_AHEAD", 1)
+    half.update()
+    assert half.events == [("start", 0)]
+    assert not half.adapters.arrived()
+    half.events.clear()
+    half.forward()
+    steps = [("start", 1), ("wait", 0), ("forward", 0), ("start", 2), ("wait", 1), ("forward", 1), ("wait", 2)]
+    assert half.events == [*steps, ("forward", 2)]
+    half.update()
+    half.events.clear()
+    list(half.ours.model.blocks.values())[2].before_forward[-1]()  # the blocks before it are left out
+    assert half.events == [("start", 1), ("start", 2), ("wait", 2)]
+    half.adapters.wait()
+    half.update()
+    half.adapters.wait()
+    assert half.adapters.arrived()
+
+
 def test_evaluation_waits_too(half):
     half.update()
     with torch.no_grad():
@@ -120,6 +142,14 @@ def test_what_no_forward_waited_for_is_waited_for_before_it_is_overwritten(half)
     half.adapters.load(zeros)
     assert [i for what, i in half.events if what == "wait"] == [0, 1, 2] * 2
     assert not any(group.working.any() for group in half.adapters.groups), "and not after it was loaded"
+
+
+def test_nothing_is_updated_by_sums_of_which_a_rank_was_let_go(half):
+    half.update()
+    half.forward()
+    half.adapters.working_tensors()
+    with pytest.raises(RuntimeError, match="remote process exited"):
+        half.update()
 
 
 def test_a_rescue_knows_what_has_not_arrived(half, monkeypatch):
