@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,10 +199,14 @@ def test_a_page_shared_by_two_processes_counts_once_between_them():
 
 @pytest.mark.filterwarnings("ignore:Profiler won't be using warmup")
 def test_profiling_writes_what_was_asked_for_and_nothing_otherwise(tmp_path):
+    # As a run has it: on the GPU where there is one, for PyTorch asks that for its memory whatever device it is told.
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    world = replace(MAIN, device=device)
+
     def run(options: ProfileOptions, steps: int) -> list[str]:
-        with profiled(options, MAIN, steps) as step_done:
+        with profiled(options, world, steps) as step_done:
             for _ in range(steps):
-                torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+                torch.mm(torch.ones(64, 64, device=device), torch.ones(64, 64, device=device))
                 step_done()
         folder = Path(options.profiling_output)
         return sorted(path.name for path in folder.iterdir()) if folder.exists() else []

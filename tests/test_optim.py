@@ -125,7 +125,9 @@ def options(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("optim")
     tiny.save_model(LlamaConfig(**tiny.SHAPE), folder / "model")
     rows = tiny.save_rows(folder / "rows.jsonl", 21)
-    more = {"precision": "fp32", "lora_rank": 32, "lr": 5e-3, "wd": 0.1, "context_length": 64, "num_epochs": 4}
+    # Without decay: bitsandbytes' kernel for GPUs decays after the update, PyTorch and its code for the CPU before it.
+    # Of AdamW itself that changes these losses by 1.5e-4 at wd 0.1, more than anything else that is looked for.
+    more = {"precision": "fp32", "lora_rank": 32, "lr": 5e-3, "wd": 0.0, "context_length": 64, "num_epochs": 4}
     return more | {"model_name": folder / "model", "dataset": rows, "max_steps": STEPS, "warmup_ratio": 0.1}
 
 
@@ -142,7 +144,8 @@ def test_losses_are_adamws(runs):
     exact = runs["adamw"]
     assert exact.losses[-1] < exact.losses[0] - 0.5
     assert all([r["lr"] for r in run.records] == [r["lr"] for r in exact.records] for run in runs.values())
-    assert runs["paged_adamw"].losses == pytest.approx(exact.losses, rel=1e-4)
+    # The same formula; updates that are off by 1e-4 of themselves change these losses by 3e-6 at most (tried).
+    assert runs["paged_adamw"].losses == pytest.approx(exact.losses, rel=1e-5)
     for name in ("adamw_8bit", "paged_adamw_8bit"):
         assert runs[name].losses != exact.losses
         assert runs[name].losses == pytest.approx(exact.losses, rel=0.02)

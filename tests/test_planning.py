@@ -118,7 +118,8 @@ def test_plan_only_prints_the_plan_and_leaves_nothing(model, tmp_path):
     done = run_torchrun(ROOT / "train.py", 2, [*arguments, "--use_cpu_offload", "true"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("plan      stream: ") == 1, done.stdout
-    assert "0 of 3 blocks resident" in done.stdout
+    # As many stay on a GPU as have room there, here all but the one that makes it a stream; without a GPU none does.
+    assert f"{2 if torch.cuda.is_available() else 0} of 3 blocks resident" in done.stdout
     assert "memory " in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -206,11 +207,18 @@ def test_a_planned_micro_batch_trains_as_one_that_is_given(tmp_path):
         "context_length": 200,
         "lr": 5e-3,
     }
-    options |= {"gradient_accumulation_steps": 4}
-    planned = run_alone(options | {"batch_size": -1}, tmp_path / "planned")
-    given = run_alone(options | {"batch_size": 1}, tmp_path / "given")
+    planned = run_alone(options | {"batch_size": -1, "gradient_accumulation_steps": 4}, tmp_path / "planned")
+    facts = json.loads((planned.folder / "plan.json").read_text())["facts"]
+    chosen = {"batch_size": facts["batch"], "gradient_accumulation_steps": facts["accumulation"]}
+    assert facts["batch"] * facts["accumulation"] == 4
+    if not torch.cuda.is_available():  # nothing is timed, so the smallest, which takes the least memory
+        assert facts["batch"] == 1
+    assert facts["context"] < 100, "planned for the longest row there is, not for the longest there might be"
+    given = run_alone(options | chosen, tmp_path / "given")
     assert planned.losses == given.losses
     assert len(planned.losses) == 3
-    facts = json.loads((planned.folder / "plan.json").read_text())["facts"]
-    assert (facts["batch"], facts["accumulation"]) == (1, 4)
-    assert facts["context"] < 100, "planned for the longest row there is, not for the longest there might be"
+    # The same rows in each step, however they are cut: sums in another order, so equal within float32's rounding.
+    for number, size in enumerate((1, 4)):
+        cut = {"batch_size": size, "gradient_accumulation_steps": 4 // size}
+        other = run_alone(options | cut, tmp_path / str(number))
+        assert other.losses == pytest.approx(planned.losses, rel=1e-5)
