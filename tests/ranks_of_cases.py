@@ -5,16 +5,21 @@
 CASES.json: name -> {"arguments": [...], "largest_file": bytes or null}. Writes RESULTS/NAME.RANK.json.
 """
 
+import faulthandler
 import json
 import os
 import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 
@@ -29,25 +34,52 @@ train.HEAD_START_SECONDS = 0.0  # this launch does not end with the first rank t
 
 
 def main(cases: Path, results: Path) -> None:
+    faulthandler.enable(os.dup(2))  # not what a case's standard error is turned to
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that may not grow is then an error, as on a full disk
     for name, case in json.loads(cases.read_text()).items():
+        start = time.monotonic()
         dist.init_process_group = partial(OPEN_GROUP, store=dist.PrefixStore(name, STORE), rank=RANK, world_size=SIZE)
-        run = partial(_run, case["arguments"], case["largest_file"] or resource.RLIM_INFINITY)
-        code, out, err = _captured(run)
+        code, out, err = _captured(partial(_run, case["arguments"], case["largest_file"]))
         (results / f"{name}.{RANK}.json").write_text(json.dumps({"code": code, "out": out, "err": err}))
-        sys.stdout.write(f"rank {RANK}: {name} ended with {code}\n")
+        sys.stdout.write(f"rank {RANK}: {name} ended with {code} after {time.monotonic() - start:.1f} s\n")
 
 
-def _run(arguments: list[str], largest_file: int) -> int:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+def _run(arguments: list[str], largest_file: int | None) -> int:
     try:
-        return train.main(arguments)
+        with ExitStack() as full:
+            if largest_file is not None:
+                _fill_disk(largest_file, full)
+            return train.main(arguments)
     except BaseException:
         traceback.print_exc()
         return -1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def _fill_disk(largest_file: int, undo: ExitStack) -> None:
+    """What writes to output_dir may make no larger files: nobody else, since the limit is a process's and would be one
+    on the memory that ranks and NCCL share and on the kernels that Triton keeps, which lie on no such disk."""
+    train.silence()
+    from fsdp_qlora import loop, metrics, run
+
+    for place, name in [
+        (run, "note_run"),
+        (metrics.Metrics, "_write"),
+        (metrics.Metrics, "close"),
+        (loop, "save_adapter_somewhere"),
+    ]:
+        undo.enter_context(patch.object(place, name, _limited(getattr(place, name), largest_file)))
+
+
+def _limited(do: Callable[..., Any], largest_file: int) -> Callable[..., Any]:
+    def limited(*arguments: Any, **more: Any) -> Any:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, limits[1]))
+        try:
+            return do(*arguments, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited
 
 
 def _captured(do: Callable[[], int]) -> tuple[int, str, str]:

@@ -17,7 +17,7 @@ from tests.torchrun import run_torchrun
 # A process group leaves its addresses in torchrun's store, where the next one of the same processes would find them: so
 # each case meets at a store and a port of its own.
 WORKER = """
-    import json, os, sys
+    import json, os, sys, time
     import torch
     from train import main
 
@@ -25,8 +25,10 @@ WORKER = """
     torch.use_deterministic_algorithms(True, warn_only=True)  # and NaN in all memory that nobody has written
     for name, case in json.load(open(sys.argv[1])).items():
         os.environ["MASTER_PORT"] = str(case["port"])
+        start = time.monotonic()
         code = main(case["arguments"])
-        sys.stdout.write(f"rank {os.environ['RANK']}: {name} ended with {code}\\n")
+        took = time.monotonic() - start
+        sys.stdout.write(f"rank {os.environ['RANK']}: {name} ended with {code} after {took:.1f} s\\n")
     """
 
 
@@ -76,7 +78,7 @@ def run_ranks(cases: dict[str, Options], ranks: int, folder: Path, timeout: floa
     done = run_torchrun(WORKER, ranks, [str(listing)], timeout=timeout)
     for name in cases:
         for rank in range(ranks):
-            assert f"rank {rank}: {name} ended with 0" in done.stdout, f"{name}\n{done.stdout}\n{done.stderr}"
+            assert f"rank {rank}: {name} ended with 0 " in done.stdout, f"{name}\n{done.stdout}\n{done.stderr}"
     return {name: Run(folder / name) for name in cases}
 
 

@@ -6,9 +6,12 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -34,6 +37,7 @@ def start_torchrun(
     environ |= {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONFAULTHANDLER": "1",  # for `stacks`
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
@@ -56,18 +60,53 @@ def start_torchrun(
 
 def finish(process: subprocess.Popen[str], timeout: float) -> subprocess.CompletedProcess[str]:
     """Waits for a started torchrun. One that outlives `timeout` seconds is ended, its ranks too, and is an error
-    that shows what it had printed."""
+    that shows what it had printed and where each rank was; so is one at which the tests are interrupted."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # torchrun forwards it: its ranks are in sessions of their own
-        try:
-            out, err = process.communicate(timeout=40)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-        raise AssertionError(f"torchrun was still running after {timeout} s\n{out}\n{err}") from None
+        raise AssertionError(f"torchrun was still running after {timeout} s\n{stacks(process)}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"while torchrun was running\n{stacks(process)}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """Rank -> its process, of a running torchrun."""
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process(process.pid).children(recursive=True):  # parents before their own children
+        with suppress(psutil.Error):
+            environ = child.environ()
+            if "RANK" in environ:
+                found.setdefault(int(environ["RANK"]), child)
+    return dict(sorted(found.items()))
+
+
+def stacks(process: subprocess.Popen[str], seconds: float = 5) -> str:
+    """Ends a torchrun and its ranks; what they had printed, ranks' Python stacks (every thread's) at the end of it.
+
+    A rank that waits inside NCCL or CUDA shows them too. One after the other, each given `seconds`."""
+    try:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGSTOP)  # or it would end the others when the first is gone
+            ranks = ranks_of(process)
+            family = psutil.Process(process.pid).children(recursive=True)
+            for rank in ranks.values():
+                with suppress(psutil.Error):
+                    rank.rlimit(psutil.RLIMIT_CORE, (0, 0))
+                    rank.send_signal(signal.SIGABRT)  # at which faulthandler writes
+                    late = time.monotonic() + seconds
+                    while rank.status() != psutil.STATUS_ZOMBIE and time.monotonic() < late:
+                        time.sleep(0.02)
+            for one in family:
+                with suppress(psutil.Error):
+                    one.kill()
+    finally:
+        process.kill()
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as held:  # somebody else holds the pipes
+        out, err = ((text or b"").decode(errors="replace") for text in (held.stdout, held.stderr))
+    return f"{out}\n{err}"
 
 
 def run_torchrun(
