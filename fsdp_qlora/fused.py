@@ -34,6 +34,7 @@ from fsdp_qlora.kernels.lora_wide import (
     gradient_of_input_wide,
     gradients_of_a_wide,
     gradients_of_b_wide,
+    lay,
     project_wide,
     wide,
 )
@@ -50,30 +51,29 @@ KEEP = ("input", "halves", "attention", "qkv", "all")
 
 
 class Scratch:
-    """Buffers for decoded weights, shared by all blocks: on one stream each is used before the next is written.
+    """A buffer for decoded weights, shared by all blocks: on one stream each is used before the next is written.
 
-    Place 0 serves whatever is used once. The others hold weights that backward uses twice, for the product that it
-    computes again and for its gradient."""
+    What backward uses twice, for a product that it computes again and for its gradient, it decodes once, and nothing
+    else between the two."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._nothing = torch.empty(0, dtype=dtype, device=device)
-        self.buffers: dict[int, Tensor] = {}  # by place
+        self.buffer = torch.empty(0, dtype=dtype, device=device)
 
-    def room(self, rows: int, columns: int, place: int = 0) -> Tensor:
-        """[rows, columns] with rows on whole cache lines, good until the next call for that place."""
+    def room(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] with rows on whole cache lines, good until the next call."""
         pitch = -(-columns // PITCH) * PITCH
         numel = rows * pitch
-        if self.buffers.get(place, self._nothing).numel() < numel:
-            self.buffers[place] = self._nothing  # freed first: the two never live side by side
-            self.buffers[place] = self._nothing.new_empty(numel)
-        return self.buffers[place][:numel].view(rows, pitch)[:, :columns]
+        if self.buffer.numel() < numel:
+            self.buffer = self.buffer.new_empty(0)  # freed first: the two never live side by side
+            self.buffer = self.buffer.new_empty(numel)
+        return self.buffer[:numel].view(rows, pitch)[:, :columns]
 
 
 @dataclass
 class AttentionState:
     """What the attention half holds between its passes. None: to be computed again."""
 
-    qkv: list[Tensor] | None = None  # as projected where the heads are normalised, else rotated already
+    qkv: Tensor | None = None  # [T, (N + 2K)*D], as projected where the heads are normalised, else rotated already
     xs: Tensor | None = None  # see kernels/lora_wide.py
     out: Tensor | None = None  # [B, S, N, D]
     stats: Any = None
@@ -123,11 +123,10 @@ class Kept:
             owner[key] = tensor
 
     def _slots(self) -> list[tuple[Any, Any]]:
-        """(dict or list, key) of each large tensor."""
+        """(dict, key) of each large tensor."""
         places: list[tuple[Any, Any]] = [(vars(self), "h"), (vars(self), "h2")]
         if self.attention is not None:
-            places += [(vars(self.attention), "out"), (vars(self.attention), "projected")]
-            places += [(self.attention.qkv, i) for i in range(len(self.attention.qkv or []))]
+            places += [(vars(self.attention), key) for key in ("out", "projected", "qkv")]
         places += [(vars(self.mlp), "gate_up"), (vars(self.mlp), "projected")]
         return [(owner, key) for owner, key in places if owner[key] is not None]
 
@@ -158,8 +157,8 @@ class FusedBlock:
         self, h: Tensor, shape: tuple[int, int], rotary: Any, drop: Any
     ) -> tuple[Tensor, AttentionState]:
         """(what is added to h [T, H], everything backward can use)."""
-        state = AttentionState()
-        self._project_qkv(state, self._normed(h, self.anatomy.attention_norm, self.anatomy.qkv), drop)
+        state, qkv = AttentionState(), self._projection(*self.anatomy.qkv)
+        self._project_qkv(state, self._normed(h, self.anatomy.attention_norm, qkv), qkv, drop)
         q, k, v = self._heads(state, shape, rotary, rotate=True)
         state.out, state.stats = attend(q, k, v, self.anatomy.masking, self.backend)
         (added,), state.oa = project(
@@ -173,59 +172,60 @@ class FusedBlock:
     def attention_backward(
         self, d_h2: Tensor, h: Tensor, state: AttentionState, shape: tuple[int, int], rotary: Any, drop: Any
     ) -> tuple[Tensor, Gradients]:
-        """(d_h [T, H], gradients of qkv's and o's adapters) from d_h2, the whole gradient reaching h2."""
+        """(d_h [T, H], gradients of qkv's and o's adapters) from d_h2, the whole gradient reaching h2. o first: q, k
+        and v, if they are computed again, are then decoded once for that and for their gradients."""
         anatomy, (p, seed) = self.anatomy, drop
-        features = h.shape[1]
-        y_wide = self._normed(h, anatomy.attention_norm, anatomy.qkv)
-        rotated = state.qkv is not None
-        decoded = [] if rotated else self._project_qkv(state, y_wide, drop, first=1)
-        q, k, v = self._heads(state, shape, rotary, rotate=not rotated)
-        if state.out is None or state.stats is None:
-            state.out, state.stats = attend(q, k, v, anatomy.masking, self.backend)
         d_added = d_h2
         if anatomy.attention_out_norm is not None:
             d_added = self._norm_backward(d_h2, state.projected, anatomy.attention_out_norm)
         o = [self._projection(anatomy.o)]
         d_oa, d_b = gradients_of_b([d_added], state.oa, o)
+        d_out = gradient_of_input([d_added], d_oa, o, p=p, seed=seed + 1).view(*shape, anatomy.heads, anatomy.head_dim)
+        del d_added
+        qkv = self._projection(*anatomy.qkv)
+        y_wide = self._normed(h, anatomy.attention_norm, qkv)
+        rotated = state.qkv is not None
+        laid = self._lay(anatomy.qkv, qkv) if rotated else self._project_qkv(state, y_wide, qkv, drop)
+        q, k, v = self._heads(state, shape, rotary, rotate=not rotated)
+        if state.out is None or state.stats is None:
+            state.out, state.stats = attend(q, k, v, anatomy.masking, self.backend)
         d_a = gradients_of_a(d_oa, self._rows(state.out), o, p=p, seed=seed + 1)
-        d_out = gradient_of_input([d_added], d_oa, o, p=p, seed=seed + 1).view(state.out.shape)
         d_q, d_k, d_v = attend_backward(d_out, q, k, v, state.out, state.stats, anatomy.masking, self.backend)
         del d_out, q, k, v
+        state.out = state.stats = None
         d_q, d_k = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
         rope_(d_q, d_k, *rotary, backward=True)
         if anatomy.q_norm is not None and anatomy.k_norm is not None:
             raw_q, raw_k, _ = self._split(state.qkv, shape)
             d_q = self._norm_backward(d_q.contiguous(), raw_q, anatomy.q_norm)
             d_k = self._norm_backward(d_k.contiguous(), raw_k, anatomy.k_norm)
-        qkv = self._projections(anatomy.qkv)
-        d_outs, d_last = self._beside([self._rows(d) for d in (d_q, d_k, d_v)], qkv)
+            del raw_q, raw_k
+        state.qkv = None
+        d_wide = self._beside([self._rows(d) for d in (d_q, d_k, d_v)], qkv)
         del d_q, d_k, d_v
         assert state.xs is not None
-        d_xa = d_last[:, d_outs[-1].shape[1] :]
-        d_bs = gradients_of_b_wide(d_outs, state.xs, d_xa, qkv)
-        d_as = gradients_of_a_wide(d_xa, y_wide[:, :features], qkv, p=p, seed=seed)
+        features, out_features = h.shape[1], d_wide.shape[1] - extra(qkv)
+        d_bs = gradients_of_b_wide(d_wide, state.xs, qkv, laid)
+        d_as = gradients_of_a_wide(d_wide[:, out_features:], y_wide[:, :features], qkv, p=p, seed=seed)
         del y_wide
-        room = self.scratch.room
-        d_y = gradient_of_input_wide(d_outs, d_last, qkv, features, room, p=p, seed=seed, decoded=decoded)
+        d_y = gradient_of_input_wide(d_wide, qkv, laid, p=p, seed=seed)
         d_h = self._norm_backward(d_y, h, anatomy.attention_norm, skip=d_h2)
         return d_h, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
 
-    def _project_qkv(self, state: AttentionState, y_wide: Tensor, drop: Any, first: int | None = None) -> list[Tensor]:
-        qkv = self._projections(self.anatomy.qkv)
-        features = y_wide.shape[1] - extra(qkv)
-        state.xs = adapt_(y_wide, features, qkv, p=drop[0], seed=drop[1])
-        state.qkv = [y_wide.new_empty(y_wide.shape[0], linear.out_features) for linear in self.anatomy.qkv]
-        return project_wide(y_wide, features, qkv, state.qkv, self.scratch.room, first=first)
+    def _project_qkv(self, state: AttentionState, y_wide: Tensor, qkv: Projection, drop: Any) -> Tensor:
+        """Fills the state's qkv and xs; the weights as `lay` has them."""
+        laid = self._lay(self.anatomy.qkv, qkv)
+        state.xs = adapt_(y_wide, qkv, laid, p=drop[0], seed=drop[1])
+        state.qkv = y_wide.new_empty(y_wide.shape[0], laid.shape[0] - extra(qkv))
+        project_wide(y_wide, qkv, laid, state.qkv)
+        return laid
 
-    def _beside(self, d_outs: list[Tensor], projections: list[Projection]) -> tuple[list[Tensor], Tensor]:
-        """(the gradients of the projections' outputs, the last of them in a copy with room beside it for d_xa)."""
-        rows, room = d_outs[0].shape[0], extra(projections)
-        last = d_outs if len(projections) == 1 else d_outs[-1:]  # stacked projections: q, k and v are one output
-        width = sum(d.shape[1] for d in last)
-        beside = wide(rows, width + room, d_outs[0])
-        torch.cat(last, dim=1, out=beside[:, :width]) if len(last) > 1 else beside[:, :width].copy_(last[0])
-        kept = [] if len(projections) == 1 else d_outs[:-1]
-        return [*kept, beside[:, :width]], beside
+    def _beside(self, d_outs: list[Tensor], projection: Projection) -> Tensor:
+        """The gradient of the projection's output, put together, with room beside it for d_xa."""
+        width = sum(d.shape[1] for d in d_outs)
+        beside = wide(d_outs[0].shape[0], width + extra(projection), d_outs[0])
+        torch.cat(d_outs, dim=1, out=beside[:, :width])
+        return beside
 
     def _heads(
         self, state: AttentionState, shape: tuple[int, int], rotary: Any, rotate: bool
@@ -239,77 +239,74 @@ class FusedBlock:
             rope_(q, k, *rotary)
         return q, k, v
 
-    def _split(self, qkv: list[Tensor] | None, shape: tuple[int, int]) -> list[Tensor]:
+    def _split(self, qkv: Tensor | None, shape: tuple[int, int]) -> list[Tensor]:
         assert qkv is not None
         a = self.anatomy
         widths = [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim]
-        pieces = qkv if len(qkv) == 3 else list(qkv[0].split(widths, dim=1))
-        return [piece.view(*shape, -1, a.head_dim) for piece in pieces]
+        return [piece.view(*shape, -1, a.head_dim) for piece in qkv.split(widths, dim=1)]
 
     # ---- the MLP half
 
     def mlp_forward(self, n_wide: Tensor, h2: Tensor, h3: Tensor, drop: Any) -> MLPState:
         """Writes h3 [T, H], from n, h2 normalised with room beside it; returns everything backward can use."""
         state, (p, seed) = MLPState(), drop
-        self._project_gate_up(state, n_wide, drop)
-        down = self._projections((self.anatomy.down,))
-        inner, beside = self.anatomy.down.in_features, extra(down)
-        middle = wide(n_wide.shape[0], inner + beside, n_wide)
+        self._project_gate_up(state, n_wide, self._projection(*self.anatomy.gate_up), drop)
+        down = self._projection(self.anatomy.down)
+        inner = self.anatomy.down.in_features
+        middle = wide(n_wide.shape[0], inner + extra(down), n_wide)
         glu_forward(*self._gate_and_up(state), self.anatomy.activation, out=middle[:, :inner])
-        state.hs = _own(adapt_(middle, inner, down, p=p, seed=seed + 3))
+        laid = self._lay((self.anatomy.down,), down)
+        state.hs = _own(adapt_(middle, down, laid, p=p, seed=seed + 3))
         if self.anatomy.mlp_out_norm is not None:
             state.projected = torch.empty_like(h2)
-            project_wide(middle, inner, down, [state.projected], self.scratch.room)
+            project_wide(middle, down, laid, state.projected)
             self._norm(state.projected, self.anatomy.mlp_out_norm, out=h3).add_(h2)
-        elif down[0].bias is not None:
-            project_wide(middle, inner, down, [h3], self.scratch.room)
+        elif down.bias is not None:
+            project_wide(middle, down, laid, h3)
             h3.add_(h2)
         else:
-            project_wide(middle, inner, down, [h3], self.scratch.room, plus=h2)
+            project_wide(middle, down, laid, h3, plus=h2)
         return state
 
     def mlp_backward(self, d_h3: Tensor, h2: Tensor, state: MLPState, drop: Any) -> tuple[Tensor, Gradients]:
         """(d_h2 [T, H], gradients of gate's, up's and down's adapters). down first: gate and up, if they are computed
         again, are then decoded once for that and for their gradients."""
-        anatomy, (p, seed), room = self.anatomy, drop, self.scratch.room
+        anatomy, (p, seed) = self.anatomy, drop
         features, inner = h2.shape[1], anatomy.down.in_features
         assert state.hs is not None
         d_added = d_h3
         if anatomy.mlp_out_norm is not None:
             d_added = self._norm_backward(d_h3, state.projected, anatomy.mlp_out_norm)
-        down = self._projections((anatomy.down,))
-        d_outs, d_wide = self._beside([d_added], down)
-        d_ha = d_wide[:, features:]
-        d_b = gradients_of_b_wide(d_outs, state.hs, d_ha, down)
-        middle = gradient_of_input_wide(d_outs, d_wide, down, inner, room, p=p, seed=seed + 3)
-        d_ha = d_ha.clone()
-        del d_added, d_outs, d_wide
-        n_wide = self._normed(h2, anatomy.mlp_norm, anatomy.gate_up)
-        decoded = self._project_gate_up(state, n_wide, drop, first=0) if state.gate_up is None else []
+        down = self._projection(anatomy.down)
+        d_wide, laid = self._beside([d_added], down), self._lay((anatomy.down,), down)
+        d_b = gradients_of_b_wide(d_wide, state.hs, down, laid)
+        middle = gradient_of_input_wide(d_wide, down, laid, p=p, seed=seed + 3)
+        d_ha = d_wide[:, features:].clone()
+        del d_added, d_wide
+        gate_up = self._projection(*anatomy.gate_up)
+        n_wide = self._normed(h2, anatomy.mlp_norm, gate_up)
+        again = state.gate_up is None
+        laid = self._project_gate_up(state, n_wide, gate_up, drop) if again else self._lay(anatomy.gate_up, gate_up)
         assert state.gate_up is not None
         assert state.xs is not None
         glu_backward_(middle, *self._gate_and_up(state), anatomy.activation)  # now the MLP's inner activations again
         d_a = gradients_of_a_wide(d_ha, middle, down, p=p, seed=seed + 3)
         del middle, d_ha
-        gate_up = self._projections(anatomy.gate_up)  # and gate and up have become their gradients
-        d_xa = state.gate_up[:, 2 * inner :]
-        d_outs = [*self._gate_and_up(state)] if len(gate_up) == 2 else [state.gate_up[:, : 2 * inner]]
-        d_bs = gradients_of_b_wide(d_outs, state.xs, d_xa, gate_up)
-        d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
+        d_gate_up = state.gate_up  # what gate and up have become
+        d_bs = gradients_of_b_wide(d_gate_up, state.xs, gate_up, laid)
+        d_as = gradients_of_a_wide(d_gate_up[:, 2 * inner :], n_wide[:, :features], gate_up, p=p, seed=seed + 2)
         del n_wide
-        d_last = state.gate_up[:, (len(gate_up) - 1) * inner :]
-        d_n = gradient_of_input_wide(d_outs, d_last, gate_up, features, room, p=p, seed=seed + 2, decoded=decoded)
+        d_n = gradient_of_input_wide(d_gate_up, gate_up, laid, p=p, seed=seed + 2)
         d_h2 = self._norm_backward(d_n, h2, anatomy.mlp_norm, skip=d_h3)
         return d_h2, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
 
-    def _project_gate_up(self, state: MLPState, n_wide: Tensor, drop: Any, first: int | None = None) -> list[Tensor]:
-        gate_up = self._projections(self.anatomy.gate_up)
-        beside, inner = extra(gate_up), self.anatomy.down.in_features
-        features = n_wide.shape[1] - beside
-        state.xs = adapt_(n_wide, features, gate_up, p=drop[0], seed=drop[1] + 2)
-        state.gate_up = wide(n_wide.shape[0], 2 * inner + beside, n_wide)
-        outs = [*self._gate_and_up(state)] if len(gate_up) == 2 else [state.gate_up[:, : 2 * inner]]
-        return project_wide(n_wide, features, gate_up, outs, self.scratch.room, first=first)
+    def _project_gate_up(self, state: MLPState, n_wide: Tensor, gate_up: Projection, drop: Any) -> Tensor:
+        """Fills the state's gate_up and xs; the weights as `lay` has them."""
+        laid, inner = self._lay(self.anatomy.gate_up, gate_up), self.anatomy.down.in_features
+        state.xs = adapt_(n_wide, gate_up, laid, p=drop[0], seed=drop[1] + 2)
+        state.gate_up = wide(n_wide.shape[0], 2 * inner + extra(gate_up), n_wide)
+        project_wide(n_wide, gate_up, laid, state.gate_up[:, : 2 * inner])
+        return laid
 
     def _gate_and_up(self, state: MLPState) -> tuple[Tensor, Tensor]:
         assert state.gate_up is not None
@@ -318,24 +315,34 @@ class FusedBlock:
 
     # ---- pieces
 
-    def _projection(self, linear: FrozenLinear) -> Projection:
-        adapters: tuple[Adapter, ...] = ()
-        if linear.lora_A is not None and linear.lora_B is not None:
-            adapters = (Adapter(linear.lora_A.detach(), linear.lora_B.detach(), linear.scale),)
-        bias = None if linear.bias is None else linear.bias.decode(self.dtype)
+    def _projection(self, *linears: FrozenLinear) -> Projection:
+        """Linears of one input as one: their rows one below the other."""
+        adapters, places, start = [], [], 0
+        for linear in linears:
+            if linear.lora_A is not None and linear.lora_B is not None:
+                adapters.append(Adapter(linear.lora_A.detach(), linear.lora_B.detach(), linear.scale, start))
+            places.append(slice(start, start + linear.out_features))
+            start += linear.out_features
+        biases = [linear.bias.decode(self.dtype) for linear in linears if linear.bias is not None]
+        assert len(biases) in (0, len(linears)), "linears of one input have biases all or none"
 
         def weight(out: Tensor | None = None) -> Tensor:
-            return linear.weight.decode(self.dtype, self.scratch.room(*linear.weight.shape) if out is None else out)
+            out = self.scratch.room(start, linears[0].in_features) if out is None else out
+            for linear, rows in zip(linears, places, strict=True):
+                linear.weight.decode(self.dtype, out[rows])
+            return out
 
-        return Projection(weight, bias, adapters)
+        bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+        return Projection(weight, bias, tuple(adapters))
 
-    def _projections(self, linears: tuple[FrozenLinear, ...]) -> list[Projection]:
-        return [self._projection(linear) for linear in linears]
+    def _lay(self, linears: tuple[FrozenLinear, ...], projection: Projection) -> Tensor:
+        out_features = sum(linear.out_features for linear in linears)
+        return lay(projection, out_features, linears[0].in_features, self.scratch.room)
 
-    def _normed(self, x: Tensor, norm: Norm, consumers: tuple[FrozenLinear, ...], **options: Any) -> Tensor:
+    def _normed(self, x: Tensor, norm: Norm, consumer: Projection, **options: Any) -> Tensor:
         """[T, H + R]: x normalised, and room beside it for the adapters of the linears that read it."""
         rows, features = x.shape
-        normed = wide(rows, features + extra(self._projections(consumers)), x)
+        normed = wide(rows, features + extra(consumer), x)
         self._norm(x, norm, out=normed[:, :features], **options)
         return normed
 
@@ -366,7 +373,8 @@ class _Fused(torch.autograd.Function):
         added, attention = block.attention_forward(rows, shape, (cos, sin), drop)
         attention.let_go(level, block.backend)  # now: the MLP needs the memory
         h2 = torch.empty_like(rows)
-        n_wide = block._normed(added, block.anatomy.mlp_norm, block.anatomy.gate_up, residual=rows, sum_out=h2)
+        gate_up = block._projection(*block.anatomy.gate_up)
+        n_wide = block._normed(added, block.anatomy.mlp_norm, gate_up, residual=rows, sum_out=h2)
         del added
         h3 = torch.empty_like(h)  # no view itself: FSDP2 hangs its hook on it, and warns of views
         mlp = block.mlp_forward(n_wide, h2, h3.view_as(rows), drop)

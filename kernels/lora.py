@@ -40,7 +40,7 @@ class Adapter(NamedTuple):
 class Projection(NamedTuple):
     """weight() -> [O, H] of the compute dtype, good until the next weight() of any projection; bias [O] or None.
 
-    weight(out) writes to out instead, whose rows may lie apart; only what lora_wide.py does asks for that.
+    weight(out) writes to out instead, whose rows may lie apart; only lora_wide.py asks for that.
     """
 
     weight: Callable[..., torch.Tensor]

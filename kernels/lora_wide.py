@@ -1,12 +1,25 @@
 """LoRA inside the base product: the adapter rides along as a few more columns of matrices that are multiplied anyway.
 
-    y   = x W^T + s x A^T B^T       = [x | s x A^T] [W | B]^T
-    d_x = d_y W + d_xa A            = [d_y | d_xa] [W ; A],        d_xa = s d_y B
+    y    = x W^T + s x A^T B^T      = [x | s x A^T] [W | B]^T
+    d_x  = d_y W + d_xa A           = [d_y | d_xa] [W ; A],        d_xa = s d_y B
 
-A frozen weight is decoded into scratch before each use, so B (or A) can be laid beside it for free, and x is written
-into a buffer with room for R more columns by whoever computes it. Then the adapter costs R/H more arithmetic (0.4 % at
-rank 16) instead of another pass over the output: at 8B shape and 8,192 tokens that pass reads and writes 0.5 GB for
-gate alone. The sum is also rounded once, where separate products round twice.
+A frozen weight is decoded into scratch before each use, so B and A can be laid beside and below it for next to nothing,
+and x is written into a buffer with room for R more columns by whoever computes it. Then the adapter costs R/H more
+arithmetic (0.4 % at rank 16) instead of another pass over the output: at 8B shape and 8,192 tokens that pass reads and
+writes 0.5 GB for gate alone. The sum is also rounded once, where separate products round twice.
+
+All linears of one input are one product: their weights lie one below the other (a `Projection` of several adapters),
+each B beside the rows of its own outputs, with zeros around it:
+
+    [ Wq  Bq  0   0  ]
+    [ Wk  0   Bk  0  ]   [O, H + R]
+    [ Wv  0   0   Bv ]
+    [ Aq             ]
+    [ Ak             ]   [R, H]
+    [ Av             ]
+
+One decoded matrix serves forward (its first O rows), the input's gradient (its first H columns) and d_xa (its last R).
+So a block launches few kernels, and d_x is a sum that is rounded once.
 
 What is kept of the adapter's middle, `xs`, is s x A^T: its gradient formulas then need no further scaling.
 Everything here is outside autograd, for functions that hold more than linears. Adapters of one input share a scale.
@@ -14,17 +27,17 @@ Everything here is outside autograd, for functions that hold more than linears. 
 T tokens, H in features, O out features, R the sum of the ranks of an input's adapters, rounded up to 8 for alignment.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
+from fsdp_qlora.kernels.device import on_triton, tl, triton
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.lora import Projection
 
 ALIGN = 8  # numbers: 16 bytes in 16-bit dtypes, which fast matrix products ask of a row's start
 PITCH = 64  # numbers from row to row: a multiple of this, 128 bytes, for whole cache lines
-# (rows, columns, place) -> scratch as of `wide`, good until that place is asked for again.
-Room = Callable[[int, int, int], torch.Tensor]
+Room = Callable[[int, int], torch.Tensor]  # (rows, columns) -> scratch as of `wide`, good until it is asked for again
 
 
 def wide(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
@@ -32,89 +45,82 @@ def wide(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(rows, -(-columns // PITCH) * PITCH)[:, :columns]
 
 
-def extra(projections: Sequence[Projection]) -> int:
-    """R, the columns that the adapters of one input need beside it."""
-    ranks = sum(adapter.a.shape[0] for projection in projections for adapter in projection.adapters)
-    return -(-ranks // ALIGN) * ALIGN
+def extra(projection: Projection) -> int:
+    """R, the columns that the adapters of an input need beside it."""
+    return -(-sum(_ranks(projection)) // ALIGN) * ALIGN
 
 
-def adapt_(
-    x_wide: torch.Tensor, features: int, projections: Sequence[Projection], *, p: float, seed: int
-) -> torch.Tensor:
+def lay(projection: Projection, out_features: int, in_features: int, room: Room) -> torch.Tensor:
+    """[O + R, H + R], in scratch: the weight decoded, the B's beside it and the A's below. The corner is never read."""
+    beside = extra(projection)
+    laid = room(out_features + beside, in_features + beside)
+    projection.weight(laid[:out_features, :in_features])
+    if not beside:
+        return laid
+    if on_triton(laid):
+        _launch(projection, laid, out_features, in_features)
+        return laid
+    b_OR, a_RH = laid[:out_features, in_features:].zero_(), laid[out_features:, :in_features].zero_()
+    at = 0
+    for adapter, rank in zip(projection.adapters, _ranks(projection), strict=True):
+        b_OR[adapter.rows, at : at + rank] = adapter.b
+        a_RH[at : at + rank] = adapter.a
+        at += rank
+    return laid
+
+
+def adapt_(x_wide: torch.Tensor, projection: Projection, laid: torch.Tensor, *, p: float, seed: int) -> torch.Tensor:
     """Fill x_wide [T, H + R] beside x, its first H columns, with xs; returns that view [T, R]."""
-    xs = x_wide[:, features:]
-    a_RH, scale = _stacked(projections)
-    if a_RH is None:
-        return xs
-    x = x_wide[:, :features]
-    if p:
-        x = dropout(x.contiguous(), p, seed)
-    used = xs[:, : a_RH.shape[0]]
-    torch.addmm(used, x, a_RH.t(), beta=0, alpha=scale, out=used)
-    xs[:, a_RH.shape[0] :].zero_()
+    features = x_wide.shape[1] - extra(projection)
+    x, xs = x_wide[:, :features], x_wide[:, features:]
+    if projection.adapters:
+        a_RH = laid[laid.shape[0] - xs.shape[1] :, :features]
+        x = dropout(x.contiguous(), p, seed) if p else x
+        torch.addmm(xs, x, a_RH.t(), beta=0, alpha=_scale(projection), out=xs)
     return xs
 
 
 def project_wide(
     x_wide: torch.Tensor,
-    features: int,
-    projections: Sequence[Projection],
-    outs: Sequence[torch.Tensor],
-    room: Room,
+    projection: Projection,
+    laid: torch.Tensor,
+    out: torch.Tensor,
     *,
     plus: torch.Tensor | None = None,
-    first: int | None = None,
-) -> list[torch.Tensor]:
-    """Write each projection of x_wide [T, H + R], adapted already, to outs[i] [T, O], stride 1 along O.
+) -> None:
+    """Write the projection of x_wide [T, H + R], adapted already, to out [T, O], stride 1 along O.
 
-    plus: [T, O] added to the one output of a projection without a bias (a residual).
-    first: the place of the first weight, the next ones following, with room below each for its input's adapters: then
-    what is returned, the weights [O + R, H + R], serves `gradient_of_input_wide` too. By default all use place 0."""
-    at, weights = 0, []
-    below = 0 if first is None else x_wide.shape[1] - features
-    for i, (projection, out) in enumerate(zip(projections, outs, strict=True)):
-        rows = out.shape[1]
-        whole = room(rows + below, x_wide.shape[1], 0 if first is None else first + i)
-        weight = whole[:rows]
-        projection.weight(weight[:, :features])
-        beside = weight[:, features:]
-        if beside.numel() and (len(projection.adapters) != 1 or projection.adapters[0].b.shape != beside.shape):
-            beside.zero_()
-        for adapter in projection.adapters:
-            rank = adapter.a.shape[0]
-            beside[adapter.rows, at : at + rank].copy_(adapter.b)
-            at += rank
-        summand = projection.bias if plus is None else plus
-        assert plus is None or projection.bias is None, "an output takes a bias or a residual"
-        if summand is None:
-            torch.mm(x_wide, weight.t(), out=out)
-        else:
-            torch.addmm(summand, x_wide, weight.t(), out=out)
-        weights.append(whole)
-    return weights
+    plus: [T, O] added to the output of a projection without a bias (a residual)."""
+    assert plus is None or projection.bias is None, "an output takes a bias or a residual"
+    summand, weight = projection.bias if plus is None else plus, laid[: out.shape[1]]
+    if summand is None:
+        torch.mm(x_wide, weight.t(), out=out)
+    else:
+        torch.addmm(summand, x_wide, weight.t(), out=out)
 
 
 def gradients_of_b_wide(
-    d_outs: Sequence[torch.Tensor], xs: torch.Tensor, d_xa: torch.Tensor, projections: Sequence[Projection]
+    d_out_wide: torch.Tensor, xs: torch.Tensor, projection: Projection, laid: torch.Tensor
 ) -> list[torch.Tensor]:
-    """[d_b of each adapter]; fills d_xa [T, R], the gradient of x A^T, on the way."""
+    """[d_b of each adapter], from d_out_wide [T, O + R]; fills its last R columns with d_xa, the gradient of x A^T."""
+    if not projection.adapters:
+        return []
+    features = d_out_wide.shape[1] - xs.shape[1]
+    d_out, d_xa = d_out_wide[:, :features], d_out_wide[:, features:]
+    b_OR = laid[:features, laid.shape[1] - xs.shape[1] :]
+    torch.addmm(d_xa, d_out, b_OR, beta=0, alpha=_scale(projection), out=d_xa)
     d_bs, at = [], 0
-    for d_out, projection in zip(d_outs, projections, strict=True):
-        for adapter in projection.adapters:
-            part = slice(at, at + adapter.a.shape[0])
-            d_rows, d_part = d_out[:, adapter.rows], d_xa[:, part]
-            torch.addmm(d_part, d_rows, adapter.b, beta=0, alpha=adapter.scale, out=d_part)
-            d_bs.append(d_rows.t() @ xs[:, part])
-            at = part.stop
-    d_xa[:, at:].zero_()
+    for adapter, rank in zip(projection.adapters, _ranks(projection), strict=True):
+        d_bs.append(d_out[:, adapter.rows].t() @ xs[:, at : at + rank])
+        at += rank
     return d_bs
 
 
 def gradients_of_a_wide(
-    d_xa: torch.Tensor, x: torch.Tensor, projections: Sequence[Projection], *, p: float, seed: int
+    d_xa: torch.Tensor, x: torch.Tensor, projection: Projection, *, p: float, seed: int
 ) -> list[torch.Tensor]:
     """[d_a of each adapter] in one product over the input x [T, H]."""
-    ranks = [adapter.a.shape[0] for projection in projections for adapter in projection.adapters]
+    ranks = _ranks(projection)
     if not ranks:
         return []
     if p:
@@ -123,49 +129,105 @@ def gradients_of_a_wide(
 
 
 def gradient_of_input_wide(
-    d_outs: Sequence[torch.Tensor],
-    d_last_wide: torch.Tensor,
-    projections: Sequence[Projection],
-    features: int,
-    room: Room,
-    *,
-    p: float,
-    seed: int,
-    decoded: Sequence[torch.Tensor] = (),
+    d_out_wide: torch.Tensor, projection: Projection, laid: torch.Tensor, *, p: float, seed: int
 ) -> torch.Tensor:
-    """d_x [T, H], new. d_last_wide: [T, O + R], the last of d_outs with d_xa beside it.
-
-    decoded: the weights as `project_wide` has just left them, each in a place of its own; else they are decoded."""
-    a_RH, _ = _stacked(projections)
-    beside = extra(projections)
-    d_x: torch.Tensor | None = None
-    for i, (d_out, projection) in enumerate(zip(d_outs, projections, strict=True)):
-        rows = d_out.shape[1]
-        along = a_RH is not None and not p and i == len(d_outs) - 1
-        used = d_last_wide.shape[1] if along else rows
-        if decoded:
-            weight = decoded[i][:used, :features]
-        else:  # rows as far apart as those of `decoded`: the same product whatever was computed before it
-            weight = room(used, features + beside, 0)[:, :features]
-            projection.weight(weight[:rows])
-        if along:
-            assert a_RH is not None
-            weight[rows : rows + a_RH.shape[0]].copy_(a_RH)
-            weight[rows + a_RH.shape[0] :].zero_()
-            d_out = d_last_wide
-        d_x = d_out @ weight if d_x is None else d_x.addmm_(d_out, weight)
-    assert d_x is not None
-    if a_RH is not None and p:  # the dropped positions stand between A and x, so A cannot ride along
-        d_xa = d_last_wide[:, d_outs[-1].shape[1] :][:, : a_RH.shape[0]]
-        dropout_add_(d_x, d_xa @ a_RH, p, seed)
+    """d_x [T, H], new, from d_out_wide [T, O + R] with d_xa in it."""
+    beside = extra(projection)
+    matrix = laid[:, : laid.shape[1] - beside]
+    if not p or not beside:
+        return d_out_wide @ matrix
+    # The dropped positions stand between A and x, so A cannot ride along.
+    rows = matrix.shape[0] - beside
+    d_x = d_out_wide[:, :rows] @ matrix[:rows]
+    dropout_add_(d_x, d_out_wide[:, rows:] @ matrix[rows:], p, seed)
     return d_x
 
 
-def _stacked(projections: Sequence[Projection]) -> tuple[torch.Tensor | None, float]:
-    """(all A's one below the other [sum of ranks, H] or None, their scale)."""
-    adapters = [adapter for projection in projections for adapter in projection.adapters]
-    if not adapters:
-        return None, 0.0
-    assert len({adapter.scale for adapter in adapters}) == 1, "adapters of one input share a scale"
-    every = [adapter.a for adapter in adapters]
-    return every[0] if len(every) == 1 else torch.cat(every), adapters[0].scale
+def _ranks(projection: Projection) -> list[int]:
+    return [adapter.a.shape[0] for adapter in projection.adapters]
+
+
+def _scale(projection: Projection) -> float:
+    (scale,) = {adapter.scale for adapter in projection.adapters}  # adapters of one input share it
+    return scale
+
+
+# ---- Triton: adapters into their places, up to three; a program writes rows of the B's or a piece of a row of the A's
+
+
+@triton.jit
+def _beside(
+    laid_ptr, b0_ptr, b1_ptr, b2_ptr, stride, program, start0, end0, start1, end1, start2, end2,
+    O: tl.constexpr, H: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    own = ((row >= start0) & (row < end0))[:, None] & (column < RANK)[None, :]
+    value = tl.load(b0_ptr + (row - start0)[:, None] * RANK + column[None, :], mask=own, other=0.0)
+    if COUNT > 1:
+        column1 = column - RANK
+        own = ((row >= start1) & (row < end1))[:, None] & ((column1 >= 0) & (column1 < RANK))[None, :]
+        other = tl.load(b1_ptr + (row - start1)[:, None] * RANK + column1[None, :], mask=own, other=0.0)
+        value = tl.where(own, other, value)
+    if COUNT > 2:
+        column2 = column - 2 * RANK
+        own = ((row >= start2) & (row < end2))[:, None] & ((column2 >= 0) & (column2 < RANK))[None, :]
+        other = tl.load(b2_ptr + (row - start2)[:, None] * RANK + column2[None, :], mask=own, other=0.0)
+        value = tl.where(own, other, value)
+    live = (row < O)[:, None] & (column < R)[None, :]
+    tl.store(laid_ptr + row[:, None] * stride + H + column[None, :], value, mask=live)
+
+
+@triton.jit
+def _below(
+    laid_ptr, a0_ptr, a1_ptr, a2_ptr, stride, program,
+    O: tl.constexpr, H: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr,
+    TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = (program // TILES).to(tl.int64)
+    column = (program % TILES) * TILE + tl.arange(0, TILE)
+    live = column < H
+    value = tl.load(a0_ptr + row * H + column, mask=live & (row < RANK), other=0.0)
+    if COUNT > 1:
+        own = live & (row >= RANK) & (row < 2 * RANK)
+        value = tl.where(own, tl.load(a1_ptr + (row - RANK) * H + column, mask=own, other=0.0), value)
+    if COUNT > 2:
+        own = live & (row >= 2 * RANK) & (row < 3 * RANK)
+        value = tl.where(own, tl.load(a2_ptr + (row - 2 * RANK) * H + column, mask=own, other=0.0), value)
+    tl.store(laid_ptr + (O + row) * stride + column, value, mask=live)
+
+
+@triton.jit
+def _lay_kernel(
+    laid_ptr, a0_ptr, a1_ptr, a2_ptr, b0_ptr, b1_ptr, b2_ptr, stride, b_programs,
+    start0, end0, start1, end1, start2, end2,  # rows of each adapter's outputs
+    O: tl.constexpr, H: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < b_programs:
+        _beside(
+            laid_ptr, b0_ptr, b1_ptr, b2_ptr, stride, program, start0, end0, start1, end1, start2, end2,
+            O, H, R, RANK, COUNT, ROWS, COLUMNS,
+        )  # fmt: skip
+    else:
+        _below(laid_ptr, a0_ptr, a1_ptr, a2_ptr, stride, program - b_programs, O, H, RANK, COUNT, TILES, TILE)
+
+
+def _launch(projection: Projection, laid: torch.Tensor, out_features: int, in_features: int) -> None:
+    adapters, beside = projection.adapters, laid.shape[0] - out_features
+    rank, count = adapters[0].a.shape[0], len(adapters)
+    assert count <= 3, f"{count} adapters of one input"
+    assert {*_ranks(projection)} == {rank}, "adapters of one input have one rank"
+    a, b = [ad.a.contiguous() for ad in adapters], [ad.b.contiguous() for ad in adapters]
+    ends = [edge for ad in adapters for edge in (ad.rows.start, ad.rows.stop)]
+    columns, tile = triton.next_power_of_2(beside), min(1024, triton.next_power_of_2(in_features))
+    rows = max(1, 4096 // columns)
+    b_programs, tiles = triton.cdiv(out_features, rows), triton.cdiv(in_features, tile)
+    spare = 3 - count  # arguments that are not read
+    _lay_kernel[(b_programs + beside * tiles,)](
+        laid, *a, *a[:1] * spare, *b, *b[:1] * spare, laid.stride(0), b_programs, *ends, *ends[:2] * spare,
+        O=out_features, H=in_features, R=beside, RANK=rank, COUNT=count,
+        ROWS=rows, COLUMNS=columns, TILES=tiles, TILE=tile, num_warps=4,
+    )  # fmt: skip

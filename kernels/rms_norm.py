@@ -85,7 +85,8 @@ def rms_norm_forward(
     sum_out: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y; with `residual`, of residual + x, which is written to `sum_out` (may be x or residual). All contiguous.
+    """y; with `residual`, of residual + x, which is written to `sum_out` (may be x or residual). All contiguous, but
+    that x alone may be heads [B, S, N, H] out of longer rows.
 
     out: where y goes (may be x), else a new tensor. Its rows may lie apart, and it may be [T, H] where x is not."""
     assert (residual is None) == (sum_out is None), "residual and sum_out come together"
@@ -107,7 +108,8 @@ def rms_norm_backward(
     skip: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """d_h, plus `skip` (the gradient reaching h by its other path) if given. h and skip contiguous.
+    """d_h, plus `skip` (the gradient reaching h by its other path) if given. h and skip contiguous, or h
+    as `rms_norm_forward`'s x.
 
     d_y: of h's dtype; like out it may have rows that lie apart, and be [T, H] where h is not. out: where the result
     goes (may be d_y or skip: every row is read before it is written), else a new tensor."""
@@ -136,6 +138,17 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.view(-1, x.shape[-1])
 
 
+def _apart(x: torch.Tensor) -> tuple[int, int]:
+    """(N, distance) of x whose rows lie together in groups of N, the groups as far apart as that."""
+    if x.is_contiguous():
+        return 1, x.shape[-1]
+    _, sequence, heads, width = x.shape
+    distance = x.stride(0) if sequence == 1 else x.stride(1)
+    wanted = (sequence * distance, distance, width, 1)
+    assert all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), wanted, strict=True)), f"strides {x.stride()}"
+    return heads, distance
+
+
 # ---- meaning, and the path on a CPU
 
 
@@ -161,14 +174,15 @@ def _plain_backward(d_y, h, weight, eps, shift, skip, out) -> None:
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, residual_ptr, sum_ptr, weight_ptr, out_ptr, n_rows, out_stride, eps, shift,
-    H: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, residual_ptr, sum_ptr, weight_ptr, out_ptr, n_rows, x_stride, out_stride, eps, shift,
+    H: tl.constexpr, HEADS: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     at = row[:, None] * H + column[None, :]
     live = (row < n_rows)[:, None] & (column < H)[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    x_row = row // HEADS * x_stride + row % HEADS * H
+    x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=live, other=0.0).to(tl.float32)
     if RESIDUAL:
         x += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
         h = x.to(out_ptr.dtype.element_ty)
@@ -182,14 +196,15 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    d_y_ptr, h_ptr, weight_ptr, skip_ptr, out_ptr, n_rows, d_y_stride, out_stride, eps, shift,
-    H: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    d_y_ptr, h_ptr, weight_ptr, skip_ptr, out_ptr, n_rows, h_stride, d_y_stride, out_stride, eps, shift,
+    H: tl.constexpr, HEADS: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     at = row[:, None] * H + column[None, :]
     live = (row < n_rows)[:, None] & (column < H)[None, :]
-    h = tl.load(h_ptr + at, mask=live, other=0.0).to(tl.float32)
+    h_row = row // HEADS * h_stride + row % HEADS * H
+    h = tl.load(h_ptr + h_row[:, None] + column[None, :], mask=live, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32) + shift
     d_y = tl.load(d_y_ptr + row[:, None] * d_y_stride + column[None, :], mask=live, other=0.0)
     g = d_y.to(tl.float32) * weight[None, :]
@@ -217,16 +232,18 @@ def _launch_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
     grid, n_rows, tiling = _grid(x)
     if n_rows:
         given = residual is not None
+        heads, stride = _apart(x)
         _forward_kernel[grid](
-            x, residual if given else x, sum_out if given else x, weight, out, n_rows, _rows(out).stride(0),
-            eps, shift, RESIDUAL=given, **tiling,
+            x, residual if given else x, sum_out if given else x, weight, out, n_rows, stride, _rows(out).stride(0),
+            eps, shift, HEADS=heads, RESIDUAL=given, **tiling,
         )  # fmt: skip
 
 
 def _launch_backward(d_y, h, weight, eps, shift, skip, out) -> None:
     grid, n_rows, tiling = _grid(h)
     if n_rows:
+        heads, stride = _apart(h)
         _backward_kernel[grid](
-            d_y, h, weight, h if skip is None else skip, out, n_rows, _rows(d_y).stride(0), _rows(out).stride(0),
-            eps, shift, SKIP=skip is not None, **tiling,
+            d_y, h, weight, h if skip is None else skip, out, n_rows, stride, _rows(d_y).stride(0),
+            _rows(out).stride(0), eps, shift, HEADS=heads, SKIP=skip is not None, **tiling,
         )  # fmt: skip

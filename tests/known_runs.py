@@ -6,9 +6,11 @@ from typing import Any
 from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.facts import Facts, keys_seen
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Placed
+from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD
 from fsdp_qlora.units import GIB
 
 BF16, FLOAT = 2, 4  # bytes
+LAUNCHES_THEN = 125  # of a block in both passes at level `input`, when these runs were measured
 # hidden, inner, layers, heads, key/value heads, head dim, vocabulary
 SHAPES = {
     "llama3_8b": (4096, 14336, 32, 32, 8, 128, 128256),
@@ -102,7 +104,8 @@ class Run:
 
     @property
     def rates(self) -> Rates:
-        return replace(H200, attention_forward=self.attention[0], attention_backward=self.attention[1])
+        launch = H200.launch * LAUNCHES_THEN / (LAUNCHES_FORWARD + LAUNCHES_BACKWARD[0])
+        return replace(H200, attention_forward=self.attention[0], attention_backward=self.attention[1], launch=launch)
 
 
 TERA, GIGA = 1e12, 1e9

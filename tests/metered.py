@@ -21,7 +21,7 @@ from fsdp_qlora.codecs import NF4
 from fsdp_qlora.config_parse import parse
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion, fuse
-from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, nf4, rms_norm, rope
+from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, lora_wide, nf4, rms_norm, rope
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.plan.moments import ROUND
 from fsdp_qlora.precision import Precision
@@ -33,7 +33,7 @@ from tests.runs import flags
 META = torch.device("meta")
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=META)
 LAUNCHERS = [(nf4, "_launch"), (rms_norm, "_launch_forward"), (rms_norm, "_launch_backward"), (glu, "_launch")]
-LAUNCHERS += [(rope, "_launch"), (cross_entropy, "_launch")]
+LAUNCHERS += [(rope, "_launch"), (cross_entropy, "_launch"), (lora_wide, "_launch")]
 NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias"}
 
 
@@ -117,7 +117,7 @@ def without_kernels(meter: Meter) -> Iterator[None]:
         meter.launches += 1
 
     with ExitStack() as stack:
-        for module in (nf4, rms_norm, glu, rope, cross_entropy, dropout):
+        for module in (nf4, rms_norm, glu, rope, cross_entropy, dropout, lora_wide):
             stack.enter_context(mock.patch.object(module, "on_triton", _yes))
         for module, name in LAUNCHERS:
             stack.enter_context(mock.patch.object(module, name, counted))
@@ -171,8 +171,7 @@ def metered_step(model: CausalModel, config: Any, keep: str) -> Metered:
             meter.add(tensor)
         _step(model, adapters, ids, places, labels)  # makes the scratch buffer as large as it will be
         for block in model.blocks.values():
-            for buffer in block.fused.scratch.buffers.values():
-                meter.add(buffer)
+            meter.add(block.fused.scratch.buffer)
         before = meter.mark()
         adapters.begin_micro_batch(last=True)
         loss = model(ids, places, labels, 1.0)
@@ -224,8 +223,7 @@ def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = Non
             h = torch.empty(batch, context, fused.anatomy.down.out_features, dtype=fused.dtype, device=META)
             h.requires_grad_()
             cos, sin = (torch.empty(context, fused.anatomy.head_dim // 2, device=META) for _ in range(2))
-            for buffer in fused.scratch.buffers.values():
-                meter.add(buffer)
+            meter.add(fused.scratch.buffer)
             before = meter.mark() - h.nbytes
             out = fused(h, cos, sin)
             forward, launches = meter.peak - before, meter.launches

@@ -14,7 +14,7 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fsdp_qlora.kernels import cross_entropy, dropout, embedding, glu, nf4, rms_norm, rope
+from fsdp_qlora.kernels import cross_entropy, dropout, embedding, glu, lora_wide, nf4, rms_norm, rope
 
 
 def compiled(kernel, capability, types, **constants):
@@ -37,8 +37,8 @@ for out, nested, apart in (("b", True, 0), ("h", False, 8), ("f", True, 1)):
 for softcap, gradient in ((True, True), (False, False)):
     head = {"VOCABULARY": 300, "SOFTCAP": softcap, "GRADIENT": gradient, "TILE": 128}
     compiled(cross_entropy._row_kernel, 86, "blfiiFFF", **head)
-compiled(rms_norm._forward_kernel, 86, "bbbbbiiFF", H=100, RESIDUAL=True, ROWS=2, COLUMNS=128)
-compiled(rms_norm._backward_kernel, 86, "bbbbbiiiFF", H=100, SKIP=True, ROWS=2, COLUMNS=128)
+compiled(rms_norm._forward_kernel, 86, "bbbbbiiiFF", H=100, HEADS=1, RESIDUAL=True, ROWS=2, COLUMNS=128)
+compiled(rms_norm._backward_kernel, 86, "bbbbbiiiiFF", H=100, HEADS=8, SKIP=True, ROWS=2, COLUMNS=128)
 tiles = {"HALF": 24, "HALF_TILE": 32, "HEADS": 4, "Q_GROUPS": 2, "GROUPS": 3, "POSITIONS": True, "BACKWARD": True}
 compiled(rope._rope_kernel, 86, "bbffl" + "i" * 8, n_k=1, **tiles)
 for activation in glu.ACTIVATIONS:
@@ -46,6 +46,9 @@ for activation in glu.ACTIVATIONS:
 compiled(glu._forward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION="silu")
 compiled(embedding._gather_kernel, 86, "blbii", H=5000, TILES=2, TILE=4096)
 compiled(dropout._kernel, 86, "bbiFFI", ADD=True, TILE=128)
+widths = {"O": 96, "H": 200, "R": 24, "RANK": 7, "ROWS": 32, "COLUMNS": 32, "TILES": 2, "TILE": 128}
+for count in (1, 2, 3):
+    compiled(lora_wide._lay_kernel, 86, "b" * 7 + "i" * 8, COUNT=count, **widths)
 print("compiled")
 """
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.lora import Adapter, Projection, lora_projections
 from fsdp_qlora.kernels.lora_mlp import lora_mlp
+from fsdp_qlora.kernels.lora_wide import extra, lay
 from tests.truth import DEVICE, assert_as_good_as_plain
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -191,6 +192,31 @@ def test_projections_with_dropout_equal_those_with_its_mask(form, request):
     theirs = [*truth, *torch.autograd.grad(truth, leaves, d_outs)]
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("starts", [(), (0,), (5,), (0, 16), (0, 8, 24), (3, 11, 40)], ids=str)
+@pytest.mark.parametrize("rank", [1, 3, 8, 40])
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_adapters_are_laid_beside_and_below_their_weight(form, rank, starts, request):
+    device = torch.device("cpu") if form == "plain" else request.getfixturevalue("triton_device")
+    out, wide = 48, 1100
+    weight = torch.randn(out, wide, device=device)
+    pairs = [(torch.randn(rank, wide, device=device), torch.randn(8, rank, device=device)) for _ in starts]
+    adapters = tuple(Adapter(a, b, 0.5, start) for (a, b), start in zip(pairs, starts, strict=True))
+    projection = Projection(lambda place: place.copy_(weight), None, adapters)
+    scratch = torch.full((200, 1300), float("nan"), device=device)
+    laid = lay(projection, out, wide, lambda rows, columns: scratch[:rows, :columns])
+    beside = extra(projection)
+    assert laid.shape == (out + beside, wide + beside)
+    wanted = torch.zeros_like(laid)
+    wanted[:out, :wide] = weight
+    for i, ad in enumerate(adapters):
+        part = slice(i * rank, (i + 1) * rank)
+        wanted[ad.rows, wide:][:, part], wanted[out:, :wide][part] = ad.b, ad.a
+    assert torch.equal(laid[:out], wanted[:out])
+    assert torch.equal(laid[out:, :wide], wanted[out:, :wide])
+    assert scratch[:, laid.shape[1] :].isnan().all(), "wrote beside its place"
+    assert scratch[laid.shape[0] :].isnan().all(), "wrote below its place"
 
 
 def test_wrong_inputs_are_refused():

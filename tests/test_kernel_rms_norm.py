@@ -104,6 +104,21 @@ def test_rows_may_lie_apart(form, n_rows, request):
     assert (wide[:, 100:] == 7).all(), "wrote beside the rows"
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 100), (2, 1, 3, 100), (1, 5, 1, 48), (1, 1, 3, 48)], ids=str)
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_heads_may_be_part_of_longer_rows(form, shape, request):
+    device = "cpu" if form == "plain" else request.getfixturevalue("triton_device")
+    x, _, d_y, _, weight = inputs(shape, torch.float32, device)
+    batch, sequence, heads, width = shape
+    row = torch.full((batch * sequence, 16 + heads * width), 7.0, device=device)
+    piece = row[:, 16:].view(shape)
+    piece.copy_(x)
+    y, d_x = rms_norm_forward(piece, weight, EPS), rms_norm_backward(d_y, piece, weight, EPS)
+    assert y.is_contiguous()
+    assert torch.equal(y, rms_norm_forward(x, weight, EPS))
+    assert torch.equal(d_x, rms_norm_backward(d_y, x, weight, EPS))
+
+
 def test_a_training_weight_and_a_wrong_shape_are_refused():
     x = torch.randn(3, 8)
     with pytest.raises(ValueError, match="frozen"):

@@ -113,11 +113,11 @@ def test_a_whole_step_allocates_what_is_counted(keep: str, vocabulary: int) -> N
 
 @pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])
 def test_measured_peaks_are_met_within_5_percent(row: Any) -> None:
-    # When these were measured, gradients were there all the time and decoded weights had one place in all.
+    # When these were measured, gradients were there all the time and of gate and up one was decoded at a time.
     known = replace(row.facts, accumulation=2)
     memory = Memory(known)
     candidate = every(known, row.keep, row.offloaded, row.placement)
-    predicted = memory.device_bytes(candidate) - memory._scratch(candidate) + memory.scratch[False, False]
+    predicted = memory.device_bytes(candidate) - memory.scratch // 2
     assert predicted == pytest.approx(row.allocated_gib * GIB, rel=0.05)
 
 

@@ -8,7 +8,7 @@ the meta device and compares. What the allocator reserves beyond what is allocat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate
 from typing import Literal
 
 from fsdp_qlora.plan.facts import Facts, beside, pitch
@@ -63,7 +63,7 @@ class Memory:
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
         if facts.exchange_by_host and facts.ranks > 2:  # what comes of the second peer on waits to be added
             self.flying += FLOAT * facts.largest_adapters // facts.ranks
-        self.scratch = {again: _scratch(facts, *again) for again in product((False, True), repeat=2)}
+        self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
         self.always = self.adapters + self.owned + self.flying + self.workspace
 
@@ -79,7 +79,7 @@ class Memory:
             "frozen base on its way": self._moving(candidate),
             "adapters": self.adapters,
             "gradients, masters, optimizer": self.owned + self.flying + gradients,
-            "decoded weights, cuBLAS": self._scratch(candidate) + self.workspace,
+            "decoded weights, cuBLAS": self.scratch + self.workspace,
             "kept for backward": kept,
             "working": working,
         }
@@ -105,7 +105,7 @@ class Memory:
         """As `device_bytes`, without the moment of loading before any block is: each resident block adds its bytes."""
         resident = self._resident(candidate)
         late = max(self.loading.block, self.loading.head) - self._head_here(candidate)
-        step = self._moving(candidate) + self._scratch(candidate) + self.always + peak
+        step = self._moving(candidate) + self.scratch + self.always + peak
         return resident + max(step, self.adapters + self.masters + late)
 
     def peak(self, candidate: Candidate) -> int:
@@ -138,12 +138,6 @@ class Memory:
         units = [self.facts.block_bytes] if not all(b.resident for b in candidate.blocks) else []
         units += [] if candidate.head_resident else [self.facts.head_bytes]
         return max(units, default=0)
-
-    def _scratch(self, candidate: Candidate) -> int:
-        """Of decoded weights: those that some block computes with a second time have places of their own. At level
-        `input` q, k and v are computed again before the MLP's weights take those places."""
-        kept = {b.keep for b in candidate.blocks}
-        return self.scratch[not kept.isdisjoint({"halves", "attention"}), not kept <= {"all"}]
 
     def _frozen_shared(self) -> int:
         """Frozen bytes that a placement decides about."""
@@ -218,22 +212,18 @@ def _reduction(facts: Facts) -> int:
     return whole + whole // facts.ranks
 
 
-def _scratch(facts: Facts, qkv_again: bool, gate_up_again: bool) -> int:
-    """Bytes of `fused.Scratch`, weights with their adapters beside and below them; unfused, the largest one decoded.
-
-    Place 0 serves all weights in turn. Where gate and up are computed again they are in places 0 and 1, and q, k, v in
-    1 to 3, until backward has used them a second time."""
+def _scratch(facts: Facts) -> int:
+    """Bytes of `fused.Scratch`: the weights of one input together, adapters beside and below them; unfused, the largest
+    linear decoded."""
     f = facts
-    q, pairs = (f.qkv, []) if f.qkv_linears == 1 else (f.queries, [f.pairs, f.pairs])
-    gate = f.inner * (3 - f.gate_up_linears)
     if not f.fused:
-        return max(q, gate) * f.hidden * f.compute_bytes
-    qkv, inner = beside(f.rank_qkv), beside(f.rank_gate_up)
-    wide_qkv, wide_inner = pitch(f.hidden + qkv), pitch(f.hidden + inner)
-    down = (f.hidden + beside(f.rank_down)) * pitch(f.inner + beside(f.rank_down))
-    gate_room = (gate + inner) * wide_inner
-    first = max(f.hidden * pitch(f.queries), (q + qkv) * wide_qkv, gate_room, down)
-    second = [(q + qkv) * wide_qkv] if qkv_again else []
-    second += [gate_room] if gate_up_again and f.gate_up_linears == 2 else []
-    others = sum((n + qkv) * wide_qkv for n in pairs) if qkv_again else 0
-    return (first + max(second, default=0) + others) * f.compute_bytes
+        q = f.qkv if f.qkv_linears == 1 else f.queries
+        return max(q, f.inner * (3 - f.gate_up_linears)) * f.hidden * f.compute_bytes
+    qkv, gate_up, down = beside(f.rank_qkv), beside(f.rank_gate_up), beside(f.rank_down)
+    laid = (
+        (f.qkv + qkv) * pitch(f.hidden + qkv),
+        f.hidden * pitch(f.queries),
+        (2 * f.inner + gate_up) * pitch(f.hidden + gate_up),
+        (f.hidden + down) * pitch(f.inner + down),
+    )
+    return max(laid) * f.compute_bytes
