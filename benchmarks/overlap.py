@@ -26,7 +26,7 @@ KINDS = (
     ("NCCL", ("nccl",)),
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitK")),
-    ("dequantize", ("_dequantize_kernel",)),
+    ("dequantize", ("_dequantize_",)),
     ("norms, rope, SwiGLU", ("_forward_kernel", "_backward_kernel", "_rope_kernel")),
 )
 COPIES = {"Memcpy HtoD": "copies to the GPU", "Memcpy DtoH": "copies to the host", "Memcpy DtoD": "copies on the GPU"}

@@ -6,14 +6,22 @@ read), encodes a weight into those parts and decodes them into a matrix that can
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.kernels.nf4 import BLOCK, LEVELS, NESTED_BLOCK, dequantize_nf4, dynamic_map
+from fsdp_qlora.kernels.nf4 import (
+    BLOCK,
+    LEVELS,
+    NESTED_BLOCK,
+    Scales,
+    dequantize_nf4,
+    dequantize_nf4_rows,
+    dynamic_map,
+)
 
 Parts = dict[str, torch.Tensor]
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -56,6 +64,10 @@ class Codec(Protocol):
         """
         ...
 
+    def decode_rows(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], out: torch.Tensor) -> None:
+        """Several matrices of this codec, with so many rows, one below the other into `out`, as in `decode`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -82,6 +94,10 @@ class Plain:
     ) -> torch.Tensor:
         values = parts["values"].view(shape)
         return values.to(dtype) if out is None else out.copy_(values)
+
+    def decode_rows(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], out: torch.Tensor) -> None:
+        for parts, piece in zip(stored, out.split(list(rows)), strict=True):
+            piece.copy_(parts["values"].view(piece.shape))
 
 
 @dataclass(frozen=True)
@@ -135,10 +151,15 @@ class NF4:
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        return dequantize_nf4(parts["codes"], self._scales(parts), shape, dtype, out)
+
+    def decode_rows(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], out: torch.Tensor) -> None:
+        dequantize_nf4_rows([(parts["codes"], self._scales(parts)) for parts in stored], rows, out)
+
+    def _scales(self, parts: Mapping[str, torch.Tensor]) -> Scales:
         if self.double_quant:
-            scales = (parts["absmax_q"], parts["nested_absmax"], parts["offset"])
-            return dequantize_nf4(parts["codes"], scales, shape, dtype, out)
-        return dequantize_nf4(parts["codes"], parts["absmax"], shape, dtype, out)
+            return parts["absmax_q"], parts["nested_absmax"], parts["offset"]
+        return parts["absmax"]
 
     def from_checkpoint(self, name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> Parts:
         """The parts of a weight that bitsandbytes quantized, taken over bit for bit.

@@ -4,7 +4,7 @@ A frozen tensor has no gradient and no optimizer state, so it is kept as bytes a
 with metadata hanging off it. One buffer a block means one copy, one all-gather, one pinned range, one file record.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -145,6 +145,17 @@ class FrozenTensor:
 
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         return self.home.decode(self.name, dtype, out)
+
+
+def decode_rows(tensors: Sequence[FrozenTensor], out: Tensor) -> None:
+    """Matrices of one width, decoded one below the other into `out`: of one codec in one launch, if it can do that."""
+    entries = [t.home.layout.entries[t.name] for t in tensors]
+    rows = [entry.shape[0] for entry in entries]
+    if len({entry.codec for entry in entries}) == 1:
+        entries[0].codec.decode_rows([t.home.parts(t.name) for t in tensors], rows, out)
+        return
+    for tensor, piece in zip(tensors, out.split(rows), strict=True):
+        tensor.decode(out.dtype, piece)
 
 
 def checksum(buffer: Tensor) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.block import FrozenLinear
+from fsdp_qlora.frozen import decode_rows
 from fsdp_qlora.kernels.attention import attend, attend_backward
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import (
@@ -201,12 +202,14 @@ class FusedBlock:
             d_k = self._norm_backward(d_k.contiguous(), raw_k, anatomy.k_norm)
             del raw_q, raw_k
         state.qkv = None
-        d_wide = self._beside([self._rows(d) for d in (d_q, d_k, d_v)], qkv)
+        out_features = sum(linear.out_features for linear in anatomy.qkv)
+        d_wide = wide(h.shape[0], out_features + extra(qkv), h)
+        d_out, d_xa = d_wide[:, :out_features], d_wide[:, out_features:]
+        torch.cat([self._rows(d) for d in (d_q, d_k, d_v)], dim=1, out=d_out)
         del d_q, d_k, d_v
         assert state.xs is not None
-        features, out_features = h.shape[1], d_wide.shape[1] - extra(qkv)
-        d_bs = gradients_of_b_wide(d_wide, state.xs, qkv, laid)
-        d_as = gradients_of_a_wide(d_wide[:, out_features:], y_wide[:, :features], qkv, p=p, seed=seed)
+        d_bs = gradients_of_b_wide(d_out, d_xa, state.xs, qkv, laid)
+        d_as = gradients_of_a_wide(d_xa, y_wide[:, : h.shape[1]], qkv, p=p, seed=seed)
         del y_wide
         d_y = gradient_of_input_wide(d_wide, qkv, laid, p=p, seed=seed)
         d_h = self._norm_backward(d_y, h, anatomy.attention_norm, skip=d_h2)
@@ -219,13 +222,6 @@ class FusedBlock:
         state.qkv = y_wide.new_empty(y_wide.shape[0], laid.shape[0] - extra(qkv))
         project_wide(y_wide, qkv, laid, state.qkv)
         return laid
-
-    def _beside(self, d_outs: list[Tensor], projection: Projection) -> Tensor:
-        """The gradient of the projection's output, put together, with room beside it for d_xa."""
-        width = sum(d.shape[1] for d in d_outs)
-        beside = wide(d_outs[0].shape[0], width + extra(projection), d_outs[0])
-        torch.cat(d_outs, dim=1, out=beside[:, :width])
-        return beside
 
     def _heads(
         self, state: AttentionState, shape: tuple[int, int], rotary: Any, rotate: bool
@@ -278,10 +274,11 @@ class FusedBlock:
         if anatomy.mlp_out_norm is not None:
             d_added = self._norm_backward(d_h3, state.projected, anatomy.mlp_out_norm)
         down = self._projection(anatomy.down)
-        d_wide, laid = self._beside([d_added], down), self._lay((anatomy.down,), down)
-        d_b = gradients_of_b_wide(d_wide, state.hs, down, laid)
+        laid, d_ha = self._lay((anatomy.down,), down), torch.empty_like(state.hs)
+        d_b = gradients_of_b_wide(d_added, d_ha, state.hs, down, laid)
+        d_wide = wide(d_added.shape[0], features + extra(down), d_added)
+        torch.cat([d_added, d_ha], dim=1, out=d_wide)
         middle = gradient_of_input_wide(d_wide, down, laid, p=p, seed=seed + 3)
-        d_ha = d_wide[:, features:].clone()
         del d_added, d_wide
         gate_up = self._projection(*anatomy.gate_up)
         n_wide = self._normed(h2, anatomy.mlp_norm, gate_up)
@@ -293,8 +290,9 @@ class FusedBlock:
         d_a = gradients_of_a_wide(d_ha, middle, down, p=p, seed=seed + 3)
         del middle, d_ha
         d_gate_up = state.gate_up  # what gate and up have become
-        d_bs = gradients_of_b_wide(d_gate_up, state.xs, gate_up, laid)
-        d_as = gradients_of_a_wide(d_gate_up[:, 2 * inner :], n_wide[:, :features], gate_up, p=p, seed=seed + 2)
+        d_xa = d_gate_up[:, 2 * inner :]
+        d_bs = gradients_of_b_wide(d_gate_up[:, : 2 * inner], d_xa, state.xs, gate_up, laid)
+        d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
         del n_wide
         d_n = gradient_of_input_wide(d_gate_up, gate_up, laid, p=p, seed=seed + 2)
         d_h2 = self._norm_backward(d_n, h2, anatomy.mlp_norm, skip=d_h3)
@@ -317,19 +315,17 @@ class FusedBlock:
 
     def _projection(self, *linears: FrozenLinear) -> Projection:
         """Linears of one input as one: their rows one below the other."""
-        adapters, places, start = [], [], 0
+        adapters, start = [], 0
         for linear in linears:
             if linear.lora_A is not None and linear.lora_B is not None:
                 adapters.append(Adapter(linear.lora_A.detach(), linear.lora_B.detach(), linear.scale, start))
-            places.append(slice(start, start + linear.out_features))
             start += linear.out_features
         biases = [linear.bias.decode(self.dtype) for linear in linears if linear.bias is not None]
         assert len(biases) in (0, len(linears)), "linears of one input have biases all or none"
 
         def weight(out: Tensor | None = None) -> Tensor:
             out = self.scratch.room(start, linears[0].in_features) if out is None else out
-            for linear, rows in zip(linears, places, strict=True):
-                linear.weight.decode(self.dtype, out[rows])
+            decode_rows([linear.weight for linear in linears], out)
             return out
 
         bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)

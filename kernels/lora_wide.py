@@ -100,14 +100,12 @@ def project_wide(
 
 
 def gradients_of_b_wide(
-    d_out_wide: torch.Tensor, xs: torch.Tensor, projection: Projection, laid: torch.Tensor
+    d_out: torch.Tensor, d_xa: torch.Tensor, xs: torch.Tensor, projection: Projection, laid: torch.Tensor
 ) -> list[torch.Tensor]:
-    """[d_b of each adapter], from d_out_wide [T, O + R]; fills its last R columns with d_xa, the gradient of x A^T."""
+    """[d_b of each adapter], from d_out [T, O]; writes d_xa [T, R], the gradient of x A^T, on the way."""
     if not projection.adapters:
         return []
-    features = d_out_wide.shape[1] - xs.shape[1]
-    d_out, d_xa = d_out_wide[:, :features], d_out_wide[:, features:]
-    b_OR = laid[:features, laid.shape[1] - xs.shape[1] :]
+    b_OR = laid[: d_out.shape[1], laid.shape[1] - d_xa.shape[1] :]
     torch.addmm(d_xa, d_out, b_OR, beta=0, alpha=_scale(projection), out=d_xa)
     d_bs, at = [], 0
     for adapter, rank in zip(projection.adapters, _ranks(projection), strict=True):

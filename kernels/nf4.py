@@ -22,6 +22,7 @@ need a second form for sizes that are odd.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -85,6 +86,24 @@ def dequantize_nf4(
         _plain(codes.view(-1), _plain_scales(absmax), whole, n)
         out.copy_(whole.view(shape))
     return out
+
+
+def dequantize_nf4_rows(stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int], out: torch.Tensor) -> None:
+    """Several matrices of one width into `out` [sum of rows, I], one below the other; up to three in one launch.
+
+    stored: (codes, absmax) of each, rows: how many it has; these and out are as `dequantize_nf4` has them, and the
+    scales of all quantized in one way."""
+    pieces = out.split(list(rows))
+    sizes = [
+        _check(codes, absmax, tuple(piece.shape), out.dtype, piece)
+        for (codes, absmax), piece in zip(stored, pieces, strict=True)
+    ]
+    together = on_triton(out) and 1 < len(stored) <= 3 and len({type(absmax) for _, absmax in stored}) == 1
+    if together and all(sizes):
+        _launch_rows(stored, out, rows, sizes)
+        return
+    for (codes, absmax), piece in zip(stored, pieces, strict=True):
+        dequantize_nf4(codes, absmax, tuple(piece.shape), out.dtype, piece)
 
 
 def _check(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...], dtype: torch.dtype, out) -> int:
@@ -162,22 +181,12 @@ def _plain(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, n: int)
 
 
 @triton.jit
-def _dequantize_kernel(
-    codes_ptr,
-    scale_ptr,  # float32 scales, or their uint8 indices if NESTED
-    nested_ptr,
-    offset_ptr,
-    tables_ptr,  # float32 [272]: the 16 levels, then the 256-entry map
-    out_ptr,
-    n_bytes,
-    n,
-    out_stride,  # from one row of the matrix to the next: in eights if APART is 8, else in numbers
-    NESTED: tl.constexpr,
-    ROWS: tl.constexpr,  # a row: 4 bytes, 8 numbers
-    APART: tl.constexpr,  # 0: out is contiguous; 8: its rows lie apart, by multiples of 8; 1: by anything
-    I: tl.constexpr,  # numbers in a row of the matrix, if APART
-):
-    first_row = tl.program_id(0).to(tl.int64) * ROWS
+def _dequantize(
+    program, codes_ptr, scale_ptr, nested_ptr, offset_ptr, tables_ptr, out_ptr, n_bytes, n, out_stride,
+    NESTED: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, I: tl.constexpr,
+):  # fmt: skip
+    """The piece of that number; arguments as the kernel's."""
+    first_row = program.to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS)
     byte = (row * 4)[:, None] + tl.arange(0, 4)[None, :]
     code = tl.load(codes_ptr + byte, mask=byte < n_bytes, other=0).to(tl.int32)
@@ -210,6 +219,55 @@ def _dequantize_kernel(
         tl.store(out_ptr + at, tl.reshape(numbers, [ROWS * 8]), mask=inside)
 
 
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr,
+    scale_ptr,  # float32 scales, or their uint8 indices if NESTED
+    nested_ptr,
+    offset_ptr,
+    tables_ptr,  # float32 [272]: the 16 levels, then the 256-entry map
+    out_ptr,
+    n_bytes,
+    n,
+    out_stride,  # from one row of the matrix to the next: in eights if APART is 8, else in numbers
+    NESTED: tl.constexpr,
+    ROWS: tl.constexpr,  # a row: 4 bytes, 8 numbers
+    APART: tl.constexpr,  # 0: out is contiguous; 8: its rows lie apart, by multiples of 8; 1: by anything
+    I: tl.constexpr,  # numbers in a row of the matrix, if APART
+):
+    _dequantize(
+        tl.program_id(0), codes_ptr, scale_ptr, nested_ptr, offset_ptr, tables_ptr, out_ptr, n_bytes, n, out_stride,
+        NESTED, ROWS, APART, I,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dequantize_rows_kernel(
+    codes0_ptr, codes1_ptr, codes2_ptr, scale0_ptr, scale1_ptr, scale2_ptr, nested0_ptr, nested1_ptr, nested2_ptr,
+    offset0_ptr, offset1_ptr, offset2_ptr, tables_ptr, out0_ptr, out1_ptr, out2_ptr,
+    n_bytes0, n_bytes1, n_bytes2, n0, n1, n2, second, third, out_stride,
+    COUNT: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, I: tl.constexpr,
+):  # fmt: skip
+    """Two matrices or, if COUNT is 3, three. second, third: the programs with which they begin."""
+    program = tl.program_id(0)
+    if program < second:
+        _dequantize(
+            program, codes0_ptr, scale0_ptr, nested0_ptr, offset0_ptr, tables_ptr, out0_ptr, n_bytes0, n0, out_stride,
+            NESTED, ROWS, APART, I,
+        )  # fmt: skip
+    else:
+        if COUNT == 2 or program < third:
+            _dequantize(
+                program - second, codes1_ptr, scale1_ptr, nested1_ptr, offset1_ptr, tables_ptr, out1_ptr, n_bytes1, n1,
+                out_stride, NESTED, ROWS, APART, I,
+            )  # fmt: skip
+        else:
+            _dequantize(
+                program - third, codes2_ptr, scale2_ptr, nested2_ptr, offset2_ptr, tables_ptr, out2_ptr, n_bytes2, n2,
+                out_stride, NESTED, ROWS, APART, I,
+            )  # fmt: skip
+
+
 @functools.cache
 def _tables(device: torch.device) -> torch.Tensor:
     return torch.cat([torch.tensor(LEVELS, dtype=torch.float32), dynamic_map()]).to(device)
@@ -221,28 +279,47 @@ _WARPS = 4
 
 def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> None:
     tables = _tables(codes.device)
-    nested = not isinstance(absmax, torch.Tensor)
-    scale, nested_absmax, offset = absmax if nested else (absmax, tables, tables)
     n_bytes = codes.numel()
-    apart, stride, width = 0, 0, 1
-    if not out.is_contiguous():
-        stride, width = out.stride(0), out.shape[1]
-        apart = 1 if stride % 8 or width % 8 else 8
     if n_bytes:
-        _dequantize_kernel[(-(-n_bytes // (4 * _ROWS)),)](
-            codes,
-            scale,
-            nested_absmax,
-            offset,
-            tables,
-            out,
-            n_bytes,
-            n,
-            stride // max(apart, 1),
-            NESTED=nested,
-            ROWS=_ROWS,
-            APART=apart,
-            I=width,
-            num_warps=_WARPS,
-            enable_fp_fusion=False,
-        )
+        stride, apart = _apart(out)
+        _dequantize_kernel[(_programs(n_bytes),)](
+            codes, *_scales(absmax, tables), tables, out, n_bytes, n, stride, NESTED=isinstance(absmax, tuple),
+            ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
+        )  # fmt: skip
+
+
+def _launch_rows(
+    stored: Sequence[tuple[torch.Tensor, Scales]], out: torch.Tensor, rows: Sequence[int], sizes: Sequence[int]
+) -> None:
+    count, tables, outs = len(stored), _tables(out.device), out.split(list(rows))
+    absent = [count - 1] * (3 - count)  # arguments that are not read
+    order = [*range(count), *absent]
+    codes = [stored[i][0] for i in order]
+    scale, nested, offset = zip(*(_scales(stored[i][1], tables) for i in order), strict=True)
+    n_bytes = [c.numel() for c in codes]
+    second = _programs(n_bytes[0])
+    third = second + _programs(n_bytes[1])
+    total = third + (_programs(n_bytes[2]) if count == 3 else 0)
+    stride, apart = _apart(out)
+    _dequantize_rows_kernel[(total,)](
+        *codes, *scale, *nested, *offset, tables, *(outs[i] for i in order), *n_bytes, *(sizes[i] for i in order),
+        second, third, stride, COUNT=count, NESTED=isinstance(stored[0][1], tuple),
+        ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
+    )  # fmt: skip
+
+
+def _programs(n_bytes: int) -> int:
+    return -(-n_bytes // (4 * _ROWS))
+
+
+def _scales(absmax: Scales, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (absmax, tables, tables) if isinstance(absmax, torch.Tensor) else absmax
+
+
+def _apart(out: torch.Tensor) -> tuple[int, dict[str, int]]:
+    """(the kernel's out_stride, its APART and I)."""
+    if out.is_contiguous():
+        return 0, {"APART": 0, "I": 1}
+    stride, width = out.stride(0), out.shape[1]
+    apart = 1 if stride % 8 or width % 8 else 8
+    return stride // apart, {"APART": apart, "I": width}

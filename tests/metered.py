@@ -32,8 +32,8 @@ from tests.runs import flags
 
 META = torch.device("meta")
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=META)
-LAUNCHERS = [(nf4, "_launch"), (rms_norm, "_launch_forward"), (rms_norm, "_launch_backward"), (glu, "_launch")]
-LAUNCHERS += [(rope, "_launch"), (cross_entropy, "_launch"), (lora_wide, "_launch")]
+LAUNCHERS = [(nf4, "_launch"), (nf4, "_launch_rows"), (rms_norm, "_launch_forward"), (rms_norm, "_launch_backward")]
+LAUNCHERS += [(glu, "_launch"), (rope, "_launch"), (cross_entropy, "_launch"), (lora_wide, "_launch")]
 NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias"}
 
 

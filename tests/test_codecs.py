@@ -109,6 +109,26 @@ def test_a_matrix_may_be_part_of_a_wider_one(shape, dtype, double_quant, form, r
     assert torch.equal(whole, out)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("width", [64, 72, 33])
+@pytest.mark.parametrize("rows", [(40,), (40, 8), (40, 1, 8), (1, 40, 40), (3, 5, 2, 40)], ids=str)
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_matrices_are_decoded_one_below_the_other(form, rows, width, double_quant, request):
+    device = "cpu" if form == "plain" else request.getfixturevalue("triton_device")
+    codec = NF4(double_quant)
+    weights = [weight_of((n, width), torch.float32) * (i + 1) for i, n in enumerate(rows)]
+    stored = [codec.encode(weight.to(device)) for weight in weights]
+    whole = torch.full((sum(rows) + 1, width + 8), 7.0, dtype=torch.float16, device=device)
+    codec.decode_rows(stored, rows, whole[: sum(rows), :width])
+    for parts, piece in zip(stored, whole[: sum(rows), :width].split(rows), strict=True):
+        assert torch.equal(piece, codec.decode(parts, tuple(piece.shape), torch.float16))
+    assert (whole[:, width:] == 7).all(), "wrote beside the matrices"
+    assert (whole[sum(rows) :] == 7).all(), "wrote below them"
+    together = torch.empty(sum(rows), width, dtype=torch.float16, device=device)
+    codec.decode_rows(stored, rows, together)
+    assert torch.equal(together, whole[: sum(rows), :width])
+
+
 def plain(parts, double_quant, shape, dtype):
     """The stated meaning, number by number: no chunks, no table of pairs."""
     byte = parts["codes"].int()

@@ -25,7 +25,7 @@ def compiled(kernel, capability, types, **constants):
     signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=places)
-    fused = kernel is not nf4._dequantize_kernel
+    fused = kernel not in (nf4._dequantize_kernel, nf4._dequantize_rows_kernel)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": fused}).asm["ptx"]
 
@@ -34,6 +34,11 @@ for out, nested, apart in (("b", True, 0), ("h", False, 8), ("f", True, 1)):
     types = "u" + ("u" if nested else "f") + "fff" + out + "iii"
     ptx = compiled(nf4._dequantize_kernel, 90, types, NESTED=nested, ROWS=64, APART=apart, I=72)
     assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested)
+    types = "uuu" + ("uuu" if nested else "fff") + "fff" + "fff" + "f" + out * 3 + "i" * 9
+    tiling = {"NESTED": nested, "ROWS": 64, "APART": apart, "I": 72}
+    for count in (2, 3):
+        ptx = compiled(nf4._dequantize_rows_kernel, 90, types, COUNT=count, **tiling)
+        assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested, count)
 for softcap, gradient in ((True, True), (False, False)):
     head = {"VOCABULARY": 300, "SOFTCAP": softcap, "GRADIENT": gradient, "TILE": 128}
     compiled(cross_entropy._row_kernel, 86, "blfiiFFF", **head)

@@ -21,7 +21,7 @@ def kept_of_a_block(seed: int, width: int = 3) -> Kept:
         return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
 
     tokens = 2 * width
-    attention = AttentionState(qkv=[some(tokens, 8), some(tokens, 4), some(tokens, 4)], out=some(2, width, 2, 4))
+    attention = AttentionState(qkv=some(tokens, 16), out=some(2, width, 2, 4))
     return Kept(some(2, width, 8), some(tokens, 8), attention, MLPState(gate_up=some(tokens, 40)[:, :36]))
 
 
@@ -34,13 +34,13 @@ def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
     for step in range(3):
         blocks = [kept_of_a_block(10 * step + i, width=step + 1) for i in range(4)]
         before = [contents(kept) for kept in blocks]
-        assert len(before[0]) == 7
+        assert len(before[0]) == 5
         parked = [kept.park(offload) for kept in blocks]
         assert all(not kept._slots() for kept in blocks)
         for kept, place, was in reversed(list(zip(blocks, parked, before, strict=True))):
             kept.fetch(offload, place)
             assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
-    assert sum(len(buffers) for buffers in offload._free.values()) == 4 * 7, (
+    assert sum(len(buffers) for buffers in offload._free.values()) == 4 * 5, (
         "host buffers are made once, whatever the width"
     )
 

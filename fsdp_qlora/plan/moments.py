@@ -122,7 +122,7 @@ class _Sizes:
             again = self.qkv + self.out + self.stats + self.graph + self.oa + self.xs_qkv + self.h + self.projected
             redone = d_h3 + self.attention_forward()
         down = d_h3 + again + self.projected + self.d_wide + self.middle + self.gradient_down_b
-        down += max(self.dropped_again, self.hs)
+        down += self.dropped_again + self.hs
         mlp = d_h3 + again + self.n_wide + (self.gate_up if level < 4 else 0) + self.middle + self.hs
         mlp += self.dropped_again + self.gradients_down
         return max(redone, down, mlp, self._attention_backward(level))
