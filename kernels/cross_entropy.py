@@ -21,7 +21,7 @@ T tokens, H hidden, V vocabulary.
 
 import torch
 
-from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.device import next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.tanh import tanh
 
 IGNORE = -100
@@ -246,7 +246,7 @@ def _row_kernel(
 
 def _launch(logits, labels, losses, gradient: bool, softcap, scale, divisor, ignore) -> None:
     vocabulary = logits.shape[1]
-    tile = min(8192, triton.next_power_of_2(vocabulary))
+    tile = min(8192, next_power_of_2(vocabulary))
     _row_kernel[(logits.shape[0],)](
         logits,
         labels,

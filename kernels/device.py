@@ -28,7 +28,7 @@ except ImportError:
 
     triton = tl = _Absent()
 
-__all__ = ["INTERPRETER", "interpreting", "on_triton", "tl", "triton"]
+__all__ = ["INTERPRETER", "cdiv", "interpreting", "next_power_of_2", "on_triton", "tl", "triton"]
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 _interpreting = False
@@ -37,6 +37,15 @@ _interpreting = False
 def on_triton(tensor: torch.Tensor) -> bool:
     """Whether ops on this tensor run as Triton kernels."""
     return tensor.is_cuda or _interpreting
+
+
+# Triton has these two as well, each at more than a microsecond of the host per call: a launch takes ten.
+def cdiv(n: int, d: int) -> int:
+    return -(-n // d)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ activations that checkpointing frees. Drawing is a function of (seed, position) 
 
 import torch
 
-from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, on_triton, tl, triton
 
 
 def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def _run(x: torch.Tensor, p: float, seed: int, target: torch.Tensor | None) -> t
         return out.copy_(dropped) if target is None else out.add_(dropped)
     n = x.numel()
     if n:
-        _kernel[(triton.cdiv(n, 1024),)](x, out, n, p, 1 / (1 - p), seed, ADD=target is not None, TILE=1024)
+        _kernel[(cdiv(n, 1024),)](x, out, n, p, 1 / (1 - p), seed, ADD=target is not None, TILE=1024)
     return out
 
 

@@ -16,7 +16,7 @@ V vocabulary, H hidden.
 import torch
 import torch.nn.functional as F
 
-from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
 
 
 def gather_rows(table_VH: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -70,8 +70,8 @@ def _gather_kernel(
 def _launch(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     hidden = table.shape[1]
     out = torch.empty(*ids.shape, hidden, dtype=table.dtype, device=ids.device)
-    tile = min(4096, triton.next_power_of_2(hidden))
-    tiles = triton.cdiv(hidden, tile)
+    tile = min(4096, next_power_of_2(hidden))
+    tiles = cdiv(hidden, tile)
     if out.numel():
         _gather_kernel[(ids.numel() * tiles,)](
             table, ids.contiguous(), out, table.shape[0], table.stride(0),

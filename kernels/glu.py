@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -165,8 +165,8 @@ def _launch(kernel, activation: str, gate: torch.Tensor, up: torch.Tensor, third
     n_rows, width = gate.shape
     if not gate.numel():
         return
-    tile = min(1024, triton.next_power_of_2(width))
-    tiles = triton.cdiv(width, tile)
+    tile = min(1024, next_power_of_2(width))
+    tiles = cdiv(width, tile)
     kernel[(n_rows * tiles,)](
         gate, up, third, gate.stride(0), up.stride(0), third.stride(0),
         I=width, TILES=tiles, TILE=tile, ACTIVATION=activation, num_warps=4,

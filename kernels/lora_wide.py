@@ -31,7 +31,7 @@ from collections.abc import Callable
 
 import torch
 
-from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.lora import Projection
 
@@ -219,10 +219,10 @@ def _launch(projection: Projection, laid: torch.Tensor, out_features: int, in_fe
     assert count <= 3, f"{count} adapters of one input"
     assert {*_ranks(projection)} == {rank}, "adapters of one input have one rank"
     a, b = [ad.a.contiguous() for ad in adapters], [ad.b.contiguous() for ad in adapters]
-    ends = [edge for ad in adapters for edge in (ad.rows.start, ad.rows.stop)]
-    columns, tile = triton.next_power_of_2(beside), min(1024, triton.next_power_of_2(in_features))
+    ends = [edge for ad in adapters for edge in (ad.start, ad.start + ad.b.shape[0])]
+    columns, tile = next_power_of_2(beside), min(1024, next_power_of_2(in_features))
     rows = max(1, 4096 // columns)
-    b_programs, tiles = triton.cdiv(out_features, rows), triton.cdiv(in_features, tile)
+    b_programs, tiles = cdiv(out_features, rows), cdiv(in_features, tile)
     spare = 3 - count  # arguments that are not read
     _lay_kernel[(b_programs + beside * tiles,)](
         laid, *a, *a[:1] * spare, *b, *b[:1] * spare, laid.stride(0), b_programs, *ends, *ends[:2] * spare,

@@ -15,7 +15,7 @@ T rows, H row length.
 
 import torch
 
-from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, shift: float = 0.0) -> torch.Tensor:
@@ -222,10 +222,10 @@ _TILE = 2048  # numbers a program holds at least
 def _grid(x: torch.Tensor) -> tuple[tuple[int], int, dict]:
     H = x.shape[-1]
     n_rows = x.numel() // H
-    columns = triton.next_power_of_2(H)
+    columns = next_power_of_2(H)
     rows = max(1, _TILE // columns)
     warps = 4 if rows * columns < 4096 else 8 if rows * columns < 16384 else 16
-    return (triton.cdiv(n_rows, rows),), n_rows, {"H": H, "ROWS": rows, "COLUMNS": columns, "num_warps": warps}
+    return (cdiv(n_rows, rows),), n_rows, {"H": H, "ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 
 def _launch_forward(x, weight, eps, shift, residual, sum_out, out) -> None:

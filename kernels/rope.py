@@ -15,7 +15,7 @@ B batch, S sequence, N heads, K kv heads, D head dim, R rotated features, P tabl
 
 import torch
 
-from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
 
 
 def rope_tables(
@@ -161,14 +161,14 @@ def _rope_kernel(
 def _launch(q, k, cos, sin, positions, backward: bool) -> None:
     batch, sequence, n_q, _ = q.shape
     n_k = k.shape[2]
-    heads = min(16, triton.next_power_of_2(max(n_q, n_k)))
-    q_groups, k_groups = triton.cdiv(n_q, heads), triton.cdiv(n_k, heads)
+    heads = min(16, next_power_of_2(max(n_q, n_k)))
+    q_groups, k_groups = cdiv(n_q, heads), cdiv(n_k, heads)
     half = cos.shape[1]
     n_programs = batch * sequence * (q_groups + k_groups)
     if n_programs:
         _rope_kernel[(n_programs,)](
             q, k, cos, sin, q if positions is None else positions.contiguous(), sequence, n_q, n_k,
             q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-            HALF=half, HALF_TILE=triton.next_power_of_2(half), HEADS=heads, Q_GROUPS=q_groups,
+            HALF=half, HALF_TILE=next_power_of_2(half), HEADS=heads, Q_GROUPS=q_groups,
             GROUPS=q_groups + k_groups, POSITIONS=positions is not None, BACKWARD=backward, num_warps=4,
         )  # fmt: skip

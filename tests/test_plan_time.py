@@ -14,7 +14,7 @@ from tests.known_runs import H200, MEASURED, facts
 from tests.metered import metered_block, planned
 from tests.test_plan_memory import SHAPE
 
-FEW = 3  # launches more or less, of 40 and more: what a keep level copies, in forward
+FEW = 2  # launches more or less, of 20 and more: what a keep level copies, in forward
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])
