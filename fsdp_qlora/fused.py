@@ -243,10 +243,10 @@ class FusedBlock:
 
     # ---- the MLP half
 
-    def mlp_forward(self, n_wide: Tensor, h2: Tensor, h3: Tensor, drop: Any) -> MLPState:
+    def mlp_forward(self, n_wide: Tensor, gate_up: Projection, h2: Tensor, h3: Tensor, drop: Any) -> MLPState:
         """Writes h3 [T, H], from n, h2 normalised with room beside it; returns everything backward can use."""
         state, (p, seed) = MLPState(), drop
-        self._project_gate_up(state, n_wide, self._projection(*self.anatomy.gate_up), drop)
+        self._project_gate_up(state, n_wide, gate_up, drop)
         down = self._projection(self.anatomy.down)
         inner = self.anatomy.down.in_features
         middle = wide(n_wide.shape[0], inner + extra(down), n_wide)
@@ -317,8 +317,9 @@ class FusedBlock:
         """Linears of one input as one: their rows one below the other."""
         adapters, start = [], 0
         for linear in linears:
-            if linear.lora_A is not None and linear.lora_B is not None:
-                adapters.append(Adapter(linear.lora_A.detach(), linear.lora_B.detach(), linear.scale, start))
+            a, b = linear.lora_A, linear.lora_B
+            if a is not None and b is not None:
+                adapters.append(Adapter(a.detach(), b.detach(), linear.scale, start))
             start += linear.out_features
         biases = [linear.bias.decode(self.dtype) for linear in linears if linear.bias is not None]
         assert len(biases) in (0, len(linears)), "linears of one input have biases all or none"
@@ -373,7 +374,7 @@ class _Fused(torch.autograd.Function):
         n_wide = block._normed(added, block.anatomy.mlp_norm, gate_up, residual=rows, sum_out=h2)
         del added
         h3 = torch.empty_like(h)  # no view itself: FSDP2 hangs its hook on it, and warns of views
-        mlp = block.mlp_forward(n_wide, h2, h3.view_as(rows), drop)
+        mlp = block.mlp_forward(n_wide, gate_up, h2, h3.view_as(rows), drop)
         mlp.gate_up, mlp.xs = (mlp.gate_up, _own(mlp.xs)) if level >= KEEP.index("all") else (None, None)
         halves = level >= KEEP.index("halves")
         kept = Kept(h, h2 if halves else None, attention if halves else None, mlp)
