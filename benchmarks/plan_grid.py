@@ -72,6 +72,7 @@ CASES = {
     "8b-all": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *keeping("all")), cap_gib=40),
     "8b-input": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *keeping("input"))),
     "8b-short": Case("grid_8b", 1, 1, 512, 16, (NO_STREAM, *keeping("input"))),
+    "8b-8x512": Case("grid_8b", 1, 8, 512, 16, (NO_STREAM, *keeping("halves"))),
     "8b-offload": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *keeping("attention", IN_HOST))),
     "8b-stream": Case("grid_8b", 1, 2, 1024, 16, (*resident(8), *keeping("halves"))),
     "8b-16k": Case("grid_8b", 1, 1, 16384, 16),

@@ -139,9 +139,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _apart(x: torch.Tensor) -> tuple[int, int]:
-    """(N, distance) of x whose rows lie together in groups of N, the groups as far apart as that."""
+    """(N, distance) of x whose rows lie together in groups of N, the groups as far apart as that; N 0: all together."""
     if x.is_contiguous():
-        return 1, x.shape[-1]
+        return 0, x.shape[-1]
     _, sequence, heads, width = x.shape
     distance = x.stride(0) if sequence == 1 else x.stride(1)
     wanted = (sequence * distance, distance, width, 1)
@@ -181,8 +181,11 @@ def _forward_kernel(
     column = tl.arange(0, COLUMNS)
     at = row[:, None] * H + column[None, :]
     live = (row < n_rows)[:, None] & (column < H)[None, :]
-    x_row = row // HEADS * x_stride + row % HEADS * H
-    x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=live, other=0.0).to(tl.float32)
+    if HEADS:
+        x_at = (row // HEADS * x_stride + row % HEADS * H)[:, None] + column[None, :]
+    else:  # H is known when this is compiled, and with it how rows are aligned
+        x_at = at
+    x = tl.load(x_ptr + x_at, mask=live, other=0.0).to(tl.float32)
     if RESIDUAL:
         x += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
         h = x.to(out_ptr.dtype.element_ty)
@@ -203,8 +206,11 @@ def _backward_kernel(
     column = tl.arange(0, COLUMNS)
     at = row[:, None] * H + column[None, :]
     live = (row < n_rows)[:, None] & (column < H)[None, :]
-    h_row = row // HEADS * h_stride + row % HEADS * H
-    h = tl.load(h_ptr + h_row[:, None] + column[None, :], mask=live, other=0.0).to(tl.float32)
+    if HEADS:
+        h_at = (row // HEADS * h_stride + row % HEADS * H)[:, None] + column[None, :]
+    else:
+        h_at = at
+    h = tl.load(h_ptr + h_at, mask=live, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32) + shift
     d_y = tl.load(d_y_ptr + row[:, None] * d_y_stride + column[None, :], mask=live, other=0.0)
     g = d_y.to(tl.float32) * weight[None, :]

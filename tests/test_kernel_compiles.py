@@ -42,7 +42,7 @@ for out, nested, apart in (("b", True, 0), ("h", False, 8), ("f", True, 1)):
 for softcap, gradient in ((True, True), (False, False)):
     head = {"VOCABULARY": 300, "SOFTCAP": softcap, "GRADIENT": gradient, "TILE": 128}
     compiled(cross_entropy._row_kernel, 86, "blfiiFFF", **head)
-compiled(rms_norm._forward_kernel, 86, "bbbbbiiiFF", H=100, HEADS=1, RESIDUAL=True, ROWS=2, COLUMNS=128)
+compiled(rms_norm._forward_kernel, 86, "bbbbbiiiFF", H=100, HEADS=0, RESIDUAL=True, ROWS=2, COLUMNS=128)
 compiled(rms_norm._backward_kernel, 86, "bbbbbiiiiFF", H=100, HEADS=8, SKIP=True, ROWS=2, COLUMNS=128)
 tiles = {"HALF": 24, "HALF_TILE": 32, "HEADS": 4, "Q_GROUPS": 2, "GROUPS": 3, "POSITIONS": True, "BACKWARD": True}
 compiled(rope._rope_kernel, 86, "bbffl" + "i" * 8, n_k=1, **tiles)
