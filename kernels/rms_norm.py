@@ -181,10 +181,9 @@ def _forward_kernel(
     column = tl.arange(0, COLUMNS)
     at = row[:, None] * H + column[None, :]
     live = (row < n_rows)[:, None] & (column < H)[None, :]
+    x_at = at  # H is known when this is compiled, and with it how rows are aligned
     if HEADS:
         x_at = (row // HEADS * x_stride + row % HEADS * H)[:, None] + column[None, :]
-    else:  # H is known when this is compiled, and with it how rows are aligned
-        x_at = at
     x = tl.load(x_ptr + x_at, mask=live, other=0.0).to(tl.float32)
     if RESIDUAL:
         x += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -206,10 +205,9 @@ def _backward_kernel(
     column = tl.arange(0, COLUMNS)
     at = row[:, None] * H + column[None, :]
     live = (row < n_rows)[:, None] & (column < H)[None, :]
+    h_at = at
     if HEADS:
         h_at = (row // HEADS * h_stride + row % HEADS * H)[:, None] + column[None, :]
-    else:
-        h_at = at
     h = tl.load(h_ptr + h_at, mask=live, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < H, other=0.0).to(tl.float32) + shift
     d_y = tl.load(d_y_ptr + row[:, None] * d_y_stride + column[None, :], mask=live, other=0.0)
