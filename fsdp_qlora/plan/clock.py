@@ -73,9 +73,11 @@ class Clock:
         else:
             self.reduction = self._over(gradients * others, rates.reduce)
             self.publish = self._over(values * others, rates.gather)
-        # What of it the link carries to the GPU for a block backward and forward, beside the block's own bytes.
-        self.reduction_in = gradients * others / rates.h2d if facts.exchange_by_host else 0.0
-        self.publish_in = values * others / rates.h2d / facts.layers if facts.exchange_by_host else 0.0
+        # Of it, what the link carries from and to the GPU for each block backward and forward.
+        by_link = facts.exchange_by_host / rates.h2d
+        self.reduction_out = self.reduction_in = gradients * others * by_link
+        self.publish_out = values / facts.ranks * by_link / facts.layers / facts.accumulation
+        self.publish_in = self.publish_out * (facts.ranks - 1)
         # New adapters travel behind the next forward; only what outlasts it is waited for.
         late = max(self.publish / facts.layers, self.publish - facts.layers * self.forward)
         self.beside = update_bytes(facts) / rates.copy + STEP_WAIT + self.reduction + late
@@ -98,7 +100,7 @@ class Clock:
     def link(self, candidate: Candidate) -> tuple[float, float]:
         """Seconds of a micro-batch in which bytes come to the GPU, and in which kept tensors leave it."""
         away = sum(self.memory.of[b.keep, b.offloaded].away for b in candidate.blocks)
-        exchanged = (self.reduction_in + self.publish_in / self.facts.accumulation) * self.facts.layers
+        exchanged = (self.reduction_in + self.publish_in) * self.facts.layers
         if candidate.placement in ("shard", "shard_offload"):
             blocks = self._passes() * self.facts.layers * self._gather(candidate)
             return blocks + self._gather_head(candidate) + away / self.rates.h2d + exchanged, away / self.rates.h2d
@@ -206,6 +208,11 @@ class Walk:
         self.out_free = start + seconds * (self.slower_out if self.in_free > start else 1.0)
         return self.out_free
 
+    def _exchange(self, out: float, back: float) -> None:
+        """Adapters through host memory: the link's other bytes wait for theirs, and nothing here does."""
+        if back:
+            self._bring(back, self._take_out(out))
+
     def _forward(self) -> None:
         order, there = self._arrivals([*self.streamed, *([-1] if self.streams_head else [])], self.keeps, 0.0)
         pass_seconds, left = self.clock.forward * self.crowding, 0.0
@@ -213,7 +220,7 @@ class Walk:
             self.now = max(self.now, there.get(i, 0.0)) + pass_seconds
             if i in there:
                 self._next(order, there)
-            self._bring(self.clock.publish_in / self.clock.facts.accumulation, self.now)
+            self._exchange(self.clock.publish_out, self.clock.publish_in)
             if self.away[i]:
                 self.now = max(self.now, left)  # the block parked before is out before this one's memory is given back
                 left = self._take_out(self.away[i])
@@ -234,7 +241,7 @@ class Walk:
             self.now = max(self.now, ready) + self.clock.backward[self.blocks[i].keep] * self.crowding
             if i in there:
                 self._next(order, there)
-            self._bring(self.clock.reduction_in, self.now)
+            self._exchange(self.clock.reduction_out, self.clock.reduction_in)
             reduced = max(reduced, self.now) + self.clock.reduction
         self.now = max(self.now, reduced - self.clock.reduction)
 

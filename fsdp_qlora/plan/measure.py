@@ -14,7 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.host_buffers import try_page_lock
+from fsdp_qlora.host_store import HostStore
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward
 from fsdp_qlora.kernels.lora_wide import wide
 from fsdp_qlora.model import CausalModel
@@ -131,11 +133,16 @@ def memory(model: CausalModel, device: torch.device) -> dict[str, float]:
 
 
 def link(world: World) -> dict[str, float]:
-    """Bytes per second between pinned host memory and this rank's GPU, all ranks of the node at the same time."""
+    """Bytes per second between pinned host memory and this rank's GPU, all ranks of the node at the same time: from
+    memory that they share, as streamed blocks come, to memory of their own, as kept activations go."""
     device = world.device
     source, target = (torch.zeros(PINNED, dtype=torch.uint8) for _ in range(2))
-    for buffer in (source, target):
-        try_page_lock(buffer)  # where the system refuses, the copies of a run are as slow as these
+    try_page_lock(target)  # where the system refuses, the copies of a run are as slow as these
+    try:
+        store = HostStore(PINNED, world)  # page-locked while it lives
+        source = store.take(PINNED).zero_()
+    except UserError:  # a system that lets nobody share: nothing will be streamed
+        try_page_lock(source)
     here, there = (torch.zeros(PINNED, dtype=torch.uint8, device=device) for _ in range(2))
     streams = [torch.cuda.Stream(device) for _ in range(2)]
     inward = (streams[0], here, source)

@@ -20,9 +20,10 @@ EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchan
 GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
 HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
 THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autograd's
-# Reserved over allocated (docs/performance.md): 1.015 and less where segments grow; under FSDP2, whose gathers allocate
-# on streams of their own, 1.11 and 1.14 before they did. The allocator gives unused memory back before it fails.
-RESERVED = {"replicate": 1.03, "stream": 1.03, "shard": 1.10, "shard_offload": 1.10}
+# Reserved over allocated where segments grow (docs/performance.md): 1.012 and 1.021 streaming at the limit, up to 1.06
+# replicated with room to spare; under FSDP2, whose gathers allocate on streams of their own, 1.11 and 1.14 before they
+# did. The allocator gives unused memory back before it fails, so most of it is slack.
+RESERVED = {"replicate": 1.05, "stream": 1.03, "shard": 1.10, "shard_offload": 1.10}
 
 
 @dataclass(frozen=True)
