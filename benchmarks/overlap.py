@@ -130,7 +130,7 @@ def draw(spans: dict[str, list[Span]], window: Span, target: Path) -> None:
     figure, axes = plt.subplots(figsize=(14, 0.45 * len(rows) + 1.2))
     for place, kind in enumerate(reversed(rows)):
         bars = [((start - window[0]) / 1e3, (stop - start) / 1e3) for start, stop in spans[kind]]
-        axes.broken_barh(bars, (place - 0.4, 0.8), linewidth=0, rasterized=True)
+        axes.broken_barh(bars, (place - 0.4, 0.8), linewidth=0.4, edgecolor="C0", snap=False)  # thin ones show
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
     axes.set_xlabel("ms of the step")
     axes.set_xlim(0, (window[1] - window[0]) / 1e3)
