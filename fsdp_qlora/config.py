@@ -507,7 +507,10 @@ class OutputOptions:
     )
     entity: str | None = option(None, "User or team in wandb.", "the account's own", "none", known_as=("wandb_entity",))
     verbose: bool = option(
-        False, "Print more at start and while loading.", "the short version is enough to see that all is well", "none"
+        False,
+        "Print more at start: cards, versions, rates measured of the machine, seconds until the first step by stage.",
+        "the short version is enough to see that all is well",
+        "none",
     )
 
 

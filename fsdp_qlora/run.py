@@ -10,6 +10,7 @@ from fsdp_qlora.codecs import Codec, Plain
 from fsdp_qlora.config import Config, DataOptions, MemoryOptions
 from fsdp_qlora.config_file import save as save_config
 from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
+from fsdp_qlora.details import Stages, machine_lines, rates_line
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.exchange import check_exchange, choose_exchange
 from fsdp_qlora.export import check_space, prepare_output
@@ -37,7 +38,10 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
     """Train as `config` says. Returns the exit code: 0, or a signal's (130, 143) where one ended it early, and saved.
 
     notes: lines that the user shall see along with what the run is about to do."""
+    stages = Stages()
+    stages.done("imports")
     with open_world(config.launch, config.training.seed) as world, HostMemory() as host:
+        stages.done("ranks")
         folder, only_plan = Path(config.output.output_dir), config.memory.plan_only
         if not only_plan:
             world.main_only(lambda: prepare_output(folder, config.output.overwrite_output_dir))
@@ -50,16 +54,22 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         if not only_plan:
             tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
             longest = rows.widest
+        stages.done("config and data")
         weights = world.together(lambda: open_weights(config, precision.stream))
         model, fusion = build_model(micro_batches(config)[0], hf_config, weights, precision, attention, world)
+        stages.done("model")
         planned = plan_run(model, config, fusion, longest, world)
         plan, config = planned.plan, planned.config
+        stages.done("plan")
         described = describe(model, hf_config, config, attention, fusion, world)
         if not only_plan:
             batches = make_batches(config, rows, world)
             steps = count_steps(config, batches)
             described += describe_rows(config, batches, steps, world)
-        for line in [*notes, *described, *planned.lines]:
+        if config.output.verbose:
+            described = [*machine_lines(world), *described]
+        rates = [rates_line(planned.record["rates"])] if config.output.verbose and planned.record["rates"] else []
+        for line in [*notes, *described, *planned.lines, *rates]:
             world.say(line)
         if only_plan:
             return 0
@@ -69,6 +79,9 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         placement = world.together(lambda: choose_placement(plan, config.memory, world))
         keep_activations(model, plan.blocks, config.training.batch_size * longest, world.device)
         adapters = load_model(config, model, weights, placement, world)
+        stages.done("loading")
+        if config.output.verbose:
+            world.say(stages.line())
         torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
         stepper = Stepper(model, adapters, config.training, steps, world)
         return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
