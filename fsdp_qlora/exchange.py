@@ -92,9 +92,10 @@ class _Recorded:
 class ThroughHost:
     """Copies through page-locked memory that the ranks of one node share, on a stream of their own.
 
-    Exchange number k (from 1) of a rank uses its slot k % SLOTS. One counter for each rank says how many exchanges'
-    bytes are in its slots, one for each rank and peer how many of these the peer has read. Sums are in the dtype of
-    what is summed, in an order that depends on the rank alone.
+    Exchange number k (from 1) of a rank uses its slot k % SLOTS. For each rank and peer one counter says how many
+    exchanges' bytes are in the rank's slots, and one how many of these the peer has read: nobody but the peer waits for
+    the first, nobody but the rank for the second. Sums are in the dtype of what is summed, in an order that depends on
+    the rank alone.
     """
 
     def __init__(self, nbytes: int, world: World) -> None:
@@ -105,7 +106,7 @@ class ThroughHost:
         self._peers = [rank for rank in range(world.size) if rank != world.rank]
         nbytes = max(nbytes, 8 * world.size)  # the probe's
         piece = -(-nbytes // world.size)
-        slot, counters = piece * len(self._peers), LINE * world.size * (world.size + 1)
+        slot, counters = piece * len(self._peers), LINE * 2 * world.size**2
         store = HostStore(store_bytes(nbytes, world.size), world, FAILS, INSTEAD)
         self._slots = [[store.take(slot) for _ in range(SLOTS)] for _ in range(world.size)]
         self._counters = store.take(counters).view(torch.int32)[:: LINE // 4]
@@ -115,6 +116,8 @@ class ThroughHost:
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
         parts = whole.view(self.world.size, -1)
         with self._turn():
+            if mine.data_ptr() != parts[self.world.rank].data_ptr():
+                parts[self.world.rank].copy_(mine)
             self._send([mine])
             for peer in self._peers:
                 self._receive(parts[peer], peer, 0)
@@ -131,7 +134,9 @@ class ThroughHost:
             return self._pending()
 
     def let_go(self) -> None:
-        self._counters.fill_(LET_GO)
+        for peer in self._peers:
+            self._counters[self._written(peer, self.world.rank)] = LET_GO
+            self._counters[self._read(self.world.rank, peer)] = LET_GO
 
     def fault(self) -> str:
         """What keeps bytes from crossing, the same words on every rank; "" where they do. A collective."""
@@ -167,19 +172,20 @@ class ThroughHost:
         slot = self._slots[self.world.rank][self.count % SLOTS]
         for i, part in enumerate(parts):
             slot[i * part.nbytes : (i + 1) * part.nbytes].view(part.dtype).copy_(part, non_blocking=True)
-        self._tell(self._written(self.world.rank))
+        for peer in self._peers:
+            self._tell(self._written(self.world.rank, peer))
 
     def _receive(self, into: Tensor, peer: int, place: int) -> None:
-        self._await(self._written(peer), self.count)
+        self._await(self._written(peer, self.world.rank), self.count)
         slot = self._slots[peer][self.count % SLOTS]
         into.copy_(slot[place * into.nbytes : (place + 1) * into.nbytes].view(into.dtype), non_blocking=True)
         self._tell(self._read(peer, self.world.rank))
 
-    def _written(self, rank: int) -> int:
-        return rank
+    def _written(self, rank: int, peer: int) -> int:
+        return self.world.size * rank + peer
 
     def _read(self, rank: int, peer: int) -> int:
-        return self.world.size * (1 + rank) + peer
+        return self.world.size * (self.world.size + rank) + peer
 
     # What follows is the GPU's.
 
@@ -222,7 +228,7 @@ class ThroughHost:
 def store_bytes(nbytes: int, ranks: int) -> int:
     """Host memory that `ThroughHost` takes of a node."""
     slot = -(-nbytes // ranks) * (ranks - 1)
-    return ranks * SLOTS * rounded(slot) + rounded(LINE * ranks * (ranks + 1))
+    return ranks * SLOTS * rounded(slot) + rounded(LINE * 2 * ranks**2)
 
 
 def through_host(options: MemoryOptions, world: World) -> bool:

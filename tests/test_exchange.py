@@ -14,38 +14,16 @@ from fsdp_qlora.world import World, open_world
 from tests.known_runs import facts
 from tests.torchrun import run_torchrun
 
-# Without a GPU the host writes the counters and waits for them, at once: the same protocol, without streams.
-ON_HOST = """
+START = """
     import sys, threading, time
-    from contextlib import nullcontext
-    from dataclasses import dataclass
     import torch
     from fsdp_qlora.config import LaunchOptions
     from fsdp_qlora.exchange import Collectives, ThroughHost
     from fsdp_qlora.world import open_world
-
-    class Done:
-        def wait(self):
-            pass
-        def is_completed(self):
-            return True
-
-    class OnHost(ThroughHost):
-        def _open(self):
-            pass
-        def _turn(self):
-            self.count += 1
-            return nullcontext()
-        def _pending(self):
-            return Done()
-        def _await(self, counter, value):
-            while int(self._counters[counter]) < value:
-                time.sleep(1e-4)
-        def _tell(self, counter):
-            self._counters[counter] = self.count
+    from tests.on_host import OnHost
 """
 SAME = (
-    ON_HOST
+    START
     + """
     with open_world(LaunchOptions(), 0) as world:
         on_gpu, n = world.device.type == "cuda", world.size
@@ -70,8 +48,11 @@ SAME = (
                 expected = torch.empty_like(whole)
                 mine = whole[world.rank * size : (world.rank + 1) * size]
                 plain.all_gather(expected, mine.clone()).wait()
+                if k % 3:
+                    mine = mine.clone()
+                    whole.fill_(torch.nan)
                 whole[: world.rank * size] = whole[(world.rank + 1) * size :] = torch.nan
-                flying.append((ours.all_gather(whole, mine), whole, expected, whole))
+                flying.append((ours.all_gather(whole, mine), whole, expected, mine))
             if len(flying) > 3:  # several are under way at once
                 pending, got, expected, _ = flying.pop(0)
                 pending.wait()
@@ -83,7 +64,7 @@ SAME = (
     """
 )
 GONE = (
-    ON_HOST
+    START
     + """
     with open_world(LaunchOptions(), 0) as world:
         on_gpu = world.device.type == "cuda"
@@ -122,7 +103,7 @@ def test_a_rank_that_is_gone_is_let_go():
 def test_what_the_system_refuses_is_an_error_where_it_was_asked_for_and_said_once_where_not(monkeypatch, capfd):
     class Refused(ThroughHost):
         def __init__(self, nbytes: int, world: World) -> None:
-            self.world, self._counters = world, torch.zeros(2)
+            self.world, self._peers = world, []
 
         def _probe(self) -> None:
             raise RuntimeError("cuStreamWaitValue32_v2: CUDA error 801\nmore")

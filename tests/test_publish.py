@@ -221,9 +221,10 @@ TWO = """
     import sys, time
     import torch
     from fsdp_qlora.config import LaunchOptions
-    from fsdp_qlora.exchange import Collectives
+    from fsdp_qlora.exchange import Collectives, ThroughHost
     from fsdp_qlora.world import open_world
     from tests.built import build_in
+    from tests.on_host import OnHost
 
     class Later:
         def __init__(self, *arguments):
@@ -240,10 +241,15 @@ TWO = """
     options = {"model_name": sys.argv[1], "dataset": "dummy", "precision": "fp32", "lora_rank": 3, "fused": "false",
                "train_type": "lora", "lora_target_modules": "q_proj,down_proj"}
     with open_world(LaunchOptions(), 0) as world:
-        def steps(late):
+        def through_host(adapters):
+            exchange = (ThroughHost if world.device.type == "cuda" else OnHost)(adapters.largest, world)
+            assert exchange.fault() == ""
+            return exchange
+
+        def steps(exchange_of):
             ours = build_in(world, options)
             adapters, losses = ours.adapters, []
-            adapters.exchange = Late() if late else Collectives()
+            adapters.exchange = exchange_of(adapters)
             ids = torch.arange(5, 25, device=world.device)[None] + world.rank
             for step in range(3):
                 for micro in range(2):
@@ -261,14 +267,15 @@ TWO = """
             assert all(torch.equal(masters[name], working[name]) for name in masters)
             assert losses[-1] < losses[1]
             return losses, masters
-        now, late = steps(False), steps(True)
-        assert now[0] == late[0]
-        assert all(torch.equal(now[1][name], late[1][name]) for name in now[1])
+        now = steps(lambda _: Collectives())
+        for other in (steps(lambda _: Late()), steps(through_host)):
+            assert now[0] == other[0]
+            assert all(torch.equal(now[1][name], other[1][name]) for name in now[1])
         sys.stdout.write(f"rank {world.rank}: the same\\n")
     """
 
 
-def test_two_ranks_learn_the_same_however_late_the_gathers_come(tmp_path):
+def test_two_ranks_learn_the_same_however_late_the_gathers_come_and_by_whichever_way(tmp_path):
     model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
     done = run_torchrun(TWO, 2, [str(model)])
     for rank in range(2):

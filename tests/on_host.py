@@ -1,0 +1,33 @@
+"""`ThroughHost` without a GPU: the host writes the counters and waits for them. The same protocol, no streams."""
+
+import time
+from contextlib import nullcontext
+
+from fsdp_qlora.exchange import Pending, ThroughHost
+
+
+class Done:
+    def wait(self) -> None:
+        pass
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class OnHost(ThroughHost):
+    def _open(self) -> None:
+        pass
+
+    def _turn(self) -> nullcontext[None]:
+        self.count += 1
+        return nullcontext()
+
+    def _pending(self) -> Pending:
+        return Done()
+
+    def _await(self, counter: int, value: int) -> None:
+        while int(self._counters[counter]) < value:
+            time.sleep(1e-4)
+
+    def _tell(self, counter: int) -> None:
+        self._counters[counter] = self.count
