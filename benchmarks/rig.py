@@ -91,7 +91,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
         "tokens_per_second": round(statistics.median(s["tokens_per_second"] for s in typical), 1),
         "seconds_per_step": round(statistics.median(s["seconds"] for s in typical), 4),
         "gpu_allocated_gib": max(steps[-1]["gpu_allocated_gib"]),
-        "gpu_reserved_gib": max(steps[-1]["gpu_reserved_gib"]),
+        "gpu_reserved_gib": max(steps[-1]["gpu_reserved_gib"]), "gpu_retries": max(steps[-1]["gpu_retries"]),
         "host_gib": round(max(sum(s["host_rss_gib"]) for s in steps), 2),
         "start_seconds": round(whole - sum(s["seconds"] for s in steps), 1),
         "losses": [s["loss"] for s in steps], "device": torch.cuda.get_device_name(0), "torch": torch.__version__,

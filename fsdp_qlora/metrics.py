@@ -142,6 +142,12 @@ class Metrics:
                 "GPU     peak GiB allocated / reserved: "
                 + ", ".join(f"rank {rank} {used:.2f} / {held:.2f}" for rank, (used, held) in enumerate(pairs))
             )
+            retries = [now - then for now, then in zip(last.gpu_retries, first.gpu_retries, strict=True)]
+            if any(retries):
+                lines.append(
+                    f"        the allocator stopped {max(retries)} times to give memory back after step {first.step}: "
+                    "a --gpu_memory_gib half a GiB lower may be faster"
+                )
         if self._host_peak:
             ranks = ", ".join(f"rank {rank} {gib:.2f}" for rank, gib in enumerate(self._host_peak))
             lines.append(f"host    peak GiB: {self._host_peak_sum:.2f} in all; {ranks}")

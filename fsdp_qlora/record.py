@@ -17,6 +17,7 @@ class StepRecord:
     seconds: float
     gpu_allocated_gib: list[float]  # peak so far; empty without GPUs
     gpu_reserved_gib: list[float]
+    gpu_retries: list[int]  # times so far that the allocator had to wait and give memory back before it found some
     host_rss_gib: list[float]  # proportional set size: the sum is what the job takes from the machine
 
     @property

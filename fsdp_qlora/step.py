@@ -82,7 +82,7 @@ class Stepper:
         memory = self._memory()  # all of the step has been allocated, if not yet computed
         loss_part, square = _to_host(sums)  # the step's one wait for the GPU
         everyone = self.world.gather([loss_part, square, *memory, host_gib])
-        losses_by_rank, squares, allocated, reserved, host = (list(column) for column in zip(*everyone, strict=True))
+        losses_by_rank, squares, allocated, reserved, retries, host = map(list, zip(*everyone, strict=True))
         loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
         lr = float(self.schedule.get_last_lr()[0])
         self.overflowed = not self._update(loss, norm, batches, losses_by_rank)
@@ -99,6 +99,7 @@ class Stepper:
             seconds=self._ended - start,
             gpu_allocated_gib=allocated if on_gpu else [],
             gpu_reserved_gib=reserved if on_gpu else [],
+            gpu_retries=[int(count) for count in retries] if on_gpu else [],
             host_rss_gib=host,
         )
 
@@ -148,10 +149,13 @@ class Stepper:
         )
         raise stopped.on_every_rank(self.world.rank)
 
-    def _memory(self) -> tuple[float, float]:
+    def _memory(self) -> tuple[float, float, float]:
+        """Peaks of what is allocated and reserved, GiB, and the allocator's retries, so far."""
         if self.world.device.type != "cuda":
-            return 0.0, 0.0
-        return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+            return 0.0, 0.0, 0.0
+        stats = torch.cuda.memory_stats()
+        peaks = (stats[f"{what}_bytes.all.peak"] / GIB for what in ("allocated", "reserved"))
+        return *peaks, stats["num_alloc_retries"]
 
 
 def _to_host(numbers: Tensor) -> list[float]:

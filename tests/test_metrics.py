@@ -31,7 +31,7 @@ def config_for(folder: Path, *log_to: str) -> Config:
     return Config(ModelOptions(model_name="tiny"), output=OutputOptions(output_dir=str(folder), log_to=list(log_to)))
 
 
-def record(step: int, seconds: float = 0.5, gpu: bool = True) -> StepRecord:
+def record(step: int, seconds: float = 0.5, gpu: bool = True, retries: int = 0) -> StepRecord:
     return StepRecord(
         step=step,
         epoch=step / 10,
@@ -43,6 +43,7 @@ def record(step: int, seconds: float = 0.5, gpu: bool = True) -> StepRecord:
         seconds=seconds,
         gpu_allocated_gib=[3.0 + step, 2.0] if gpu else [],
         gpu_reserved_gib=[5.0 + step, 4.0] if gpu else [],
+        gpu_retries=[2, 2 + retries * step] if gpu else [],
         host_rss_gib=[1.5, 0.5] if step == 2 else [1.0, 0.75],
     )
 
@@ -74,6 +75,16 @@ def test_the_summary_tells_steps_speed_loss_memory_and_places(tmp_path, capsys):
     for place in ("out/adapter_model.safetensors", tmp_path / "metrics.jsonl", tmp_path / "loss.png"):
         assert str(place) in out
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_that_was_too_tight_is_told(tmp_path, capsys):
+    for retries in (0, 3):
+        metrics = Metrics(config_for(tmp_path), MAIN, 2)
+        for step in (1, 2):
+            metrics.step(record(step, retries=retries))
+        metrics.close()
+        told = "the allocator stopped 3 times to give memory back after step 1" in capsys.readouterr().out
+        assert told is bool(retries)
 
 
 def test_what_was_recorded_survives_a_failure(tmp_path, capsys):
