@@ -1,12 +1,12 @@
 """Optimizers and learning-rate schedules, over the float32 slices that each rank owns."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from fsdp_qlora.config import TrainingOptions
 from fsdp_qlora.errors import UserError, first_line
@@ -79,15 +79,22 @@ def paged_bytes(optimizer: str) -> int:
     return 2 if optimizer.endswith("_8bit") else 8
 
 
-def make_schedule(options: TrainingOptions, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """Hugging Face's: warm-up over `warmup_ratio` of the steps, then cosine or linear to zero; constant has no warm-up.
+def make_schedule(options: TrainingOptions, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """Warm-up over `warmup_ratio` of the steps, then cosine or linear to zero; constant has no warm-up.
 
     Step i (from 0) of w warm-up steps takes i/w of `lr`, so the first of them takes 0; the fall begins with the whole
-    `lr` at step w, and zero is reached after the last step, which still learns.
-    """
-    return get_scheduler(
-        options.lr_scheduler,
-        optimizer,
-        num_warmup_steps=round(options.warmup_ratio * total_steps),
-        num_training_steps=total_steps,
-    )
+    `lr` at step w, and zero is reached after the last step, which still learns. As transformers' `get_scheduler`, whose
+    import brings PEFT and bitsandbytes along: a quarter of the seconds before a run begins, on every rank."""
+    warm_up = round(options.warmup_ratio * total_steps)
+
+    def share(step: int) -> float:
+        if options.lr_scheduler == "constant":
+            return 1.0
+        if step < warm_up:
+            return step / warm_up
+        falling = max(1, total_steps - warm_up)
+        if options.lr_scheduler == "linear":
+            return max(0.0, (total_steps - step) / falling)
+        return (1 + math.cos(math.pi * min(1.0, (step - warm_up) / falling))) / 2
+
+    return LambdaLR(optimizer, share)

@@ -13,6 +13,7 @@ import torch
 from fsdp_qlora.config import Config, MemoryOptions
 from fsdp_qlora.environment import allocator_grows
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.exchange import through_host
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.host_memory import available_host_bytes
@@ -56,7 +57,8 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
     for sized in micro_batches(config):
         at_length = replace(sized, data=replace(config.data, context_length=longest))
         optimizer = state_bytes(config.training.optimizer, world.device.type)
-        facts = agreed(facts_of(model, at_length, world, fusion, optimizer), world)
+        here = facts_of(model, at_length, world, fusion, optimizer)
+        facts = agreed(replace(here, exchange_by_host=through_host(config.memory, world)), world)
         rates = calibrate(facts, model, world)
         pages = paged_bytes(config.training.optimizer) * facts.all_adapters * facts.local_ranks // facts.ranks
         left = replace(budget, host_bytes=budget.host_bytes - pages)

@@ -3,6 +3,7 @@
 On a GPU where there is one (unified memory and all), else by bitsandbytes' own code for the CPU.
 """
 
+import subprocess
 import sys
 
 import pytest
@@ -157,3 +158,26 @@ def test_paging_without_a_gpu_is_told_once(options, tmp_path, capfd):
     out, err = capfd.readouterr()
     assert (out + err).count("optimizer paged_adamw_8bit: without a GPU nothing is paged") == 1
     assert "Falling back" not in out + err, "bitsandbytes says it too"
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_the_schedule_is_that_of_transformers(kind, warmup_ratio):
+    from transformers import get_scheduler
+
+    for steps in (1, 7, 100):
+        ours, theirs = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4) for _ in range(2))
+        options = TrainingOptions(lr=3e-4, lr_scheduler=kind, warmup_ratio=warmup_ratio)
+        warm_up = 0 if kind == "constant" else round(warmup_ratio * steps)
+        schedules = [make_schedule(options, ours, steps), get_scheduler(kind, theirs, warm_up, steps)]
+        for _ in range(steps + 1):
+            assert schedules[0].get_last_lr() == pytest.approx(schedules[1].get_last_lr(), rel=1e-12, abs=1e-18)
+            for optimizer, schedule in zip((ours, theirs), schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+
+
+def test_a_run_that_needs_no_bitsandbytes_or_peft_imports_neither():
+    command = "import sys, fsdp_qlora.run; print(sorted({'peft', 'bitsandbytes'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -132,8 +132,6 @@ def pitch(columns: int) -> int:
 
 def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fusion", state_bytes: float) -> Facts:
     """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter."""
-    from fsdp_qlora.exchange import through_host
-
     blocks = list(model.blocks.values())
     linears = [m for block in blocks for m in block.linears().values()]
     first = blocks[0].linears()
@@ -174,7 +172,6 @@ def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fu
         attention=fusion.attention[0] if fusion.attention else "",
         workspace_bytes=workspace(world.device),
         dummy=config.model.dummy_weights,
-        exchange_by_host=through_host(memory, world),
         **(_fused(model, config.data.context_length) if fusion.blocks else _generic(model, config)),
     )
 
