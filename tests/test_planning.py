@@ -23,6 +23,7 @@ from fsdp_qlora.planning import agreed, find_budget, micro_batches, wishes_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import open_world
 from tests import tiny
+from tests.known_runs import facts
 from tests.runs import run_alone
 from tests.torchrun import ROOT, run_torchrun
 
@@ -174,13 +175,13 @@ def test_micro_batches_of_every_size_that_divides_a_steps_rows():
 def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
     """Larger ones are faster here, until 8, which does not fit."""
 
-    def plan_of(facts, *_):
-        if facts.batch == 8:
+    def plan_of(known, *_):
+        if known.batch == 8:
             raise UserError("does not fit")
-        return SimpleNamespace(seconds=1 / facts.batch)
+        return SimpleNamespace(seconds=1 / known.batch)
 
     def facts_of(model, config, *_):
-        return SimpleNamespace(batch=config.training.batch_size, all_adapters=1, local_ranks=1, ranks=1)
+        return facts("llama2_70b", config.training.batch_size, 64, 8)
 
     monkeypatch.setattr(planning, "facts_of", facts_of)
     monkeypatch.setattr(planning, "agreed", lambda facts, world: facts)
