@@ -452,7 +452,8 @@ class MemoryOptions:
         memory that the node's ranks share. nccl: its kernels do. auto: host on one node whose cards have no peer
         access, else nccl.""",
         "without peer access all bytes go through host memory anyway, and kernels that wait there slow the others down",
-        "host takes four of a block's adapters of host memory (0.15 GiB at 70B and rank 64 on two GPUs)",
+        """host takes twice a block's adapters, in float32, of host memory for each rank but one (0.08 GiB at 70B and
+        rank 64 on two GPUs)""",
     )
     reduce_dtype: Literal["fp32", "bf16"] = option(
         "fp32",

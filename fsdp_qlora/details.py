@@ -55,12 +55,14 @@ def rates_line(rates: Mapping[str, float]) -> str:
     def pair(first: str, second: str, unit: float) -> str:
         return f"{rates[first] / unit:,.0f} / {rates[second] / unit:,.0f}"
 
+    ranks = (
+        f"; between ranks gather / reduce {pair('gather', 'reduce', 1e9)}, products beside it x {rates['crowding']:.2f}"
+    )
     return (
         f"rates     products {pair('matmul_forward', 'matmul_backward', 1e12)} TFLOP/s forward / backward, attention "
         f"{pair('attention_forward', 'attention_backward', 1e12)}; device memory {rates['copy'] / 1e9:,.0f} GB/s, "
         f"decoding {rates['dequantize'] / 1e9:,.0f}; to the GPU {rates['h2d'] / 1e9:.1f} GB/s, both ways "
-        f"{rates['h2d_both'] / 1e9:.1f} / {rates['d2h_both'] / 1e9:.1f}; between ranks gather / reduce "
-        f"{pair('gather', 'reduce', 1e9)}, products beside it x {rates['crowding']:.2f}; a launch "
+        f"{rates['h2d_both'] / 1e9:.1f} / {rates['d2h_both'] / 1e9:.1f}{ranks if rates['gather'] else ''}; a launch "
         f"{rates['launch'] * 1e6:.0f} us"
     )
 

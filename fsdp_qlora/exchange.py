@@ -32,8 +32,8 @@ FAILS = "adapters cannot be exchanged through host memory by copy engines"
 INSTEAD = "use --exchange_by nccl, beside which products run slower"
 
 # torch 2.13 has new names for these two, and a warning for who uses the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Pending(Protocol):
@@ -66,10 +66,10 @@ class Collectives:
     """torch.distributed's: NCCL between GPUs, gloo between CPUs."""
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
-        return _all_gather(whole, mine, async_op=True)
+        return all_gather(whole, mine, async_op=True)
 
     def reduce_scatter(self, mine: Tensor, whole: Tensor) -> Pending:
-        return _reduce_scatter(mine, whole, async_op=True)
+        return reduce_scatter(mine, whole, async_op=True)
 
     def let_go(self) -> None:
         pass
@@ -271,12 +271,11 @@ def choose_exchange(nbytes: int, options: MemoryOptions, world: World) -> Exchan
         return Collectives()
     try:
         exchange = ThroughHost(nbytes, world)
+        fault = exchange.fault()
     except UserError:
         if options.exchange_by == "host":
             raise
-        world.say(f"{FAILS}, for want of memory that ranks share: NCCL does it, beside which products run slower")
-        return Collectives()
-    fault = exchange.fault()
+        fault = "no memory that ranks can share"
     if not fault:
         return exchange
     if options.exchange_by == "host":

@@ -84,7 +84,7 @@ def make_schedule(options: TrainingOptions, optimizer: Optimizer, total_steps: i
 
     Step i (from 0) of w warm-up steps takes i/w of `lr`, so the first of them takes 0; the fall begins with the whole
     `lr` at step w, and zero is reached after the last step, which still learns. As transformers' `get_scheduler`, whose
-    import brings PEFT and bitsandbytes along: a quarter of the seconds before a run begins, on every rank."""
+    import brings PEFT and bitsandbytes along: a quarter of the time of all imports, on every rank."""
     warm_up = round(options.warmup_ratio * total_steps)
 
     def share(step: int) -> float:

@@ -39,6 +39,8 @@ def test_rates_are_told_in_the_units_of_data_sheets():
     assert f"products {H200.matmul_forward / 1e12:,.0f} / {H200.matmul_backward / 1e12:,.0f} TFLOP/s" in told
     assert f"to the GPU {H200.h2d / 1e9:.1f} GB/s" in told
     assert told.endswith(f"a launch {H200.launch * 1e6:.0f} us")
+    assert "between ranks" in told
+    assert "between ranks" not in rates_line(dataclasses.asdict(H200) | {"gather": 0.0, "reduce": 0.0}), "a lone rank"
 
 
 def test_every_option_is_read_somewhere():

@@ -115,8 +115,8 @@ def test_heads_may_be_part_of_longer_rows(form, shape, request):
     piece.copy_(x)
     y, d_x = rms_norm_forward(piece, weight, EPS), rms_norm_backward(d_y, piece, weight, EPS)
     assert y.is_contiguous()
-    # A row that need not begin on 16 numbers may be summed in another order.
-    exact = {"rtol": 0, "atol": 0} if width % 16 == 0 else {"rtol": 1e-6, "atol": 1e-6}
+    # Compiled, a row that need not begin on 16 numbers may be summed in another order: float32's rounding.
+    exact = {"rtol": 1e-6, "atol": 1e-6} if row.is_cuda and width % 16 else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(y, rms_norm_forward(x, weight, EPS), **exact)
     torch.testing.assert_close(d_x, rms_norm_backward(d_y, x, weight, EPS), **exact)
 

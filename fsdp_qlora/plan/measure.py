@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.exchange import all_gather, reduce_scatter
 from fsdp_qlora.host_buffers import try_page_lock
 from fsdp_qlora.host_store import HostStore
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward
@@ -180,13 +181,11 @@ def collectives(facts: Facts, dtype: torch.dtype, world: World) -> dict[str, flo
     beside a gather. All 0 for one rank, whose products nothing disturbs."""
     if world.size == 1:
         return {"gather": 0.0, "reduce": 0.0, "crowding": 1.0}
-    gather_op = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    reduce_op = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     mine = torch.zeros(PIECE // 4, device=world.device)
     whole = torch.zeros(world.size * PIECE // 4, device=world.device)
     received = PIECE * (world.size - 1)
     times = []
-    for call in (lambda: gather_op(whole, mine), lambda: reduce_op(mine, whole)):
+    for call in (lambda: all_gather(whole, mine), lambda: reduce_scatter(mine, whole)):
         call()
         world.barrier()
         times.append(_events(call, COLLECTIVES))
@@ -194,7 +193,7 @@ def collectives(facts: Facts, dtype: torch.dtype, world: World) -> dict[str, flo
     return {
         "gather": received / times[0],
         "reduce": received / times[1],
-        "crowding": _crowding(facts, dtype, world, lambda: gather_op(whole, mine, async_op=True), slowest),
+        "crowding": _crowding(facts, dtype, world, lambda: all_gather(whole, mine, async_op=True), slowest),
     }
 
 
