@@ -19,23 +19,20 @@ from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.frozen import decode_rows
 from fsdp_qlora.kernels.attention import attend, attend_backward
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
-from fsdp_qlora.kernels.lora import (
-    Adapter,
-    Gradients,
-    Projection,
-    gradient_of_input,
-    gradients_of_a,
-    gradients_of_b,
-    project,
-)
+from fsdp_qlora.kernels.lora import Adapter, Gradients, Projection
 from fsdp_qlora.kernels.lora_wide import (
     PITCH,
     adapt_,
+    add_adapters_,
     extra,
+    gradient_of_input_beside,
     gradient_of_input_wide,
     gradients_of_a_wide,
     gradients_of_b_wide,
     lay,
+    pays_beside,
+    products_of_b,
+    project_apart,
     project_wide,
     wide,
 )
@@ -78,7 +75,7 @@ class AttentionState:
     xs: Tensor | None = None  # see kernels/lora_wide.py
     out: Tensor | None = None  # [B, S, N, D]
     stats: Any = None
-    oa: Tensor | None = None
+    oa: Tensor | None = None  # xs of o
     projected: Tensor | None = None  # o's output, where a norm follows it
 
     def let_go(self, level: int, backend: str) -> None:
@@ -142,6 +139,7 @@ class FusedBlock:
     scratch: Scratch
     backend: str  # of attention, see kernels/attention.py
     offload: ActivationOffload | None = None  # where what is kept waits, if not on the device
+    others: ActivationOffload | None = None  # where what other blocks keep waits, to be fetched ahead of them
 
     def __call__(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         linears = self.anatomy.linears
@@ -162,26 +160,35 @@ class FusedBlock:
         self._project_qkv(state, self._normed(h, self.anatomy.attention_norm, qkv), qkv, drop)
         q, k, v = self._heads(state, shape, rotary, rotate=True)
         state.out, state.stats = attend(q, k, v, self.anatomy.masking, self.backend)
-        (added,), state.oa = project(
-            self._rows(state.out), [self._projection(self.anatomy.o)], p=drop[0], seed=drop[1] + 1
-        )
+        o = self._projection(self.anatomy.o)
+        added, state.oa = project_apart(self._rows(state.out), o, p=drop[0], seed=drop[1] + 1)
         if self.anatomy.attention_out_norm is not None:
             state.projected = added
             added = self._norm(added, self.anatomy.attention_out_norm)
         return added, state
 
     def attention_backward(
-        self, d_h2: Tensor, h: Tensor, state: AttentionState, shape: tuple[int, int], rotary: Any, drop: Any
+        self,
+        d_h2: Tensor,
+        o: Projection,
+        h: Tensor,
+        state: AttentionState,
+        shape: tuple[int, int],
+        rotary: Any,
+        drop: Any,
     ) -> tuple[Tensor, Gradients]:
-        """(d_h [T, H], gradients of qkv's and o's adapters) from d_h2, the whole gradient reaching h2. o first: q, k
-        and v, if they are computed again, are then decoded once for that and for their gradients."""
-        anatomy, (p, seed) = self.anatomy, drop
-        d_added = d_h2
+        """(d_h [T, H], gradients of qkv's and o's adapters) from d_h2 [T, H + R], the whole gradient reaching h2 with
+        room beside it for o's adapter. o first: q, k and v, if they are computed again, are then decoded once for that
+        and for their gradients."""
+        anatomy, (p, seed), features = self.anatomy, drop, h.shape[1]
+        d_added, d_h2 = d_h2, d_h2[:, :features]
         if anatomy.attention_out_norm is not None:
-            d_added = self._norm_backward(d_h2, state.projected, anatomy.attention_out_norm)
-        o = [self._projection(anatomy.o)]
-        d_oa, d_b = gradients_of_b([d_added], state.oa, o)
-        d_out = gradient_of_input([d_added], d_oa, o, p=p, seed=seed + 1).view(*shape, anatomy.heads, anatomy.head_dim)
+            d_added = wide(h.shape[0], features + extra(o), h)
+            self._norm_backward(d_h2, state.projected, anatomy.attention_out_norm, out=d_added[:, :features])
+        laid, d_oa = self._lay((anatomy.o,), o), d_added[:, features:]
+        d_b = gradients_of_b_wide(d_added[:, :features], d_oa, state.oa, o, laid)
+        d_out = gradient_of_input_wide(d_added, o, laid, p=p, seed=seed + 1)
+        d_out = d_out.view(*shape, anatomy.heads, anatomy.head_dim)
         del d_added
         qkv = self._projection(*anatomy.qkv)
         y_wide = self._normed(h, anatomy.attention_norm, qkv)
@@ -190,22 +197,28 @@ class FusedBlock:
         q, k, v = self._heads(state, shape, rotary, rotate=not rotated)
         if state.out is None or state.stats is None:
             state.out, state.stats = attend(q, k, v, anatomy.masking, self.backend)
-        d_a = gradients_of_a(d_oa, self._rows(state.out), o, p=p, seed=seed + 1)
+        d_a = gradients_of_a_wide(d_oa, self._rows(state.out), o, p=p, seed=seed + 1)
+        del d_oa
         d_q, d_k, d_v = attend_backward(d_out, q, k, v, state.out, state.stats, anatomy.masking, self.backend)
         del d_out, q, k, v
         state.out = state.stats = None
         d_q, d_k = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
-        rope_(d_q, d_k, *rotary, backward=True)
-        if anatomy.q_norm is not None and anatomy.k_norm is not None:
-            raw_q, raw_k, _ = self._split(state.qkv, shape)
-            d_q = self._norm_backward(d_q.contiguous(), raw_q, anatomy.q_norm)
-            d_k = self._norm_backward(d_k.contiguous(), raw_k, anatomy.k_norm)
-            del raw_q, raw_k
-        state.qkv = None
         out_features = sum(linear.out_features for linear in anatomy.qkv)
+        if anatomy.q_norm is None:
+            state.qkv = None
         d_wide = wide(h.shape[0], out_features + extra(qkv), h)
         d_out, d_xa = d_wide[:, :out_features], d_wide[:, out_features:]
-        torch.cat([self._rows(d) for d in (d_q, d_k, d_v)], dim=1, out=d_out)
+        place_q, place_k, place_v = self._split(d_out, shape)
+        if anatomy.q_norm is not None and anatomy.k_norm is not None:
+            rope_(d_q, d_k, *rotary, backward=True)
+            raw_q, raw_k, _ = self._split(state.qkv, shape)
+            place_q.copy_(self._norm_backward(d_q.contiguous(), raw_q, anatomy.q_norm))
+            place_k.copy_(self._norm_backward(d_k.contiguous(), raw_k, anatomy.k_norm))
+            del raw_q, raw_k
+            state.qkv = None
+        else:
+            rope_(d_q, d_k, *rotary, backward=True, out=(place_q, place_k))
+        place_v.copy_(d_v)
         del d_q, d_k, d_v
         assert state.xs is not None
         d_bs = gradients_of_b_wide(d_out, d_xa, state.xs, qkv, laid)
@@ -264,9 +277,11 @@ class FusedBlock:
             project_wide(middle, down, laid, h3, plus=h2)
         return state
 
-    def mlp_backward(self, d_h3: Tensor, h2: Tensor, state: MLPState, drop: Any) -> tuple[Tensor, Gradients]:
-        """(d_h2 [T, H], gradients of gate's, up's and down's adapters). down first: gate and up, if they are computed
-        again, are then decoded once for that and for their gradients."""
+    def mlp_backward(
+        self, d_h3: Tensor, h2: Tensor, state: MLPState, o: Projection, drop: Any
+    ) -> tuple[Tensor, Gradients]:
+        """(d_h2 [T, H + R] with room for o's adapter, gradients of gate's, up's and down's adapters). down first: gate
+        and up, if they are computed again, are then decoded once for that and for their gradients."""
         anatomy, (p, seed) = self.anatomy, drop
         features, inner = h2.shape[1], anatomy.down.in_features
         assert state.hs is not None
@@ -289,13 +304,21 @@ class FusedBlock:
         glu_backward_(middle, *self._gate_and_up(state), anatomy.activation)  # now the MLP's inner activations again
         d_a = gradients_of_a_wide(d_ha, middle, down, p=p, seed=seed + 3)
         del middle, d_ha
-        d_gate_up = state.gate_up  # what gate and up have become
-        d_xa = d_gate_up[:, 2 * inner :]
-        d_bs = gradients_of_b_wide(d_gate_up[:, : 2 * inner], d_xa, state.xs, gate_up, laid)
-        d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
-        del n_wide
-        d_n = gradient_of_input_wide(d_gate_up, gate_up, laid, p=p, seed=seed + 2)
-        d_h2 = self._norm_backward(d_n, h2, anatomy.mlp_norm, skip=d_h3)
+        d_gate_up = state.gate_up[:, : 2 * inner]  # what gate and up have become
+        if pays_beside(gate_up, 2 * inner, features) and not p:
+            d_n, d_xa = gradient_of_input_beside(d_gate_up, gate_up, laid)
+            d_bs = products_of_b(d_gate_up, state.xs, gate_up)
+            d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
+            add_adapters_(d_n, d_xa, laid)
+        else:
+            d_xa = state.gate_up[:, 2 * inner :]
+            d_bs = gradients_of_b_wide(d_gate_up, d_xa, state.xs, gate_up, laid)
+            d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
+            d_n = gradient_of_input_wide(state.gate_up, gate_up, laid, p=p, seed=seed + 2)
+        del n_wide, d_gate_up, d_xa
+        state.gate_up = state.xs = None
+        d_h2 = wide(h2.shape[0], features + extra(o), h2)
+        self._norm_backward(d_n, h2, anatomy.mlp_norm, skip=d_h3, out=d_h2[:, :features])
         return d_h2, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
 
     def _project_gate_up(self, state: MLPState, n_wide: Tensor, gate_up: Projection, drop: Any) -> Tensor:
@@ -389,17 +412,20 @@ class _Fused(torch.autograd.Function):
         if ctx.parked is not None:
             kept.fetch(block.offload, ctx.parked)
             ctx.parked = None
+        elif block.others is not None:
+            block.others.ahead()
         h, h2, attention, mlp = kept.h, kept.h2, kept.attention, kept.mlp
         ctx.kept, shape = None, h.shape[:2]
         del kept
         rows, d_rows = h.reshape(-1, h.shape[-1]), d_h3.reshape(-1, h.shape[-1]).contiguous()
         with torch.autocast(h.device.type, enabled=False):
             if h2 is None:
-                added, attention = block.attention_forward(rows, shape, rotary, drop)
+                h2, attention = block.attention_forward(rows, shape, rotary, drop)
                 attention.xs = _own(attention.xs)
-                h2 = added.add_(rows)
-            d_h2, mlp_gradients = block.mlp_backward(d_rows, h2, mlp, drop)
+                h2.add_(rows)
+            o = block._projection(block.anatomy.o)
+            d_h2, mlp_gradients = block.mlp_backward(d_rows, h2, mlp, o, drop)
             del h2, mlp
-            d_h, gradients = block.attention_backward(d_h2, rows, attention, shape, rotary, drop)
+            d_h, gradients = block.attention_backward(d_h2, o, rows, attention, shape, rotary, drop)
         matrices = [m for pair in gradients + mlp_gradients for m in pair]
         return d_h.view(h.shape), None, None, None, None, *matrices

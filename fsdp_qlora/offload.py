@@ -1,8 +1,8 @@
 """Activations that wait for backward in host memory, copied out and back beside the arithmetic, never in its way.
 
 A block parks what it keeps when its forward ends; backward takes the blocks in the opposite order, so when one is
-fetched, the copy of the one parked before it is started. Host buffers are page-locked once, each large enough for the
-widest micro-batch, and used again by every later one.
+fetched, the copy of the one parked before it is started, and that of the last one when backward begins. Host buffers
+are page-locked once, each large enough for the widest micro-batch, and used again by every later one.
 """
 
 import sys
@@ -95,6 +95,11 @@ class ActivationOffload:
             self._free.setdefault(buffer.per_token, []).append(buffer)
         back, parked.back = parked.back, []  # the caller's alone: the graph, and so `parked`, outlives a backward
         return back
+
+    def ahead(self) -> None:
+        """Start the copy of what was parked last: for a backward that begins with blocks that parked nothing."""
+        if self._parked:
+            self._start(self._parked[-1])
 
     def _start(self, parked: Parked) -> None:
         if parked.back:

@@ -151,7 +151,8 @@ def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_token
     offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
-            block.fused = replace(block.fused, keep=plan.keep, offload=offload if plan.offloaded else None)
+            own = offload if plan.offloaded else None
+            block.fused = replace(block.fused, keep=plan.keep, offload=own, others=offload)
 
 
 def write_plan(folder: Path, record: dict) -> None:

@@ -99,6 +99,25 @@ def project_wide(
         torch.addmm(summand, x_wide, weight.t(), out=out)
 
 
+def project_apart(
+    x: torch.Tensor, projection: Projection, *, p: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(the projection [T, O] of x [T, H], xs [T, R] or None without adapters), where x has no room beside it.
+
+    Other than `lay`, it takes the weight alone into scratch, and the adapters a pass over the output each."""
+    matrix = projection.weight()
+    out = x @ matrix.t() if projection.bias is None else torch.addmm(projection.bias, x, matrix.t())
+    if not projection.adapters:
+        return out, None
+    x = dropout(x.contiguous(), p, seed) if p else x
+    a = [adapter.a for adapter in projection.adapters]
+    xs = x.new_empty(x.shape[0], sum(_ranks(projection)))
+    torch.addmm(xs, x, (a[0] if len(a) == 1 else torch.cat(a)).t(), beta=0, alpha=_scale(projection), out=xs)
+    for adapter, part in zip(projection.adapters, xs.split(_ranks(projection), dim=1), strict=True):
+        out[:, adapter.rows].addmm_(part, adapter.b.t())
+    return out, xs
+
+
 def gradients_of_b_wide(
     d_out: torch.Tensor, d_xa: torch.Tensor, xs: torch.Tensor, projection: Projection, laid: torch.Tensor
 ) -> list[torch.Tensor]:
@@ -107,6 +126,11 @@ def gradients_of_b_wide(
         return []
     b_OR = laid[: d_out.shape[1], laid.shape[1] - d_xa.shape[1] :]
     torch.addmm(d_xa, d_out, b_OR, beta=0, alpha=_scale(projection), out=d_xa)
+    return products_of_b(d_out, xs, projection)
+
+
+def products_of_b(d_out: torch.Tensor, xs: torch.Tensor, projection: Projection) -> list[torch.Tensor]:
+    """[d_b of each adapter] from d_out [T, O] and xs [T, R]."""
     d_bs, at = [], 0
     for adapter, rank in zip(projection.adapters, _ranks(projection), strict=True):
         d_bs.append(d_out[:, adapter.rows].t() @ xs[:, at : at + rank])
@@ -139,6 +163,30 @@ def gradient_of_input_wide(
     d_x = d_out_wide[:, :rows] @ matrix[:rows]
     dropout_add_(d_x, d_out_wide[:, rows:] @ matrix[rows:], p, seed)
     return d_x
+
+
+def gradient_of_input_beside(
+    d_out: torch.Tensor, projection: Projection, laid: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(d_x [T, H] but for what comes through the A's, d_xa [T, R]), from d_out [T, O] in one product.
+
+    `add_adapters_` puts in the rest, by a pass over d_x: cheaper than `gradients_of_b_wide`'s pass over d_out where O
+    is large. Not for dropout."""
+    beside = extra(projection)
+    product = wide(d_out.shape[0], laid.shape[1], d_out)
+    torch.mm(d_out, laid[: d_out.shape[1]], out=product)
+    features = laid.shape[1] - beside
+    return product[:, :features], product[:, features:].mul_(_scale(projection))
+
+
+def add_adapters_(d_x: torch.Tensor, d_xa: torch.Tensor, laid: torch.Tensor) -> torch.Tensor:
+    """d_x [T, H] + d_xa A, in place."""
+    return d_x.addmm_(d_xa, laid[laid.shape[0] - d_xa.shape[1] :, : d_x.shape[1]])
+
+
+def pays_beside(projection: Projection, out_features: int, in_features: int) -> bool:
+    """Whether reading d_out once more [T, O] costs more than reading and writing d_x once more [T, H]."""
+    return bool(projection.adapters) and out_features > 2 * in_features
 
 
 def _ranks(projection: Projection) -> list[int]:

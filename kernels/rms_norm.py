@@ -108,11 +108,11 @@ def rms_norm_backward(
     skip: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """d_h, plus `skip` (the gradient reaching h by its other path) if given. h and skip contiguous, or h
-    as `rms_norm_forward`'s x.
+    """d_h, plus `skip` (the gradient reaching h by its other path) if given. h contiguous, or as
+    `rms_norm_forward`'s x.
 
-    d_y: of h's dtype; like out it may have rows that lie apart, and be [T, H] where h is not. out: where the result
-    goes (may be d_y or skip: every row is read before it is written), else a new tensor."""
+    d_y, skip: of h's dtype; like out they may have rows that lie apart, and be [T, H] where h is not. out: where the
+    result goes (may be d_y or skip: every row is read before it is written), else a new tensor."""
     out = _out(h, out)
     if on_triton(h):
         _launch_backward(d_y, h, weight, eps, shift, skip, out)
@@ -166,7 +166,7 @@ def _plain_backward(d_y, h, weight, eps, shift, skip, out) -> None:
     n = wide * r
     g = d_y.to(wide.dtype).view(wide.shape) * (weight.to(wide.dtype) + shift)
     d_h = (g - n * (g * n).mean(-1, keepdim=True)).mul_(r)
-    out.copy_((d_h if skip is None else d_h.add_(skip)).view(out.shape))
+    out.copy_((d_h if skip is None else d_h.add_(skip.view(d_h.shape))).view(out.shape))
 
 
 # ---- Triton: a program holds ROWS whole rows
@@ -198,7 +198,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    d_y_ptr, h_ptr, weight_ptr, skip_ptr, out_ptr, n_rows, h_stride, d_y_stride, out_stride, eps, shift,
+    d_y_ptr, h_ptr, weight_ptr, skip_ptr, out_ptr, n_rows, h_stride, d_y_stride, skip_stride, out_stride, eps, shift,
     H: tl.constexpr, HEADS: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -216,7 +216,8 @@ def _backward_kernel(
     n = h * r
     d_h = r * (g - n * (tl.sum(g * n, axis=1) / H)[:, None])
     if SKIP:
-        d_h += tl.load(skip_ptr + at, mask=live, other=0.0).to(tl.float32)
+        skip = tl.load(skip_ptr + row[:, None] * skip_stride + column[None, :], mask=live, other=0.0)
+        d_h += skip.to(tl.float32)
     tl.store(out_ptr + row[:, None] * out_stride + column[None, :], d_h.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -247,7 +248,8 @@ def _launch_backward(d_y, h, weight, eps, shift, skip, out) -> None:
     grid, n_rows, tiling = _grid(h)
     if n_rows:
         heads, stride = _apart(h)
+        skipped = d_y if skip is None else skip
         _backward_kernel[grid](
-            d_y, h, weight, h if skip is None else skip, out, n_rows, stride, _rows(d_y).stride(0),
+            d_y, h, weight, skipped, out, n_rows, stride, _rows(d_y).stride(0), _rows(skipped).stride(0),
             _rows(out).stride(0), eps, shift, HEADS=heads, SKIP=skip is not None, **tiling,
         )  # fmt: skip

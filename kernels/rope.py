@@ -52,14 +52,24 @@ def rope_(
     positions: torch.Tensor | None = None,
     *,
     backward: bool = False,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Rotates q and k where they lie (shapes as `rope`), outside autograd; by the opposite angle if `backward`."""
+    """Rotates q and k where they lie (shapes as `rope`), outside autograd; by the opposite angle if `backward`.
+
+    out: (q, k) of the same shapes and dtype, any strides with the last one 1, to write to instead."""
     _check(q, k, cos, sin, positions)
+    out = (q, k) if out is None else out
+    for given, place in zip((q, k), out, strict=True):
+        if place.shape != given.shape or place.dtype != given.dtype or place.stride(3) != 1:
+            raise ValueError(
+                f"out must be {given.dtype} {tuple(given.shape)} with stride 1 along D, "
+                f"got {place.dtype} {tuple(place.shape)} with strides {place.stride()}"
+            )
     if on_triton(q):
-        _launch(q, k, cos, sin, positions, backward)
+        _launch(q, k, cos, sin, positions, backward, out)
     else:
-        for heads in (q, k):
-            _plain(heads, cos, sin, positions, backward)
+        for heads, place in zip((q, k), out, strict=True):
+            _plain(heads, cos, sin, positions, backward, place)
 
 
 def _check(q, k, cos, sin, positions) -> None:
@@ -100,7 +110,7 @@ def _copy(x: torch.Tensor) -> torch.Tensor:
 # ---- meaning, and the path on a CPU
 
 
-def _plain(heads, cos, sin, positions, backward: bool) -> None:
+def _plain(heads, cos, sin, positions, backward: bool, out) -> None:
     half = cos.shape[1]
     rows = slice(0, heads.shape[1]) if positions is None else positions
     cos, sin = cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)  # [(B,) S, 1, R/2]
@@ -110,8 +120,10 @@ def _plain(heads, cos, sin, positions, backward: bool) -> None:
         cos, sin = cos.double(), sin.double()
     first, second = heads[..., :half].to(cos.dtype), heads[..., half : 2 * half].to(cos.dtype)
     turned = first * cos - second * sin, second * cos + first * sin
-    heads[..., :half] = turned[0]
-    heads[..., half : 2 * half] = turned[1]
+    if out is not heads:
+        out.copy_(heads)
+    out[..., :half] = turned[0]
+    out[..., half : 2 * half] = turned[1]
 
 
 # ---- Triton: a program turns up to HEADS heads, of q or of k, at one token
@@ -119,10 +131,11 @@ def _plain(heads, cos, sin, positions, backward: bool) -> None:
 
 @triton.jit
 def _rope_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, sequence, n_q, n_k,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, sequence, n_q, n_k,
     q_stride_b, q_stride_s, q_stride_n, k_stride_b, k_stride_s, k_stride_n,
+    q_out_stride_b, q_out_stride_s, q_out_stride_n, k_out_stride_b, k_out_stride_s, k_out_stride_n,
     HALF: tl.constexpr, HALF_TILE: tl.constexpr, HEADS: tl.constexpr, Q_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
-    POSITIONS: tl.constexpr, BACKWARD: tl.constexpr,
+    REST: tl.constexpr, REST_TILE: tl.constexpr, POSITIONS: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     token = program // GROUPS
@@ -142,33 +155,48 @@ def _rope_kernel(
     if group < Q_GROUPS:
         ptr = q_ptr + b * q_stride_b + s * q_stride_s
         stride = q_stride_n
+        out_ptr = q_out_ptr + b * q_out_stride_b + s * q_out_stride_s
+        out_stride = q_out_stride_n
         n = n_q
         first_head = group * HEADS
     else:
         ptr = k_ptr + b * k_stride_b + s * k_stride_s
         stride = k_stride_n
+        out_ptr = k_out_ptr + b * k_out_stride_b + s * k_out_stride_s
+        out_stride = k_out_stride_n
         n = n_k
         first_head = (group - Q_GROUPS) * HEADS
     head = first_head + tl.arange(0, HEADS)
-    at = ptr + head.to(tl.int64)[:, None] * stride + feature[None, :]
+    heads = ptr + head.to(tl.int64)[:, None] * stride
+    heads_out = out_ptr + head.to(tl.int64)[:, None] * out_stride
     live = (head < n)[:, None] & in_half[None, :]
-    first = tl.load(at, mask=live, other=0.0).to(tl.float32)
-    second = tl.load(at + HALF, mask=live, other=0.0).to(tl.float32)
-    tl.store(at, (first * cos - second * sin).to(q_ptr.dtype.element_ty), mask=live)
-    tl.store(at + HALF, (second * cos + first * sin).to(q_ptr.dtype.element_ty), mask=live)
+    first = tl.load(heads + feature[None, :], mask=live, other=0.0).to(tl.float32)
+    second = tl.load(heads + HALF + feature[None, :], mask=live, other=0.0).to(tl.float32)
+    turned = first * cos - second * sin
+    tl.store(heads_out + feature[None, :], turned.to(q_ptr.dtype.element_ty), mask=live)
+    turned = second * cos + first * sin
+    tl.store(heads_out + HALF + feature[None, :], turned.to(q_ptr.dtype.element_ty), mask=live)
+    if REST:  # of partial rotary, where the result lies elsewhere
+        feature = 2 * HALF + tl.arange(0, REST_TILE)
+        live = (head < n)[:, None] & (feature < 2 * HALF + REST)[None, :]
+        same = tl.load(heads + feature[None, :], mask=live, other=0.0)
+        tl.store(heads_out + feature[None, :], same, mask=live)
 
 
-def _launch(q, k, cos, sin, positions, backward: bool) -> None:
+def _launch(q, k, cos, sin, positions, backward: bool, out) -> None:
     batch, sequence, n_q, _ = q.shape
     n_k = k.shape[2]
     heads = min(16, next_power_of_2(max(n_q, n_k)))
     q_groups, k_groups = cdiv(n_q, heads), cdiv(n_k, heads)
     half = cos.shape[1]
+    q_out, k_out = out
+    rest = 0 if q_out is q and k_out is k else q.shape[3] - 2 * half
     n_programs = batch * sequence * (q_groups + k_groups)
     if n_programs:
         _rope_kernel[(n_programs,)](
-            q, k, cos, sin, q if positions is None else positions.contiguous(), sequence, n_q, n_k,
-            q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-            HALF=half, HALF_TILE=next_power_of_2(half), HEADS=heads, Q_GROUPS=q_groups,
-            GROUPS=q_groups + k_groups, POSITIONS=positions is not None, BACKWARD=backward, num_warps=4,
+            q, k, q_out, k_out, cos, sin, q if positions is None else positions.contiguous(), sequence, n_q, n_k,
+            *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
+            HALF=half, HALF_TILE=next_power_of_2(half), HEADS=heads, Q_GROUPS=q_groups, GROUPS=q_groups + k_groups,
+            REST=rest, REST_TILE=next_power_of_2(max(1, rest)), POSITIONS=positions is not None, BACKWARD=backward,
+            num_warps=4,
         )  # fmt: skip

@@ -7,7 +7,21 @@ import torch.nn.functional as F
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.lora import Adapter, Projection, lora_projections
 from fsdp_qlora.kernels.lora_mlp import lora_mlp
-from fsdp_qlora.kernels.lora_wide import extra, lay
+from fsdp_qlora.kernels.lora_wide import (
+    adapt_,
+    add_adapters_,
+    extra,
+    gradient_of_input_beside,
+    gradient_of_input_wide,
+    gradients_of_a_wide,
+    gradients_of_b_wide,
+    lay,
+    pays_beside,
+    products_of_b,
+    project_apart,
+    project_wide,
+    wide,
+)
 from tests.truth import DEVICE, assert_as_good_as_plain
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -217,6 +231,61 @@ def test_adapters_are_laid_beside_and_below_their_weight(form, rank, starts, req
     assert torch.equal(laid[out:, :wide], wanted[out:, :wide])
     assert scratch[:, laid.shape[1] :].isnan().all(), "wrote beside its place"
     assert scratch[laid.shape[0] :].isnan().all(), "wrote below its place"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "rank"), [(1, 3), (63, 8)])
+def test_each_way_through_adapters_beside_their_weight_gives_the_same(tokens, rank, dtype):
+    """Input with and without room beside it; the gradient of x A^T before the input's, and in one product with it."""
+    layers = [Layer(40, 24, rank, dtype, seed=1), Layer(56, 24, rank, dtype, seed=2)]
+    x, d_out = torch.randn(tokens, 24).to(DEVICE, dtype), torch.randn(tokens, 96).to(DEVICE, dtype)
+
+    def plainly(layers, x, d_out):
+        x = x.detach().requires_grad_()
+        y = torch.cat([layer.plain(x) for layer in layers], dim=1)
+        leaves = [x, *(m for layer in layers for m in layer.trained)]
+        return [y.detach(), *torch.autograd.grad(y, leaves, d_out)]
+
+    theirs = plainly(layers, x, d_out)
+    truth = plainly([layer.to(torch.float64) for layer in layers], x.double(), d_out.double())
+    weight = torch.cat([layer.weight for layer in layers])
+    adapters = tuple(
+        Adapter(ly.a.detach(), ly.b.detach(), ly.scale, at) for ly, at in zip(layers, (0, 40), strict=True)
+    )
+
+    def decoded(place=None):
+        return weight if place is None else place.copy_(weight)
+
+    projection, once = Projection(decoded, None, adapters), {"p": 0.0, "seed": 0}
+    laid = lay(
+        projection, 96, 24, lambda rows, columns: torch.full((rows, columns), float("nan"), device=DEVICE).to(dtype)
+    )
+    laid[96:, 24:] = float("nan")  # the corner, which is never read
+
+    x_wide = wide(tokens, 24 + extra(projection), x)
+    x_wide[:, :24] = x
+    xs = adapt_(x_wide, projection, laid, **once)
+    y = x.new_empty(tokens, 96)
+    project_wide(x_wide, projection, laid, y)
+    d_wide = wide(tokens, 96 + extra(projection), x)
+    d_wide[:, :96] = d_out
+    d_xa = d_wide[:, 96:]
+    d_bs = gradients_of_b_wide(d_wide[:, :96], d_xa, xs, projection, laid)
+    d_as = gradients_of_a_wide(d_xa, x, projection, **once)
+    first = [y, gradient_of_input_wide(d_wide, projection, laid, **once), *interleaved(d_as, d_bs)]
+
+    y, xs = project_apart(x, projection, **once)
+    assert pays_beside(projection, 96, 24)
+    d_x, d_xa = gradient_of_input_beside(d_out, projection, laid)
+    d_bs, d_as = products_of_b(d_out, xs, projection), gradients_of_a_wide(d_xa, x, projection, **once)
+    second = [y, add_adapters_(d_x, d_xa, laid), *interleaved(d_as, d_bs)]
+    for got in (first, second):
+        for name, *values in zip(("y", "d_x", *"abab"), got, theirs, truth, strict=True):
+            assert_as_good_as_plain(*values, name)
+
+
+def interleaved(d_as, d_bs):
+    return [d for pair in zip(d_as, d_bs, strict=True) for d in pair]
 
 
 def test_wrong_inputs_are_refused():

@@ -101,6 +101,8 @@ def test_rows_may_lie_apart(form, n_rows, request):
     out.copy_(d_y.view(out.shape))
     rms_norm_backward(out, x, weight, EPS, skip=d_h, out=out)
     assert torch.equal(out.view(x.shape), d_truth)
+    out.copy_(d_h.view(out.shape))
+    assert torch.equal(rms_norm_backward(d_y, x, weight, EPS, skip=out), d_truth)
     assert (wide[:, 100:] == 7).all(), "wrote beside the rows"
 
 

@@ -84,6 +84,26 @@ def test_in_place_and_back_again(form, request):
     torch.testing.assert_close(fused, before, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rotated", [16, 10])
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_elsewhere(form, rotated, request):
+    """Into parts of longer rows, what is not rotated as well; the inputs stay."""
+    device = "cpu" if form == "plain" else request.getfixturevalue("triton_device")
+    q, k = torch.randn(2, 9, 6, 16, device=device), torch.randn(2, 9, 1, 16, device=device)
+    before_q, before_k = q.clone(), k.clone()
+    cos, sin = (t.to(device) for t in rope_tables(frequencies(rotated), 9))
+    truth = q.clone(), k.clone()
+    rope_(*truth, cos, sin, backward=True)
+    rows = torch.full((2, 9, 7 * 16 + 5), 7.0, device=device)
+    out = rows[..., :96].view(2, 9, 6, 16), rows[..., 96:112].view(2, 9, 1, 16)
+    rope_(q, k, cos, sin, backward=True, out=out)
+    assert torch.equal(out[0], truth[0])
+    assert torch.equal(out[1], truth[1])
+    assert torch.equal(q, before_q)
+    assert torch.equal(k, before_k)
+    assert (rows[..., 112:] == 7).all(), "wrote beside the rows"
+
+
 def test_wrong_inputs_are_refused():
     q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 1, 8)
     cos, sin = rope_tables(frequencies(8), 4)
@@ -95,3 +115,5 @@ def test_wrong_inputs_are_refused():
         rope(q, k, cos, sin, torch.arange(4))
     with pytest.raises(ValueError, match="of one dtype"):
         rope(q, k.bfloat16(), cos, sin)
+    with pytest.raises(ValueError, match="out must be"):
+        rope_(q, k, cos, sin, out=(q, k.double()))

@@ -45,6 +45,25 @@ def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
     )
 
 
+def test_what_was_parked_last_is_on_its_way_before_its_block_asks() -> None:
+    offload = ActivationOffload(DEVICE, 6)
+    offload.ahead()  # nothing is parked: nothing to do
+    blocks = [kept_of_a_block(i) for i in range(2)]
+    before = [contents(kept) for kept in blocks]
+    parked = [kept.park(offload) for kept in blocks]
+    assert not any(place.back for place in parked)
+    offload.ahead()
+    ahead = [id(tensor) for tensor in parked[1].back]
+    assert len(ahead) == 5
+    assert not parked[0].back
+    offload.ahead()
+    blocks[1].fetch(offload, parked[1])
+    assert [id(owner[key]) for owner, key in blocks[1]._slots()] == ahead, "copied once"
+    blocks[0].fetch(offload, parked[0])
+    for kept, was in zip(blocks, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
+
+
 @pytest.mark.parametrize("fetched", [False, True])
 def test_nothing_stays_on_the_device_longer_than_needed(fetched: bool) -> None:
     offload = ActivationOffload(DEVICE, 6)

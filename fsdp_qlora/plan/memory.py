@@ -220,10 +220,10 @@ def _scratch(facts: Facts) -> int:
     if not f.fused:
         q = f.qkv if f.qkv_linears == 1 else f.queries
         return max(q, f.inner * (3 - f.gate_up_linears)) * f.hidden * f.compute_bytes
-    qkv, gate_up, down = beside(f.rank_qkv), beside(f.rank_gate_up), beside(f.rank_down)
+    qkv, o, gate_up, down = (beside(rank) for rank in (f.rank_qkv, f.rank_o, f.rank_gate_up, f.rank_down))
     laid = (
         (f.qkv + qkv) * pitch(f.hidden + qkv),
-        f.hidden * pitch(f.queries),
+        (f.hidden + o) * pitch(f.queries + o),
         (2 * f.inner + gate_up) * pitch(f.hidden + gate_up),
         (f.hidden + down) * pitch(f.inner + down),
     )

@@ -59,6 +59,9 @@ class _Sizes:
         self.middle_wide = rows(pitch(f.inner + beside(f.rank_down)))
         self.gate_up = rows(pitch(2 * f.inner + beside(f.rank_gate_up)))
         self.d_wide = rows(pitch(f.hidden + beside(f.rank_down)))
+        beside_d_n = f.rank_gate_up and f.inner > f.hidden and not f.dropout  # `lora_wide.pays_beside`
+        self.d_n = self.n_wide if beside_d_n else self.h
+        self.d_h2 = rows(pitch(f.hidden + beside(f.rank_o)))
         self.qkv, self.out = rows(f.qkv), rows(f.queries)
         self.heads = rows(f.queries + f.pairs) if f.head_norms else 0  # normalised, beside the raw ones
         self.stats = rows(f.heads, FLOAT)
@@ -69,6 +72,7 @@ class _Sizes:
         self.xs_qkv, self.xs_gate_up = rows(beside(f.rank_qkv)), rows(beside(f.rank_gate_up))
         self.projected = self.h if f.norms_after else 0
         self.gradients = f.largest_adapters * c
+        self.gradients_gate_up = f.rank_gate_up * (f.hidden + 2 * f.inner // f.gate_up_linears) * c
         self.gradients_down, self.gradient_down_b = f.rank_down * (f.hidden + f.inner) * c, f.rank_down * f.hidden * c
         self.gradients_qkv = f.rank_qkv * (f.hidden + f.qkv // f.qkv_linears) * c
         self.attend, self.attend_backward = _attention(f)
@@ -115,7 +119,7 @@ class _Sizes:
         return state + 3 * self.h + self.n_wide + self.gate_up + self.gate_up * width // pitch(width)
 
     def backward(self, level: int) -> int:
-        """Beside what the block keeps; of that the attention half lets go h2, gate and up."""
+        """Beside what the block keeps; of that the attention half lets go of what the MLP kept, and h2."""
         d_h3, again = self.h, 0
         redone = 0
         if level == 0:  # the attention half is computed again, and all of it stays
@@ -123,16 +127,17 @@ class _Sizes:
             redone = d_h3 + self.attention_forward()
         down = d_h3 + again + self.projected + self.d_wide + self.middle + self.gradient_down_b
         down += self.dropped_again + self.hs
-        mlp = d_h3 + again + self.n_wide + (self.gate_up if level < 4 else 0) + self.middle + self.hs
-        mlp += self.dropped_again + self.gradients_down
+        mlp = d_h3 + again + self.n_wide + (self.gate_up if level < 4 else 0) + self.gradients_down
+        mlp += max(self.middle + self.hs + self.dropped_again, self.d_n + self.gradients_gate_up)
         return max(redone, down, mlp, self._attention_backward(level))
 
     def _attention_backward(self, level: int) -> int:
-        state = 2 * self.h + self.y_wide + self.heads + self.gradients - self.gradients_qkv  # d_h3, d_h2
-        state += self.oa + (self.qkv if level < 3 else 0)
+        state = self.h + self.d_h2 + self.y_wide + self.heads + self.gradients - self.gradients_qkv  # d_h3, d_h2
+        state += self.qkv if level < 3 else 0
         state += self.out + self.stats if level < self.attended_at else 0
-        state += self.projected + self.graph if level == 0 else 0
-        let_go = 0 if level == 0 else self.h + self.projected + (self.gate_up if level == 4 else 0)
+        state += self.oa + self.xs_qkv + self.projected + self.graph if level == 0 else 0
+        let_go = self.hs + self.projected + (self.h if level > 0 else 0)
+        let_go += self.gate_up + self.xs_gate_up if level == 4 else 0
         gradients = self.out + self.qkv  # d_out; d_q, d_k, d_v
         return max(0, state + gradients + max(self.attend_backward, self.dropped_again) - let_go)
 
