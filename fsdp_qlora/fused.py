@@ -49,13 +49,15 @@ KEEP = ("input", "halves", "attention", "qkv", "all")
 
 
 class Scratch:
-    """A buffer for decoded weights, shared by all blocks: on one stream each is used before the next is written.
+    """What all blocks share: a buffer for decoded weights, for on one stream each is used before the next is written;
+    and the room that a block's backward leaves beside its gradient for the adapter of the block before.
 
     What backward uses twice, for a product that it computes again and for its gradient, it decodes once, and nothing
     else between the two."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.buffer = torch.empty(0, dtype=dtype, device=device)
+        self._handed: Tensor | None = None
 
     def room(self, rows: int, columns: int) -> Tensor:
         """[rows, columns] with rows on whole cache lines, good until the next call."""
@@ -65,6 +67,20 @@ class Scratch:
             self.buffer = self.buffer.new_empty(0)  # freed first: the two never live side by side
             self.buffer = self.buffer.new_empty(numel)
         return self.buffer[:numel].view(rows, pitch)[:, :columns]
+
+    def hand(self, d_wide: Tensor) -> None:
+        """Before its first columns are returned to autograd as a gradient."""
+        self._handed = d_wide
+
+    def take(self, d_rows: Tensor, columns: int) -> Tensor | None:
+        """[T, columns] of what was handed over last, if d_rows [T, H] are its first columns and it has as many."""
+        d_wide, self._handed = self._handed, None
+        if columns == d_rows.shape[1]:
+            return d_rows
+        if d_wide is None or d_wide.data_ptr() != d_rows.data_ptr() or d_wide.stride() != d_rows.stride():
+            return None
+        fits = d_wide.shape[0] == d_rows.shape[0] and d_wide.shape[1] >= columns
+        return d_wide[:, :columns] if fits else None
 
 
 @dataclass
@@ -176,10 +192,13 @@ class FusedBlock:
         shape: tuple[int, int],
         rotary: Any,
         drop: Any,
-    ) -> tuple[Tensor, Gradients]:
+        room: int | None,
+    ) -> tuple[Tensor | None, Gradients]:
         """(d_h [T, H], gradients of qkv's and o's adapters) from d_h2 [T, H + R], the whole gradient reaching h2 with
         room beside it for o's adapter. o first: q, k and v, if they are computed again, are then decoded once for that
-        and for their gradients."""
+        and for their gradients.
+
+        room: columns to leave beside d_h for the block before, see `Scratch.hand`; None: d_h is not wanted."""
         anatomy, (p, seed), features = self.anatomy, drop, h.shape[1]
         d_added, d_h2 = d_h2, d_h2[:, :features]
         if anatomy.attention_out_norm is not None:
@@ -224,9 +243,15 @@ class FusedBlock:
         d_bs = gradients_of_b_wide(d_out, d_xa, state.xs, qkv, laid)
         d_as = gradients_of_a_wide(d_xa, y_wide[:, : h.shape[1]], qkv, p=p, seed=seed)
         del y_wide
+        gradients = [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
+        if room is None:
+            return None, gradients
         d_y = gradient_of_input_wide(d_wide, qkv, laid, p=p, seed=seed)
-        d_h = self._norm_backward(d_y, h, anatomy.attention_norm, skip=d_h2)
-        return d_h, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
+        del d_wide, d_out, d_xa, place_q, place_k, place_v
+        d_h_wide = wide(h.shape[0], features + room, h)
+        d_h = self._norm_backward(d_y, h, anatomy.attention_norm, skip=d_h2, out=d_h_wide[:, :features])
+        self.scratch.hand(d_h_wide)
+        return d_h, gradients
 
     def _project_qkv(self, state: AttentionState, y_wide: Tensor, qkv: Projection, drop: Any) -> Tensor:
         """Fills the state's qkv and xs; the weights as `lay` has them."""
@@ -278,23 +303,26 @@ class FusedBlock:
         return state
 
     def mlp_backward(
-        self, d_h3: Tensor, h2: Tensor, state: MLPState, o: Projection, drop: Any
+        self, d_h3: Tensor, h2: Tensor, state: MLPState, down: Projection, o: Projection, drop: Any
     ) -> tuple[Tensor, Gradients]:
         """(d_h2 [T, H + R] with room for o's adapter, gradients of gate's, up's and down's adapters). down first: gate
         and up, if they are computed again, are then decoded once for that and for their gradients."""
         anatomy, (p, seed) = self.anatomy, drop
         features, inner = h2.shape[1], anatomy.down.in_features
         assert state.hs is not None
-        d_added = d_h3
-        if anatomy.mlp_out_norm is not None:
-            d_added = self._norm_backward(d_h3, state.projected, anatomy.mlp_out_norm)
-        down = self._projection(anatomy.down)
-        laid, d_ha = self._lay((anatomy.down,), down), torch.empty_like(state.hs)
-        d_b = gradients_of_b_wide(d_added, d_ha, state.hs, down, laid)
-        d_wide = wide(d_added.shape[0], features + extra(down), d_added)
-        torch.cat([d_added, d_ha], dim=1, out=d_wide)
+        d_wide = self.scratch.take(d_h3, features + extra(down)) if anatomy.mlp_out_norm is None else None
+        own = d_wide is None
+        if d_wide is None:
+            d_wide = wide(d_h3.shape[0], features + extra(down), d_h3)
+            if anatomy.mlp_out_norm is None:
+                d_wide[:, :features] = d_h3
+            else:
+                self._norm_backward(d_h3, state.projected, anatomy.mlp_out_norm, out=d_wide[:, :features])
+        laid, d_ha = self._lay((anatomy.down,), down), d_wide[:, features:]
+        d_b = gradients_of_b_wide(d_wide[:, :features], d_ha, state.hs, down, laid)
         middle = gradient_of_input_wide(d_wide, down, laid, p=p, seed=seed + 3)
-        del d_added, d_wide
+        d_ha = d_ha.clone() if own else d_ha  # so that what it lies beside can go
+        del d_wide
         gate_up = self._projection(*anatomy.gate_up)
         n_wide = self._normed(h2, anatomy.mlp_norm, gate_up)
         again = state.gate_up is None
@@ -417,15 +445,17 @@ class _Fused(torch.autograd.Function):
         h, h2, attention, mlp = kept.h, kept.h2, kept.attention, kept.mlp
         ctx.kept, shape = None, h.shape[:2]
         del kept
-        rows, d_rows = h.reshape(-1, h.shape[-1]), d_h3.reshape(-1, h.shape[-1]).contiguous()
+        rows, d_rows = h.reshape(-1, h.shape[-1]), d_h3.reshape(-1, h.shape[-1])
+        d_rows = d_rows if d_rows.stride(1) == 1 else d_rows.contiguous()
         with torch.autocast(h.device.type, enabled=False):
             if h2 is None:
                 h2, attention = block.attention_forward(rows, shape, rotary, drop)
                 attention.xs = _own(attention.xs)
                 h2.add_(rows)
-            o = block._projection(block.anatomy.o)
-            d_h2, mlp_gradients = block.mlp_backward(d_rows, h2, mlp, o, drop)
+            o, down = (block._projection(linear) for linear in (block.anatomy.o, block.anatomy.down))
+            d_h2, mlp_gradients = block.mlp_backward(d_rows, h2, mlp, down, o, drop)
             del h2, mlp
-            d_h, gradients = block.attention_backward(d_h2, o, rows, attention, shape, rotary, drop)
+            room = extra(down) if ctx.needs_input_grad[0] else None
+            d_h, gradients = block.attention_backward(d_h2, o, rows, attention, shape, rotary, drop, room)
         matrices = [m for pair in gradients + mlp_gradients for m in pair]
-        return d_h.view(h.shape), None, None, None, None, *matrices
+        return None if d_h is None else d_h.view(h.shape), None, None, None, None, *matrices

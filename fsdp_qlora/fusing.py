@@ -77,6 +77,8 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
         backend = _attention(options, model.precision, anatomy, shape, device)
         backends.append(backend)
         block.fused = FusedBlock(anatomy, model.precision.compute, KEEP[0], scratch, backend)
+    # Where the first block trains, its backward hangs on its adapters, and it need not make a gradient of its input.
+    model.embedding[0].asks_for_gradient = all(linear.lora_A is None for linear in anatomies[0].linears)
     model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb)
     AttentionInterface.register(NO_MASKS, _unused)
     model.backbone.config._attn_implementation = NO_MASKS

@@ -17,7 +17,7 @@ from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.interrupt import Interrupt
 from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.profiling import profiled
-from fsdp_qlora.step import Stepper
+from fsdp_qlora.step import Ready, Stepper
 from fsdp_qlora.world import World
 
 TURN_SECONDS = 1.0  # that a rank gives the one before it, when one of them has to save alone
@@ -71,10 +71,13 @@ class Loop:
     def _steps(self, interrupt: Interrupt) -> bool:
         """Whether every step was taken, rather than a signal ending them."""
         with profiled(self.config.profile, self.world, self.steps) as profiler_step:
+            ready = self._ready(0)
             for step in range(self.steps):
-                epoch, index = divmod(step, self.batches.steps_per_epoch)
+                self.stepper.begin(ready)
+                if step + 1 < self.steps:
+                    ready = self._ready(step + 1)  # while the GPU is at work
                 completed = (step + 1) / self.batches.steps_per_epoch
-                self.metrics.step(self.stepper.run(self.batches.step(epoch, index), completed, self.host.now))
+                self.metrics.step(self.stepper.end(completed, self.host.now))
                 if self.stepper.overflowed:
                     self.world.say(
                         f"step {step + 1}: float16 gradients overflowed, so it was left out; "
@@ -84,6 +87,9 @@ class Loop:
                 if interrupt.agreed() and step + 1 < self.steps:
                     return False
         return True
+
+    def _ready(self, step: int) -> Ready:
+        return self.stepper.prepare(self.batches.step(*divmod(step, self.batches.steps_per_epoch)))
 
     def _save(self) -> Path:
         """Every rank takes part; rank 0 writes."""

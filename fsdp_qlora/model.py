@@ -48,6 +48,8 @@ class FrozenEmbedding(nn.Module):
     def __init__(self, inner: nn.Module, frozen: FrozenBytes, views: FrozenViews, on_host: bool) -> None:
         super().__init__()
         self.inner, self.frozen, self.views, self.on_host = inner, frozen, views, on_host
+        # Nothing before the first block trains, but reentrant checkpointing hangs on an input that asks for a gradient.
+        self.asks_for_gradient = True
 
     def forward(self, input_ids: Tensor) -> Tensor:
         with self.frozen.opened(), torch.no_grad():
@@ -56,9 +58,7 @@ class FrozenEmbedding(nn.Module):
             else:
                 self.views.bind()
                 hidden = self.inner(input_ids)
-        # Nothing before the first block trains, but reentrant checkpointing and FSDP2's backward hooks hang on an
-        # input that asks for a gradient.
-        return hidden.requires_grad_(torch.is_grad_enabled())
+        return hidden.requires_grad_(self.asks_for_gradient and torch.is_grad_enabled())
 
 
 class Head(nn.Module):

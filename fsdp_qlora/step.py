@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -19,6 +20,18 @@ from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
 GROWTH_STEPS = 2000  # finite steps after which the loss scale doubles, as torch.amp.GradScaler's default
+
+
+@dataclass(frozen=True)
+class Ready:
+    """This rank's micro-batches of an optimizer step, on the device or on their way there.
+
+    inputs: what the model takes of each. label_tokens, tokens: of the step, on all ranks."""
+
+    batches: list[Batch]
+    inputs: list[tuple[Tensor, Tensor, Tensor]]
+    label_tokens: int
+    tokens: int
 
 
 class LossScale:
@@ -39,7 +52,9 @@ class LossScale:
 
 
 class Stepper:
-    """Runs optimizer steps; owns the optimizer and its schedule over `steps` of them."""
+    """Runs optimizer steps; owns the optimizer and its schedule over `steps` of them.
+
+    A step is `begin` and `end`. Between the two a GPU is at work and the host free: the time to `prepare` the next."""
 
     def __init__(
         self, model: CausalModel, adapters: ShardedAdapters, options: TrainingOptions, steps: int, world: World
@@ -54,7 +69,9 @@ class Stepper:
         self.steps = steps
         self._begun = 0  # optimizer steps of which the update has begun, or that were left out
         self._updated = 0  # of these, the ones whose new values are on their way to every rank
+        self._began = 0.0
         self._ended: float | None = None  # the last one: a step's seconds begin there, so that what lies between counts
+        self._at_work: tuple[Ready, Tensor] | None = None  # a step begun: its batches; its loss and squared norm
         self.overflowed = False  # float16 gradients did, so the last step was left out and the loss scale shrunk
 
     @property
@@ -67,25 +84,34 @@ class Stepper:
         """Optimizer steps that this rank's working copies have in full."""
         return self._begun - self.publishing
 
-    def run(self, batches: list[Batch], epoch: float, host_gib: float) -> StepRecord:
-        """Forward, backward and update over this rank's micro-batches (as many as every rank's).
+    def prepare(self, batches: list[Batch]) -> Ready:
+        """Micro-batches (as many as every rank's) for `begin`. A collective, on the host."""
+        mine = [sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches), sum(b.tokens for b in batches)]
+        label_tokens, tokens = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
+        return Ready(batches, [_to_device(batch, self.world.device) for batch in batches], label_tokens, tokens)
+
+    def begin(self, ready: Ready) -> None:
+        """Forward and backward over the micro-batches; on a GPU it returns when they have been launched."""
+        self._began = self._ended or time.perf_counter()
+        losses = self._passes(ready.inputs, ready.label_tokens / self.scale.value)
+        norms = torch._foreach_norm(self.adapters.gradients())
+        self._at_work = ready, torch.stack([losses, torch.stack(norms).square().sum()])
+
+    def end(self, epoch: float, host_gib: float) -> StepRecord:
+        """Wait for what was begun, and update.
 
         epoch: epochs completed after this step. host_gib: this rank's host memory, for the record.
         Raises TrainingStopped on every rank, before the update, when a loss or a gradient is not finite.
         """
-        start = self._ended or time.perf_counter()
-        mine = [sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches), sum(b.tokens for b in batches)]
-        label_tokens, tokens = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
-        losses = self._passes(batches, label_tokens / self.scale.value)
-        norms = torch._foreach_norm(self.adapters.gradients())
-        sums = torch.stack([losses, torch.stack(norms).square().sum()])
+        assert self._at_work is not None, "no step was begun"
+        (ready, sums), self._at_work = self._at_work, None
         memory = self._memory()  # all of the step has been allocated, if not yet computed
         loss_part, square = _to_host(sums)  # the step's one wait for the GPU
         everyone = self.world.gather([loss_part, square, *memory, host_gib])
         losses_by_rank, squares, allocated, reserved, retries, host = map(list, zip(*everyone, strict=True))
         loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
         lr = float(self.schedule.get_last_lr()[0])
-        self.overflowed = not self._update(loss, norm, batches, losses_by_rank)
+        self.overflowed = not self._update(loss, norm, ready.batches, losses_by_rank)
         self._ended = time.perf_counter()
         on_gpu = self.world.device.type == "cuda"
         return StepRecord(
@@ -94,20 +120,20 @@ class Stepper:
             loss=loss,
             lr=lr,
             grad_norm=norm,
-            tokens=tokens,
-            label_tokens=label_tokens,
-            seconds=self._ended - start,
+            tokens=ready.tokens,
+            label_tokens=ready.label_tokens,
+            seconds=self._ended - self._began,
             gpu_allocated_gib=allocated if on_gpu else [],
             gpu_reserved_gib=reserved if on_gpu else [],
             gpu_retries=[int(count) for count in retries] if on_gpu else [],
             host_rss_gib=host,
         )
 
-    def _passes(self, batches: list[Batch], divisor: float) -> Tensor:
+    def _passes(self, inputs: list[tuple[Tensor, Tensor, Tensor]], divisor: float) -> Tensor:
         total = torch.zeros((), device=self.world.device)
-        for i, batch in enumerate(batches):
-            self.adapters.begin_micro_batch(last=i == len(batches) - 1)
-            loss = self.model(*_to_device(batch, self.world.device), divisor)
+        for i, tensors in enumerate(inputs):
+            self.adapters.begin_micro_batch(last=i == len(inputs) - 1)
+            loss = self.model(*tensors, divisor)
             loss.backward()
             total += loss.detach()
         self.adapters.finish()

@@ -227,14 +227,23 @@ def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = Non
             before = meter.mark() - h.nbytes
             out = fused(h, cos, sin)
             forward, launches = meter.peak - before, meter.launches
-            d_out = torch.empty_like(out)
-            held = meter.mark() - before - d_out.nbytes
-            out.backward(d_out)
+            d_wide = _handed(fused, out)
+            held = meter.mark() - before - d_wide.untyped_storage().nbytes()
+            out.backward(d_wide[:, : h.shape[-1]].view(out.shape))
             found = MeteredBlock(held - out.nbytes, forward, meter.peak - before - held, launches, meter.launches)
-            del out, d_out, h
+            fused.scratch.hand(torch.empty(0, device=META))
+            del out, d_wide, h
             for m in block.linears().values():
                 m.lora_A.grad = m.lora_B.grad = None
     return found
+
+
+def _handed(fused: FusedBlock, out: torch.Tensor) -> torch.Tensor:
+    """The gradient of a block's output with room beside it, as the block after leaves it."""
+    rows = out.flatten(0, 1)
+    d_wide = lora_wide.wide(rows.shape[0], rows.shape[1] + lora_wide.extra(fused._projection(fused.anatomy.down)), rows)
+    fused.scratch.hand(d_wide)
+    return d_wide
 
 
 def _of(group: Any) -> list[torch.Tensor]:

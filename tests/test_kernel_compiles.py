@@ -43,9 +43,10 @@ for softcap, gradient in ((True, True), (False, False)):
     head = {"VOCABULARY": 300, "SOFTCAP": softcap, "GRADIENT": gradient, "TILE": 128}
     compiled(cross_entropy._row_kernel, 86, "blfiiFFF", **head)
 compiled(rms_norm._forward_kernel, 86, "bbbbbiiiFF", H=100, HEADS=0, RESIDUAL=True, ROWS=2, COLUMNS=128)
-compiled(rms_norm._backward_kernel, 86, "bbbbbiiiiFF", H=100, HEADS=8, SKIP=True, ROWS=2, COLUMNS=128)
+compiled(rms_norm._backward_kernel, 86, "bbbbbiiiiiFF", H=100, HEADS=8, SKIP=True, ROWS=2, COLUMNS=128)
 tiles = {"HALF": 24, "HALF_TILE": 32, "HEADS": 4, "Q_GROUPS": 2, "GROUPS": 3, "POSITIONS": True, "BACKWARD": True}
-compiled(rope._rope_kernel, 86, "bbffl" + "i" * 8, n_k=1, **tiles)
+for rest in (0, 12):
+    compiled(rope._rope_kernel, 86, "bbbbffl" + "i" * 14, n_k=1, REST=rest, REST_TILE=16 if rest else 1, **tiles)
 for activation in glu.ACTIVATIONS:
     compiled(glu._backward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION=activation)
 compiled(glu._forward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION="silu")

@@ -43,6 +43,13 @@ def every(facts: Facts, keep: str, offloaded: bool = False, placement: Placed = 
     return Candidate(placement, (BlockPlan(True, keep, offloaded),) * facts.layers, True, 0)
 
 
+@pytest.fixture
+def without_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's own, which is not made on meta."""
+    monkeypatch.setattr(moments, "_attention", lambda facts: (0, 0))
+
+
+@pytest.mark.usefixtures("without_workspace")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_block_allocates_what_is_counted(family: str, dropout: float) -> None:
@@ -57,10 +64,10 @@ def test_a_block_allocates_what_is_counted(family: str, dropout: float) -> None:
         assert counted.backward == real.backward, keep
 
 
+@pytest.mark.usefixtures("without_workspace")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_with_a_narrow_mlp_allocates_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its peak is in attention's half, whose workspace, which is not made on meta, is left out of both."""
-    monkeypatch.setattr(moments, "_attention", lambda facts: (0, 0))
+def test_a_block_with_a_narrow_mlp_allocates_what_is_counted(family: str) -> None:
+    """Its peak is in attention's half."""
     for inner in (512, 1024):
         narrow = copy.deepcopy(FAMILIES[family])
         narrow.intermediate_size = inner
@@ -85,6 +92,7 @@ class _FlashAttn(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
+@pytest.mark.usefixtures("without_workspace")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_with_flash_attn_allocates_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its statistics hold q, k and v, so that no level keeps them, and level `input` holds normalised heads twice."""

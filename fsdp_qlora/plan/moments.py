@@ -71,6 +71,8 @@ class _Sizes:
         self.oa, self.hs = rows(f.rank_o), rows(beside(f.rank_down))
         self.xs_qkv, self.xs_gate_up = rows(beside(f.rank_qkv)), rows(beside(f.rank_gate_up))
         self.projected = self.h if f.norms_after else 0
+        self.d_h3 = self.d_wide  # the block after has left room for down's adapter
+        self.d_added = self.d_wide if f.norms_after else 0
         self.gradients = f.largest_adapters * c
         self.gradients_gate_up = f.rank_gate_up * (f.hidden + 2 * f.inner // f.gate_up_linears) * c
         self.gradients_down, self.gradient_down_b = f.rank_down * (f.hidden + f.inner) * c, f.rank_down * f.hidden * c
@@ -120,19 +122,18 @@ class _Sizes:
 
     def backward(self, level: int) -> int:
         """Beside what the block keeps; of that the attention half lets go of what the MLP kept, and h2."""
-        d_h3, again = self.h, 0
-        redone = 0
+        again = redone = 0
         if level == 0:  # the attention half is computed again, and all of it stays
             again = self.qkv + self.out + self.stats + self.graph + self.oa + self.xs_qkv + self.h + self.projected
-            redone = d_h3 + self.attention_forward()
-        down = d_h3 + again + self.projected + self.d_wide + self.middle + self.gradient_down_b
-        down += self.dropped_again + self.hs
-        mlp = d_h3 + again + self.n_wide + (self.gate_up if level < 4 else 0) + self.gradients_down
-        mlp += max(self.middle + self.hs + self.dropped_again, self.d_n + self.gradients_gate_up)
+            redone = self.d_h3 + self.attention_forward()
+        down = self.d_h3 + again + self.d_added + self.middle + self.gradient_down_b + self.dropped_again
+        mlp = self.d_h3 + again + self.n_wide + (self.gate_up if level < 4 else 0) + self.gradients_down
+        d_ha = self.hs if self.d_added else 0
+        mlp += max(self.middle + d_ha + self.dropped_again, self.d_n + self.gradients_gate_up)
         return max(redone, down, mlp, self._attention_backward(level))
 
     def _attention_backward(self, level: int) -> int:
-        state = self.h + self.d_h2 + self.y_wide + self.heads + self.gradients - self.gradients_qkv  # d_h3, d_h2
+        state = self.d_h3 + self.d_h2 + self.y_wide + self.heads + self.gradients - self.gradients_qkv
         state += self.qkv if level < 3 else 0
         state += self.out + self.stats if level < self.attended_at else 0
         state += self.oa + self.xs_qkv + self.projected + self.graph if level == 0 else 0
