@@ -10,11 +10,23 @@ from fsdp_qlora.config import Config, ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.fused import KEEP, FusedBlock, Scratch
 from fsdp_qlora.kernels.attention import fastest
+from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.precision import Precision
-from fsdp_qlora.recognise import Anatomy, recognise
+from fsdp_qlora.recognise import Anatomy, eps_of, recognise
 
 NO_MASKS = "fsdp_qlora_fused"  # an attention that Hugging Face builds no masks for: fused blocks know what is seen
+
+
+class FinalNorm(nn.Module):
+    """The norm behind the last block, in one kernel. inner: Hugging Face's, whose weight is a view of frozen bytes."""
+
+    def __init__(self, inner: nn.Module, shift: float) -> None:
+        super().__init__()
+        self.inner, self.eps, self.shift = inner, eps_of(inner), shift
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.inner.weight, self.eps, shift=self.shift)
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,12 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
         backends.append(backend)
         block.fused = FusedBlock(anatomy, model.precision.compute, KEEP[0], scratch, backend)
     # Where the first block trains, its backward hangs on its adapters, and it need not make a gradient of its input.
+    first = next(iter(model.blocks.values()))
     model.embedding[0].asks_for_gradient = all(linear.lora_A is None for linear in anatomies[0].linears)
+    norm = model.backbone.norm
+    if isinstance(norm, nn.Module) and type(norm) is type(first.layer.input_layernorm):
+        model.final_norm = FinalNorm(norm, anatomies[0].attention_norm.shift)
+        model.backbone.norm = nn.Identity()
     model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb)
     AttentionInterface.register(NO_MASKS, _unused)
     model.backbone.config._attn_implementation = NO_MASKS

@@ -105,6 +105,7 @@ class CausalModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
+        self.final_norm: nn.Module = nn.Identity()  # of labelled rows, where the backbone's last module is not the norm
         self.embedding, self.blocks, self.units, self.rest = (embedding,), blocks, units, rest
         self.precision = precision
         self.head_name = head_name  # of its weight in a checkpoint, whether the model reads it or is tied
@@ -117,8 +118,8 @@ class CausalModel(nn.Module):
         """
         self.rest.bind()
         with torch.autocast(input_ids.device.type, self.precision.compute, enabled=self.precision.autocast):
-            hidden_BSH = self.backbone(input_ids=input_ids, use_cache=False)[0]
-            return self.head(hidden_BSH.flatten(0, 1).index_select(0, places_L), labels_L, divisor)
+            hidden_LH = self.backbone(input_ids=input_ids, use_cache=False)[0].flatten(0, 1).index_select(0, places_L)
+            return self.head(self.final_norm(hidden_LH), labels_L, divisor)
 
     def is_tied(self) -> bool:
         """Whether the head reads the embedding's bytes."""

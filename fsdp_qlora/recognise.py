@@ -72,6 +72,11 @@ class Anatomy:
         return (*self.qkv, self.o, *self.gate_up, self.down)
 
 
+def eps_of(norm: Any) -> float:
+    """What a family's RMSNorm adds to the mean square."""
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
+
+
 def recognise(layer: nn.Module, frozen: FrozenBytes) -> Anatomy | str:
     """The anatomy of a layer whose linears are frozen linears already, or why there is no fused block for it."""
     family = FAMILIES.get(type(layer).__name__)
@@ -93,9 +98,7 @@ def recognise(layer: nn.Module, frozen: FrozenBytes) -> Anatomy | str:
     def norm(name: str) -> Norm | None:
         if not name:
             return None
-        module: Any = layer.get_submodule(name)
-        eps = getattr(module, "variance_epsilon", None) or module.eps
-        return Norm(FrozenTensor(frozen, f"{name}.weight"), float(eps), shift)
+        return Norm(FrozenTensor(frozen, f"{name}.weight"), eps_of(layer.get_submodule(name)), shift)
 
     first, second, third, fourth = (norm(name) for name in names)
     assert first is not None

@@ -25,7 +25,13 @@ from fsdp_qlora.kernels.device import next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.tanh import tanh
 
 IGNORE = -100
-_CHUNK_LOGITS = 1 << 27  # logits held at a time: 256 MiB in bf16; 1,024 tokens at vocabulary 128,256
+_CHUNK_LOGITS = 1 << 27  # logits held at a time, at most: 256 MiB in bf16; 1,024 tokens at vocabulary 128,256
+_CHUNK_TOKENS = 2048  # at a time, at most: more would not make the products faster
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are there at a time."""
+    return max(256, min(_CHUNK_TOKENS, _CHUNK_LOGITS // vocabulary // 256 * 256))
 
 
 def linear_cross_entropy(
@@ -48,9 +54,9 @@ def linear_cross_entropy(
     weight and bias, once: the gradient's buffer is handed over in backward.
     divisor: the sum is divided by it, in float32 before gradients are rounded. An incoming gradient that is no power of
     two rounds a bf16 gradient once more, so a known normaliser (the global label count) belongs here.
-    chunk: tokens at a time, default as many as fill 256 MiB of bf16 logits. label_count: how many labels are not
-    `ignore_index`, if the caller knows: rows without a label then cost nothing. On the CPU it is counted if not given;
-    on a GPU counting would wait for all queued work, so without it every row is computed.
+    chunk: tokens at a time, default `chunk_tokens`. label_count: how many labels are not `ignore_index`, if the caller
+    knows: rows without a label then cost nothing. On the CPU it is counted if not given; on a GPU counting would wait
+    for all queued work, so without it every row is computed.
     A label outside the vocabulary makes the loss NaN on a GPU and raises IndexError or RuntimeError on a CPU.
     Raises ValueError on wrong shapes or dtypes.
     """
@@ -62,7 +68,7 @@ def linear_cross_entropy(
     _check(hidden_TH, weight_VH, labels_T, bias)
     n_tokens, vocabulary = labels_T.numel(), weight_VH.shape[0]
     if chunk is None:
-        chunk = max(256, _CHUNK_LOGITS // vocabulary // 256 * 256)
+        chunk = chunk_tokens(vocabulary)
     if label_count is None and kind == "cpu":
         label_count = int((labels_T != ignore_index).sum())
     rows = None

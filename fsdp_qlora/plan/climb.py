@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from fsdp_qlora.plan.memory import BlockPlan, Candidate
+from fsdp_qlora.plan.moments import KEEP
 
 Kind = tuple[str, bool]  # keep level, offloaded
 
@@ -79,11 +80,14 @@ def _neighbours(candidate: Candidate, kinds: Sequence[Kind], stride: int) -> Ite
 
 
 def blend(counts: Mapping[Kind, int], kinds: Sequence[Kind]) -> tuple[BlockPlan, ...]:
-    """Blocks of some kinds, none of them resident, each kind spread as evenly as the others let it."""
+    """Blocks of some kinds, none of them resident, each kind spread as evenly as the others let it. But the last one is
+    of those that keep most on the GPU: its backward, when all the others' is there too, then makes least again."""
     layers = sum(counts.values())
     given, blocks = dict.fromkeys(counts, 0), []
     for place in range(1, layers + 1):
         behind = max(counts, key=lambda kind: (place * counts[kind] - layers * given[kind], -kinds.index(kind)))
         given[behind] += 1
         blocks.append(BlockPlan(False, *behind))
-    return tuple(blocks)
+    most = max(blocks, key=lambda block: (not block.offloaded, KEEP.index(block.keep)))
+    last = max(place for place, block in enumerate(blocks) if block == most)
+    return (*blocks[:last], *blocks[last + 1 :], most)

@@ -234,6 +234,8 @@ class Walk:
         parked = [i for i, seconds in enumerate(self.away) if seconds]
         fetched: dict[int, float] = {}
         reduced = self.now
+        if parked and not self.away[-1]:  # the first block back parked nothing, and starts the copy of what was last
+            fetched[parked[-1]] = self._bring(self.away[parked[-1]], max(self.now, self.out_free))
         for i in range(len(self.blocks) - 1, -1, -1):
             if self.away[i]:
                 self._fetch(parked, fetched)

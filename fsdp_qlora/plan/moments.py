@@ -10,12 +10,9 @@ from fsdp_qlora.plan.facts import Facts, beside, pitch
 KEEP = ("input", "halves", "attention", "qkv", "all")  # as `fused.KEEP`, which takes torch to import
 FLOAT = 4  # bytes of float32
 ROUND = 512  # bytes: what the caching allocator rounds a tensor up to
-CHUNK_LOGITS = 1 << 27  # logits that the loss holds at a time (`cross_entropy._CHUNK_LOGITS`)
+CHUNK_LOGITS, CHUNK_TOKENS = 1 << 27, 2048  # that the loss holds at a time (`cross_entropy.chunk_tokens`)
 PIECE = 512  # queries at a time in math attention (`attention._PIECE`)
 PIECES = 5  # score matrices of a piece alive at once in its backward: scores, p, d_p, d_scores, mask
-# Of Hugging Face's final norm, in bytes per number of [T, H]: its input in float32 is kept for backward, which makes
-# four more float32 tensors and has two of the stream's dtype.
-NORM_KEPT, NORM_BACKWARD = FLOAT, 5 * FLOAT
 
 
 @dataclass(frozen=True)
@@ -172,15 +169,22 @@ def _generic(facts: Facts) -> BlockBytes:
     return BlockBytes(h + inside, 0, h + inside, passing + f.largest_adapters * c)
 
 
+def chunk_tokens(facts: Facts) -> int:
+    """Tokens whose logits the loss holds at a time."""
+    return max(256, min(CHUNK_TOKENS, CHUNK_LOGITS // facts.vocabulary // 256 * 256))
+
+
 def head_moments(facts: Facts) -> tuple[int, int]:
     """(loss over chunks of logits, the final norm's backward), beside what the blocks keep. Every token is a label."""
     f, c = facts, facts.compute_bytes
     numbers = f.tokens * f.hidden
-    chunk = max(256, CHUNK_LOGITS // f.vocabulary // 256 * 256)
-    logits = min(chunk, f.tokens) * (-(-f.vocabulary // 16) * 16) * c
-    kept = numbers * NORM_KEPT
+    logits = min(chunk_tokens(f), f.tokens) * (-(-f.vocabulary // 16) * 16) * c
     labelled = 2 * numbers * c  # the labelled rows and their gradient
-    return kept + numbers * f.stream_bytes + labelled + logits, kept + numbers * (NORM_BACKWARD - FLOAT + 2 * c)
+    if f.fused:  # the norm is of labelled rows, and keeps them
+        return numbers * c + labelled + logits, numbers * c + labelled
+    # Hugging Face's norm keeps the last block's output in float32, of which its backward makes four more.
+    kept = numbers * FLOAT
+    return kept + numbers * f.stream_bytes + labelled + logits, kept + 4 * FLOAT * numbers + labelled
 
 
 class Loading:

@@ -6,7 +6,7 @@ Counted as `fused.py` and the kernels do it, per micro-batch of one rank. N * D 
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.plan.moments import FLOAT, KEEP
+from fsdp_qlora.plan.moments import FLOAT, KEEP, chunk_tokens
 
 # Kernels that the host launches for a Llama block, forward, and backward at each keep level, counted by running it on
 # the meta device (tests/test_plan_time.py). What else the host does is in the seconds a launch is measured to take.
@@ -137,14 +137,16 @@ class BlockWork:
 
 
 def head_work(facts: Facts) -> Work:
-    """Logits, their gradient, the final norm in float32 by Hugging Face's ops; every token is a label."""
+    """Logits, their gradient, the final norm (Hugging Face's in float32, where blocks are not fused); every token is a
+    label."""
     f = facts
     numbers = f.tokens * f.hidden
     product = 2 * numbers * f.vocabulary
     loss = 3 * f.tokens * f.vocabulary * f.compute_bytes  # logits are read twice and written once
-    norm = numbers * (8 * FLOAT + 15 * FLOAT + 6 * f.compute_bytes)  # passes of forward, of backward, in the dtype
-    chunks = -(-f.tokens * f.vocabulary // (1 << 27))
-    return Work(forward=product, backward=product, bytes=loss + norm, launches=60 + 8 * chunks)
+    # Passes of forward, of backward, and to labelled rows and back.
+    norm = numbers * ((2 + 3) * f.compute_bytes if f.fused else (8 + 15) * FLOAT) + numbers * 6 * f.compute_bytes
+    chunks = -(-f.tokens // chunk_tokens(f))
+    return Work(forward=product, backward=product, bytes=loss + norm, launches=(15 if f.fused else 60) + 8 * chunks)
 
 
 def update_bytes(facts: Facts) -> float:
