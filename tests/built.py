@@ -53,7 +53,9 @@ class Built:
         """[B, S, V] on the CPU, before any scale or softcap of the family."""
         with torch.no_grad():
             self.model.rest.bind()
-            hidden = self.model.backbone(input_ids=ids_BS.to(self.world.device), use_cache=False)[0]
+            hidden = self.model.final_norm(
+                self.model.backbone(input_ids=ids_BS.to(self.world.device), use_cache=False)[0]
+            )
             head = self.model.head
             with head.frozen.opened():
                 return (hidden @ head.weight.decode(hidden.dtype).T).cpu()

@@ -1,8 +1,6 @@
 """Runs of the program as a user starts them, many in one launch of ranks, and what each left behind."""
 
 import json
-import socket
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +13,22 @@ import train
 from tests.torchrun import run_torchrun
 
 # A process group leaves its addresses in torchrun's store, where the next one of the same processes would find them: so
-# each case meets at a store and a port of its own.
+# each case has a part of it to itself.
 WORKER = """
     import json, os, sys, time
+    from functools import partial
     import torch
+    import torch.distributed as dist
     from train import main
 
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    open_group = dist.init_process_group
     torch.use_deterministic_algorithms(True, warn_only=True)  # and NaN in all memory that nobody has written
-    for name, case in json.load(open(sys.argv[1])).items():
-        os.environ["MASTER_PORT"] = str(case["port"])
+    for name, arguments in json.load(open(sys.argv[1])).items():
+        dist.init_process_group = partial(open_group, store=dist.PrefixStore(name, store), rank=rank, world_size=size)
         start = time.monotonic()
-        code = main(case["arguments"])
+        code = main(arguments)
         took = time.monotonic() - start
         sys.stdout.write(f"rank {os.environ['RANK']}: {name} ended with {code} after {took:.1f} s\\n")
     """
@@ -67,14 +69,7 @@ def run_ranks(cases: dict[str, Options], ranks: int, folder: Path, timeout: floa
         return {n: run for launch in launches if launch for n, run in run_ranks(launch, ranks, folder, timeout).items()}
     folder.mkdir(parents=True, exist_ok=True)
     listing = folder / f"{ranks}-ranks.json"
-    listing.write_text(
-        json.dumps(
-            {
-                name: {"arguments": flags(case | {"output_dir": folder / name}), "port": port}
-                for (name, case), port in zip(cases.items(), free_ports(len(cases)), strict=True)
-            }
-        )
-    )
+    listing.write_text(json.dumps({name: flags(case | {"output_dir": folder / name}) for name, case in cases.items()}))
     done = run_torchrun(WORKER, ranks, [str(listing)], timeout=timeout)
     for name in cases:
         for rank in range(ranks):
@@ -92,12 +87,3 @@ def run_alone(options: Options, folder: Path) -> Run:
 def flags(options: Options) -> list[str]:
     """{"lora_rank": 8} -> ["--lora_rank", "8"]."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value).strip())]
-
-
-def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on, all different."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
