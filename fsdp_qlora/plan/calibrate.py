@@ -18,7 +18,7 @@ from fsdp_qlora.plan.clock import Rates as Rates
 from fsdp_qlora.plan.facts import Facts
 from fsdp_qlora.world import World
 
-VERSION = 2  # of how rates are measured: others' files are measured again
+VERSION = 3  # of how rates are measured: others' files are measured again
 SLOWER_IS_MORE = {"crowding", "launch"}  # of all other rates the slowest rank has the least
 NAMES = [field.name for field in fields(Rates)]
 

@@ -15,8 +15,7 @@ from fsdp_qlora.plan.moments import KEEP
 
 Kind = tuple[str, bool]  # keep level, offloaded
 
-MOST_KINDS = 3
-STRIDES = (10, 3, 1)  # blocks moved at once, of 80
+MOVES = ((10, 3), (3, 3), (1, 3), (1, 5))  # (blocks moved at once, of 80; kinds there may be): the last fills gaps
 FASTER = 1 - 1e-4  # a move that gains less is none
 
 
@@ -59,9 +58,9 @@ def climb(
     """The best candidate that single moves lead to, large moves first. evaluate: (the candidate with as many resident
     blocks as fit, its seconds), None where it does not fit."""
     layers = len(start.blocks)
-    for stride in sorted({max(1, stride * layers // 80) for stride in STRIDES}, reverse=True):
+    for stride, most in dict.fromkeys((max(1, stride * layers // 80), most) for stride, most in MOVES):
         while True:
-            found = [one for c in _neighbours(start, kinds, stride) if (one := evaluate(c)) is not None]
+            found = [one for c in _neighbours(start, kinds, stride, most) if (one := evaluate(c)) is not None]
             best = min(found, key=lambda one: one[1], default=None)
             if best is None or best[1] >= seconds * FASTER:
                 break
@@ -69,13 +68,13 @@ def climb(
     return start
 
 
-def _neighbours(candidate: Candidate, kinds: Sequence[Kind], stride: int) -> Iterator[Candidate]:
+def _neighbours(candidate: Candidate, kinds: Sequence[Kind], stride: int, most: int) -> Iterator[Candidate]:
     counts = Counter((b.keep, b.offloaded) for b in candidate.blocks)
     for source in list(counts):
         moved = min(stride, counts[source])
         for target in kinds:
             changed = counts - Counter({source: moved}) + Counter({target: moved})
-            if target != source and len(changed) <= MOST_KINDS:
+            if target != source and len(changed) <= most:
                 yield replace(candidate, blocks=blend(changed, kinds))
 
 

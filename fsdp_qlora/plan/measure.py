@@ -26,7 +26,8 @@ from fsdp_qlora.world import World
 
 WARM_SECONDS = 0.2  # of products before anything is timed: a cold card clocks higher than a step lets it
 SPAN = 0.02  # seconds that a rate is measured for, at least three calls
-MOST_TOKENS = 4096  # of products and attention: beyond, the rates hardly change, and a slow card would take seconds
+MOST_TOKENS = 4096  # of products: beyond, the rates hardly change, and a slow card would take seconds
+MOST_CONTEXT = 32768  # of attention in one kernel, whose rates still grow there
 COPIED = 256 << 20  # bytes copied in device memory: several times the largest cache
 PINNED = 64 << 20  # bytes of a copy between host and device
 CROSSINGS = 12  # such copies timed: 15 ms at 55 GB/s, 65 ms at 12
@@ -79,7 +80,8 @@ def _warm(call: Callable[[], object]) -> None:
 
 def attention(facts: Facts, masking: Masking, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """FLOP/s of attention's passes, counting the keys that are seen."""
-    s = min(facts.context, MOST_TOKENS)
+    slow = facts.attention in ("", "math", "cpu")
+    s = min(facts.context, MOST_TOKENS if slow else MOST_CONTEXT)
     b = max(1, min(facts.batch, MOST_TOKENS // s))
     q, d_out = (torch.randn(b, s, facts.heads, facts.head_dim, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(b, s, facts.kv_heads, facts.head_dim, device=device, dtype=dtype) for _ in range(2))
