@@ -318,4 +318,4 @@ def test_a_little_host_memory_is_worth_a_third_kind() -> None:
         assert plan.host_bytes <= host * GIB
         seconds.append(plan.seconds)
     assert seconds[1] < seconds[0] * 0.998
-    assert len({(b.keep, b.offloaded) for b in plan.blocks}) == 3
+    assert 3 <= len({(b.keep, b.offloaded) for b in plan.blocks}) <= 5

@@ -1,7 +1,7 @@
 """Every candidate worth looking at for one placement, and the fastest of them that fits.
 
 A candidate is at most two kinds of block (keep level, offloaded or not), the second kind and the resident blocks each
-spread evenly; from the best of them `climb.py` goes on to three. Given the kinds, as many blocks stay resident as
+spread evenly; from the best of them `climb.py` goes on to more. Given the kinds, as many blocks stay resident as
 fit: that is never slower and takes host memory away from nobody. What remains is small enough to bound all of it and
 walk through the few that may be the fastest.
 """
