@@ -242,7 +242,7 @@ def test_names_of_fsdp_qlora(monkeypatch: pytest.MonkeyPatch) -> None:
             return datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": text}]), test=None)
         return datasets.DatasetDict(train=datasets.Dataset.from_list(ALPACA_ROWS * 300))
 
-    monkeypatch.setattr("fsdp_qlora.sources.datasets.load_dataset", hub)
+    monkeypatch.setattr("datasets.load_dataset", hub)
     tokenizer = bytes_tokenizer()
     assert len(load("alpaca", tokenizer)) == 600
     assert len(load("alpaca_sample", tokenizer)) == 512

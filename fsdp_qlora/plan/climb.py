@@ -1,4 +1,4 @@
-"""Plans of three kinds of block, as it takes to use up both the GPU's and the host's memory, and of two more for the rest.
+"""Plans of three kinds of block, as it takes to use up both the GPU's and the host's memory, and two more for the rest.
 
 Where arithmetic bounds a step its seconds, the GPU's bytes and the host's are sums over blocks, so the best mix is a
 corner of a linear program: three kinds, whose counts three equations give. Rounding, the link and the order of things
