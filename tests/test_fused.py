@@ -16,9 +16,9 @@ from transformers.activations import ACT2FN
 from fsdp_qlora.codecs import NF4, Plain
 from fsdp_qlora.config import AdapterOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.fused import KEEP, FusedBlock
+from fsdp_qlora.fused import KEEP, FusedBlock, Scratch
 from fsdp_qlora.kernels.attention import Masking, possible
-from fsdp_qlora.kernels.lora_wide import PITCH
+from fsdp_qlora.kernels.lora_wide import PITCH, wide
 from fsdp_qlora.model import CausalModel
 from tests.fusable import Results, Subject, inputs, subject
 from tests.test_families import FAMILIES, config_of
@@ -412,6 +412,38 @@ def test_the_activation_is_the_one_that_the_layer_has(name):
         block.layer.mlp.act_fn = ACT2FN[name]  # whatever the config calls it: versions differ in which field they read
     of.fuse(fused="true")
     assert {block.fused.anatomy.activation for block in of.model.blocks.values()} == {KERNEL_OF[name]}
+
+
+@pytest.mark.parametrize(("name", "asks"), [("Llama", False), ("one-adapter", True)])
+def test_the_first_block_makes_a_gradient_of_its_input_only_where_it_does_not_train(name, asks):
+    """ "one-adapter" is one of the second block: nothing else would ask for a backward."""
+    of = case(name, torch.float32)
+    of.fuse()
+    of.model.embedding[0].frozen.flat = torch.nn.Parameter(
+        torch.zeros(of.model.embedding[0].frozen.layout.nbytes // 4, device=DEVICE), requires_grad=False
+    )
+    hidden = of.model.embedding[0](torch.zeros(1, 3, dtype=torch.int64, device=DEVICE))
+    assert hidden.requires_grad == asks
+
+
+def test_room_beside_a_gradient_is_taken_only_with_that_gradient():
+    scratch = Scratch(torch.float32, CPU)
+    d_wide = wide(6, 24 + 8, torch.empty(0))
+    scratch.hand(d_wide)
+    taken = scratch.take(d_wide[:, :24], 32)
+    assert taken is not None
+    assert taken.data_ptr() == d_wide.data_ptr()
+    assert scratch.take(d_wide[:, :24], 32) is None, "it was taken already"
+    for other, columns in (
+        (torch.zeros(6, 24), 32),
+        (d_wide[1:, :24], 32),
+        (d_wide[:4, :24], 32),
+        (d_wide[:, :24], 40),
+    ):
+        scratch.hand(d_wide)
+        assert scratch.take(other, columns) is None
+    bare = torch.zeros(6, 24)
+    assert scratch.take(bare, 24) is bare, "without an adapter there is nothing to leave room for"
 
 
 def test_tables_of_angles_stay_float32():
