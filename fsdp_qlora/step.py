@@ -24,9 +24,10 @@ GROWTH_STEPS = 2000  # finite steps after which the loss scale doubles, as torch
 
 @dataclass(frozen=True)
 class Ready:
-    """This rank's micro-batches of an optimizer step, on the device or on their way there.
+    """This rank's micro-batches of an optimizer step.
 
-    inputs: what the model takes of each. label_tokens, tokens: of the step, on all ranks."""
+    inputs: what the model takes of each, in memory that a GPU copies from. label_tokens, tokens: of the step, on all
+    ranks."""
 
     batches: list[Batch]
     inputs: list[tuple[Tensor, Tensor, Tensor]]
@@ -88,7 +89,7 @@ class Stepper:
         """Micro-batches (as many as every rank's) for `begin`. A collective, on the host."""
         mine = [sum(int((b.labels[:, 1:] != IGNORE).sum()) for b in batches), sum(b.tokens for b in batches)]
         label_tokens, tokens = (int(sum(column)) for column in zip(*self.world.gather(mine), strict=True))
-        return Ready(batches, [_to_device(batch, self.world.device) for batch in batches], label_tokens, tokens)
+        return Ready(batches, [_inputs(batch, self.world.device) for batch in batches], label_tokens, tokens)
 
     def begin(self, ready: Ready) -> None:
         """Forward and backward over the micro-batches; on a GPU it returns when they have been launched."""
@@ -133,7 +134,7 @@ class Stepper:
         total = torch.zeros((), device=self.world.device)
         for i, tensors in enumerate(inputs):
             self.adapters.begin_micro_batch(last=i == len(inputs) - 1)
-            loss = self.model(*tensors, divisor)
+            loss = self.model(*(t.to(self.world.device, non_blocking=True) for t in tensors), divisor)
             loss.backward()
             total += loss.detach()
         self.adapters.finish()
@@ -195,15 +196,14 @@ def _to_host(numbers: Tensor) -> list[float]:
     return here.tolist()
 
 
-def _to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids [B, S], places [L], labels [L]): only positions whose next token is a label go through the head.
-
-    Found on the CPU, where the batch is, so that the GPU's stream is never waited for."""
+def _inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids [B, S], places [L], labels [L]), on the CPU: only positions whose next token is a label go through the
+    head, and are found where the batch is, so that the GPU's stream is never waited for."""
     following = torch.full_like(batch.labels, IGNORE)
     following[:, :-1] = batch.labels[:, 1:]
     places = (following.flatten() != IGNORE).nonzero().squeeze(1)
     tensors = (batch.input_ids, places, following.flatten()[places])
     if device.type != "cuda":
         return tensors
-    ids, places, labels = (t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    ids, places, labels = (t.pin_memory() for t in tensors)
     return ids, places, labels
