@@ -62,7 +62,7 @@ def open_source(dataset: str, samples: int | None) -> Source:
 
 
 def _hub_rows(dataset: str, named: Named, samples: int | None) -> Iterator[tuple[str, Row]]:
-    import datasets  # with pandas and Arrow 0.6 s and 130 MiB on every rank, which rows of a local file do not need
+    import datasets  # with pandas and Arrow 0.9 s and 80 MiB on every rank, which rows of a local file do not need
 
     try:
         splits = datasets.load_dataset(named.hub_id)
