@@ -19,7 +19,7 @@ from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.frozen import decode_rows
 from fsdp_qlora.kernels.attention import attend, attend_backward
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
-from fsdp_qlora.kernels.lora import Adapter, Gradients, Projection
+from fsdp_qlora.kernels.lora import Adapter, Gradients, Projection, project
 from fsdp_qlora.kernels.lora_wide import (
     PITCH,
     adapt_,
@@ -32,7 +32,6 @@ from fsdp_qlora.kernels.lora_wide import (
     lay,
     pays_beside,
     products_of_b,
-    project_apart,
     project_wide,
     wide,
 )
@@ -73,7 +72,8 @@ class Scratch:
         self._handed = d_wide
 
     def take(self, d_rows: Tensor, columns: int) -> Tensor | None:
-        """[T, columns] of what was handed over last, if d_rows [T, H] are its first columns and it has as many."""
+        """[T, columns] that begin with d_rows [T, H]: of what was handed over last, if that has as many and they are of
+        it; d_rows themselves, if they are enough. None else."""
         d_wide, self._handed = self._handed, None
         if columns == d_rows.shape[1]:
             return d_rows
@@ -154,15 +154,15 @@ class FusedBlock:
     keep: str
     scratch: Scratch
     backend: str  # of attention, see kernels/attention.py
-    offload: ActivationOffload | None = None  # where what is kept waits, if not on the device
-    others: ActivationOffload | None = None  # where what other blocks keep waits, to be fetched ahead of them
+    offload: ActivationOffload | None = None  # host memory where what blocks keep can wait
+    parks: bool = False  # whether what this one keeps does
 
     def __call__(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         linears = self.anatomy.linears
         matrices = [m for linear in linears if linear.lora_A is not None for m in (linear.lora_A, linear.lora_B)]
         p = max(linear.dropout for linear in linears) if any(linear.training for linear in linears) else 0.0
         seed = int(torch.randint(1 << 62, ()).item()) if p else 0
-        block = self if torch.is_grad_enabled() else replace(self, offload=None)  # no backward would fetch it
+        block = self if torch.is_grad_enabled() else replace(self, parks=False)  # no backward would fetch it
         with torch.autocast(h.device.type, enabled=False):  # as in backward, which recomputes: a product stays float32
             return _Fused.apply(h, block, cos, sin, (p, seed), *matrices)
 
@@ -176,8 +176,8 @@ class FusedBlock:
         self._project_qkv(state, self._normed(h, self.anatomy.attention_norm, qkv), qkv, drop)
         q, k, v = self._heads(state, shape, rotary, rotate=True)
         state.out, state.stats = attend(q, k, v, self.anatomy.masking, self.backend)
-        o = self._projection(self.anatomy.o)
-        added, state.oa = project_apart(self._rows(state.out), o, p=drop[0], seed=drop[1] + 1)
+        o, scale = self._projection(self.anatomy.o), self.anatomy.o.scale
+        (added,), state.oa = project(self._rows(state.out), [o], p=drop[0], seed=drop[1] + 1, scale=scale)
         if self.anatomy.attention_out_norm is not None:
             state.projected = added
             added = self._norm(added, self.anatomy.attention_out_norm)
@@ -310,18 +310,16 @@ class FusedBlock:
         anatomy, (p, seed) = self.anatomy, drop
         features, inner = h2.shape[1], anatomy.down.in_features
         assert state.hs is not None
-        d_wide = self.scratch.take(d_h3, features + extra(down)) if anatomy.mlp_out_norm is None else None
-        own = d_wide is None
-        if d_wide is None:
-            d_wide = wide(d_h3.shape[0], features + extra(down), d_h3)
-            if anatomy.mlp_out_norm is None:
-                d_wide[:, :features] = d_h3
-            else:
-                self._norm_backward(d_h3, state.projected, anatomy.mlp_out_norm, out=d_wide[:, :features])
+        taken = self.scratch.take(d_h3, features + extra(down)) if anatomy.mlp_out_norm is None else None
+        d_wide = wide(d_h3.shape[0], features + extra(down), d_h3) if taken is None else taken
+        if anatomy.mlp_out_norm is not None:
+            self._norm_backward(d_h3, state.projected, anatomy.mlp_out_norm, out=d_wide[:, :features])
+        elif taken is None:
+            d_wide[:, :features] = d_h3
         laid, d_ha = self._lay((anatomy.down,), down), d_wide[:, features:]
         d_b = gradients_of_b_wide(d_wide[:, :features], d_ha, state.hs, down, laid)
         middle = gradient_of_input_wide(d_wide, down, laid, p=p, seed=seed + 3)
-        d_ha = d_ha.clone() if own else d_ha  # so that what it lies beside can go
+        d_ha = _own(d_ha) if taken is None else d_ha
         del d_wide
         gate_up = self._projection(*anatomy.gate_up)
         n_wide = self._normed(h2, anatomy.mlp_norm, gate_up)
@@ -429,7 +427,7 @@ class _Fused(torch.autograd.Function):
         mlp.gate_up, mlp.xs = (mlp.gate_up, _own(mlp.xs)) if level >= KEEP.index("all") else (None, None)
         halves = level >= KEEP.index("halves")
         kept = Kept(h, h2 if halves else None, attention if halves else None, mlp)
-        ctx.parked = kept.park(block.offload) if block.offload is not None else None
+        ctx.parked = kept.park(block.offload) if block.parks and block.offload is not None else None
         ctx.kept, ctx.block, ctx.rotary, ctx.drop = kept, block, (cos, sin), drop
         return h3
 
@@ -440,8 +438,8 @@ class _Fused(torch.autograd.Function):
         if ctx.parked is not None:
             kept.fetch(block.offload, ctx.parked)
             ctx.parked = None
-        elif block.others is not None:
-            block.others.ahead()
+        elif block.offload is not None:
+            block.offload.ahead()
         h, h2, attention, mlp = kept.h, kept.h2, kept.attention, kept.mlp
         ctx.kept, shape = None, h.shape[:2]
         del kept

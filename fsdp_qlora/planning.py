@@ -151,8 +151,7 @@ def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_token
     offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
-            own = offload if plan.offloaded else None
-            block.fused = replace(block.fused, keep=plan.keep, offload=own, others=offload)
+            block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
 
 
 def write_plan(folder: Path, record: dict) -> None:

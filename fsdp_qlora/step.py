@@ -70,7 +70,7 @@ class Stepper:
         self.steps = steps
         self._begun = 0  # optimizer steps of which the update has begun, or that were left out
         self._updated = 0  # of these, the ones whose new values are on their way to every rank
-        self._began = 0.0
+        self._start = 0.0  # when the step at work began, for its record
         self._ended: float | None = None  # the last one: a step's seconds begin there, so that what lies between counts
         self._at_work: tuple[Ready, Tensor] | None = None  # a step begun: its batches; its loss and squared norm
         self.overflowed = False  # float16 gradients did, so the last step was left out and the loss scale shrunk
@@ -93,7 +93,7 @@ class Stepper:
 
     def begin(self, ready: Ready) -> None:
         """Forward and backward over the micro-batches; on a GPU it returns when they have been launched."""
-        self._began = self._ended or time.perf_counter()
+        self._start = self._ended or time.perf_counter()
         losses = self._passes(ready.inputs, ready.label_tokens / self.scale.value)
         norms = torch._foreach_norm(self.adapters.gradients())
         self._at_work = ready, torch.stack([losses, torch.stack(norms).square().sum()])
@@ -123,7 +123,7 @@ class Stepper:
             grad_norm=norm,
             tokens=ready.tokens,
             label_tokens=ready.label_tokens,
-            seconds=self._ended - self._began,
+            seconds=self._ended - self._start,
             gpu_allocated_gib=allocated if on_gpu else [],
             gpu_reserved_gib=reserved if on_gpu else [],
             gpu_retries=[int(count) for count in retries] if on_gpu else [],

@@ -135,12 +135,18 @@ def project(
     p: float = 0.0,
     seed: int = 0,
     outs: Sequence[torch.Tensor] | None = None,
+    scale: float | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """([T, O] for each projection, x A^T [T, sum of R] or None without adapters), from x [T, H]. Outside autograd.
 
-    outs: where the outputs go, stride 1 along O, else new tensors."""
-    stacked = _stacked_a(projections)
-    xa = None if stacked is None else (dropout(x.contiguous(), p, seed) if p else x) @ stacked.t()
+    outs: where the outputs go, stride 1 along O, else new tensors. scale: of all these adapters; x A^T is returned
+    times it then, as `lora_wide.py` keeps it."""
+    stacked, xa = _stacked_a(projections), None
+    if stacked is not None:
+        xa = x.new_empty(x.shape[0], stacked.shape[0])
+        x_dropped = dropout(x.contiguous(), p, seed) if p else x
+        torch.addmm(xa, x_dropped, stacked.t(), beta=0, alpha=1.0 if scale is None else scale, out=xa)
+        del x_dropped
     results, at = [], 0
     for i, (weight, bias, adapters) in enumerate(projections):
         matrix = weight()
@@ -152,7 +158,8 @@ def project(
         for adapter in adapters:
             assert xa is not None
             rank = adapter.a.shape[0]
-            out[:, adapter.rows].addmm_(xa[:, at : at + rank], adapter.b.t(), alpha=adapter.scale)
+            alpha = adapter.scale if scale is None else 1.0
+            out[:, adapter.rows].addmm_(xa[:, at : at + rank], adapter.b.t(), alpha=alpha)
             at += rank
         results.append(out)
     return results, xa

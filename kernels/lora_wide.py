@@ -99,25 +99,6 @@ def project_wide(
         torch.addmm(summand, x_wide, weight.t(), out=out)
 
 
-def project_apart(
-    x: torch.Tensor, projection: Projection, *, p: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(the projection [T, O] of x [T, H], xs [T, R] or None without adapters), where x has no room beside it.
-
-    Other than `lay`, it takes the weight alone into scratch, and the adapters a pass over the output each."""
-    matrix = projection.weight()
-    out = x @ matrix.t() if projection.bias is None else torch.addmm(projection.bias, x, matrix.t())
-    if not projection.adapters:
-        return out, None
-    x = dropout(x.contiguous(), p, seed) if p else x
-    a = [adapter.a for adapter in projection.adapters]
-    xs = x.new_empty(x.shape[0], sum(_ranks(projection)))
-    torch.addmm(xs, x, (a[0] if len(a) == 1 else torch.cat(a)).t(), beta=0, alpha=_scale(projection), out=xs)
-    for adapter, part in zip(projection.adapters, xs.split(_ranks(projection), dim=1), strict=True):
-        out[:, adapter.rows].addmm_(part, adapter.b.t())
-    return out, xs
-
-
 def gradients_of_b_wide(
     d_out: torch.Tensor, d_xa: torch.Tensor, xs: torch.Tensor, projection: Projection, laid: torch.Tensor
 ) -> list[torch.Tensor]:

@@ -211,7 +211,7 @@ def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = Non
     block = next(iter(model.blocks.values()))
     block.frozen.flat = torch.nn.Parameter(torch.empty_like(block.frozen.flat), requires_grad=False)
     assert isinstance(block.fused, FusedBlock)
-    fused = replace(block.fused, keep=keep, offload=offload)
+    fused = replace(block.fused, keep=keep, offload=offload, parks=offload is not None)
     batch, context = config.training.batch_size, config.data.context_length
     meter = Meter()
     with without_kernels(meter), meter:

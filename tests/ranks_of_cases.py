@@ -21,14 +21,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch.distributed as dist
-
 import train
-
-# Process groups of one launch would find each other's addresses in torchrun's store: each case gets a part of its own.
-RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-STORE = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-OPEN_GROUP = dist.init_process_group
+from tests.meeting import RANK, meet_at
 
 train.HEAD_START_SECONDS = 0.0  # this launch does not end with the first rank that does
 
@@ -38,7 +32,7 @@ def main(cases: Path, results: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that may not grow is then an error, as on a full disk
     for name, case in json.loads(cases.read_text()).items():
         start = time.monotonic()
-        dist.init_process_group = partial(OPEN_GROUP, store=dist.PrefixStore(name, STORE), rank=RANK, world_size=SIZE)
+        meet_at(name)
         code, out, err = _captured(partial(_run, case["arguments"], case["largest_file"]))
         (results / f"{name}.{RANK}.json").write_text(json.dumps({"code": code, "out": out, "err": err}))
         sys.stdout.write(f"rank {RANK}: {name} ended with {code} after {time.monotonic() - start:.1f} s\n")

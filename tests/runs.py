@@ -12,25 +12,19 @@ from torch import Tensor
 import train
 from tests.torchrun import run_torchrun
 
-# A process group leaves its addresses in torchrun's store, where the next one of the same processes would find them: so
-# each case has a part of it to itself.
 WORKER = """
-    import json, os, sys, time
-    from functools import partial
+    import json, sys, time
     import torch
-    import torch.distributed as dist
+    from tests.meeting import RANK, meet_at
     from train import main
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    open_group = dist.init_process_group
     torch.use_deterministic_algorithms(True, warn_only=True)  # and NaN in all memory that nobody has written
     for name, arguments in json.load(open(sys.argv[1])).items():
-        dist.init_process_group = partial(open_group, store=dist.PrefixStore(name, store), rank=rank, world_size=size)
+        meet_at(name)
         start = time.monotonic()
         code = main(arguments)
         took = time.monotonic() - start
-        sys.stdout.write(f"rank {os.environ['RANK']}: {name} ended with {code} after {took:.1f} s\\n")
+        sys.stdout.write(f"rank {RANK}: {name} ended with {code} after {took:.1f} s\\n")
     """
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
-from fsdp_qlora.kernels.lora import Adapter, Projection, lora_projections
+from fsdp_qlora.kernels.lora import Adapter, Projection, lora_projections, project
 from fsdp_qlora.kernels.lora_mlp import lora_mlp
 from fsdp_qlora.kernels.lora_wide import (
     adapt_,
@@ -18,7 +18,6 @@ from fsdp_qlora.kernels.lora_wide import (
     lay,
     pays_beside,
     products_of_b,
-    project_apart,
     project_wide,
     wide,
 )
@@ -274,7 +273,7 @@ def test_each_way_through_adapters_beside_their_weight_gives_the_same(tokens, ra
     d_as = gradients_of_a_wide(d_xa, x, projection, **once)
     first = [y, gradient_of_input_wide(d_wide, projection, laid, **once), *interleaved(d_as, d_bs)]
 
-    y, xs = project_apart(x, projection, **once)
+    (y,), xs = project(x, [projection], scale=adapters[0].scale)
     assert pays_beside(projection, 96, 24)
     d_x, d_xa = gradient_of_input_beside(d_out, projection, laid)
     d_bs, d_as = products_of_b(d_out, xs, projection), gradients_of_a_wide(d_xa, x, projection, **once)

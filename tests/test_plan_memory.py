@@ -12,6 +12,7 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from fsdp_qlora.fused import FusedBlock
+from fsdp_qlora.kernels import cross_entropy
 from fsdp_qlora.plan import moments
 from fsdp_qlora.plan.facts import Facts, facts_of
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
@@ -133,6 +134,12 @@ def test_a_whole_step_allocates_what_is_counted(keep: str, vocabulary: int) -> N
     parts, working = counted.step_parts(every(known, keep)), counted.peak(every(known, keep))
     assert working == pytest.approx(real.peak - real.before, rel=0.02)
     assert sum(parts.values()) - working == pytest.approx(real.before, rel=0.005)
+
+
+def test_the_loss_holds_as_many_logits_as_are_counted() -> None:
+    for vocabulary in (300, 32000, 65537, 128256, 1 << 20):
+        known = replace(facts("llama2_70b", 2, 2048, 64), vocabulary=vocabulary)
+        assert moments.chunk_tokens(known) == cross_entropy.chunk_tokens(vocabulary)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])

@@ -39,6 +39,12 @@ class BlockBytes:
         return cls(small, large, max(forward, s.parking(KEEP.index(keep))), backward)
 
 
+def b_rides(facts: Facts) -> bool:
+    """Whether gate's and up's B's stand beside their weights in the product of their input's gradient (as
+    `lora_wide.pays_beside` has it)."""
+    return bool(facts.rank_gate_up) and facts.inner > facts.hidden and not facts.dropout
+
+
 class _Sizes:
     """Bytes of a fused block's tensors, named as there."""
 
@@ -56,8 +62,7 @@ class _Sizes:
         self.middle_wide = rows(pitch(f.inner + beside(f.rank_down)))
         self.gate_up = rows(pitch(2 * f.inner + beside(f.rank_gate_up)))
         self.d_wide = rows(pitch(f.hidden + beside(f.rank_down)))
-        beside_d_n = f.rank_gate_up and f.inner > f.hidden and not f.dropout  # `lora_wide.pays_beside`
-        self.d_n = self.n_wide if beside_d_n else self.h
+        self.d_n = self.n_wide if b_rides(f) else self.h
         self.d_h2 = rows(pitch(f.hidden + beside(f.rank_o)))
         self.qkv, self.out = rows(f.qkv), rows(f.queries)
         self.heads = rows(f.queries + f.pairs) if f.head_norms else 0  # normalised, beside the raw ones

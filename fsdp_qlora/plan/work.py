@@ -6,7 +6,7 @@ Counted as `fused.py` and the kernels do it, per micro-batch of one rank. N * D 
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.plan.moments import FLOAT, KEEP, chunk_tokens
+from fsdp_qlora.plan.moments import FLOAT, KEEP, b_rides, chunk_tokens
 
 # Kernels that the host launches for a Llama block, forward, and backward at each keep level, counted by running it on
 # the meta device (tests/test_plan_time.py). What else the host does is in the seconds a launch is measured to take.
@@ -111,14 +111,14 @@ class BlockWork:
     def _gradient(self, name: str) -> Work:
         f, rank, wide, out = self.f, self.rank[name], self.inputs[name], self.outputs[name]
         # The A's ride along, or the B's do where that reads less, and what goes through the A's is added after.
-        b_rides = name == "gate_up" and out > 2 * wide and not f.dropout
-        apart = b_rides or bool(f.dropout)
-        flops = 2 * f.tokens * (self.weights[name] + rank * (out if b_rides else 0 if apart else wide))
+        rides = name == "gate_up" and b_rides(f)
+        apart = rides or bool(f.dropout)
+        flops = 2 * f.tokens * (self.weights[name] + rank * (out if rides else 0 if apart else wide))
         share = 1 / {"qkv": f.qkv_linears, "gate_up": f.gate_up_linears}.get(name, 1)  # d_b's are of an output's own
-        read = (1 if b_rides else 2) * out + wide + (2 * wide if apart else 0) if rank else 0
+        read = (1 if rides else 2) * out + wide + (2 * wide if apart else 0) if rank else 0
         return Work(
             backward=flops,
-            skinny=2 * f.tokens * rank * ((share if b_rides else 1 + share) * out + wide + (wide if apart else 0)),
+            skinny=2 * f.tokens * rank * ((share if rides else 1 + share) * out + wide + (wide if apart else 0)),
             skinny_bytes=f.tokens * f.compute_bytes * read,
             decoded=self._decoded(name),
         )
