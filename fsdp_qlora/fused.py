@@ -25,8 +25,12 @@ from fsdp_qlora.kernels.lora_wide import (
     adapt_,
     add_adapters_,
     extra,
+    fits_glu,
+    glu_adapt_,
+    glu_backward_wide_,
     gradient_of_input_beside,
     gradient_of_input_wide,
+    gradient_of_xa_wide,
     gradients_of_a_wide,
     gradients_of_b_wide,
     lay,
@@ -288,9 +292,12 @@ class FusedBlock:
         down = self._projection(self.anatomy.down)
         inner = self.anatomy.down.in_features
         middle = wide(n_wide.shape[0], inner + extra(down), n_wide)
-        glu_forward(*self._gate_and_up(state), self.anatomy.activation, out=middle[:, :inner])
         laid = self._lay((self.anatomy.down,), down)
-        state.hs = _own(adapt_(middle, down, laid, p=p, seed=seed + 3))
+        if p:
+            glu_forward(*self._gate_and_up(state), self.anatomy.activation, out=middle[:, :inner])
+            state.hs = _own(adapt_(middle, down, laid, p=p, seed=seed + 3))
+        else:
+            state.hs = _own(glu_adapt_(*self._gate_and_up(state), self.anatomy.activation, middle, down, laid))
         if self.anatomy.mlp_out_norm is not None:
             state.projected = torch.empty_like(h2)
             project_wide(middle, down, laid, state.projected)
@@ -327,18 +334,22 @@ class FusedBlock:
         laid = self._project_gate_up(state, n_wide, gate_up, drop) if again else self._lay(anatomy.gate_up, gate_up)
         assert state.gate_up is not None
         assert state.xs is not None
-        glu_backward_(middle, *self._gate_and_up(state), anatomy.activation)  # now the MLP's inner activations again
-        d_a = gradients_of_a_wide(d_ha, middle, down, p=p, seed=seed + 3)
+        d_gate_up = state.gate_up[:, : 2 * inner]  # what gate and up become
+        d_bs, d_a = None, list[Tensor]()
+        if not p and fits_glu(gate_up, down):
+            d_bs, d_a = glu_backward_wide_(middle, d_gate_up, anatomy.activation, state.xs, gate_up, d_ha, down)
+        else:
+            glu_backward_(middle, *self._gate_and_up(state), anatomy.activation)  # now the inner activations again
+            d_a = gradients_of_a_wide(d_ha, middle, down, p=p, seed=seed + 3)
         del middle, d_ha
-        d_gate_up = state.gate_up[:, : 2 * inner]  # what gate and up have become
+        d_bs = products_of_b(d_gate_up, state.xs, gate_up) if d_bs is None else d_bs
         if pays_beside(gate_up, 2 * inner, features) and not p:
             d_n, d_xa = gradient_of_input_beside(d_gate_up, gate_up, laid)
-            d_bs = products_of_b(d_gate_up, state.xs, gate_up)
             d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
             add_adapters_(d_n, d_xa, laid)
         else:
             d_xa = state.gate_up[:, 2 * inner :]
-            d_bs = gradients_of_b_wide(d_gate_up, d_xa, state.xs, gate_up, laid)
+            gradient_of_xa_wide(d_gate_up, d_xa, gate_up, laid)
             d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)
             d_n = gradient_of_input_wide(state.gate_up, gate_up, laid, p=p, seed=seed + 2)
         del n_wide, d_gate_up, d_xa

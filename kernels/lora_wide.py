@@ -33,6 +33,8 @@ import torch
 
 from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
+from fsdp_qlora.kernels.glu import glu_forward
+from fsdp_qlora.kernels.glu_lora import MOST_RANK, glu_backward_lora_, glu_forward_lora
 from fsdp_qlora.kernels.lora import Projection
 
 ALIGN = 8  # numbers: 16 bytes in 16-bit dtypes, which fast matrix products ask of a row's start
@@ -103,11 +105,15 @@ def gradients_of_b_wide(
     d_out: torch.Tensor, d_xa: torch.Tensor, xs: torch.Tensor, projection: Projection, laid: torch.Tensor
 ) -> list[torch.Tensor]:
     """[d_b of each adapter], from d_out [T, O]; writes d_xa [T, R], the gradient of x A^T, on the way."""
-    if not projection.adapters:
-        return []
-    b_OR = laid[: d_out.shape[1], laid.shape[1] - d_xa.shape[1] :]
-    torch.addmm(d_xa, d_out, b_OR, beta=0, alpha=_scale(projection), out=d_xa)
+    gradient_of_xa_wide(d_out, d_xa, projection, laid)
     return products_of_b(d_out, xs, projection)
+
+
+def gradient_of_xa_wide(d_out: torch.Tensor, d_xa: torch.Tensor, projection: Projection, laid: torch.Tensor) -> None:
+    """Writes d_xa [T, R], the gradient of x A^T, from d_out [T, O]."""
+    if projection.adapters:
+        b_OR = laid[: d_out.shape[1], laid.shape[1] - d_xa.shape[1] :]
+        torch.addmm(d_xa, d_out, b_OR, beta=0, alpha=_scale(projection), out=d_xa)
 
 
 def products_of_b(d_out: torch.Tensor, xs: torch.Tensor, projection: Projection) -> list[torch.Tensor]:
@@ -163,6 +169,60 @@ def gradient_of_input_beside(
 def add_adapters_(d_x: torch.Tensor, d_xa: torch.Tensor, laid: torch.Tensor) -> torch.Tensor:
     """d_x [T, H] + d_xa A, in place."""
     return d_x.addmm_(d_xa, laid[laid.shape[0] - d_xa.shape[1] :, : d_x.shape[1]])
+
+
+def fits_glu(gate_up: Projection, down: Projection) -> bool:
+    """Whether there is an adapter beside an MLP's middle, and none too wide for `glu_backward_lora_`."""
+    return 0 < max([*_ranks(gate_up), *_ranks(down)], default=0) <= MOST_RANK
+
+
+def glu_adapt_(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: str,
+    middle_wide: torch.Tensor,
+    down: Projection,
+    laid: torch.Tensor,
+) -> torch.Tensor:
+    """Fill middle_wide [T, I + R] with an MLP's gated middle and xs beside it; returns that view [T, R]. No dropout."""
+    width = gate.shape[1]
+    middle, xs = middle_wide[:, :width], middle_wide[:, width:]
+    if 0 < xs.shape[1] <= MOST_RANK:
+        a_RI = laid[laid.shape[0] - xs.shape[1] :, :width]
+        glu_forward_lora(gate, up, activation, a_RI, _scale(down), middle, xs)
+        return xs
+    glu_forward(gate, up, activation, out=middle)
+    return adapt_(middle_wide, down, laid, p=0.0, seed=0)
+
+
+def glu_backward_wide_(
+    d_h: torch.Tensor,
+    gate_up: torch.Tensor,
+    activation: str,
+    xs: torch.Tensor,
+    gate_up_projection: Projection,
+    d_ha: torch.Tensor,
+    down: Projection,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """([d_b of gate's and up's adapters], [d_a of down's]), by `glu_backward_lora_` over gate_up [T, 2 I]."""
+    width, at = d_h.shape[1], 0
+    beside: list[list[tuple[int, torch.Tensor]]] = [[], []]  # of gate, of up: (adapter, its columns of xs)
+    for i, (adapter, rank) in enumerate(zip(gate_up_projection.adapters, _ranks(gate_up_projection), strict=True)):
+        for half in range(2):
+            if adapter.rows.start <= half * width and (half + 1) * width <= adapter.rows.stop:
+                beside[half].append((i, xs[:, at : at + rank]))
+        at += rank
+    (rank,) = _ranks(down) or [0]
+    found = glu_backward_lora_(
+        d_h, gate_up[:, :width], gate_up[:, width:], activation,
+        *(read[0][1] if read else None for read in beside), d_ha[:, :rank] if rank else None,
+    )  # fmt: skip
+    d_bs: list[list[torch.Tensor]] = [[] for _ in gate_up_projection.adapters]
+    for read, d_b in zip(beside, found[:2], strict=True):
+        if read and d_b is not None:
+            d_bs[read[0][0]].append(d_b)
+    joined = [d_b[0] if len(d_b) == 1 else torch.cat(d_b) for d_b in d_bs]
+    return joined, [] if found[2] is None else [found[2]]
 
 
 def pays_beside(projection: Projection, out_features: int, in_features: int) -> bool:

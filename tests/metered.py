@@ -21,7 +21,7 @@ from fsdp_qlora.codecs import NF4
 from fsdp_qlora.config_parse import parse
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion, fuse
-from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, lora_wide, nf4, rms_norm, rope
+from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, glu_lora, lora_wide, nf4, rms_norm, rope
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.plan.moments import ROUND
 from fsdp_qlora.precision import Precision
@@ -117,11 +117,12 @@ def without_kernels(meter: Meter) -> Iterator[None]:
         meter.launches += 1
 
     with ExitStack() as stack:
-        for module in (nf4, rms_norm, glu, rope, cross_entropy, dropout, lora_wide):
+        for module in (nf4, rms_norm, glu, glu_lora, rope, cross_entropy, dropout, lora_wide):
             stack.enter_context(mock.patch.object(module, "on_triton", _yes))
         for module, name in LAUNCHERS:
             stack.enter_context(mock.patch.object(module, name, counted))
-        stack.enter_context(mock.patch.object(dropout, "_kernel", _NoKernel(counted)))
+        for module, name in ((dropout, "_kernel"), (glu_lora, "_kernel"), (glu_lora, "_forward_kernel")):
+            stack.enter_context(mock.patch.object(module, name, _NoKernel(counted)))
         stack.enter_context(mock.patch.object(torch, "autocast", _nothing))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", _no))
         stack.enter_context(mock.patch.dict(attention._FORWARD, cudnn=_cudnn_forward))

@@ -6,11 +6,11 @@ Counted as `fused.py` and the kernels do it, per micro-batch of one rank. N * D 
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.plan.moments import FLOAT, KEEP, b_rides, chunk_tokens
+from fsdp_qlora.plan.moments import FLOAT, KEEP, b_rides, chunk_tokens, in_one_pass
 
 # Kernels that the host launches for a Llama block, forward, and backward at each keep level, counted by running it on
 # the meta device (tests/test_plan_time.py). What else the host does is in the seconds a launch is measured to take.
-LAUNCHES_FORWARD = 21
+LAUNCHES_FORWARD = 22
 LAUNCHES_BACKWARD = (50, 41, 41, 38, 36)
 
 
@@ -90,7 +90,8 @@ class BlockWork:
         )
         for name in self.weights:
             work += self._gradient(name)
-        passes = 2 * f.hidden + 2 * f.pairs + 6 * f.inner + 2 * (f.queries + f.pairs) + 8 * f.hidden
+        middle = (5 if in_one_pass(f) else 6) * f.inner
+        passes = 2 * f.hidden + 2 * f.pairs + middle + 2 * (f.queries + f.pairs) + 8 * f.hidden
         passes += 6 * f.hidden if f.norms_after else 0
         passes += 5 * (f.queries + f.pairs) if f.head_norms else 0
         gradients = f.adapter_parameters * (2 * f.compute_bytes + 2 * f.reduce_bytes + 2 * FLOAT)
@@ -100,10 +101,11 @@ class BlockWork:
         f, rank, out = self.f, self.rank[name], self.outputs[name]
         apart = name == "o"  # its adapter is a product of its own, over the output
         flops = 2 * f.tokens * (self.weights[name] + (0 if apart else rank * out))
-        read = self.inputs[name] + (2 * out if apart else 0) if rank else 0
+        wide = 0 if name == "down" and in_one_pass(f) else self.inputs[name]  # else the middle's forward gives xs
+        read = wide + (2 * out if apart else 0) if rank else 0
         return Work(
             forward=flops,
-            skinny=2 * f.tokens * rank * (self.inputs[name] + (out if apart else 0)),
+            skinny=2 * f.tokens * rank * (wide + (out if apart else 0)),
             skinny_bytes=f.tokens * f.compute_bytes * read,
             decoded=self._decoded(name),
         )
@@ -115,10 +117,13 @@ class BlockWork:
         apart = rides or bool(f.dropout)
         flops = 2 * f.tokens * (self.weights[name] + rank * (out if rides else 0 if apart else wide))
         share = 1 / {"qkv": f.qkv_linears, "gate_up": f.gate_up_linears}.get(name, 1)  # d_b's are of an output's own
-        read = (1 if rides else 2) * out + wide + (2 * wide if apart else 0) if rank else 0
+        d_b = not (name == "gate_up" and in_one_pass(f))  # else the middle's backward gives them
+        d_a = not (name == "down" and in_one_pass(f))
+        read = (not rides) * out + d_b * out + d_a * wide + apart * 2 * wide if rank else 0
+        columns = (not rides) * out + d_b * share * out + d_a * wide + apart * wide
         return Work(
             backward=flops,
-            skinny=2 * f.tokens * rank * ((share if rides else 1 + share) * out + wide + (wide if apart else 0)),
+            skinny=2 * f.tokens * rank * columns,
             skinny_bytes=f.tokens * f.compute_bytes * read,
             decoded=self._decoded(name),
         )
