@@ -86,6 +86,11 @@ CASES = {
     "70b20-2048": Case("grid_70b_20_layers", 2, 2, 2048, 64, (*resident(4), *keeping("halves", IN_HOST))),
     "70b20-shard": Case("grid_70b_20_layers", 2, 2, 2048, 64, (*SHARD, *keeping("qkv"))),
     "70b20-peers": Case("grid_70b_20_layers", 2, 2, 512, 64, (*SHARD, *keeping("input")), peer_access=True),
+    "70b20-peers-own": Case("grid_70b_20_layers", 2, 2, 512, 64, peer_access=True),
+    "70b20-peers-shard": Case("grid_70b_20_layers", 2, 2, 512, 64, SHARD, peer_access=True),
+    "70b20-peers-stream": Case("grid_70b_20_layers", 2, 2, 512, 64, resident(0), peer_access=True),
+    "70b20-peers-tight": Case("grid_70b_20_layers", 2, 2, 512, 64, cap_gib=11, peer_access=True),
+    "70b20-peers-tight-shard": Case("grid_70b_20_layers", 2, 2, 512, 64, SHARD, cap_gib=11, peer_access=True),
     "70b20-16k": Case("grid_70b_20_layers", 2, 1, 16384, 64, (*resident(0), *keeping("attention", IN_HOST))),
     "70b20-one": Case("grid_70b_20_layers", 1, 1, 4096, 64, (STREAM, *keeping("attention"))),
     # 42 GiB for the whole job: Python, CUDA and their libraries took 1.73 of them on each rank (d81e298, H200s).
