@@ -26,7 +26,6 @@ from fsdp_qlora.kernels.lora_wide import (
     add_adapters_,
     extra,
     fits_glu,
-    glu_adapt_,
     glu_backward_wide_,
     gradient_of_input_beside,
     gradient_of_input_wide,
@@ -292,12 +291,9 @@ class FusedBlock:
         down = self._projection(self.anatomy.down)
         inner = self.anatomy.down.in_features
         middle = wide(n_wide.shape[0], inner + extra(down), n_wide)
+        glu_forward(*self._gate_and_up(state), self.anatomy.activation, out=middle[:, :inner])
         laid = self._lay((self.anatomy.down,), down)
-        if p:
-            glu_forward(*self._gate_and_up(state), self.anatomy.activation, out=middle[:, :inner])
-            state.hs = _own(adapt_(middle, down, laid, p=p, seed=seed + 3))
-        else:
-            state.hs = _own(glu_adapt_(*self._gate_and_up(state), self.anatomy.activation, middle, down, laid))
+        state.hs = _own(adapt_(middle, down, laid, p=p, seed=seed + 3))
         if self.anatomy.mlp_out_norm is not None:
             state.projected = torch.empty_like(h2)
             project_wide(middle, down, laid, state.projected)

@@ -33,8 +33,7 @@ import torch
 
 from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
-from fsdp_qlora.kernels.glu import glu_forward
-from fsdp_qlora.kernels.glu_lora import MOST_RANK, glu_backward_lora_, glu_forward_lora
+from fsdp_qlora.kernels.glu_lora import MOST_RANK, Pair, glu_backward_lora_
 from fsdp_qlora.kernels.lora import Projection
 
 ALIGN = 8  # numbers: 16 bytes in 16-bit dtypes, which fast matrix products ask of a row's start
@@ -176,25 +175,6 @@ def fits_glu(gate_up: Projection, down: Projection) -> bool:
     return 0 < max([*_ranks(gate_up), *_ranks(down)], default=0) <= MOST_RANK
 
 
-def glu_adapt_(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    activation: str,
-    middle_wide: torch.Tensor,
-    down: Projection,
-    laid: torch.Tensor,
-) -> torch.Tensor:
-    """Fill middle_wide [T, I + R] with an MLP's gated middle and xs beside it; returns that view [T, R]. No dropout."""
-    width = gate.shape[1]
-    middle, xs = middle_wide[:, :width], middle_wide[:, width:]
-    if 0 < xs.shape[1] <= MOST_RANK:
-        a_RI = laid[laid.shape[0] - xs.shape[1] :, :width]
-        glu_forward_lora(gate, up, activation, a_RI, _scale(down), middle, xs)
-        return xs
-    glu_forward(gate, up, activation, out=middle)
-    return adapt_(middle_wide, down, laid, p=0.0, seed=0)
-
-
 def glu_backward_wide_(
     d_h: torch.Tensor,
     gate_up: torch.Tensor,
@@ -206,23 +186,20 @@ def glu_backward_wide_(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """([d_b of gate's and up's adapters], [d_a of down's]), by `glu_backward_lora_` over gate_up [T, 2 I]."""
     width, at = d_h.shape[1], 0
-    beside: list[list[tuple[int, torch.Tensor]]] = [[], []]  # of gate, of up: (adapter, its columns of xs)
-    for i, (adapter, rank) in enumerate(zip(gate_up_projection.adapters, _ranks(gate_up_projection), strict=True)):
+    halves: list[Pair | None] = [None, None]  # of gate and of up
+    d_bs = []
+    for adapter in gate_up_projection.adapters:
+        rows, rank = adapter.rows, adapter.a.shape[0]
+        d_b = d_h.new_empty(rows.stop - rows.start, rank)  # of one half, or of both where they are one linear
         for half in range(2):
-            if adapter.rows.start <= half * width and (half + 1) * width <= adapter.rows.stop:
-                beside[half].append((i, xs[:, at : at + rank]))
+            if rows.start <= half * width and (half + 1) * width <= rows.stop:
+                halves[half] = xs[:, at : at + rank], d_b[half * width - rows.start :][:width]
+        d_bs.append(d_b)
         at += rank
-    (rank,) = _ranks(down) or [0]
-    found = glu_backward_lora_(
-        d_h, gate_up[:, :width], gate_up[:, width:], activation,
-        *(read[0][1] if read else None for read in beside), d_ha[:, :rank] if rank else None,
-    )  # fmt: skip
-    d_bs: list[list[torch.Tensor]] = [[] for _ in gate_up_projection.adapters]
-    for read, d_b in zip(beside, found[:2], strict=True):
-        if read and d_b is not None:
-            d_bs[read[0][0]].append(d_b)
-    joined = [d_b[0] if len(d_b) == 1 else torch.cat(d_b) for d_b in d_bs]
-    return joined, [] if found[2] is None else [found[2]]
+    d_as = [d_h.new_empty(rank, width) for rank in _ranks(down)]
+    of_down = (d_ha[:, : len(d_as[0])], d_as[0]) if d_as else None
+    glu_backward_lora_(d_h, gate_up[:, :width], gate_up[:, width:], activation, *halves, of_down)
+    return d_bs, d_as
 
 
 def pays_beside(projection: Projection, out_features: int, in_features: int) -> bool:

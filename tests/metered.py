@@ -121,8 +121,8 @@ def without_kernels(meter: Meter) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "on_triton", _yes))
         for module, name in LAUNCHERS:
             stack.enter_context(mock.patch.object(module, name, counted))
-        for module, name in ((dropout, "_kernel"), (glu_lora, "_kernel"), (glu_lora, "_forward_kernel")):
-            stack.enter_context(mock.patch.object(module, name, _NoKernel(counted)))
+        for module in (dropout, glu_lora):
+            stack.enter_context(mock.patch.object(module, "_kernel", _NoKernel(counted)))
         stack.enter_context(mock.patch.object(torch, "autocast", _nothing))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", _no))
         stack.enter_context(mock.patch.dict(attention._FORWARD, cudnn=_cudnn_forward))

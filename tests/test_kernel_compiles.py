@@ -50,11 +50,9 @@ for rest in (0, 12):
 for activation in glu.ACTIVATIONS:
     compiled(glu._backward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION=activation)
 compiled(glu._forward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION="silu")
-tiling = {"I": 300, "R": 16, "PART": 64, "PARTS": 2, "ROWS": 32, "COLUMNS": 64, "ACTIVATION": "silu", "STAGES": 3}
-compiled(glu_lora._forward_kernel, 86, "bbbbf" + "i" * 6 + "F", RANK=8, PRECISION="tf32", **tiling)
 for down in (0, 12):
-    ranks = {"R_GATE": 8, "R_UP": 0, "R_DOWN": down, "PRECISION": "tf32"}
-    compiled(glu_lora._kernel, 86, "bbbbbbfff" + "i" * 7, **ranks, **tiling)
+    ranks = {"R_GATE": 8, "R_UP": 0, "R_DOWN": down, "R": 16, "ROWS": 32, "COLUMNS": 64, "STAGES": 3}
+    compiled(glu_lora._kernel, 86, "bbbbbbbbb" + "i" * 7, I=300, ACTIVATION="silu", PRECISION="tf32", **ranks)
 compiled(embedding._gather_kernel, 86, "blbii", H=5000, TILES=2, TILE=4096)
 compiled(dropout._kernel, 86, "bbiFFI", ADD=True, TILE=128)
 widths = {"O": 96, "H": 200, "R": 24, "RANK": 7, "ROWS": 32, "COLUMNS": 32, "TILES": 2, "TILE": 128}

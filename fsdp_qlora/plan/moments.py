@@ -11,8 +11,7 @@ KEEP = ("input", "halves", "attention", "qkv", "all")  # as `fused.KEEP`, which 
 FLOAT = 4  # bytes of float32
 ROUND = 512  # bytes: what the caching allocator rounds a tensor up to
 CHUNK_LOGITS, CHUNK_TOKENS = 1 << 27, 2048  # that the loss holds at a time (`cross_entropy.chunk_tokens`)
-MOST_RANK, PARTS = 64, 2  # of adapters whose gradients the middle's backward sums up, in so many parts (`glu_lora.py`)
-FORWARD_PROGRAMS, FORWARD_ROWS, FORWARD_PARTS = 1024, 64, 8  # as there, of the middle's forward
+MOST_RANK = 64  # of adapters whose gradients the middle's backward sums up (`glu_lora.py`)
 PIECE = 512  # queries at a time in math attention (`attention._PIECE`)
 PIECES = 5  # score matrices of a piece alive at once in its backward: scores, p, d_p, d_scores, mask
 
@@ -85,11 +84,9 @@ class _Sizes:
         self.gradients = f.largest_adapters * c
         self.gradients_gate_up = f.rank_gate_up * (f.hidden + 2 * f.inner // f.gate_up_linears) * c
         self.gradients_down, self.gradient_down_b = f.rank_down * (f.hidden + f.inner) * c, f.rank_down * f.hidden * c
-        # While the middle's backward sums them: parts in float32, and of gate, up and down what comes of them.
-        columns = f.rank_gate_up * 2 // f.gate_up_linears + f.rank_down
-        self.sums = f.inner * (columns * (PARTS * FLOAT + c) if in_one_pass(f) else f.rank_down * c)
-        parts = max(1, min(FORWARD_PARTS, -(-FORWARD_PROGRAMS // -(-f.tokens // FORWARD_ROWS))))
-        self.sums_forward = (parts + 1) * rows(beside(f.rank_down), FLOAT) if in_one_pass(f) and parts > 1 else 0
+        # Made where the MLP's middle is: d_a of down, and in one pass d_b of gate and up.
+        in_one = f.rank_gate_up * 2 // f.gate_up_linears if in_one_pass(f) else 0
+        self.beside_middle = f.inner * (in_one + f.rank_down) * c
         self.gradients_qkv = f.rank_qkv * (f.hidden + f.qkv // f.qkv_linears) * c
         self.attend, self.attend_backward = _attention(f)
         # An adapter's input dropped, and before that contiguous, which in backward the MLP's middle is already.
@@ -123,9 +120,7 @@ class _Sizes:
     def forward(self, level: int) -> int:
         """Its input included: nobody before it keeps that."""
         mlp = self.attention_state(level) + 2 * self.h + self.n_wide + self.gate_up + self.middle_wide
-        return self.h + max(
-            self.attention_forward(), mlp + max(self.hs + self.projected, self.dropped, self.sums_forward)
-        )
+        return self.h + max(self.attention_forward(), mlp + max(self.hs + self.projected, self.dropped))
 
     def parking(self, level: int) -> int:
         """When what is kept is made contiguous for its way to host memory: gate and up, if ranks stand beside them."""
@@ -144,7 +139,8 @@ class _Sizes:
             redone = self.d_h3 + self.attention_forward()
         down = self.d_h3 + again + self.d_added + self.middle + self.gradient_down_b + self.dropped_again
         mlp = self.d_h3 + again + self.n_wide + (self.gate_up if level < 4 else 0)
-        middle = self.gradient_down_b + self.middle + (self.hs if self.d_added else 0) + self.dropped_again + self.sums
+        d_ha = self.hs if self.d_added else 0
+        middle = self.middle + d_ha + self.dropped_again + self.gradient_down_b + self.beside_middle
         mlp += max(middle, self.gradients_down + self.d_n + self.gradients_gate_up)
         return max(redone, down, mlp, self._attention_backward(level))
 
