@@ -3,8 +3,9 @@
 The adapters of a block lie in one flat buffer in compute dtype, and so do their gradients. When a block's backward is
 done, its gradients are reduce-scattered while the block before it computes; a rank updates its slice of the float32
 master copy, and the new values are all-gathered once a step, in the order of the next forward and behind it: a block
-waits for its own adapters alone. Against sharding the adapters like the base (gathering them again for each forward and
-backward) this moves a third of the bytes, and the optimizer sees plain tensors.
+waits for its own adapters alone. Against sharding the adapters like the base (gathering them again for each forward
+and backward) this moves a third of the bytes, and the optimizer sees plain tensors. Between updates a master copy of
+what is bfloat16 is the 16 bits that this lacks (`kernels/masters.py`).
 """
 
 import time
@@ -21,6 +22,7 @@ from fsdp_qlora.adapters import initial_values
 from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.config import Config
 from fsdp_qlora.exchange import Collectives, Exchange, Pending
+from fsdp_qlora.kernels.masters import join, master_bytes, split_
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.world import World
 
@@ -35,8 +37,9 @@ class Group:
     """The adapters of one block.
 
     working: all of them, compute dtype [padded]; mine: this rank's slice of it. master: this rank's slice, float32
-    [padded / world], whose `grad` is there from the block's backward to `zero_grad`: at the turn of a step, where the
-    blocks keep most, none is.
+    [padded / world]; where the compute dtype is bfloat16 empty but during the update, and low has what `mine` lacks of
+    it. gradient: float32, as master, from the block's backward to `zero_grad`: at the turn of a step, where the blocks
+    keep most, there is none.
     """
 
     names: list[str] = field(default_factory=list)  # PEFT's order: linear by linear, lora_A before lora_B
@@ -44,6 +47,8 @@ class Group:
     working: Tensor = field(init=False)
     mine: Tensor = field(init=False)
     master: nn.Parameter = field(init=False)
+    low: Tensor | None = None
+    gradient: Tensor | None = None
     unreduced: Tensor | None = None  # float32 [padded], with no_sync: this rank's own sum over micro-batches
     waiting: int = 0
     gather: Pending | None = None  # of new working values, which nobody has waited for yet
@@ -54,13 +59,27 @@ class Group:
             self.gather.wait()
             self.gather = None
 
+    def values(self) -> Tensor:
+        """This rank's slice, float32."""
+        return self.master.detach() if self.low is None else join(self.mine, self.low)
+
+    def keep(self, values: Tensor) -> None:
+        """values, float32 as `master`, are this rank's slice from now on, of the working copy too."""
+        if self.low is None:
+            self.master.data = values
+            self.mine.copy_(values)
+        else:
+            split_(values, self.mine, self.low)
+            self.master.data = values.new_empty(0)
+
 
 class ShardedAdapters:
     """The trainable parameters of a model. `parameters()` is what an optimizer gets: float32 slices with gradients.
 
-    One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last, the
-    optimizer's update of `parameters()`, `publish`, `zero_grad`. Gradients are summed over ranks and micro-batches.
-    What `publish` starts goes on behind the next forward: each block waits for its own adapters before it computes.
+    One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last,
+    `begin_update`, the optimizer's update of `parameters()`, `publish`, `zero_grad`. Gradients are summed over ranks
+    and micro-batches. What `publish` starts goes on behind the next forward: each block waits for its own adapters
+    before it computes.
     """
 
     def __init__(self, model: CausalModel, world: World, config: Config) -> None:
@@ -89,12 +108,12 @@ class ShardedAdapters:
         return max((4 * group.working.numel() for group in self.groups), default=0)
 
     def parameters(self) -> list[nn.Parameter]:
-        """This rank's float32 slices, one a block."""
+        """This rank's float32 slices, one a block. With values and gradients from `begin_update` to `publish`."""
         return [group.master for group in self.groups]
 
     def gradients(self) -> list[Tensor]:
         """This rank's float32 slices of the summed gradients, as `parameters()`; complete after `finish`."""
-        return [group.master.grad for group in self.groups if group.master.grad is not None]
+        return [group.gradient for group in self.groups if group.gradient is not None]
 
     def begin_micro_batch(self, last: bool) -> None:
         """Before each backward. last: no more micro-batches follow in this optimizer step."""
@@ -112,6 +131,12 @@ class ShardedAdapters:
         while self._flying:
             self._land()
 
+    def begin_update(self) -> None:
+        """After `finish`, before the optimizer's step."""
+        for group in self.groups:
+            group.master.data = group.values()
+            group.master.grad = group.gradient
+
     def publish(self) -> None:
         """After the update: every rank's working copy becomes the new master values, rounded to the compute dtype.
 
@@ -121,7 +146,9 @@ class ShardedAdapters:
         assert not still, "what is still being gathered would be overwritten"
         if self._abandoned:  # the gradients are not the sums that they should be
             raise RuntimeError("remote process exited, so the adapter is being saved without it")
-        torch._foreach_copy_([group.mine for group in self.groups], [group.master.detach() for group in self.groups])
+        for group in self.groups:
+            group.keep(group.master.detach())
+            group.master.grad = None
         if self.world.size == 1:
             return
         # In forward order, one after the other, each when what is on the current stream at its start has been done.
@@ -165,7 +192,7 @@ class ShardedAdapters:
 
     def zero_grad(self) -> None:
         for group in self.groups:
-            group.master.grad = group.unreduced = None
+            group.gradient = group.unreduced = None
 
     def named_tensors(self) -> dict[str, Tensor]:
         """`path.lora_A` -> the whole float32 master matrix, on the CPU. A collective; the result is on every rank."""
@@ -174,9 +201,9 @@ class ShardedAdapters:
         for group in self.groups:
             whole = torch.empty(group.working.numel(), dtype=torch.float32, device=self.world.device)
             if self.world.size == 1:
-                whole.copy_(group.master.detach())
+                whole.copy_(group.values())
             else:
-                self.exchange.all_gather(whole, group.master.detach()).wait()
+                self.exchange.all_gather(whole, group.values()).wait()
             tensors |= _named(group, whole.cpu())
         return tensors
 
@@ -201,8 +228,7 @@ class ShardedAdapters:
             flat = torch.zeros(group.working.numel(), dtype=torch.float32)
             for name, view in zip(group.names, _split(flat, group.params), strict=True):
                 view.copy_(tensors[name])
-            group.working.copy_(flat)
-            group.master.data.copy_(self._mine(flat))
+            self._fill(group, flat)
 
     def _make(self, adapted: dict[str, FrozenLinear], config: Config, index: int) -> Group:
         group = Group()
@@ -227,11 +253,16 @@ class ShardedAdapters:
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))
                 group.names.append(f"{path}.{matrix}")
                 group.params.append(parameter)
-        group.master = nn.Parameter(torch.empty(padded // self.world.size, device=self.world.device))
-        flat = torch.cat([v.reshape(-1) for v in values.values()] + [torch.zeros(padded - numel)])
-        group.working.copy_(flat)
-        group.master.data.copy_(self._mine(flat))
+        group.master = nn.Parameter(torch.empty(0, device=self.world.device))
+        if master_bytes(dtype) == 2:
+            group.low = torch.empty_like(group.mine, dtype=torch.int16)
+        self._fill(group, torch.cat([v.reshape(-1) for v in values.values()] + [torch.zeros(padded - numel)]))
         return group
+
+    def _fill(self, group: Group, flat: Tensor) -> None:
+        """All of a block's adapters, from float32 [padded] on the CPU."""
+        group.working.copy_(flat)
+        group.keep(self._mine(flat).to(self.world.device, copy=True))
 
     def _mine(self, flat: Tensor) -> Tensor:
         length = flat.numel() // self.world.size
@@ -263,7 +294,7 @@ class ShardedAdapters:
         if self.world.size == 1:
             self._keep(group, whole)
             return
-        mine = torch.empty(group.master.numel(), dtype=self.reduce_dtype, device=self.world.device)
+        mine = torch.empty(group.mine.numel(), dtype=self.reduce_dtype, device=self.world.device)
         work = self.exchange.reduce_scatter(mine, whole)
         self._flying.append((work, group, mine, whole))
         while len(self._flying) > IN_FLIGHT:
@@ -275,10 +306,10 @@ class ShardedAdapters:
         self._keep(group, mine)
 
     def _keep(self, group: Group, mine: Tensor) -> None:
-        if group.master.grad is None:
-            group.master.grad = mine.float()  # itself, where it is float32
+        if group.gradient is None:
+            group.gradient = mine.float()  # itself, where it is float32
         else:
-            group.master.grad.add_(mine)
+            group.gradient.add_(mine)
 
 
 def _split(flat: Tensor, params: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -62,6 +62,7 @@ def facts(shape: str, batch: int, context: int, rank: int, ranks: int = 1, **cha
         compute_bytes=BF16,
         reduce_bytes=FLOAT,
         state_bytes=8,
+        master_bytes=2,
         batch=batch,
         context=context,
         accumulation=1,

@@ -258,6 +258,7 @@ TWO = """
                     loss.backward()
                     losses.append(loss.item())
                 adapters.finish()
+                adapters.begin_update()
                 for p, g in zip(adapters.parameters(), adapters.gradients(), strict=True):
                     p.data.sub_(g, alpha=0.5)
                 adapters.publish()

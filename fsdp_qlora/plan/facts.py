@@ -31,7 +31,8 @@ class Facts:
     parameter. shards: ranks among which `shard` divides a copy. reshard: whether a block that was gathered is freed
     between its forward and its backward. remat: whether unfused blocks run under checkpointing. workspace_bytes: that
     PyTorch gives to cuBLAS on each thread that multiplies. dummy: random weights, made on the device. exchange_by_host:
-    adapters cross between ranks by copy engines through host memory.
+    adapters cross between ranks by copy engines through host memory. master_bytes: of an adapter parameter's master
+    copy, between updates, beside its working copy.
     """
 
     layers: int
@@ -79,6 +80,7 @@ class Facts:
     dummy: bool
     most_adapters: int = 0
     exchange_by_host: bool = False
+    master_bytes: int = 4  # as it was until 2026-11-25: rows of the grid from before do not say
 
     @property
     def tokens(self) -> int:
@@ -132,6 +134,8 @@ def pitch(columns: int) -> int:
 
 def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fusion", state_bytes: float) -> Facts:
     """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter."""
+    from fsdp_qlora.kernels.masters import master_bytes
+
     blocks = list(model.blocks.values())
     linears = [m for block in blocks for m in block.linears().values()]
     first = blocks[0].linears()
@@ -172,6 +176,7 @@ def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fu
         attention=fusion.attention[0] if fusion.attention else "",
         workspace_bytes=workspace(world.device),
         dummy=config.model.dummy_weights,
+        master_bytes=master_bytes(model.precision.compute),
         **(_fused(model, config.data.context_length) if fusion.blocks else _generic(model, config)),
     )
 

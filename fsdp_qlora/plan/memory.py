@@ -57,7 +57,8 @@ class Memory:
         self.adapters = facts.all_adapters * facts.compute_bytes
         self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
-        self.masters = FLOAT * owned
+        self.masters = facts.master_bytes * owned
+        self.joined = FLOAT * owned if facts.master_bytes < FLOAT else 0  # during the update
         # A block's gradient is there from its backward to the end of the step.
         self.gradient = FLOAT * -(-facts.adapter_parameters // facts.ranks)
         self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
@@ -191,7 +192,7 @@ class Memory:
         every = len(sizes) * self.gradient
         first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
         behind = [every if self.facts.accumulation > 1 else every - (i + 1) * self.gradient for i in range(len(sizes))]
-        worst = max((before[-1], self.head + head_gathered + fetched, behind[-1]), (0, 0, every), key=sum)
+        worst = max((before[-1], self.head + head_gathered + fetched, behind[-1]), (0, 0, every + self.joined), key=sum)
         last = {id(size): i for i, size in enumerate(sizes)}
         first = {id(size): len(sizes) - 1 - i for i, size in enumerate(reversed(sizes))}
         for i in {*last.values(), *first.values()}:

@@ -21,7 +21,7 @@ from fsdp_qlora.plan.moments import KEEP
 
 STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so that the link need not wait for a block
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one
-TIE = 1.002  # plans within 0.2 % of the fastest count as equally fast: the most frugal of them is taken
+TIE = 1.0005  # plans within 0.05 % of the fastest count as equally fast: the most frugal of them is taken
 CORNERS = 30  # mixes of three kinds that are tried
 WALKS = 1500  # candidates walked through at most, best bounds first: some 0.3 s
 

@@ -157,4 +157,5 @@ def head_work(facts: Facts) -> Work:
 def update_bytes(facts: Facts) -> float:
     """Through the GPU's memory for norm, clipping, update and new working copies of this rank's adapters."""
     owned = facts.all_adapters / facts.ranks
-    return owned * (FLOAT + 2 * FLOAT + 3 * FLOAT + 2 * facts.state_bytes + FLOAT + facts.compute_bytes)
+    halves = 2 * facts.master_bytes + facts.compute_bytes + FLOAT if facts.master_bytes < FLOAT else 0  # (un)joined
+    return owned * (FLOAT + 2 * FLOAT + 3 * FLOAT + 2 * facts.state_bytes + FLOAT + facts.compute_bytes + halves)

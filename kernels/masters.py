@@ -1,0 +1,82 @@
+"""A float32 master copy beside bfloat16 working values, as the 16 bits that these lack: two bytes a value, not four.
+
+    high = value rounded to bfloat16, to nearest, ties to even       low = bits(value) - bits(high) * 2^16
+
+`join` gives back what
+`split_` was given, bit for bit, but for one case: of two values as near to one bfloat16 from above as to the next from
+below, the one that rounds down has a `low` of 2^15, which is one more than 16 bits hold, and comes back one unit in its
+last place (2^-23) smaller. `high` is exact always.
+"""
+
+import torch
+
+from fsdp_qlora.kernels.device import cdiv, on_triton, tl, triton
+
+MOST = 0x7FFF
+TILE = 1024
+
+
+def master_bytes(working: torch.dtype) -> int:
+    """Of a value's master copy beside its working copy, between updates."""
+    return 2 if working == torch.bfloat16 else 4
+
+
+def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """float32 [n], new, from high [n] bfloat16 and low [n] int16, contiguous."""
+    _check(high, low)
+    value = torch.empty(high.shape, dtype=torch.float32, device=high.device)
+    if on_triton(high):
+        _join_kernel[(cdiv(high.numel(), TILE),)](
+            value.view(torch.int32), high.view(torch.int16), low, high.numel(), TILE
+        )
+    else:
+        bits = high.view(torch.int16).to(torch.int32) << 16
+        value.view(torch.int32).copy_(bits + low)
+    return value
+
+
+def split_(value: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
+    """Writes high [n] bfloat16 and low [n] int16, from value [n] float32, all contiguous. A NaN stays one."""
+    _check(high, low)
+    assert value.dtype == torch.float32
+    assert value.shape == high.shape
+    assert value.is_contiguous()
+    if on_triton(high):
+        bits = value.view(torch.int32)
+        _split_kernel[(cdiv(high.numel(), TILE),)](bits, high.view(torch.int16), low, high.numel(), TILE)
+    else:
+        high.copy_(value)
+        rest = value.view(torch.int32).long() - (high.view(torch.int16).long() << 16)
+        low.copy_(rest.clamp_(-MOST - 1, MOST))
+
+
+def _check(high: torch.Tensor, low: torch.Tensor) -> None:
+    assert high.dtype == torch.bfloat16
+    assert low.dtype == torch.int16
+    assert high.shape == low.shape
+    assert high.is_contiguous()
+    assert low.is_contiguous()
+    assert high.numel() < 1 << 31
+
+
+@triton.jit
+def _join_kernel(value_ptr, high_ptr, low_ptr, n, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    live = at < n
+    high = tl.load(high_ptr + at, mask=live, other=0).to(tl.int32)
+    low = tl.load(low_ptr + at, mask=live, other=0).to(tl.int32)
+    tl.store(value_ptr + at, (high << 16) + low, mask=live)
+
+
+@triton.jit
+def _split_kernel(value_ptr, high_ptr, low_ptr, n, TILE: tl.constexpr):
+    """In integers: bits up to 0x7f800000 of either sign are finite or infinite, above that not a number."""
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    live = at < n
+    bits = tl.load(value_ptr + at, mask=live, other=0)
+    number = (bits & 0x7FFFFFFF) <= 0x7F800000
+    high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    high = tl.where(number, high, 0x7FC0)
+    low = tl.where(number, tl.minimum(bits - (high << 16), 0x7FFF), 0)
+    tl.store(high_ptr + at, high.to(tl.int16), mask=live)
+    tl.store(low_ptr + at, low.to(tl.int16), mask=live)
