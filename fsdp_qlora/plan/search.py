@@ -94,13 +94,24 @@ class Search:
             step = -(-self.facts.layers // COARSE)
             counts = list(range(max(1, near - step), min(self.facts.layers, near + step + 1)))
             found += self._walk(self._fitting(counts, [kinds]))
-        fastest = min(found, key=lambda f: (f.seconds, f.thrift))
-        found += [three for c in self._of_three(fastest.candidate) if (three := self._evaluate(c)) is not None]
-        fastest = min(found, key=lambda f: (f.seconds, f.thrift))
-        better = self._evaluate(climb(fastest.candidate, fastest.seconds, self._kinds(), self._timed))
-        found += [better] if better is not None else []
+        like = min(found, key=lambda f: (f.seconds, f.thrift)).candidate
+        # With its own head and buffers; from where that leads, with others.
+        for head, staging in dict.fromkeys([(like.head_resident, like.staging), *self._forms()]):
+            better = self._climbed(like, head, staging)
+            if better is not None:
+                found.append(better)
+                like = min(found, key=lambda f: (f.seconds, f.thrift)).candidate
         limit = min(f.seconds for f in found) * TIE
         return min((f for f in found if f.seconds <= limit), key=lambda f: f.thrift)
+
+    def _climbed(self, like: Candidate, head: bool, staging: int) -> Found | None:
+        """The best that moves of single blocks lead to, with the head and as many buffers as given."""
+        like = replace(like, head_resident=head, staging=staging)
+        starts = [one for c in (like, *self._of_three(like)) if (one := self._evaluate(c)) is not None]
+        if not starts:
+            return None
+        first = min(starts, key=lambda f: (f.seconds, f.thrift))
+        return self._evaluate(climb(first.candidate, first.seconds, self._kinds(), self._timed))
 
     def _of_three(self, like: Candidate) -> Iterator[Candidate]:
         """The most promising mixes of three kinds that use up both memories, with the head and buffers of `like`."""
@@ -205,17 +216,20 @@ class Search:
 
     def _candidates(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None) -> Iterator[tuple[Candidate, int]]:
         """(every mix of kinds, with no resident block under `stream`; its peak)."""
-        resident = self.placement == "replicate"
-        forms = [(head, staging) for head in (True, False) for staging in STAGING]
-        if self.placement != "stream":
-            forms = [(True, 0)]
-        elif not self.facts.head_bytes:
-            forms = [(True, staging) for staging in STAGING]
+        resident, forms = self.placement == "replicate", self._forms()
         for first, second, count in _mixes(self._kinds(), counts, self.facts.layers, pairs):
             blocks = _blocks(first, second, count, self.facts.layers, resident)
             peak = self.memory.peak(Candidate(self.placement, blocks, True, 0))
             for head, staging in forms:
                 yield Candidate(self.placement, blocks, head, staging), peak
+
+    def _forms(self) -> list[tuple[bool, int]]:
+        """(whether the head is resident, buffers)."""
+        if self.placement != "stream":
+            return [(True, 0)]
+        return [
+            (head, staging) for head in ((True, False) if self.facts.head_bytes else (True,)) for staging in STAGING
+        ]
 
     def _kinds(self) -> list[Kind]:
         wishes = self.wishes
