@@ -37,9 +37,9 @@ class Group:
     """The adapters of one block.
 
     working: all of them, compute dtype [padded]; mine: this rank's slice of it. master: this rank's slice, float32
-    [padded / world]; where the compute dtype is bfloat16 empty but during the update, and low has what `mine` lacks of
-    it. gradient: float32, as master, from the block's backward to `zero_grad`: at the turn of a step, where the blocks
-    keep most, there is none.
+    [padded / world]; where the compute dtype is bfloat16 it is empty from one forward to the last backward of a step,
+    and low has what `mine` lacks of it. gradient: float32, as master, from the block's backward to `zero_grad`: between
+    the passes, where the blocks keep most, neither is there.
     """
 
     names: list[str] = field(default_factory=list)  # PEFT's order: linear by linear, lora_A before lora_B
@@ -79,7 +79,8 @@ class ShardedAdapters:
     One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last,
     `begin_update`, the optimizer's update of `parameters()`, `publish`, `zero_grad`. Gradients are summed over ranks
     and micro-batches. What `publish` starts goes on behind the next forward: each block waits for its own adapters
-    before it computes.
+    before it computes. So that a GPU need not wait for many small launches at the turn of a step, master values are
+    made ready behind backward, and most of them put away behind forward.
     """
 
     def __init__(self, model: CausalModel, world: World, config: Config) -> None:
@@ -92,15 +93,14 @@ class ShardedAdapters:
         self._unsent: deque[Group] = deque()  # whose new values it has not
         self._published = 0.0  # when that was
         self._next = -1
-        self._reducing = True
+        self._reducing = self._last = True
         self._abandoned = False
         for path, block in model.blocks.items():
             adapted = {f"{path}.{name}": m for name, m in block.linears().items() if m.lora_A is not None}
             if adapted:
                 group = self._make(adapted, config, len(self.groups))
                 self.groups.append(group)
-                if world.size > 1:
-                    block.before_forward.append(partial(self._before_forward, group))
+                block.before_forward.append(partial(self._before_forward, group))
 
     @property
     def largest(self) -> int:
@@ -117,7 +117,7 @@ class ShardedAdapters:
 
     def begin_micro_batch(self, last: bool) -> None:
         """Before each backward. last: no more micro-batches follow in this optimizer step."""
-        self._reducing = last or not self.no_sync
+        self._last, self._reducing = last, last or not self.no_sync
         self._next = len(self.groups) - 1
         for group in self.groups:
             group.waiting = len(group.params)
@@ -134,7 +134,6 @@ class ShardedAdapters:
     def begin_update(self) -> None:
         """After `finish`, before the optimizer's step."""
         for group in self.groups:
-            group.master.data = group.values()
             group.master.grad = group.gradient
 
     def publish(self) -> None:
@@ -147,10 +146,7 @@ class ShardedAdapters:
         if self._abandoned:  # the gradients are not the sums that they should be
             raise RuntimeError("remote process exited, so the adapter is being saved without it")
         for group in self.groups:
-            group.keep(group.master.detach())
             group.master.grad = None
-        if self.world.size == 1:
-            return
         # In forward order, one after the other, each when what is on the current stream at its start has been done.
         self._gathers, self._unsent, self._published = [], deque(self.groups), time.monotonic()
         for _ in range(min(GATHERS_AHEAD, len(self.groups))):
@@ -172,13 +168,17 @@ class ShardedAdapters:
 
     def _start_next(self) -> None:
         group = self._unsent.popleft()
-        group.gather = self.exchange.all_gather(group.working, group.mine)
-        self._gathers.append(group.gather)
+        group.keep(group.master.detach())
+        if self.world.size > 1:
+            group.gather = self.exchange.all_gather(group.working, group.mine)
+            self._gathers.append(group.gather)
 
     def arrived(self) -> bool:
         """Whether this rank's working copies are wholly those of the last `publish`, for when a rank may be gone.
 
         From any thread. Waits where what is on its way may still come, `ARRIVAL_SECONDS` from its start."""
+        if self.world.size == 1:
+            self.wait()
         while self._unsent or not all(work.is_completed() for work in self._gathers):
             if time.monotonic() > self._published + ARRIVAL_SECONDS:
                 return False
@@ -310,6 +310,8 @@ class ShardedAdapters:
             group.gradient = mine.float()  # itself, where it is float32
         else:
             group.gradient.add_(mine)
+        if self._last:
+            group.master.data = group.values()
 
 
 def _split(flat: Tensor, params: Iterable[nn.Parameter]) -> list[Tensor]:
