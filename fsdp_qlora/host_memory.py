@@ -1,8 +1,10 @@
 """How much host memory a rank uses, pages that several ranks share counted once between them."""
 
+import ctypes
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -37,6 +39,13 @@ def available_host_bytes() -> int:
         return found
     cache = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
     return max(0, min(found, limit - used + cache))
+
+
+def give_back_freed() -> None:
+    """Let the machine have what this process has freed. glibc keeps such memory where anything above it in the heap is
+    still in use: some 0.4 GiB after loading. Elsewhere this does nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class HostMemory:

@@ -16,7 +16,7 @@ from fsdp_qlora.exchange import check_exchange, choose_exchange
 from fsdp_qlora.export import check_space, prepare_output
 from fsdp_qlora.folders import writing_to
 from fsdp_qlora.fusing import Fusion, fuse
-from fsdp_qlora.host_memory import HostMemory
+from fsdp_qlora.host_memory import HostMemory, give_back_freed
 from fsdp_qlora.loading import check_names, is_quantized, load
 from fsdp_qlora.loop import Loop
 from fsdp_qlora.metrics import Metrics
@@ -79,6 +79,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         placement = world.together(lambda: choose_placement(plan, config.memory, world))
         keep_activations(model, plan.blocks, config.training.batch_size * longest, world.device)
         adapters = load_model(config, model, weights, placement, world)
+        give_back_freed()
         stages.done("loading")
         if config.output.verbose:
             world.say(stages.line())
