@@ -249,7 +249,7 @@ def _handed(fused: FusedBlock, out: torch.Tensor) -> torch.Tensor:
 
 
 def _of(group: Any) -> list[torch.Tensor]:
-    return [group.working, group.master.data if group.low is None else group.low]
+    return [group.working, group.masters._low]
 
 
 def _step(model: CausalModel, adapters: ShardedAdapters, ids: Any, places: Any, labels: Any) -> None:

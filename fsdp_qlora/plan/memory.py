@@ -16,7 +16,6 @@ from fsdp_qlora.plan.moments import FLOAT, BlockBytes, Loading, head_moments
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)
-GATHERS_AHEAD = 8  # blocks whose new adapters are put away at the turn of a step (`shards.GATHERS_AHEAD`)
 EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchange.SLOTS`)
 GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
 HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
@@ -59,10 +58,9 @@ class Memory:
         self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
         self.masters = facts.master_bytes * owned
-        # A block's gradient is there from its backward to the end of the step, and so is a master copy in float32 where
-        # it is not there always; most of these go away one by one behind the next forward.
+        self.unfolded = FLOAT * owned if facts.master_bytes < FLOAT else 0  # master copies, during the update
+        # A block's gradient is there from its backward to the end of the step.
         self.gradient = FLOAT * -(-facts.adapter_parameters // facts.ranks)
-        self.master = self.gradient if facts.master_bytes < FLOAT else 0
         self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
         if facts.exchange_by_host and facts.ranks > 2:  # what comes of the second peer on waits to be added
@@ -191,20 +189,18 @@ class Memory:
         sizes = [self.of[b.keep, b.offloaded] for b in blocks]
         before = list(accumulate((s.kept for s in sizes), initial=0))
         fetched = max(s.away for s in sizes)
-        count = len(sizes)
-        every = count * self.gradient
+        every = len(sizes) * self.gradient
         first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
-        always = every if self.facts.accumulation > 1 else 0
-        behind = [(always or (count - 1 - i) * self.gradient) + (count - 1 - i) * self.master for i in range(count)]
-        turn = (0, 0, every + count * self.master)
-        worst = max((before[-1], self.head + head_gathered + fetched, behind[-1]), turn, key=sum)
+        behind = [every if self.facts.accumulation > 1 else every - (i + 1) * self.gradient for i in range(len(sizes))]
+        worst = max(
+            (before[-1], self.head + head_gathered + fetched, behind[-1]), (0, 0, every + self.unfolded), key=sum
+        )
         last = {id(size): i for i, size in enumerate(sizes)}
-        first = {id(size): count - 1 - i for i, size in enumerate(reversed(sizes))}
+        first = {id(size): len(sizes) - 1 - i for i, size in enumerate(reversed(sizes))}
         for i in {*last.values(), *first.values()}:
             size = sizes[i]
             going = fetched if i > first_away else 0  # what was parked last is let go when the next is parked
-            unpublished = max(0, count - GATHERS_AHEAD - i) * self.master
-            forward = (before[i], size.forward + going, always + unpublished)
+            forward = (before[i], size.forward + going, behind[-1])
             worst = max(worst, forward, (before[i + 1], size.backward + size.away + fetched, behind[i]), key=sum)
         return worst
 
