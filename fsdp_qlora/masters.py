@@ -2,7 +2,7 @@
 
 Beside a working copy in bfloat16 a master copy is the 16 bits that this lacks (`kernels/masters.py`), and is float32
 only while it is updated. A few blocks lie together, so that a launch does for several what comes at the turn of a step,
-when a GPU has nothing else to do.
+when a GPU has nothing else to do; not all do, since there is little room then where a GPU is full of resident blocks.
 """
 
 import torch

@@ -9,7 +9,7 @@ and backward) this moves a third of the bytes, and the optimizer sees plain tens
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from fsdp_qlora.world import World
 IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
 GATHERS_AHEAD = 8  # that `publish` starts itself; each block's forward starts one more, while the GPU has work
 ARRIVAL_SECONDS = 1.0  # after which new values that are not here never come (1.7 GB at 70B and rank 64: 0.1 s)
-TOGETHER = 8  # blocks whose master copies are dealt with in one launch
+TOGETHER = 4  # blocks that are updated at a time
 MATRICES = ("lora_A", "lora_B")
 
 
@@ -61,7 +61,7 @@ class Group:
 
     @property
     def master(self) -> nn.Parameter:
-        """With values and gradient from `begin_update` to `publish`."""
+        """With a gradient while `update` is at it, and with values then, if not always."""
         return self.masters.parameters[self.index]
 
 
@@ -69,7 +69,7 @@ class ShardedAdapters:
     """The trainable parameters of a model. `parameters()` is what an optimizer gets: float32 slices with gradients.
 
     One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last,
-    `begin_update`, the optimizer's update of `parameters()`, `publish`, `zero_grad`. Gradients are summed over ranks
+    `update` with the optimizer's step, `publish`, `zero_grad`. Gradients are summed over ranks
     and micro-batches. What `publish` starts goes on behind the next forward: each block waits for its own adapters
     before it computes.
     """
@@ -95,7 +95,6 @@ class ShardedAdapters:
             self.groups.append(group)
             if world.size > 1:
                 model.blocks[path].before_forward.append(partial(self._before_forward, group))
-        self.masters = list(dict.fromkeys(group.masters for group in self.groups))
 
     @property
     def largest(self) -> int:
@@ -126,32 +125,39 @@ class ShardedAdapters:
         while self._flying:
             self._land()
 
-    def begin_update(self) -> None:
-        """After `finish`, before the optimizer's step."""
-        for masters in self.masters:
+    def update(self, step: Callable[[], object]) -> None:
+        """After `finish`: `step`, an optimizer's over `parameters()`, for a few blocks at a time. All others have no
+        gradient then, so that it leaves them out, and no float32 copy is there of more than these few. This rank's
+        slices of the working copies are new from then on."""
+        self._may_be_written()
+        for masters, groups in groupby(self.groups, key=lambda group: group.masters):
             masters.unfold()
-        for group in self.groups:
-            group.master.grad = group.gradient
+            some = list(groups)
+            for group in some:
+                group.master.grad = group.gradient
+            step()
+            for group in some:
+                group.master.grad = None
+            masters.fold()
 
     def publish(self) -> None:
-        """After the update: every rank's working copy becomes the new master values, rounded to the compute dtype.
+        """After `update`: every rank's new values, rounded to the compute dtype, go to all working copies.
 
         Returns when the first are under way; the next forward starts the others ahead of their use. Who reads working
         copies, other than in a block's forward, must `wait`."""
-        still = self._unsent or any(group.gather is not None for group in self.groups)
-        assert not still, "what is still being gathered would be overwritten"
-        if self._abandoned:  # the gradients are not the sums that they should be
-            raise RuntimeError("remote process exited, so the adapter is being saved without it")
-        for group in self.groups:
-            group.master.grad = None
-        for masters in self.masters:
-            masters.fold()
+        self._may_be_written()
         if self.world.size == 1:
             return
         # In forward order, one after the other, each when what is on the current stream at its start has been done.
         self._gathers, self._unsent, self._published = [], deque(self.groups), time.monotonic()
         for _ in range(min(GATHERS_AHEAD, len(self.groups))):
             self._start_next()
+
+    def _may_be_written(self) -> None:
+        still = self._unsent or any(group.gather is not None for group in self.groups)
+        assert not still, "what is still being gathered would be overwritten"
+        if self._abandoned:  # the gradients are not the sums that they should be
+            raise RuntimeError("remote process exited, so the adapter is being saved without it")
 
     def wait(self) -> None:
         """Let the current stream go on only when all that was published is there."""

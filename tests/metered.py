@@ -256,7 +256,7 @@ def _step(model: CausalModel, adapters: ShardedAdapters, ids: Any, places: Any, 
     adapters.begin_micro_batch(last=True)
     model(ids, places, labels, 1.0).backward()
     adapters.finish()
-    adapters.begin_update()
+    adapters.update(int)
     adapters.publish()
     adapters.zero_grad()
     adapters.wait()

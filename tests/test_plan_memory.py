@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
+from fsdp_qlora import shards
 from fsdp_qlora.fused import FusedBlock
-from fsdp_qlora.kernels import cross_entropy
-from fsdp_qlora.plan import moments
+from fsdp_qlora.kernels import cross_entropy, glu_lora
+from fsdp_qlora.plan import memory, moments
 from fsdp_qlora.plan.facts import Facts, facts_of
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
 from fsdp_qlora.plan.moments import KEEP, BlockBytes
@@ -134,6 +135,11 @@ def test_a_whole_step_allocates_what_is_counted(keep: str, vocabulary: int) -> N
     parts, working = counted.step_parts(every(known, keep)), counted.peak(every(known, keep))
     assert working == pytest.approx(real.peak - real.before, rel=0.02)
     assert sum(parts.values()) - working == pytest.approx(real.before, rel=0.005)
+
+
+def test_the_plan_has_the_programs_numbers() -> None:
+    assert (memory.TOGETHER, memory.IN_FLIGHT) == (shards.TOGETHER, shards.IN_FLIGHT)
+    assert moments.MOST_RANK == glu_lora.MOST_RANK
 
 
 def test_the_loss_holds_as_many_logits_as_are_counted() -> None:

@@ -59,8 +59,12 @@ class Half:
         """New values for all adapters, as an optimizer step gives them."""
         device = self.ours.world.device
         self.values = [torch.randn(group.working.numel(), device=device) * 0.1 for group in self.adapters.groups]
-        for group, values in zip(self.adapters.groups, self.values, strict=True):
-            group.master.data.copy_(values[: group.master.numel()])
+
+        def step() -> None:
+            for group, values in zip(self.adapters.groups, self.values, strict=True):
+                group.master.data.copy_(values[: group.master.numel()])
+
+        self.adapters.update(step)
         self.adapters.publish()
 
     def forward(self) -> float:
@@ -176,6 +180,21 @@ def test_a_rescue_knows_what_has_not_arrived(half, monkeypatch):
     assert (stepper.done, stepper.publishing) == (0, True), "over, but not well"
 
 
+def test_a_few_blocks_are_updated_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "TOGETHER", 2)
+    model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
+    with built(OPTIONS | {"model_name": model, "precision": "bf16"}) as ours:
+        ids = torch.arange(4, 24, device=ours.world.device)[None]
+        ours.adapters.begin_micro_batch(last=True)
+        ours.loss(ids, ids, 19.0).backward()
+        ours.adapters.finish()
+        parameters, seen = ours.adapters.parameters(), []
+        assert not any(p.numel() for p in parameters), "float32 beside bfloat16 before"
+        ours.adapters.update(lambda: seen.append([p.grad is not None and p.numel() > 0 for p in parameters]))
+        assert not any(p.numel() for p in parameters), "and after"
+    assert seen == [[True, True, False], [False, False, True]]
+
+
 class Summing(Collectives):
     """An exchange with ranks whose gradients are zero."""
 
@@ -258,9 +277,7 @@ TWO = """
                     loss.backward()
                     losses.append(loss.item())
                 adapters.finish()
-                adapters.begin_update()
-                for p, g in zip(adapters.parameters(), adapters.gradients(), strict=True):
-                    p.data.sub_(g, alpha=0.5)
+                adapters.update(torch.optim.SGD(adapters.parameters(), lr=0.5).step)
                 adapters.publish()
                 adapters.zero_grad()
             masters = adapters.named_tensors()

@@ -16,6 +16,7 @@ from fsdp_qlora.plan.moments import FLOAT, BlockBytes, Loading, head_moments
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)
+TOGETHER = 4  # blocks that are updated at a time (`shards.TOGETHER`)
 EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchange.SLOTS`)
 GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
 HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
@@ -58,9 +59,10 @@ class Memory:
         self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
         self.masters = facts.master_bytes * owned
-        self.unfolded = FLOAT * owned if facts.master_bytes < FLOAT else 0  # master copies, during the update
         # A block's gradient is there from its backward to the end of the step.
         self.gradient = FLOAT * -(-facts.adapter_parameters // facts.ranks)
+        together = min(TOGETHER, facts.layers) if facts.master_bytes < FLOAT else 0
+        self.unfolded = together * self.gradient  # master copies, during the update
         self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
         if facts.exchange_by_host and facts.ranks > 2:  # what comes of the second peer on waits to be added
