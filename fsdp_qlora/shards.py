@@ -290,7 +290,7 @@ class ShardedAdapters:
                 return
             whole = group.unreduced.to(self.reduce_dtype)
         else:
-            whole = torch.empty(group.working.numel(), dtype=self.reduce_dtype, device=self.world.device)
+            whole = torch.empty(group.working.numel(), dtype=self._crossing(group), device=self.world.device)
             torch._foreach_copy_(_split(whole, group.params), gradients)
             whole[sum(p.numel() for p in group.params) :].zero_()
         if self.world.size == 1:
@@ -301,6 +301,13 @@ class ShardedAdapters:
         self._flying.append((work, group, mine, whole))
         while len(self._flying) > IN_FLIGHT:
             self._land()
+
+    def _crossing(self, group: Group) -> torch.dtype:
+        """In which gradients go to other ranks: that which they have, where the exchange sums in a wider one."""
+        gradients = group.working.dtype
+        return (
+            gradients if self.exchange.widens and gradients.itemsize < self.reduce_dtype.itemsize else self.reduce_dtype
+        )
 
     def _land(self) -> None:
         work, group, mine, _ = self._flying.popleft()

@@ -42,6 +42,7 @@ class Half:
     ours: Built
     adapters: ShardedAdapters
     events: list[tuple[str, int]] = field(default_factory=list)
+    widens: bool = False
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Late:
         index = next(i for i, group in enumerate(self.adapters.groups) if group.working is whole)
@@ -257,8 +258,8 @@ TWO = """
         def all_gather(self, whole, mine):
             return Later(whole, mine)
 
-    options = {"model_name": sys.argv[1], "dataset": "dummy", "precision": "fp32", "lora_rank": 3, "fused": "false",
-               "train_type": "lora", "lora_target_modules": "q_proj,down_proj"}
+    options = {"model_name": sys.argv[1], "dataset": "dummy", "precision": sys.argv[2], "lora_rank": 3,
+               "fused": "false", "train_type": "lora", "lora_target_modules": "q_proj,down_proj"}
     with open_world(LaunchOptions(), 0) as world:
         def through_host(adapters):
             exchange = (ThroughHost if world.device.type == "cuda" else OnHost)(adapters.largest, world)
@@ -282,7 +283,8 @@ TWO = """
                 adapters.zero_grad()
             masters = adapters.named_tensors()
             working = adapters.working_tensors()
-            assert all(torch.equal(masters[name], working[name]) for name in masters)
+            dtype = ours.model.precision.compute
+            assert all(torch.equal(masters[name].to(dtype), working[name].to(dtype)) for name in masters)
             assert losses[-1] < losses[1]
             return losses, masters
         now = steps(lambda _: Collectives())
@@ -293,8 +295,9 @@ TWO = """
     """
 
 
-def test_two_ranks_learn_the_same_however_late_the_gathers_come_and_by_whichever_way(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_ranks_learn_the_same_however_late_the_gathers_come_and_by_whichever_way(tmp_path, precision):
     model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
-    done = run_torchrun(TWO, 2, [str(model)])
+    done = run_torchrun(TWO, 2, [str(model), precision])
     for rank in range(2):
         assert f"rank {rank}: the same" in done.stdout, f"{done.stdout}\n{done.stderr}"

@@ -65,8 +65,8 @@ class Memory:
         self.unfolded = together * self.gradient  # master copies, during the update
         self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
-        if facts.exchange_by_host and facts.ranks > 2:  # what comes of the second peer on waits to be added
-            self.flying += FLOAT * facts.largest_adapters // facts.ranks
+        if facts.exchange_by_host:  # what waits to be added
+            self.flying += FLOAT * facts.largest_adapters // facts.ranks // (1 if facts.ranks > 2 else 2)
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
         self.always = self.adapters + self.owned + self.flying + self.workspace
@@ -214,8 +214,7 @@ def _whole(candidate: Candidate) -> bool:
 
 def _reduction(facts: Facts) -> int:
     """Bytes of the largest block's gradients on their way: the whole, and this rank's slice of the sum."""
-    whole = facts.largest_adapters * facts.reduce_bytes
-    return whole + whole // facts.ranks
+    return facts.largest_adapters * facts.sent_bytes + facts.largest_adapters * facts.reduce_bytes // facts.ranks
 
 
 def _scratch(facts: Facts) -> int:
