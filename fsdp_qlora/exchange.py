@@ -119,7 +119,9 @@ class ThroughHost:
         self._slots = [[store.take(slot) for _ in range(SLOTS)] for _ in range(world.size)]
         self._counters = store.take(counters).view(torch.int32)[:: LINE // 4]
         self._refused, self._store = store.refused, store
-        self._received = torch.empty(piece if world.size > 2 else piece // 2, dtype=torch.uint8, device=world.device)
+        # A second peer's part, or one in a dtype that is half as wide as the sum's, waits to be added.
+        waits = piece if world.size > 2 else piece // 2
+        self._received = torch.empty(waits, dtype=torch.uint8, device=world.device)
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
         parts = whole.view(self.world.size, -1)
