@@ -100,8 +100,8 @@ class ThroughHost:
 
     Exchange number k (from 1) of a rank uses its slot k % SLOTS. For each rank and peer one counter says how many
     exchanges' bytes are in the rank's slots, and one how many of these the peer has read: nobody but the peer waits for
-    the first, nobody but the rank for the second. Sums are in the dtype of the sum, in an order that depends on the rank
-    alone; what is summed crosses in its own.
+    the first, nobody but the rank for the second. Sums are made in the dtype that they have, in an order that hangs on
+    the rank alone; what is summed crosses in its own dtype.
     """
 
     widens = True
