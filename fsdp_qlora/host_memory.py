@@ -43,7 +43,7 @@ def available_host_bytes() -> int:
 
 def give_back_freed() -> None:
     """Let the machine have what this process has freed. glibc keeps such memory where anything above it in the heap is
-    still in use: some 0.4 GiB after loading. Elsewhere this does nothing."""
+    still in use: 0.4 GiB after loading a small model on a CPU. Elsewhere this does nothing."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
