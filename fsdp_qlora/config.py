@@ -459,7 +459,7 @@ class MemoryOptions:
         "fp32",
         "Type in which the adapters' gradients are summed over the ranks.",
         "small gradients are not rounded away",
-        "bf16 halves the bytes sent",
+        "bf16 halves the bytes that NCCL sends; through host memory they cross as they are in any case",
     )
 
 

@@ -47,7 +47,11 @@ class Pending(Protocol):
 
 
 class Exchange(Protocol):
-    """What every rank calls in the same order. Nothing is waited for: the tensors must live until the result is."""
+    """What every rank calls in the same order. Nothing is waited for: the tensors must live until the result is.
+
+    widens: whether `whole` of `reduce_scatter` may have a narrower dtype than the sum, which is exact all the same."""
+
+    widens: bool
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
         """whole [ranks x n] becomes every rank's `mine` [n], in rank order; `mine` may be its own part of `whole`."""
@@ -64,6 +68,8 @@ class Exchange(Protocol):
 
 class Collectives:
     """torch.distributed's: NCCL between GPUs, gloo between CPUs."""
+
+    widens = False
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
         return all_gather(whole, mine, async_op=True)
@@ -94,9 +100,11 @@ class ThroughHost:
 
     Exchange number k (from 1) of a rank uses its slot k % SLOTS. For each rank and peer one counter says how many
     exchanges' bytes are in the rank's slots, and one how many of these the peer has read: nobody but the peer waits for
-    the first, nobody but the rank for the second. Sums are in the dtype of what is summed, in an order that depends on
-    the rank alone.
+    the first, nobody but the rank for the second. What is summed crosses in its own dtype and is added in that of the
+    sum, in an order that depends on the rank alone.
     """
+
+    widens = True
 
     def __init__(self, nbytes: int, world: World) -> None:
         """nbytes: of the largest `whole` there will be.
@@ -111,7 +119,9 @@ class ThroughHost:
         self._slots = [[store.take(slot) for _ in range(SLOTS)] for _ in range(world.size)]
         self._counters = store.take(counters).view(torch.int32)[:: LINE // 4]
         self._refused, self._store = store.refused, store
-        self._received = torch.empty(piece if world.size > 2 else 0, dtype=torch.uint8, device=world.device)
+        # A second peer's part, or one in a dtype that is half as wide as the sum's, waits to be added.
+        waits = piece if world.size > 2 else piece // 2
+        self._received = torch.empty(waits, dtype=torch.uint8, device=world.device)
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
         parts = whole.view(self.world.size, -1)
@@ -127,10 +137,14 @@ class ThroughHost:
         parts = whole.view(self.world.size, -1)
         with self._turn():
             self._send([parts[peer] for peer in self._peers])
+            own = parts[self.world.rank]
             for i, peer in enumerate(self._peers):
-                into = mine if i == 0 else self._received[: mine.nbytes].view(mine.dtype)
+                direct = i == 0 and mine.dtype == own.dtype
+                into = mine if direct else self._received[: own.nbytes].view(own.dtype)
                 self._receive(into, peer, self.world.rank - (self.world.rank > peer))
-                mine.add_(parts[self.world.rank] if i == 0 else into)
+                if i == 0 and not direct:
+                    mine.copy_(into)
+                mine.add_(own if i == 0 else into)
             return self._pending()
 
     def let_go(self) -> None:

@@ -58,7 +58,7 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         at_length = replace(sized, data=replace(config.data, context_length=longest))
         optimizer = state_bytes(config.training.optimizer, world.device.type)
         here = facts_of(model, at_length, world, fusion, optimizer)
-        facts = agreed(replace(here, exchange_by_host=through_host(config.memory, world)), world)
+        facts = sending(agreed(replace(here, exchange_by_host=through_host(config.memory, world)), world))
         rates = calibrate(facts, model, world)
         pages = paged_bytes(config.training.optimizer) * facts.all_adapters * facts.local_ranks // facts.ranks
         left = replace(budget, host_bytes=budget.host_bytes - pages)
@@ -87,6 +87,13 @@ def agreed(facts: Facts, world: World) -> Facts:
         attention=ATTENTION[attention],
         exchange_by_host=not by_nccl,
     )
+
+
+def sending(facts: Facts) -> Facts:
+    """Through host memory gradients cross in the dtype that they have, unless they were summed before."""
+    summed = facts.no_sync and facts.accumulation > 1
+    narrow = facts.exchange_by_host and not summed
+    return replace(facts, sent_bytes=min(facts.compute_bytes, facts.reduce_bytes) if narrow else facts.reduce_bytes)
 
 
 def micro_batches(config: Config) -> list[Config]:

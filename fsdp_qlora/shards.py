@@ -4,31 +4,32 @@ The adapters of a block lie in one flat buffer in compute dtype, and so do their
 done, its gradients are reduce-scattered while the block before it computes; a rank updates its slice of the float32
 master copy, and the new values are all-gathered once a step, in the order of the next forward and behind it: a block
 waits for its own adapters alone. Against sharding the adapters like the base (gathering them again for each forward
-and backward) this moves a third of the bytes, and the optimizer sees plain tensors. Between updates a master copy of
-what is bfloat16 is the 16 bits that this lacks (`kernels/masters.py`).
+and backward) this moves a third of the bytes, and the optimizer sees plain tensors.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.adapters import initial_values
-from fsdp_qlora.block import FrozenLinear
+from fsdp_qlora.block import Block, FrozenLinear
 from fsdp_qlora.config import Config
 from fsdp_qlora.exchange import Collectives, Exchange, Pending
-from fsdp_qlora.kernels.masters import join, master_bytes, split_
+from fsdp_qlora.masters import Masters
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.world import World
 
 IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
 GATHERS_AHEAD = 8  # that `publish` starts itself; each block's forward starts one more, while the GPU has work
 ARRIVAL_SECONDS = 1.0  # after which new values that are not here never come (1.7 GB at 70B and rank 64: 0.1 s)
+TOGETHER = 4  # blocks that are updated at a time
 MATRICES = ("lora_A", "lora_B")
 
 
@@ -36,18 +37,17 @@ MATRICES = ("lora_A", "lora_B")
 class Group:
     """The adapters of one block.
 
-    working: all of them, compute dtype [padded]; mine: this rank's slice of it. master: this rank's slice, float32
-    [padded / world]; where the compute dtype is bfloat16 empty but during the update, and low has what `mine` lacks of
-    it. gradient: float32, as master, from the block's backward to `zero_grad`: at the turn of a step, where the blocks
-    keep most, there is none.
+    working: all of them, compute dtype [padded]; mine: this rank's slice of it. masters: has this rank's master copy,
+    float32 [padded / world], at index. gradient: float32, as that, from the block's backward to `zero_grad`: between
+    the passes, where the blocks keep most, there is none.
     """
 
+    working: Tensor
+    mine: Tensor
+    masters: Masters
+    index: int
     names: list[str] = field(default_factory=list)  # PEFT's order: linear by linear, lora_A before lora_B
     params: list[nn.Parameter] = field(default_factory=list)
-    working: Tensor = field(init=False)
-    mine: Tensor = field(init=False)
-    master: nn.Parameter = field(init=False)
-    low: Tensor | None = None
     gradient: Tensor | None = None
     unreduced: Tensor | None = None  # float32 [padded], with no_sync: this rank's own sum over micro-batches
     waiting: int = 0
@@ -59,27 +59,18 @@ class Group:
             self.gather.wait()
             self.gather = None
 
-    def values(self) -> Tensor:
-        """This rank's slice, float32."""
-        return self.master.detach() if self.low is None else join(self.mine, self.low)
-
-    def keep(self, values: Tensor) -> None:
-        """values, float32 as `master`, are this rank's slice from now on, of the working copy too."""
-        if self.low is None:
-            self.master.data = values
-            self.mine.copy_(values)
-        else:
-            split_(values, self.mine, self.low)
-            self.master.data = values.new_empty(0)
+    @property
+    def master(self) -> nn.Parameter:
+        """With a gradient while `update` is at it, and with values then, if not always."""
+        return self.masters.parameters[self.index]
 
 
 class ShardedAdapters:
     """The trainable parameters of a model. `parameters()` is what an optimizer gets: float32 slices with gradients.
 
     One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last,
-    `begin_update`, the optimizer's update of `parameters()`, `publish`, `zero_grad`. Gradients are summed over ranks
-    and micro-batches. What `publish` starts goes on behind the next forward: each block waits for its own adapters
-    before it computes.
+    `update` with the optimizer's step, `publish`, `zero_grad`. Gradients are summed over ranks and micro-batches. What
+    `publish` starts goes on behind the next forward: each block waits for its own adapters before it computes.
     """
 
     def __init__(self, model: CausalModel, world: World, config: Config) -> None:
@@ -94,13 +85,15 @@ class ShardedAdapters:
         self._next = -1
         self._reducing = True
         self._abandoned = False
-        for path, block in model.blocks.items():
-            adapted = {f"{path}.{name}": m for name, m in block.linears().items() if m.lora_A is not None}
-            if adapted:
-                group = self._make(adapted, config, len(self.groups))
-                self.groups.append(group)
-                if world.size > 1:
-                    block.before_forward.append(partial(self._before_forward, group))
+        adapted = {path: linears for path, block in model.blocks.items() if (linears := _adapted(path, block))}
+        numbers = [sum(p.numel() for m in linears.values() for p in _matrices(m)) for linears in adapted.values()]
+        rooms = self._rooms(numbers, model.precision.compute)
+        for (path, linears), (working, masters, index) in zip(adapted.items(), rooms, strict=True):
+            group = Group(working, masters.mine[index], masters, index)
+            self._make(group, linears, config, len(self.groups))
+            self.groups.append(group)
+            if world.size > 1:
+                model.blocks[path].before_forward.append(partial(self._before_forward, group))
 
     @property
     def largest(self) -> int:
@@ -108,7 +101,7 @@ class ShardedAdapters:
         return max((4 * group.working.numel() for group in self.groups), default=0)
 
     def parameters(self) -> list[nn.Parameter]:
-        """This rank's float32 slices, one a block. With values and gradients from `begin_update` to `publish`."""
+        """This rank's float32 slices, one a block."""
         return [group.master for group in self.groups]
 
     def gradients(self) -> list[Tensor]:
@@ -131,30 +124,39 @@ class ShardedAdapters:
         while self._flying:
             self._land()
 
-    def begin_update(self) -> None:
-        """After `finish`, before the optimizer's step."""
-        for group in self.groups:
-            group.master.data = group.values()
-            group.master.grad = group.gradient
+    def update(self, step: Callable[[], object]) -> None:
+        """After `finish`: `step`, an optimizer's over `parameters()`, for a few blocks at a time. All others have no
+        gradient then, so that it leaves them out, and no float32 copy is there of more than these few. This rank's
+        slices of the working copies are new from then on."""
+        self._may_be_written()
+        for masters, groups in groupby(self.groups, key=lambda group: group.masters):
+            masters.unfold()
+            some = list(groups)
+            for group in some:
+                group.master.grad = group.gradient
+            step()
+            for group in some:
+                group.master.grad = None
+            masters.fold()
 
     def publish(self) -> None:
-        """After the update: every rank's working copy becomes the new master values, rounded to the compute dtype.
+        """After `update`: every rank's new values, rounded to the compute dtype, go to all working copies.
 
         Returns when the first are under way; the next forward starts the others ahead of their use. Who reads working
         copies, other than in a block's forward, must `wait`."""
-        still = self._unsent or any(group.gather is not None for group in self.groups)
-        assert not still, "what is still being gathered would be overwritten"
-        if self._abandoned:  # the gradients are not the sums that they should be
-            raise RuntimeError("remote process exited, so the adapter is being saved without it")
-        for group in self.groups:
-            group.keep(group.master.detach())
-            group.master.grad = None
+        self._may_be_written()
         if self.world.size == 1:
             return
         # In forward order, one after the other, each when what is on the current stream at its start has been done.
         self._gathers, self._unsent, self._published = [], deque(self.groups), time.monotonic()
         for _ in range(min(GATHERS_AHEAD, len(self.groups))):
             self._start_next()
+
+    def _may_be_written(self) -> None:
+        still = self._unsent or any(group.gather is not None for group in self.groups)
+        assert not still, "what is still being gathered would be overwritten"
+        if self._abandoned:  # the gradients are not the sums that they should be
+            raise RuntimeError("remote process exited, so the adapter is being saved without it")
 
     def wait(self) -> None:
         """Let the current stream go on only when all that was published is there."""
@@ -201,9 +203,9 @@ class ShardedAdapters:
         for group in self.groups:
             whole = torch.empty(group.working.numel(), dtype=torch.float32, device=self.world.device)
             if self.world.size == 1:
-                whole.copy_(group.values())
+                whole.copy_(group.masters.values(group.index))
             else:
-                self.exchange.all_gather(whole, group.values()).wait()
+                self.exchange.all_gather(whole, group.masters.values(group.index)).wait()
             tensors |= _named(group, whole.cpu())
         return tensors
 
@@ -230,39 +232,36 @@ class ShardedAdapters:
                 view.copy_(tensors[name])
             self._fill(group, flat)
 
-    def _make(self, adapted: dict[str, FrozenLinear], config: Config, index: int) -> Group:
-        group = Group()
-        values: dict[str, Tensor] = {}
-        rank, seed = config.adapter.lora_rank, config.training.seed
-        for path, linear in adapted.items():
+    def _rooms(self, numbers: list[int], dtype: torch.dtype) -> Iterator[tuple[Tensor, Masters, int]]:
+        """For each block with so many adapter parameters: working copies [padded], where its master copy is."""
+        for size, alike in groupby(numbers):
+            padded, blocks = -(-size // self.world.size) * self.world.size, len(list(alike))
+            for first in range(0, blocks, TOGETHER):
+                count = min(TOGETHER, blocks - first)
+                working = torch.zeros(count, padded, dtype=dtype, device=self.world.device)
+                masters = Masters(working.view(count, self.world.size, -1)[:, self.world.rank])
+                yield from ((row, masters, i) for i, row in enumerate(working))
+
+    def _make(self, group: Group, linears: dict[str, FrozenLinear], config: Config, index: int) -> None:
+        """The linears' adapters are pieces of the group's working copy, with their first values."""
+        rank, seed, offset, values = config.adapter.lora_rank, config.training.seed, 0, []
+        for path, linear in linears.items():
             initial = initial_values(path, linear.out_features, linear.in_features, rank, seed)
-            values |= {f"{path}.{matrix}": initial[matrix] for matrix in MATRICES}
-        numel = sum(v.numel() for v in values.values())
-        padded = -(-numel // self.world.size) * self.world.size
-        dtype = next(iter(adapted.values())).dtype
-        group.working = torch.zeros(padded, dtype=dtype, device=self.world.device)
-        group.mine = self._mine(group.working)
-        offset = 0
-        for path, linear in adapted.items():
             for matrix in MATRICES:
-                shape = values[f"{path}.{matrix}"].shape
-                view = group.working[offset : offset + shape.numel()].view(shape)
-                offset += shape.numel()
-                parameter = nn.Parameter(view)
+                value = initial[matrix]
+                parameter = nn.Parameter(group.working[offset : offset + value.numel()].view(value.shape))
                 setattr(linear, matrix, parameter)
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))
                 group.names.append(f"{path}.{matrix}")
                 group.params.append(parameter)
-        group.master = nn.Parameter(torch.empty(0, device=self.world.device))
-        if master_bytes(dtype) == 2:
-            group.low = torch.empty_like(group.mine, dtype=torch.int16)
-        self._fill(group, torch.cat([v.reshape(-1) for v in values.values()] + [torch.zeros(padded - numel)]))
-        return group
+                values.append(value.reshape(-1))
+                offset += value.numel()
+        self._fill(group, torch.cat([*values, torch.zeros(group.working.numel() - offset)]))
 
     def _fill(self, group: Group, flat: Tensor) -> None:
         """All of a block's adapters, from float32 [padded] on the CPU."""
         group.working.copy_(flat)
-        group.keep(self._mine(flat).to(self.world.device, copy=True))
+        group.masters.set(group.index, self._mine(flat).to(self.world.device))
 
     def _mine(self, flat: Tensor) -> Tensor:
         length = flat.numel() // self.world.size
@@ -288,7 +287,7 @@ class ShardedAdapters:
                 return
             whole = group.unreduced.to(self.reduce_dtype)
         else:
-            whole = torch.empty(group.working.numel(), dtype=self.reduce_dtype, device=self.world.device)
+            whole = torch.empty(group.working.numel(), dtype=self._crossing(group), device=self.world.device)
             torch._foreach_copy_(_split(whole, group.params), gradients)
             whole[sum(p.numel() for p in group.params) :].zero_()
         if self.world.size == 1:
@@ -300,6 +299,11 @@ class ShardedAdapters:
         while len(self._flying) > IN_FLIGHT:
             self._land()
 
+    def _crossing(self, group: Group) -> torch.dtype:
+        """In which gradients go to other ranks: that which they have, where the exchange sums in a wider one."""
+        narrower = group.working.dtype.itemsize < self.reduce_dtype.itemsize
+        return group.working.dtype if self.exchange.widens and narrower else self.reduce_dtype
+
     def _land(self) -> None:
         work, group, mine, _ = self._flying.popleft()
         work.wait()
@@ -310,6 +314,15 @@ class ShardedAdapters:
             group.gradient = mine.float()  # itself, where it is float32
         else:
             group.gradient.add_(mine)
+
+
+def _adapted(path: str, block: Block) -> dict[str, FrozenLinear]:
+    """Path -> linear, of those that have an adapter."""
+    return {f"{path}.{name}": m for name, m in block.linears().items() if m.lora_A is not None}
+
+
+def _matrices(linear: FrozenLinear) -> list[nn.Parameter]:
+    return [getattr(linear, matrix) for matrix in MATRICES]
 
 
 def _split(flat: Tensor, params: Iterable[nn.Parameter]) -> list[Tensor]:

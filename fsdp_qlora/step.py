@@ -148,9 +148,8 @@ class Stepper:
             clip = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
             if clip != self.scale.value:
                 torch._foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
-            self.adapters.begin_update()
-            self.optimizer.step()
             self._begun += 1
+            self.adapters.update(self.optimizer.step)
             self.adapters.publish()
             if self._begun == self.steps:
                 self.adapters.wait()  # no forward follows that would

@@ -21,13 +21,11 @@ def master_bytes(working: torch.dtype) -> int:
 
 
 def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """float32 [n], new, from high [n] bfloat16 and low [n] int16, contiguous."""
+    """float32 [N, L], new, from high [N, L] bfloat16, whose rows may lie apart, and low [N, L] int16."""
     _check(high, low)
     value = torch.empty(high.shape, dtype=torch.float32, device=high.device)
     if on_triton(high):
-        _join_kernel[(cdiv(high.numel(), TILE),)](
-            value.view(torch.int32), high.view(torch.int16), low, high.numel(), TILE
-        )
+        _launch(_join_kernel, value, high, low)
     else:
         bits = high.view(torch.int16).to(torch.int32) << 16
         value.view(torch.int32).copy_(bits + low)
@@ -35,14 +33,14 @@ def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 
 def split_(value: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
-    """Writes high [n] bfloat16 and low [n] int16, from value [n] float32, all contiguous. A NaN stays one."""
+    """Writes high [N, L] bfloat16, whose rows may lie apart, and low [N, L] int16, from value [N, L] float32. A NaN
+    stays one."""
     _check(high, low)
     assert value.dtype == torch.float32
     assert value.shape == high.shape
     assert value.is_contiguous()
     if on_triton(high):
-        bits = value.view(torch.int32)
-        _split_kernel[(cdiv(high.numel(), TILE),)](bits, high.view(torch.int16), low, high.numel(), TILE)
+        _launch(_split_kernel, value, high, low)
     else:
         high.copy_(value)
         rest = value.view(torch.int32).long() - (high.view(torch.int16).long() << 16)
@@ -53,29 +51,41 @@ def _check(high: torch.Tensor, low: torch.Tensor) -> None:
     assert high.dtype == torch.bfloat16
     assert low.dtype == torch.int16
     assert high.shape == low.shape
-    assert high.is_contiguous()
+    assert high.dim() == 2
+    assert high.stride(1) == 1
     assert low.is_contiguous()
-    assert high.numel() < 1 << 31
+
+
+def _launch(kernel, value, high, low):
+    rows, length = high.shape
+    bits, high = value.view(torch.int32), high.view(torch.int16)
+    kernel[(cdiv(length, TILE), rows)](bits, high, low, high.stride(0), length, TILE)
 
 
 @triton.jit
-def _join_kernel(value_ptr, high_ptr, low_ptr, n, TILE: tl.constexpr):
-    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    live = at < n
-    high = tl.load(high_ptr + at, mask=live, other=0).to(tl.int32)
+def _places(stride, length, TILE: tl.constexpr):
+    """(in a tensor whose rows are `stride` apart, in contiguous ones, which of them there are)."""
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    return row * stride + column, row * length + column, column < length
+
+
+@triton.jit
+def _join_kernel(value_ptr, high_ptr, low_ptr, stride, length, TILE: tl.constexpr):
+    apart, at, live = _places(stride, length, TILE)
+    high = tl.load(high_ptr + apart, mask=live, other=0).to(tl.int32)
     low = tl.load(low_ptr + at, mask=live, other=0).to(tl.int32)
     tl.store(value_ptr + at, (high << 16) + low, mask=live)
 
 
 @triton.jit
-def _split_kernel(value_ptr, high_ptr, low_ptr, n, TILE: tl.constexpr):
+def _split_kernel(value_ptr, high_ptr, low_ptr, stride, length, TILE: tl.constexpr):
     """In integers: bits up to 0x7f800000 of either sign are finite or infinite, above that not a number."""
-    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    live = at < n
+    apart, at, live = _places(stride, length, TILE)
     bits = tl.load(value_ptr + at, mask=live, other=0)
     number = (bits & 0x7FFFFFFF) <= 0x7F800000
     high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     high = tl.where(number, high, 0x7FC0)
     low = tl.where(number, tl.minimum(bits - (high << 16), 0x7FFF), 0)
-    tl.store(high_ptr + at, high.to(tl.int16), mask=live)
+    tl.store(high_ptr + apart, high.to(tl.int16), mask=live)
     tl.store(low_ptr + at, low.to(tl.int16), mask=live)

@@ -21,7 +21,7 @@ from fsdp_qlora.codecs import NF4
 from fsdp_qlora.config_parse import parse
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion, fuse
-from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, glu_lora, lora_wide, nf4, rms_norm, rope
+from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, glu_lora, lora_wide, masters, nf4, rms_norm, rope
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.plan.moments import ROUND
 from fsdp_qlora.precision import Precision
@@ -34,6 +34,7 @@ META = torch.device("meta")
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=META)
 LAUNCHERS = [(nf4, "_launch"), (nf4, "_launch_rows"), (rms_norm, "_launch_forward"), (rms_norm, "_launch_backward")]
 LAUNCHERS += [(glu, "_launch"), (rope, "_launch"), (cross_entropy, "_launch"), (lora_wide, "_launch")]
+KERNELS = [(dropout, "_kernel"), (glu_lora, "_kernel"), (masters, "_join_kernel"), (masters, "_split_kernel")]
 NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias"}
 
 
@@ -117,12 +118,12 @@ def without_kernels(meter: Meter) -> Iterator[None]:
         meter.launches += 1
 
     with ExitStack() as stack:
-        for module in (nf4, rms_norm, glu, glu_lora, rope, cross_entropy, dropout, lora_wide):
+        for module in (nf4, rms_norm, glu, glu_lora, rope, cross_entropy, dropout, lora_wide, masters):
             stack.enter_context(mock.patch.object(module, "on_triton", _yes))
         for module, name in LAUNCHERS:
             stack.enter_context(mock.patch.object(module, name, counted))
-        for module in (dropout, glu_lora):
-            stack.enter_context(mock.patch.object(module, "_kernel", _NoKernel(counted)))
+        for module, name in KERNELS:
+            stack.enter_context(mock.patch.object(module, name, _NoKernel(counted)))
         stack.enter_context(mock.patch.object(torch, "autocast", _nothing))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", _no))
         stack.enter_context(mock.patch.dict(attention._FORWARD, cudnn=_cudnn_forward))
@@ -248,11 +249,14 @@ def _handed(fused: FusedBlock, out: torch.Tensor) -> torch.Tensor:
 
 
 def _of(group: Any) -> list[torch.Tensor]:
-    return [group.working, group.master.data if group.low is None else group.low]
+    return [group.working, group.masters._low]
 
 
 def _step(model: CausalModel, adapters: ShardedAdapters, ids: Any, places: Any, labels: Any) -> None:
     adapters.begin_micro_batch(last=True)
     model(ids, places, labels, 1.0).backward()
     adapters.finish()
+    adapters.update(int)
+    adapters.publish()
     adapters.zero_grad()
+    adapters.wait()

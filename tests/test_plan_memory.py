@@ -138,8 +138,8 @@ def test_a_whole_step_allocates_what_is_counted(keep: str, vocabulary: int) -> N
 
 
 def test_the_plan_has_the_programs_numbers() -> None:
+    assert (memory.TOGETHER, memory.IN_FLIGHT) == (shards.TOGETHER, shards.IN_FLIGHT)
     assert moments.MOST_RANK == glu_lora.MOST_RANK
-    assert memory.IN_FLIGHT == shards.IN_FLIGHT
 
 
 def test_the_loss_holds_as_many_logits_as_are_counted() -> None:

@@ -42,6 +42,7 @@ class Half:
     ours: Built
     adapters: ShardedAdapters
     events: list[tuple[str, int]] = field(default_factory=list)
+    widens: bool = False
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Late:
         index = next(i for i, group in enumerate(self.adapters.groups) if group.working is whole)
@@ -59,8 +60,12 @@ class Half:
         """New values for all adapters, as an optimizer step gives them."""
         device = self.ours.world.device
         self.values = [torch.randn(group.working.numel(), device=device) * 0.1 for group in self.adapters.groups]
-        for group, values in zip(self.adapters.groups, self.values, strict=True):
-            group.master.data.copy_(values[: group.master.numel()])
+
+        def step() -> None:
+            for group, values in zip(self.adapters.groups, self.values, strict=True):
+                group.master.data.copy_(values[: group.master.numel()])
+
+        self.adapters.update(step)
         self.adapters.publish()
 
     def forward(self) -> float:
@@ -176,6 +181,21 @@ def test_a_rescue_knows_what_has_not_arrived(half, monkeypatch):
     assert (stepper.done, stepper.publishing) == (0, True), "over, but not well"
 
 
+def test_a_few_blocks_are_updated_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "TOGETHER", 2)
+    model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
+    with built(OPTIONS | {"model_name": model, "precision": "bf16"}) as ours:
+        ids = torch.arange(4, 24, device=ours.world.device)[None]
+        ours.adapters.begin_micro_batch(last=True)
+        ours.loss(ids, ids, 19.0).backward()
+        ours.adapters.finish()
+        parameters, seen = ours.adapters.parameters(), []
+        assert not any(p.numel() for p in parameters), "float32 beside bfloat16 before"
+        ours.adapters.update(lambda: seen.append([p.grad is not None and p.numel() > 0 for p in parameters]))
+        assert not any(p.numel() for p in parameters), "and after"
+    assert seen == [[True, True, False], [False, False, True]]
+
+
 class Summing(Collectives):
     """An exchange with ranks whose gradients are zero."""
 
@@ -238,8 +258,8 @@ TWO = """
         def all_gather(self, whole, mine):
             return Later(whole, mine)
 
-    options = {"model_name": sys.argv[1], "dataset": "dummy", "precision": "fp32", "lora_rank": 3, "fused": "false",
-               "train_type": "lora", "lora_target_modules": "q_proj,down_proj"}
+    options = {"model_name": sys.argv[1], "dataset": "dummy", "precision": sys.argv[2], "lora_rank": 3,
+               "fused": "false", "train_type": "lora", "lora_target_modules": "q_proj,down_proj"}
     with open_world(LaunchOptions(), 0) as world:
         def through_host(adapters):
             exchange = (ThroughHost if world.device.type == "cuda" else OnHost)(adapters.largest, world)
@@ -258,14 +278,13 @@ TWO = """
                     loss.backward()
                     losses.append(loss.item())
                 adapters.finish()
-                adapters.begin_update()
-                for p, g in zip(adapters.parameters(), adapters.gradients(), strict=True):
-                    p.data.sub_(g, alpha=0.5)
+                adapters.update(torch.optim.SGD(adapters.parameters(), lr=0.5).step)
                 adapters.publish()
                 adapters.zero_grad()
             masters = adapters.named_tensors()
             working = adapters.working_tensors()
-            assert all(torch.equal(masters[name], working[name]) for name in masters)
+            dtype = ours.model.precision.compute
+            assert all(torch.equal(masters[name].to(dtype), working[name].to(dtype)) for name in masters)
             assert losses[-1] < losses[1]
             return losses, masters
         now = steps(lambda _: Collectives())
@@ -276,8 +295,9 @@ TWO = """
     """
 
 
-def test_two_ranks_learn_the_same_however_late_the_gathers_come_and_by_whichever_way(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_ranks_learn_the_same_however_late_the_gathers_come_and_by_whichever_way(tmp_path, precision):
     model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
-    done = run_torchrun(TWO, 2, [str(model)])
+    done = run_torchrun(TWO, 2, [str(model), precision])
     for rank in range(2):
         assert f"rank {rank}: the same" in done.stdout, f"{done.stdout}\n{done.stderr}"

@@ -66,7 +66,7 @@ class Clock:
         embedding = facts.tokens * facts.hidden * facts.stream_bytes / rates.h2d if facts.embedding_on_host else 0.0
         self.head = self._of(head_work(facts)) + embedding
         others = (facts.ranks - 1) / facts.ranks
-        gradients, values = facts.adapter_parameters * facts.reduce_bytes, facts.all_adapters * facts.compute_bytes
+        gradients, values = facts.adapter_parameters * facts.sent_bytes, facts.all_adapters * facts.compute_bytes
         if facts.exchange_by_host:  # out and in one after the other; new values go out once for all
             self.reduction = gradients * others * (1 / rates.d2h_both + 1 / rates.h2d_both)
             self.publish = values * (1 / facts.ranks / rates.d2h_both + others / rates.h2d_both)

@@ -32,7 +32,8 @@ class Facts:
     between its forward and its backward. remat: whether unfused blocks run under checkpointing. workspace_bytes: that
     PyTorch gives to cuBLAS on each thread that multiplies. dummy: random weights, made on the device. exchange_by_host:
     adapters cross between ranks by copy engines through host memory. master_bytes: of an adapter parameter's master
-    copy, between updates, beside its working copy.
+    copy, between updates, beside its working copy. sent_bytes: of a gradient's number on its way between ranks
+    (`planning.sending` knows).
     """
 
     layers: int
@@ -80,7 +81,8 @@ class Facts:
     dummy: bool
     most_adapters: int = 0
     exchange_by_host: bool = False
-    master_bytes: int = 4  # as it was until 2026-11-25: rows of the grid from before do not say
+    master_bytes: int = 4  # this and the next as they were until 2026-11-25: rows of the grid from before do not say
+    sent_bytes: int = 4
 
     @property
     def tokens(self) -> int:

@@ -16,6 +16,7 @@ from fsdp_qlora.plan.moments import FLOAT, BlockBytes, Loading, head_moments
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)
+TOGETHER = 4  # blocks that are updated at a time (`shards.TOGETHER`)
 EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchange.SLOTS`)
 GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
 HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
@@ -58,13 +59,14 @@ class Memory:
         self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
         self.masters = facts.master_bytes * owned
-        self.joined = FLOAT * owned if facts.master_bytes < FLOAT else 0  # during the update
         # A block's gradient is there from its backward to the end of the step.
         self.gradient = FLOAT * -(-facts.adapter_parameters // facts.ranks)
+        together = min(TOGETHER, facts.layers) if facts.master_bytes < FLOAT else 0
+        self.unfolded = together * self.gradient  # master copies, during the update
         self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
         self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
-        if facts.exchange_by_host and facts.ranks > 2:  # what comes of the second peer on waits to be added
-            self.flying += FLOAT * facts.largest_adapters // facts.ranks
+        if facts.exchange_by_host:  # what waits to be added
+            self.flying += FLOAT * facts.largest_adapters // facts.ranks // (1 if facts.ranks > 2 else 2)
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
         self.always = self.adapters + self.owned + self.flying + self.workspace
@@ -192,7 +194,9 @@ class Memory:
         every = len(sizes) * self.gradient
         first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
         behind = [every if self.facts.accumulation > 1 else every - (i + 1) * self.gradient for i in range(len(sizes))]
-        worst = max((before[-1], self.head + head_gathered + fetched, behind[-1]), (0, 0, every + self.joined), key=sum)
+        worst = max(
+            (before[-1], self.head + head_gathered + fetched, behind[-1]), (0, 0, every + self.unfolded), key=sum
+        )
         last = {id(size): i for i, size in enumerate(sizes)}
         first = {id(size): len(sizes) - 1 - i for i, size in enumerate(reversed(sizes))}
         for i in {*last.values(), *first.values()}:
@@ -210,8 +214,7 @@ def _whole(candidate: Candidate) -> bool:
 
 def _reduction(facts: Facts) -> int:
     """Bytes of the largest block's gradients on their way: the whole, and this rank's slice of the sum."""
-    whole = facts.largest_adapters * facts.reduce_bytes
-    return whole + whole // facts.ranks
+    return facts.largest_adapters * facts.sent_bytes + facts.largest_adapters * facts.reduce_bytes // facts.ranks
 
 
 def _scratch(facts: Facts) -> int:
