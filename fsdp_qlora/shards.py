@@ -27,7 +27,7 @@ from fsdp_qlora.model import CausalModel
 from fsdp_qlora.world import World
 
 IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
-GATHERS_AHEAD = 8  # that `publish` starts itself; each block's forward starts one more, while the GPU has work
+GATHERS_AHEAD = 8  # that `update` starts itself; each block's forward starts one more, while the GPU has work
 ARRIVAL_SECONDS = 1.0  # after which new values that are not here never come (1.7 GB at 70B and rank 64: 0.1 s)
 TOGETHER = 4  # blocks that are updated at a time
 MATRICES = ("lora_A", "lora_B")
@@ -69,8 +69,8 @@ class ShardedAdapters:
     """The trainable parameters of a model. `parameters()` is what an optimizer gets: float32 slices with gradients.
 
     One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last,
-    `update` with the optimizer's step, `publish`, `zero_grad`. Gradients are summed over ranks and micro-batches. What
-    `publish` starts goes on behind the next forward: each block waits for its own adapters before it computes.
+    `update` with the optimizer's step, `zero_grad`. Gradients are summed over ranks and micro-batches. What `update`
+    starts goes on behind the next forward: each block waits for its own adapters before it computes.
     """
 
     def __init__(self, model: CausalModel, world: World, config: Config) -> None:
@@ -79,7 +79,7 @@ class ShardedAdapters:
         self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
         self.groups: list[Group] = []
         self._flying: deque[tuple[Pending, Group, Tensor, Tensor]] = deque()
-        self._gathers: list[Pending] = []  # that the last `publish` has started
+        self._gathers: list[Pending] = []  # of new values that the last `update` has started
         self._unsent: deque[Group] = deque()  # whose new values it has not
         self._published = 0.0  # when that was
         self._next = -1
@@ -126,9 +126,14 @@ class ShardedAdapters:
 
     def update(self, step: Callable[[], object]) -> None:
         """After `finish`: `step`, an optimizer's over `parameters()`, for a few blocks at a time. All others have no
-        gradient then, so that it leaves them out, and no float32 copy is there of more than these few. This rank's
-        slices of the working copies are new from then on."""
+        gradient then, so that it leaves them out, and no float32 copy is there of more than these few.
+
+        Every rank's new values, rounded to the compute dtype, go to all working copies, in forward order, one after the
+        other. The first are under way before the others are updated; the next forward starts the rest ahead of their
+        use. Who reads working copies, other than in a block's forward, must `wait`."""
         self._may_be_written()
+        self._gathers, self._unsent = [], deque(self.groups if self.world.size > 1 else ())
+        new = 0
         for masters, groups in groupby(self.groups, key=lambda group: group.masters):
             masters.unfold()
             some = list(groups)
@@ -138,19 +143,10 @@ class ShardedAdapters:
             for group in some:
                 group.master.grad = None
             masters.fold()
-
-    def publish(self) -> None:
-        """After `update`: every rank's new values, rounded to the compute dtype, go to all working copies.
-
-        Returns when the first are under way; the next forward starts the others ahead of their use. Who reads working
-        copies, other than in a block's forward, must `wait`."""
-        self._may_be_written()
-        if self.world.size == 1:
-            return
-        # In forward order, one after the other, each when what is on the current stream at its start has been done.
-        self._gathers, self._unsent, self._published = [], deque(self.groups), time.monotonic()
-        for _ in range(min(GATHERS_AHEAD, len(self.groups))):
-            self._start_next()
+            new += len(some)
+            while self._unsent and len(self._gathers) < min(new, GATHERS_AHEAD):
+                self._start_next()
+        self._published = time.monotonic()
 
     def _may_be_written(self) -> None:
         still = self._unsent or any(group.gather is not None for group in self.groups)
@@ -159,7 +155,7 @@ class ShardedAdapters:
             raise RuntimeError("remote process exited, so the adapter is being saved without it")
 
     def wait(self) -> None:
-        """Let the current stream go on only when all that was published is there."""
+        """Let the current stream go on only when all new values are there."""
         while self._unsent:
             self._start_next()
         for group in self.groups:
@@ -178,7 +174,7 @@ class ShardedAdapters:
         self._gathers.append(group.gather)
 
     def arrived(self) -> bool:
-        """Whether this rank's working copies are wholly those of the last `publish`, for when a rank may be gone.
+        """Whether this rank's working copies are wholly those of the last `update`, for when a rank may be gone.
 
         From any thread. Waits where what is on its way may still come, `ARRIVAL_SECONDS` from its start."""
         while self._unsent or not all(work.is_completed() for work in self._gathers):

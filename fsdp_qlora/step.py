@@ -150,7 +150,6 @@ class Stepper:
                 torch._foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
             self._begun += 1
             self.adapters.update(self.optimizer.step)
-            self.adapters.publish()
             if self._begun == self.steps:
                 self.adapters.wait()  # no forward follows that would
             self.scale.grow()
