@@ -43,6 +43,12 @@ def make_optimizer(options: TrainingOptions, parameters: Iterable[nn.Parameter],
     return makers[kind](parameters, **settings)
 
 
+def scales_and_skips(optimizer: Optimizer) -> bool:
+    """Whether its step divides gradients by a tensor `grad_scale` and does nothing where a tensor `found_inf` is 1, as
+    PyTorch's fused kernels do: nobody need know the numbers when it is launched."""
+    return isinstance(optimizer, Adam | AdamW) and bool(optimizer.defaults.get("fused"))
+
+
 def check_optimizer(options: TrainingOptions, device: torch.device) -> None:
     """Raises UserError where bitsandbytes cannot do on `device` what `--optimizer` asks of it: tried on one slice."""
     if options.optimizer not in BITSANDBYTES:

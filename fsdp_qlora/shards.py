@@ -10,7 +10,7 @@ and backward) this moves a third of the bytes, and the optimizer sees plain tens
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -27,7 +27,7 @@ from fsdp_qlora.model import CausalModel
 from fsdp_qlora.world import World
 
 IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's gradients in the reduce dtype
-GATHERS_AHEAD = 8  # that `update` starts itself; each block's forward starts one more, while the GPU has work
+GATHERS_AHEAD = 8  # that `publish` starts itself; each block's forward starts one more, while the GPU has work
 ARRIVAL_SECONDS = 1.0  # after which new values that are not here never come (1.7 GB at 70B and rank 64: 0.1 s)
 TOGETHER = 4  # blocks that are updated at a time
 MATRICES = ("lora_A", "lora_B")
@@ -51,6 +51,7 @@ class Group:
     gradient: Tensor | None = None
     unreduced: Tensor | None = None  # float32 [padded], with no_sync: this rank's own sum over micro-batches
     waiting: int = 0
+    updated: torch.cuda.Event | None = None  # this rank's new values are in `mine`
     gather: Pending | None = None  # of new working values, which nobody has waited for yet
 
     def wait(self) -> None:
@@ -69,8 +70,8 @@ class ShardedAdapters:
     """The trainable parameters of a model. `parameters()` is what an optimizer gets: float32 slices with gradients.
 
     One optimizer step: `begin_micro_batch` and a backward for each micro-batch, `finish` once after the last,
-    `update` with the optimizer's step, `zero_grad`. Gradients are summed over ranks and micro-batches. What `update`
-    starts goes on behind the next forward: each block waits for its own adapters before it computes.
+    `update` with the optimizer's step, `publish`, `zero_grad`. Gradients are summed over ranks and micro-batches. What
+    `publish` starts goes on behind the next forward: each block waits for its own adapters before it computes.
     """
 
     def __init__(self, model: CausalModel, world: World, config: Config) -> None:
@@ -79,12 +80,16 @@ class ShardedAdapters:
         self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
         self.groups: list[Group] = []
         self._flying: deque[tuple[Pending, Group, Tensor, Tensor]] = deque()
-        self._gathers: list[Pending] = []  # of new values that the last `update` has started
+        self._gathers: list[Pending] = []  # that the last `publish` has started
         self._unsent: deque[Group] = deque()  # whose new values it has not
         self._published = 0.0  # when that was
         self._next = -1
         self._reducing = True
+        self._reached: torch.cuda.Event | None = None  # the last `update` has begun
         self._abandoned = False
+        on_gpu = world.device.type == "cuda"
+        self._halt = torch.zeros((), pin_memory=on_gpu)  # as `_abandoned`, for streams to read
+        self._side = torch.cuda.Stream(world.device) if on_gpu and world.size > 1 else None
         adapted = {path: linears for path, block in model.blocks.items() if (linears := _adapted(path, block))}
         numbers = [sum(p.numel() for m in linears.values() for p in _matrices(m)) for linears in adapted.values()]
         rooms = self._rooms(numbers, model.precision.compute)
@@ -124,16 +129,25 @@ class ShardedAdapters:
         while self._flying:
             self._land()
 
+    def everyones(self, numbers: Tensor) -> Tensor:
+        """float32 [ranks, n] from each rank's `numbers` [n]; the host does not wait for them. A collective."""
+        if self.world.size == 1:
+            return numbers[None]
+        whole = numbers.new_empty(self.world.size * numbers.numel())
+        self.exchange.all_gather(whole, numbers).wait()
+        return whole.view(self.world.size, -1)
+
+    def halted(self) -> Tensor:
+        """float32 [], not 0 if `working_tensors` has been called by the time the current stream comes here: what is
+        summed after that is not what it should be."""
+        return self._halt.to(self.world.device, non_blocking=True)
+
     def update(self, step: Callable[[], object]) -> None:
         """After `finish`: `step`, an optimizer's over `parameters()`, for a few blocks at a time. All others have no
-        gradient then, so that it leaves them out, and no float32 copy is there of more than these few.
-
-        Every rank's new values, rounded to the compute dtype, go to all working copies, in forward order, one after the
-        other. The first are under way before the others are updated; the next forward starts the rest ahead of their
-        use. Who reads working copies, other than in a block's forward, must `wait`."""
+        gradient then, so that it leaves them out, and no float32 copy is there of more than these few. This rank's
+        slices of the working copies are new from then on."""
         self._may_be_written()
-        self._gathers, self._unsent = [], deque(self.groups if self.world.size > 1 else ())
-        new = 0
+        self._reached = self._here()
         for masters, groups in groupby(self.groups, key=lambda group: group.masters):
             masters.unfold()
             some = list(groups)
@@ -143,19 +157,45 @@ class ShardedAdapters:
             for group in some:
                 group.master.grad = None
             masters.fold()
-            new += len(some)
-            while self._unsent and len(self._gathers) < min(new, GATHERS_AHEAD):
-                self._start_next()
-        self._published = time.monotonic()
+            updated = self._here()
+            for group in some:
+                group.updated = updated
+
+    def publish(self) -> None:
+        """After `update`: every rank's new values, rounded to the compute dtype, go to all working copies.
+
+        In forward order, one after the other, each when it has been updated. Returns when the first are under way; the
+        next forward starts the others ahead of their use. Who reads working copies, other than in a block's forward,
+        must `wait`."""
+        self._may_be_written()
+        if self.world.size == 1:
+            return
+        self._gathers, self._unsent, self._published = [], deque(self.groups), time.monotonic()
+        for _ in range(min(GATHERS_AHEAD, len(self.groups))):
+            self._start_next()
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the last `update` has been queued and not begun: the working copies are those before it."""
+        return self._reached is not None and not self._reached.query()
+
+    def check(self) -> None:
+        """Raises RuntimeError where `working_tensors` has been called, after which gradients are no sums."""
+        if self._abandoned:
+            raise RuntimeError("remote process exited, so the adapter is being saved without it")
 
     def _may_be_written(self) -> None:
         still = self._unsent or any(group.gather is not None for group in self.groups)
         assert not still, "what is still being gathered would be overwritten"
-        if self._abandoned:  # the gradients are not the sums that they should be
-            raise RuntimeError("remote process exited, so the adapter is being saved without it")
+        self.check()
+
+    def _here(self) -> torch.cuda.Event | None:
+        """This point of the current stream."""
+        on_gpu = self.world.device.type == "cuda"
+        return torch.cuda.current_stream(self.world.device).record_event() if on_gpu else None
 
     def wait(self) -> None:
-        """Let the current stream go on only when all new values are there."""
+        """Let the current stream go on only when all that was published is there."""
         while self._unsent:
             self._start_next()
         for group in self.groups:
@@ -170,11 +210,22 @@ class ShardedAdapters:
 
     def _start_next(self) -> None:
         group = self._unsent.popleft()
-        group.gather = self.exchange.all_gather(group.working, group.mine)
+        with self._behind(group.updated):
+            group.gather = self.exchange.all_gather(group.working, group.mine)
         self._gathers.append(group.gather)
 
+    @contextmanager
+    def _behind(self, point: torch.cuda.Event | None) -> Iterator[None]:
+        """What is queued inside goes on from there, whatever else is on the current stream by now."""
+        if self._side is None or point is None:
+            yield
+            return
+        self._side.wait_event(point)
+        with torch.cuda.stream(self._side):
+            yield
+
     def arrived(self) -> bool:
-        """Whether this rank's working copies are wholly those of the last `update`, for when a rank may be gone.
+        """Whether this rank's working copies are wholly those of the last `publish`, for when a rank may be gone.
 
         From any thread. Waits where what is on its way may still come, `ARRIVAL_SECONDS` from its start."""
         while self._unsent or not all(work.is_completed() for work in self._gathers):
@@ -209,8 +260,9 @@ class ShardedAdapters:
         """As `named_tensors`, from this rank's copy in compute dtype: no other rank is asked, nor a hung stream.
 
         Some are of the step before the last where not all has `arrived`. No step can end after this."""
-        if self.arrived():  # else what this rank would be given in place of the rest is not worth saving
+        if self.untouched or self.arrived():  # else what this rank would be given for the rest is not worth saving
             self._abandoned = True
+            self._halt.fill_(1.0)
             self.exchange.let_go()
         tensors: dict[str, Tensor] = {}
         on_gpu = self.world.device.type == "cuda"

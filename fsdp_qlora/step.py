@@ -13,7 +13,7 @@ from fsdp_qlora.config import TrainingOptions
 from fsdp_qlora.data import IGNORE, Batch
 from fsdp_qlora.errors import TrainingStopped
 from fsdp_qlora.model import CausalModel
-from fsdp_qlora.optim import make_optimizer, make_schedule
+from fsdp_qlora.optim import make_optimizer, make_schedule, scales_and_skips
 from fsdp_qlora.record import StepRecord
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.units import GIB
@@ -55,7 +55,9 @@ class LossScale:
 class Stepper:
     """Runs optimizer steps; owns the optimizer and its schedule over `steps` of them.
 
-    A step is `begin` and `end`. Between the two a GPU is at work and the host free: the time to `prepare` the next."""
+    A step is `begin` and `end`. Between the two a GPU is at work and the host free: the time to `prepare` the next.
+    ahead: the update is queued in `begin`, where the optimizer can do without the host's word. It is the same update,
+    and a GPU need not wait, with nothing to do, for a host that reads the sums and launches it."""
 
     def __init__(
         self, model: CausalModel, adapters: ShardedAdapters, options: TrainingOptions, steps: int, world: World
@@ -64,6 +66,7 @@ class Stepper:
         if options.optimizer.startswith("paged_") and world.device.type != "cuda":
             world.say(f"optimizer {options.optimizer}: without a GPU nothing is paged; the state is in memory anyway")
         self.optimizer = make_optimizer(options, adapters.parameters(), world.device)
+        self.ahead = scales_and_skips(self.optimizer)
         self.schedule = make_schedule(options, self.optimizer, steps)
         self.max_norm = options.grad_norm if options.apply_gradient_clipping else None
         self.scale = LossScale(model.precision.scale_loss)
@@ -72,18 +75,18 @@ class Stepper:
         self._updated = 0  # of these, the ones whose new values are on their way to every rank
         self._start = 0.0  # when the step at work began, for its record
         self._ended: float | None = None  # the last one: a step's seconds begin there, so that what lies between counts
-        self._at_work: tuple[Ready, Tensor] | None = None  # a step begun: its batches; its loss and squared norm
+        self._at_work: tuple[Ready, OnItsWay] | None = None  # a step begun: its batches; each rank's loss, squared norm
         self.overflowed = False  # float16 gradients did, so the last step was left out and the loss scale shrunk
 
     @property
     def publishing(self) -> bool:
         """Whether working copies may be in part of the step after `done`: see `ShardedAdapters.arrived`."""
-        return self._begun != self._updated or not self.adapters.arrived()
+        return not self.adapters.untouched and (self._begun != self._updated or not self.adapters.arrived())
 
     @property
     def done(self) -> int:
         """Optimizer steps that this rank's working copies have in full."""
-        return self._begun - self.publishing
+        return self._begun - (self.adapters.untouched or self.publishing)
 
     def prepare(self, batches: list[Batch]) -> Ready:
         """Micro-batches (as many as every rank's) for `begin`. A collective, on the host."""
@@ -92,27 +95,31 @@ class Stepper:
         return Ready(batches, [_inputs(batch, self.world.device) for batch in batches], label_tokens, tokens)
 
     def begin(self, ready: Ready) -> None:
-        """Forward and backward over the micro-batches; on a GPU it returns when they have been launched."""
+        """Forward and backward over the micro-batches, and the update where that needs no word of the host; on a GPU it
+        returns when they have been launched."""
         self._start = self._ended or time.perf_counter()
         losses = self._passes(ready.inputs, ready.label_tokens / self.scale.value)
         norms = torch._foreach_norm(self.adapters.gradients())
-        self._at_work = ready, torch.stack([losses, torch.stack(norms).square().sum()])
+        sums = self.adapters.everyones(torch.stack([losses, torch.stack(norms).square().sum()]))
+        self._at_work = ready, OnItsWay(sums)
+        if self.ahead:
+            self._update_ahead(sums)
 
     def end(self, epoch: float, host_gib: float) -> StepRecord:
-        """Wait for what was begun, and update.
+        """Wait for the sums of what was begun, and update, if that has not been queued.
 
         epoch: epochs completed after this step. host_gib: this rank's host memory, for the record.
-        Raises TrainingStopped on every rank, before the update, when a loss or a gradient is not finite.
+        Raises TrainingStopped on every rank, with nothing updated, when a loss or a gradient is not finite.
         """
         assert self._at_work is not None, "no step was begun"
         (ready, sums), self._at_work = self._at_work, None
         memory = self._memory()  # all of the step has been allocated, if not yet computed
-        loss_part, square = _to_host(sums)  # the step's one wait for the GPU
-        everyone = self.world.gather([loss_part, square, *memory, host_gib])
-        losses_by_rank, squares, allocated, reserved, retries, host = map(list, zip(*everyone, strict=True))
-        loss, norm = sum(losses_by_rank) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
+        losses, squares = map(list, zip(*sums.wait(), strict=True))  # the step's one wait for the GPU
+        self.adapters.check()
+        loss, norm = sum(losses) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
         lr = float(self.schedule.get_last_lr()[0])
-        self.overflowed = not self._update(loss, norm, ready.batches, losses_by_rank)
+        self.overflowed = not self._update(loss, norm, ready.batches, losses)
+        allocated, reserved, retries, host = map(list, zip(*self.world.gather([*memory, host_gib]), strict=True))
         self._ended = time.perf_counter()
         on_gpu = self.world.device.type == "cuda"
         return StepRecord(
@@ -140,23 +147,41 @@ class Stepper:
         self.adapters.finish()
         return total
 
+    def _update_ahead(self, sums: Tensor) -> None:
+        """Queue the update behind what `sums` [ranks, 2] (loss, squared norm) comes of: the GPU goes on while the host
+        still waits for them. The optimizer's kernel scales the gradients, or leaves all as it is where a sum is not
+        finite."""
+        scale = torch.full_like(sums[0, 0], self.scale.value)
+        if self.max_norm is not None:
+            norm = sums[:, 1].double().sum().sqrt() / self.scale.value
+            scale = (scale / (self.max_norm / (norm + 1e-6)).clamp(max=1.0)).float()
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        skip = torch.maximum(1.0 - sums.isfinite().all().float(), self.adapters.halted())
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self._begun += 1
+        self.adapters.update(self.optimizer.step)
+
     def _update(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> bool:
+        """Update, unless that has been queued, and publish; or neither, and False."""
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite and not (self.scale.enabled and math.isfinite(loss) and self.scale.value > 1):
+            self._begun = self._updated
             self._stop(loss, norm, batches, losses)
-        if finite:
-            clip = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
-            if clip != self.scale.value:
-                torch._foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
+        if not self.ahead:
             self._begun += 1
-            self.adapters.update(self.optimizer.step)
+        if finite:
+            if not self.ahead:
+                clip = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
+                if clip != self.scale.value:
+                    torch._foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
+                self.adapters.update(self.optimizer.step)
+            self.adapters.publish()
             if self._begun == self.steps:
                 self.adapters.wait()  # no forward follows that would
             self.scale.grow()
             self.schedule.step()
         else:
             self.scale.shrink()
-            self._begun += 1
         self._updated = self._begun
         self.adapters.zero_grad()
         return finite
@@ -184,15 +209,22 @@ class Stepper:
         return *peaks, stats["num_alloc_retries"]
 
 
-def _to_host(numbers: Tensor) -> list[float]:
-    """Waits on an event: a copy to ordinary memory would hold a lock of the driver while it waits, and with it whoever
-    saves the adapter from another thread when a peer is gone."""
-    if numbers.device.type != "cuda":
-        return numbers.tolist()
-    here = torch.empty_like(numbers, device="cpu", pin_memory=True)
-    here.copy_(numbers, non_blocking=True)
-    torch.cuda.current_stream(numbers.device).record_event().synchronize()
-    return here.tolist()
+class OnItsWay:
+    """Numbers that go to the host when the GPU has them."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._arrived = numbers, None
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(numbers.device).record_event()
+
+    def wait(self) -> list[list[float]]:
+        """On an event: a copy to ordinary memory would hold a lock of the driver while it waits, and with it whoever
+        saves the adapter from another thread when a peer is gone."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers.tolist()
 
 
 def _inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

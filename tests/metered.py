@@ -257,5 +257,6 @@ def _step(model: CausalModel, adapters: ShardedAdapters, ids: Any, places: Any, 
     model(ids, places, labels, 1.0).backward()
     adapters.finish()
     adapters.update(int)
+    adapters.publish()
     adapters.zero_grad()
     adapters.wait()

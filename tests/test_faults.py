@@ -209,7 +209,7 @@ STOPS: dict[str, tuple[dict[str, str], int | None, list[str]]] = {
         ["step 1: the loss is nan, so nothing was updated", "rank 0: ", "rank 1: ", "checkpoint itself may be damaged"],
     ),
     "NaN later": (
-        {"model_name": "{root}/nan_token", "dataset": "{root}/poisoned.jsonl"},
+        {"model_name": "{root}/nan_token", "dataset": "{root}/poisoned.jsonl", "optimizer": "fused_adamw"},
         None,
         [
             f"step {STEPS_BEFORE_POISON + 1}: the loss is nan",
@@ -233,9 +233,11 @@ GOES_WELL: dict[str, dict[str, str]] = {
     "before the poison": {
         "model_name": "{root}/nan_token",
         "dataset": "{root}/poisoned.jsonl",
+        "optimizer": "fused_adamw",
         "max_steps": str(STEPS_BEFORE_POISON),
     },
-    "overflow": {"model_name": "{root}/steep", "precision": "fp16_autocast"},
+    "overflow": {"model_name": "{root}/steep", "precision": "fp16_autocast", "optimizer": "sgd"},
+    "overflow, queued": {"model_name": "{root}/steep", "precision": "fp16_autocast", "optimizer": "fused_adamw"},
 }
 
 
@@ -334,8 +336,9 @@ def test_an_adapter_that_cannot_be_saved_where_it_should_is_saved_elsewhere(ende
         shutil.rmtree(place[1])
 
 
-def test_an_overflow_of_float16_leaves_the_step_out_and_halves_the_scale(ended):
-    case = ended["overflow"]
+@pytest.mark.parametrize("name", ["overflow", "overflow, queued"])
+def test_an_overflow_of_float16_leaves_the_step_out_and_halves_the_scale(name, ended):
+    case = ended[name]
     assert case.codes == [0, 0], case.everything
     told = re.findall(
         r"step (\d+): float16 gradients overflowed, so it was left out; the loss scale is (\d+)", case.out[0]

@@ -1,6 +1,5 @@
 """New adapter values cross between ranks behind the next forward: each block waits for its own, and for no others."""
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -43,7 +42,6 @@ class Half:
     ours: Built
     adapters: ShardedAdapters
     events: list[tuple[str, int]] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)  # events before each call of the optimizer's step
     widens: bool = False
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Late:
@@ -64,11 +62,11 @@ class Half:
         self.values = [torch.randn(group.working.numel(), device=device) * 0.1 for group in self.adapters.groups]
 
         def step() -> None:
-            self.steps.append(len(self.events))
             for group, values in zip(self.adapters.groups, self.values, strict=True):
                 group.master.data.copy_(values[: group.master.numel()])
 
         self.adapters.update(step)
+        self.adapters.publish()
 
     def forward(self) -> float:
         ids = torch.arange(4, 24, device=self.ours.world.device)[None]
@@ -78,22 +76,16 @@ class Half:
 OPTIONS = {"dataset": "dummy", "precision": "fp32", "lora_rank": 4, "fused": "false", "train_type": "lora"}
 
 
-@contextmanager
-def half_of_a_pair(folder, fused="false"):
-    model = tiny.save_model(LlamaConfig(**tiny.SHAPE), folder)
-    options = OPTIONS | {"model_name": model, "fused": fused}
+@pytest.fixture(params=["false", "true"], ids=["generic", "fused"])
+def half(request, tmp_path):
+    model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
+    options = OPTIONS | {"model_name": model, "fused": request.param}
     with built(options) as ours:
         pair = replace(ours.world, size=2)
         half = Half(ours, ShardedAdapters(ours.model, pair, parse(flags(options))))
         for index, block in enumerate(ours.model.blocks.values()):
             block.register_forward_hook(lambda *_, index=index: half.events.append(("forward", index)))
         half.adapters.exchange = half
-        yield half
-
-
-@pytest.fixture(params=["false", "true"], ids=["generic", "fused"])
-def half(request, tmp_path):
-    with half_of_a_pair(tmp_path, request.param) as half:
         yield half
 
 
@@ -114,14 +106,6 @@ def test_each_block_waits_for_its_own_adapters_when_its_forward_begins(half):
     assert half.forward() == after, "every block saw all of its new values"
     assert after == after
     assert abs(after - before) > 1e-3
-
-
-def test_the_first_gathers_start_before_the_other_blocks_are_updated(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "TOGETHER", 1)
-    with half_of_a_pair(tmp_path) as half:
-        half.update()
-        assert half.events == [("start", i) for i in range(3)]
-        assert half.steps == [0, 1, 2], "each gather before the next block's step"
 
 
 def test_later_gathers_start_behind_the_forward_and_none_is_forgotten(half, monkeypatch):
@@ -153,7 +137,7 @@ def test_evaluation_waits_too(half):
 def test_what_no_forward_waited_for_is_waited_for_before_it_is_overwritten(half):
     half.update()
     with pytest.raises(AssertionError, match="would be overwritten"):
-        half.adapters.update(int)
+        half.adapters.publish()
     half.adapters.begin_micro_batch(last=True)
     half.adapters._next = -1  # no block took part, and there is no other rank to reduce with
     half.adapters.finish()
@@ -295,6 +279,7 @@ TWO = """
                     losses.append(loss.item())
                 adapters.finish()
                 adapters.update(torch.optim.SGD(adapters.parameters(), lr=0.5).step)
+                adapters.publish()
                 adapters.zero_grad()
             masters = adapters.named_tensors()
             working = adapters.working_tensors()
