@@ -19,9 +19,9 @@ SKINNY_MATMUL = 0.5  # of the matmul rate where these products are bound by arit
 # Over seconds a card clocks lower than in the 20 ms in which its rates are measured, and its kernels have small gaps:
 # seven configurations of 2026-11-24 on H200s took 5 to 8 % longer than their parts.
 SUSTAINED = 1.06
-STEP_WAIT = (
-    0.004  # seconds the GPU idles at a step's one wait and until the host has queued work again (performance.md)
-)
+# Seconds the GPU idles at a step's one wait and until the host has queued work again (performance.md), measured before
+# the update was queued ahead: too much since, but for optimizers that need the host's word.
+STEP_WAIT = 0.004
 
 
 @dataclass(frozen=True)
