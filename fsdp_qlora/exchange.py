@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -117,6 +117,7 @@ class ThroughHost:
         slot, counters = piece * len(self._peers), LINE * 2 * world.size**2
         store = HostStore(store_bytes(nbytes, world.size), world, FAILS, INSTEAD)
         self._slots = [[store.take(slot) for _ in range(SLOTS)] for _ in range(world.size)]
+        self._places: dict[tuple[object, ...], Tensor] = {}
         self._counters = store.take(counters).view(torch.int32)[:: LINE // 4]
         self._refused, self._store = store.refused, store
         # A second peer's part, or one in a dtype that is half as wide as the sum's, waits to be added.
@@ -183,17 +184,23 @@ class ThroughHost:
         """One part for each peer, or one for all."""
         for peer in self._peers:
             self._await(self._read(self.world.rank, peer), self.count - SLOTS)
-        slot = self._slots[self.world.rank][self.count % SLOTS]
         for i, part in enumerate(parts):
-            slot[i * part.nbytes : (i + 1) * part.nbytes].view(part.dtype).copy_(part, non_blocking=True)
+            self._place(self.world.rank, i, part).copy_(part, non_blocking=True)
         for peer in self._peers:
             self._tell(self._written(self.world.rank, peer))
 
     def _receive(self, into: Tensor, peer: int, place: int) -> None:
         self._await(self._written(peer, self.world.rank), self.count)
-        slot = self._slots[peer][self.count % SLOTS]
-        into.copy_(slot[place * into.nbytes : (place + 1) * into.nbytes].view(into.dtype), non_blocking=True)
+        into.copy_(self._place(peer, place, into), non_blocking=True)
         self._tell(self._read(peer, self.world.rank))
+
+    def _place(self, rank: int, number: int, like: Tensor) -> Tensor:
+        """In the rank's slot of this exchange, the part of that number; parts are as large as `like`."""
+        key = rank, self.count % SLOTS, number, like.nbytes, like.dtype
+        if key not in self._places:
+            slot = self._slots[rank][self.count % SLOTS]
+            self._places[key] = slot[number * like.nbytes : (number + 1) * like.nbytes].view(like.dtype)
+        return self._places[key]
 
     def _written(self, rank: int, peer: int) -> int:
         return self.world.size * rank + peer
@@ -204,7 +211,10 @@ class ThroughHost:
     # What follows is the GPU's.
 
     def _open(self) -> None:
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
+        self._wait_value, self._write_value = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
+        for call in (self._wait_value, self._write_value):  # (stream, address, value, flags)
+            call.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
         self._stream = torch.cuda.Stream(self.world.device)
 
     @contextmanager
@@ -221,22 +231,16 @@ class ThroughHost:
     def _await(self, counter: int, value: int) -> None:
         """The stream goes on when the counter has reached `value` (the driver's default comparison, >=)."""
         if value > 0:
-            self._call("cuStreamWaitValue32_v2", counter, value)
+            self._call(self._wait_value, counter, value)
 
     def _tell(self, counter: int) -> None:
         """The counter becomes `count` when all before this on the stream is done and can be seen by others."""
-        self._call("cuStreamWriteValue32_v2", counter, self.count)
+        self._call(self._write_value, counter, self.count)
 
-    def _call(self, name: str, counter: int, value: int) -> None:
-        address = self._counters.data_ptr() + LINE * counter
-        status = getattr(self._driver, name)(
-            ctypes.c_void_p(self._stream.cuda_stream),
-            ctypes.c_uint64(address),
-            ctypes.c_uint32(value),
-            ctypes.c_uint(0),
-        )
+    def _call(self, call: Any, counter: int, value: int) -> None:
+        status = call(self._stream.cuda_stream, self._counters.data_ptr() + LINE * counter, value, 0)
         if status != 0:
-            raise RuntimeError(f"{name}: CUDA error {status}")
+            raise RuntimeError(f"{call.__name__}: CUDA error {status}")
 
 
 def store_bytes(nbytes: int, ranks: int) -> int:

@@ -159,6 +159,9 @@ class FusedBlock:
     backend: str  # of attention, see kernels/attention.py
     offload: ActivationOffload | None = None  # host memory where what blocks keep can wait
     parks: bool = False  # whether what this one keeps does
+    _without_bias: dict[tuple[FrozenLinear, ...], Projection] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __call__(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         linears = self.anatomy.linears
@@ -371,22 +374,30 @@ class FusedBlock:
 
     def _projection(self, *linears: FrozenLinear) -> Projection:
         """Linears of one input as one: their rows one below the other."""
-        adapters, start = [], 0
+        if linears not in self._without_bias:
+            self._without_bias[linears] = self._bare_projection(linears)
+        projection = self._without_bias[linears]
+        biases = [linear.bias.decode(self.dtype) for linear in linears if linear.bias is not None]
+        if not biases:
+            return projection
+        assert len(biases) == len(linears), "linears of one input have biases all or none"
+        return projection._replace(bias=biases[0] if len(biases) == 1 else torch.cat(biases))
+
+    def _bare_projection(self, linears: tuple[FrozenLinear, ...]) -> Projection:
+        adapters, weights, start = [], [linear.weight for linear in linears], 0
         for linear in linears:
             a, b = linear.lora_A, linear.lora_B
             if a is not None and b is not None:
                 adapters.append(Adapter(a.detach(), b.detach(), linear.scale, start))
             start += linear.out_features
-        biases = [linear.bias.decode(self.dtype) for linear in linears if linear.bias is not None]
-        assert len(biases) in (0, len(linears)), "linears of one input have biases all or none"
+        features, scratch = linears[0].in_features, self.scratch  # not self, which will hold this function
 
         def weight(out: Tensor | None = None) -> Tensor:
-            out = self.scratch.room(start, linears[0].in_features) if out is None else out
-            decode_rows([linear.weight for linear in linears], out)
+            out = scratch.room(start, features) if out is None else out
+            decode_rows(weights, out)
             return out
 
-        bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
-        return Projection(weight, bias, tuple(adapters))
+        return Projection(weight, None, tuple(adapters))
 
     def _lay(self, linears: tuple[FrozenLinear, ...], projection: Projection) -> Tensor:
         out_features = sum(linear.out_features for linear in linears)

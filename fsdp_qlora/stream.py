@@ -18,13 +18,21 @@ from fsdp_qlora.frozen import FrozenBytes
 PIECE = 32 << 20  # bytes of one copy: others (activations on their way) get their turn on the link in between
 
 
+@dataclass(frozen=True)
+class Place:
+    """A unit's bytes in one of the buffers: as `FrozenBytes.flat` has them, and piece by piece beside their source."""
+
+    flat: nn.Parameter
+    copies: list[tuple[Tensor, Tensor]]  # (to, from)
+
+
 @dataclass
 class Stop:
     """A unit in the order of use: a block, or the head after the last. source: None where its bytes stay on the GPU."""
 
     frozen: FrozenBytes
     source: Tensor | None
-    here: dict[int, nn.Parameter] = field(default_factory=dict)  # buffer -> its bytes there, as `FrozenBytes.flat`
+    here: dict[int, Place] = field(default_factory=dict)  # by buffer
 
 
 @dataclass
@@ -68,7 +76,7 @@ class Streamer:
             self._using = buffer = self._buffers[number]
             if buffer.arrived is not None:
                 torch.cuda.current_stream(self.device).wait_event(buffer.arrived)
-            stop.frozen._parameters["flat"] = stop.here[number]
+            stop.frozen._parameters["flat"] = stop.here[number].flat
         for one in wanted:
             self._bring(one, wanted)
 
@@ -80,23 +88,22 @@ class Streamer:
         number, buffer = next((i, b) for i, b in enumerate(self._buffers) if b.holds not in wanted)
         stop = self.stops[position]
         assert stop.source is not None
-        target = buffer.memory[: stop.source.numel()]
         if number not in stop.here:
-            stop.here[number] = nn.Parameter(target.view(torch.float32), requires_grad=False)
+            target = buffer.memory[: stop.source.numel()]
+            flat = nn.Parameter(target.view(torch.float32), requires_grad=False)
+            stop.here[number] = Place(flat, list(zip(target.split(PIECE), stop.source.split(PIECE), strict=True)))
         buffer.holds = position
-        self._copy(stop.source, target, buffer)
+        self.copied += stop.source.numel()
+        self._copy(stop.here[number].copies, buffer)
         return number
 
-    def _copy(self, source: Tensor, target: Tensor, buffer: _Buffer) -> None:
-        self.copied += source.numel()
-        if self._stream is None:
-            target.copy_(source)
-            return
-        if buffer.done is not None:
+    def _copy(self, copies: list[tuple[Tensor, Tensor]], buffer: _Buffer) -> None:
+        if self._stream is not None and buffer.done is not None:
             self._stream.wait_event(buffer.done)
-        with torch.cuda.stream(self._stream):
-            for start in range(0, source.numel(), PIECE):
-                target[start : start + PIECE].copy_(source[start : start + PIECE], non_blocking=True)
+        with torch.cuda.stream(self._stream):  # without one: where we are
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
+        if self._stream is not None:
             buffer.arrived = self._stream.record_event()
 
 
