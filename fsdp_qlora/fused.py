@@ -334,14 +334,14 @@ class FusedBlock:
         assert state.gate_up is not None
         assert state.xs is not None
         d_gate_up = state.gate_up[:, : 2 * inner]  # what gate and up become
-        d_bs, d_a = None, list[Tensor]()
         if not p and fits_glu(gate_up, down):
             d_bs, d_a = glu_backward_wide_(middle, d_gate_up, anatomy.activation, state.xs, gate_up, d_ha, down)
+            del middle, d_ha
         else:
             glu_backward_(middle, *self._gate_and_up(state), anatomy.activation)  # now the inner activations again
             d_a = gradients_of_a_wide(d_ha, middle, down, p=p, seed=seed + 3)
-        del middle, d_ha
-        d_bs = products_of_b(d_gate_up, state.xs, gate_up) if d_bs is None else d_bs
+            del middle, d_ha
+            d_bs = products_of_b(d_gate_up, state.xs, gate_up)
         if pays_beside(gate_up, 2 * inner, features) and not p:
             d_n, d_xa = gradient_of_input_beside(d_gate_up, gate_up, laid)
             d_as = gradients_of_a_wide(d_xa, n_wide[:, :features], gate_up, p=p, seed=seed + 2)

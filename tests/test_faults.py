@@ -460,10 +460,12 @@ def _opens_in_peft(material: Material, folder: Path) -> None:
     assert (folder / ADAPTER).stat().st_mode == (folder / "metrics.jsonl").stat().st_mode
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_others_with_a_message_and_what_was_learnt_is_saved(material, tmp_path, victim):
+@pytest.mark.parametrize(("victim", "optimizer"), [(0, "fused_adamw"), (1, "adamw")])  # one queues its updates here
+def test_a_killed_rank_ends_the_others_with_a_message_and_what_was_learnt_is_saved(
+    material, tmp_path, victim, optimizer
+):
     before = set(os.listdir("/dev/shm"))
-    run = Training(material, tmp_path / "out", use_cpu_offload="true")
+    run = Training(material, tmp_path / "out", use_cpu_offload="true", optimizer=optimizer)
     run.ranks[victim].kill()
     done = run.end(timeout=60)
     assert set(os.listdir("/dev/shm")) <= before, "shared memory outlives the job"
