@@ -6,7 +6,7 @@ read), encodes a weight into those parts and decodes them into a matrix that can
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,12 +19,13 @@ from fsdp_qlora.kernels.nf4 import (
     NESTED_BLOCK,
     Scales,
     dequantize_nf4,
-    dequantize_nf4_rows,
     dynamic_map,
+    nf4_rows,
 )
 
 Parts = dict[str, torch.Tensor]
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Decoder = Callable[[torch.Tensor], None]
 
 # what bitsandbytes appends to a weight's name for the tensors that it keeps of it
 CHECKPOINT_SUFFIXES = (
@@ -64,8 +65,9 @@ class Codec(Protocol):
         """
         ...
 
-    def decode_rows(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], out: torch.Tensor) -> None:
-        """Several matrices of this codec, with so many rows, one below the other into `out`, as in `decode`."""
+    def rows_decoder(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], width: int) -> Decoder:
+        """What decodes several matrices of this codec, with so many rows, one below the other into its argument
+        [sum of rows, width], as `decode` into `out`: good for as long as the bytes are where they are now."""
         ...
 
 
@@ -95,9 +97,14 @@ class Plain:
         values = parts["values"].view(shape)
         return values.to(dtype) if out is None else out.copy_(values)
 
-    def decode_rows(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], out: torch.Tensor) -> None:
-        for parts, piece in zip(stored, out.split(list(rows)), strict=True):
-            piece.copy_(parts["values"].view(piece.shape))
+    def rows_decoder(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], width: int) -> Decoder:
+        values = [parts["values"].view(count, width) for parts, count in zip(stored, rows, strict=True)]
+
+        def decode(out: torch.Tensor) -> None:
+            for value, piece in zip(values, out.split(list(rows)), strict=True):
+                piece.copy_(value)
+
+        return decode
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,8 @@ class NF4:
     ) -> torch.Tensor:
         return dequantize_nf4(parts["codes"], self._scales(parts), shape, dtype, out)
 
-    def decode_rows(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], out: torch.Tensor) -> None:
-        dequantize_nf4_rows([(parts["codes"], self._scales(parts)) for parts in stored], rows, out)
+    def rows_decoder(self, stored: Sequence[Mapping[str, torch.Tensor]], rows: Sequence[int], width: int) -> Decoder:
+        return nf4_rows([(parts["codes"], self._scales(parts)) for parts in stored], rows, width)
 
     def _scales(self, parts: Mapping[str, torch.Tensor]) -> Scales:
         if self.double_quant:

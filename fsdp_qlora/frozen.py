@@ -6,17 +6,17 @@ with metadata hanging off it. One buffer a block means one copy, one all-gather,
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fsdp_qlora.codecs import Codec
+from fsdp_qlora.codecs import Codec, Decoder
 
 ALIGN = 256  # bytes; every part starts here, so that a kernel may load 16 bytes at a time from any of them
-MOST_PLACES = 8  # tensors in which one unit's bytes are found by turns, whose views are kept
+MOST_PLACES = 8  # tensors in which one unit's bytes are found by turns that are remembered
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ class Layout:
         }
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a unit's bytes are: the tensor that they are in, the stored parts of each entry as views into it, and what
+    decodes some entries together, made when it is first asked for."""
+
+    flat: Tensor
+    views: dict[str, dict[str, Tensor]]
+    decoders: dict[tuple[str, ...], Decoder] = field(default_factory=dict)
+
+
 class FrozenBytes(nn.Module):
     """The buffer of one block, as ONE flat parameter that FSDP2 can shard: float32 is only the wrapping of the bytes.
 
@@ -90,17 +100,21 @@ class FrozenBytes(nn.Module):
         self.flat = nn.Parameter(words, requires_grad=False)
         self.expected: int | None = None  # checksum of the whole buffer as it was encoded, until it has been compared
         self.bring: Callable[[bool], None] | None = None
-        self._viewed: list[tuple[Tensor, dict[str, dict[str, Tensor]]]] = []
+        self._places: list[Place] = []
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """The stored parts of `name`, as views. Valid while the block is gathered.
+        """The stored parts of `name`, as views. Valid while the block is gathered. Raises as `place`."""
+        return self.place().views[name]
+
+    def place(self) -> Place:
+        """Where the bytes are. Valid while the block is gathered.
 
         Raises RuntimeError where the bytes are not those that were encoded.
         """
         flat = self.flat
-        for known, views in self._viewed:  # FSDP2 gathers into the same tensor, streaming into one of a few
-            if known is flat:
-                return views[name]
+        for place in self._places:  # FSDP2 gathers into the same tensor, streaming into one of a few
+            if place.flat is flat:
+                return place
         assert not isinstance(flat, DTensor), "frozen bytes are read while they are not gathered"
         buffer = flat.detach().view(torch.uint8)
         if self.expected is not None and checksum(buffer) != self.expected:
@@ -109,8 +123,8 @@ class FrozenBytes(nn.Module):
                 "Please report this with your versions of torch, NCCL and the driver"
             )
         self.expected = None
-        self._viewed = [*self._viewed[1 - MOST_PLACES :], (flat, self.layout.views(buffer))]
-        return self._viewed[-1][1][name]
+        self._places = [*self._places[1 - MOST_PLACES :], Place(flat, self.layout.views(buffer))]
+        return self._places[-1]
 
     def decode(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The tensor `name` in `dtype`, decoded on the device where the bytes are, into `out` if that is given."""
@@ -148,14 +162,26 @@ class FrozenTensor:
 
 
 def decode_rows(tensors: Sequence[FrozenTensor], out: Tensor) -> None:
-    """Matrices of one width, decoded one below the other into `out`: of one codec in one launch, if it can do that."""
-    entries = [t.home.layout.entries[t.name] for t in tensors]
-    rows = [entry.shape[0] for entry in entries]
+    """Matrices of one width and one unit, decoded one below the other into `out`: of one codec in one launch, if it can
+    do that."""
+    home, names = tensors[0].home, tuple(t.name for t in tensors)
+    place = home.place()
+    if names not in place.decoders:
+        place.decoders[names] = _rows_decoder([home.layout.entries[name] for name in names], place, names)
+    place.decoders[names](out)
+
+
+def _rows_decoder(entries: Sequence[Entry], place: Place, names: Sequence[str]) -> Decoder:
+    rows, (width,) = [entry.shape[0] for entry in entries], {entry.shape[1] for entry in entries}
+    stored = [place.views[name] for name in names]
     if len({entry.codec for entry in entries}) == 1:
-        entries[0].codec.decode_rows([t.home.parts(t.name) for t in tensors], rows, out)
-        return
-    for tensor, piece in zip(tensors, out.split(rows), strict=True):
-        tensor.decode(out.dtype, piece)
+        return entries[0].codec.rows_decoder(stored, rows, width)
+
+    def decode(out: Tensor) -> None:
+        for entry, parts, piece in zip(entries, stored, out.split(rows), strict=True):
+            entry.codec.decode(parts, entry.shape, out.dtype, piece)
+
+    return decode
 
 
 def checksum(buffer: Tensor) -> int:

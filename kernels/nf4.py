@@ -22,7 +22,8 @@ need a second form for sizes that are odd.
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -74,42 +75,53 @@ def dequantize_nf4(
     contiguous, or two-dimensional with rows that lie further apart, as the first I columns of a wider [O, I + R] do.
     dtype: bfloat16, float16 or float32. Raises ValueError for anything else.
     """
-    n = _check(codes, absmax, shape, dtype, out)
+    n = _check_stored(codes, absmax, shape)
+    _check_out(out, shape, dtype)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=codes.device)
+    _decode(codes, absmax, out, n)
+    return out
+
+
+def nf4_rows(
+    stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int], width: int
+) -> Callable[[torch.Tensor], None]:
+    """What decodes several matrices of one width into an `out` [sum of rows, width], one below the other; up to three
+    in one launch. Checked and made ready here, for as long as the bytes stay where they are.
+
+    stored: (codes, absmax) of each, rows: how many it has; these and out are as `dequantize_nf4` has them, and the
+    scales of all quantized in one way."""
+    sizes = [_check_stored(*one, (count, width)) for one, count in zip(stored, rows, strict=True)]
+    together = 1 < len(stored) <= 3 and all(sizes) and len({type(absmax) for _, absmax in stored}) == 1
+    launch: Callable[[torch.Tensor], None] | None = None
+
+    def decode(out: torch.Tensor) -> None:
+        nonlocal launch
+        _check_out(out, (sum(rows), width), out.dtype)
+        if together and on_triton(out):
+            launch = launch or _rows_launch(stored, rows, sizes)
+            launch(out)
+            return
+        for (codes, absmax), n, piece in zip(stored, sizes, out.split(list(rows)), strict=True):
+            _decode(codes, absmax, piece, n)
+
+    return decode
+
+
+def _decode(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> None:
     if on_triton(codes):
         _launch(codes, absmax, out, n)
     elif out.is_contiguous():
         _plain(codes.view(-1), _plain_scales(absmax), out.view(-1), n)
     else:  # a block of 64 may reach from one row into the next
-        whole = torch.empty(n, dtype=dtype, device=codes.device)
+        whole = torch.empty(n, dtype=out.dtype, device=codes.device)
         _plain(codes.view(-1), _plain_scales(absmax), whole, n)
-        out.copy_(whole.view(shape))
-    return out
+        out.copy_(whole.view(out.shape))
 
 
-def dequantize_nf4_rows(stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int], out: torch.Tensor) -> None:
-    """Several matrices of one width into `out` [sum of rows, I], one below the other; up to three in one launch.
-
-    stored: (codes, absmax) of each, rows: how many it has; these and out are as `dequantize_nf4` has them, and the
-    scales of all quantized in one way."""
-    pieces = out.split(list(rows))
-    sizes = [
-        _check(codes, absmax, tuple(piece.shape), out.dtype, piece)
-        for (codes, absmax), piece in zip(stored, pieces, strict=True)
-    ]
-    together = on_triton(out) and 1 < len(stored) <= 3 and len({type(absmax) for _, absmax in stored}) == 1
-    if together and all(sizes):
-        _launch_rows(stored, out, rows, sizes)
-        return
-    for (codes, absmax), piece in zip(stored, pieces, strict=True):
-        dequantize_nf4(codes, absmax, tuple(piece.shape), out.dtype, piece)
-
-
-def _check(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...], dtype: torch.dtype, out) -> int:
-    n = 1
-    for extent in shape:
-        n *= extent
+def _check_stored(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...]) -> int:
+    """The numbers in a tensor of that shape."""
+    n = math.prod(shape)
     blocks = -(-n // BLOCK)
     parts = [("codes", codes, torch.uint8, -(-n // 2))]
     if isinstance(absmax, torch.Tensor):
@@ -126,6 +138,10 @@ def _check(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...], dtype: t
             )
         if tensor.device != codes.device:
             raise ValueError(f"NF4 {name} must be on {codes.device} like its codes, got {tensor.device}")
+    return n
+
+
+def _check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"NF4 decodes to bfloat16, float16 or float32, got {dtype}")
     if out is not None:
@@ -135,7 +151,6 @@ def _check(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...], dtype: t
                 f"out must be {tuple(shape)} {dtype}, contiguous but for a distance between its rows, "
                 f"got {tuple(out.shape)} {out.dtype} with strides {out.stride()}"
             )
-    return n
 
 
 # ---- meaning, and the path on a CPU
@@ -288,10 +303,11 @@ def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> N
         )  # fmt: skip
 
 
-def _launch_rows(
-    stored: Sequence[tuple[torch.Tensor, Scales]], out: torch.Tensor, rows: Sequence[int], sizes: Sequence[int]
-) -> None:
-    count, tables, outs = len(stored), _tables(out.device), out.split(list(rows))
+def _rows_launch(
+    stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int], sizes: Sequence[int]
+) -> Callable[[torch.Tensor], None]:
+    """The launch into an `out`, all of its arguments but for that made."""
+    count, tables = len(stored), _tables(stored[0][0].device)
     absent = [count - 1] * (3 - count)  # arguments that are not read
     order = [*range(count), *absent]
     codes = [stored[i][0] for i in order]
@@ -300,12 +316,19 @@ def _launch_rows(
     second = _programs(n_bytes[0])
     third = second + _programs(n_bytes[1])
     total = third + (_programs(n_bytes[2]) if count == 3 else 0)
-    stride, apart = _apart(out)
-    _dequantize_rows_kernel[(total,)](
-        *codes, *scale, *nested, *offset, tables, *(outs[i] for i in order), *n_bytes, *(sizes[i] for i in order),
-        second, third, stride, COUNT=count, NESTED=isinstance(stored[0][1], tuple),
-        ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
-    )  # fmt: skip
+    before = (*codes, *scale, *nested, *offset, tables)
+    behind = (*n_bytes, *(sizes[i] for i in order), second, third)
+    kernel, lengths, is_nested = _dequantize_rows_kernel[(total,)], list(rows), isinstance(stored[0][1], tuple)
+
+    def launch(out: torch.Tensor) -> None:
+        outs = out.split(lengths)
+        stride, apart = _apart(out)
+        kernel(
+            *before, *(outs[i] for i in order), *behind, stride, COUNT=count, NESTED=is_nested,
+            ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
+        )  # fmt: skip
+
+    return launch
 
 
 def _programs(n_bytes: int) -> int:

@@ -32,9 +32,10 @@ from tests.runs import flags
 
 META = torch.device("meta")
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=META)
-LAUNCHERS = [(nf4, "_launch"), (nf4, "_launch_rows"), (rms_norm, "_launch_forward"), (rms_norm, "_launch_backward")]
+LAUNCHERS = [(nf4, "_launch"), (rms_norm, "_launch_forward"), (rms_norm, "_launch_backward")]
 LAUNCHERS += [(glu, "_launch"), (rope, "_launch"), (cross_entropy, "_launch"), (lora_wide, "_launch")]
 KERNELS = [(dropout, "_kernel"), (glu_lora, "_kernel"), (masters, "_join_kernel"), (masters, "_split_kernel")]
+KERNELS += [(nf4, "_dequantize_rows_kernel")]
 NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias"}
 
 
@@ -124,6 +125,7 @@ def without_kernels(meter: Meter) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, counted))
         for module, name in KERNELS:
             stack.enter_context(mock.patch.object(module, name, _NoKernel(counted)))
+        stack.enter_context(mock.patch.object(nf4, "_tables", _nothing))  # kept from the first launch on
         stack.enter_context(mock.patch.object(torch, "autocast", _nothing))
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", _no))
         stack.enter_context(mock.patch.dict(attention._FORWARD, cudnn=_cudnn_forward))

@@ -119,13 +119,13 @@ def test_matrices_are_decoded_one_below_the_other(form, rows, width, double_quan
     weights = [weight_of((n, width), torch.float32) * (i + 1) for i, n in enumerate(rows)]
     stored = [codec.encode(weight.to(device)) for weight in weights]
     whole = torch.full((sum(rows) + 1, width + 8), 7.0, dtype=torch.float16, device=device)
-    codec.decode_rows(stored, rows, whole[: sum(rows), :width])
+    codec.rows_decoder(stored, rows, width)(whole[: sum(rows), :width])
     for parts, piece in zip(stored, whole[: sum(rows), :width].split(rows), strict=True):
         assert torch.equal(piece, codec.decode(parts, tuple(piece.shape), torch.float16))
     assert (whole[:, width:] == 7).all(), "wrote beside the matrices"
     assert (whole[sum(rows) :] == 7).all(), "wrote below them"
     together = torch.empty(sum(rows), width, dtype=torch.float16, device=device)
-    codec.decode_rows(stored, rows, together)
+    codec.rows_decoder(stored, rows, width)(together)
     assert torch.equal(together, whole[: sum(rows), :width])
 
 
