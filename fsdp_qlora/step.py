@@ -151,15 +151,18 @@ class Stepper:
         """Queue the update behind what `sums` [ranks, 2] (loss, squared norm) comes of: the GPU goes on while the host
         still waits for them. The optimizer's kernel scales the gradients, or leaves all as it is where a sum is not
         finite."""
-        scale = torch.full_like(sums[0, 0], self.scale.value)
-        if self.max_norm is not None:
-            norm = sums[:, 1].double().sum().sqrt() / self.scale.value
-            scale = (scale / (self.max_norm / (norm + 1e-6)).clamp(max=1.0)).float()
-        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = self._divisor(sums)  # type: ignore[attr-defined]
         skip = torch.maximum(1.0 - sums.isfinite().all().float(), self.adapters.halted())
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self._begun += 1
         self.adapters.update(self.optimizer.step)
+
+    def _divisor(self, sums: Tensor) -> Tensor | None:
+        """float32 []: the loss scale over what clipping leaves of the gradients; None where neither is asked for."""
+        if self.max_norm is not None:
+            norm = sums[:, 1].double().sum().sqrt() / self.scale.value
+            return (self.scale.value / (self.max_norm / (norm + 1e-6)).clamp(max=1.0)).float()
+        return sums.new_full((), self.scale.value) if self.scale.enabled else None
 
     def _update(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> bool:
         """Update, unless that has been queued, and publish; or neither, and False."""

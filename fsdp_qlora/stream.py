@@ -19,7 +19,7 @@ PIECE = 32 << 20  # bytes of one copy: others (activations on their way) get the
 
 
 @dataclass(frozen=True)
-class Place:
+class Staged:
     """A unit's bytes in one of the buffers: as `FrozenBytes.flat` has them, and piece by piece beside their source."""
 
     flat: nn.Parameter
@@ -32,7 +32,7 @@ class Stop:
 
     frozen: FrozenBytes
     source: Tensor | None
-    here: dict[int, Place] = field(default_factory=dict)  # by buffer
+    here: dict[int, Staged] = field(default_factory=dict)  # by buffer
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Streamer:
         if number not in stop.here:
             target = buffer.memory[: stop.source.numel()]
             flat = nn.Parameter(target.view(torch.float32), requires_grad=False)
-            stop.here[number] = Place(flat, list(zip(target.split(PIECE), stop.source.split(PIECE), strict=True)))
+            stop.here[number] = Staged(flat, list(zip(target.split(PIECE), stop.source.split(PIECE), strict=True)))
         buffer.holds = position
         self.copied += stop.source.numel()
         self._copy(stop.here[number].copies, buffer)

@@ -92,17 +92,18 @@ def nf4_rows(
     stored: (codes, absmax) of each, rows: how many it has; these and out are as `dequantize_nf4` has them, and the
     scales of all quantized in one way."""
     sizes = [_check_stored(*one, (count, width)) for one, count in zip(stored, rows, strict=True)]
+    lengths, shape = list(rows), (sum(rows), width)
     together = 1 < len(stored) <= 3 and all(sizes) and len({type(absmax) for _, absmax in stored}) == 1
     launch: Callable[[torch.Tensor], None] | None = None
 
     def decode(out: torch.Tensor) -> None:
         nonlocal launch
-        _check_out(out, (sum(rows), width), out.dtype)
+        _check_out(out, shape, out.dtype)
         if together and on_triton(out):
             launch = launch or _rows_launch(stored, rows, sizes)
             launch(out)
             return
-        for (codes, absmax), n, piece in zip(stored, sizes, out.split(list(rows)), strict=True):
+        for (codes, absmax), n, piece in zip(stored, sizes, out.split(lengths), strict=True):
             _decode(codes, absmax, piece, n)
 
     return decode

@@ -35,7 +35,7 @@ def test_updates_are_those_of_float32_parameters(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_bfloat16_has_no_float32_beside_it_between_updates(dtype):
+def test_only_beside_bfloat16_is_there_no_float32_between_updates(dtype):
     masters = Masters(torch.zeros(LENGTHS, dtype=dtype))
     kept = 101 if dtype == torch.float16 else 0
     assert [p.numel() for p in masters.parameters] == [kept] * 3
