@@ -1,5 +1,6 @@
 """Page-locked host memory: exactly as much as asked for, registered with the driver once."""
 
+import mmap
 import weakref
 from contextlib import suppress
 
@@ -8,6 +9,15 @@ from torch import Tensor
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.units import GIB
+
+
+def large_pages(nbytes: int) -> Tensor:
+    """uint8 [nbytes], in pages of 2 MiB where the system gives any: such are page-locked in half the time or less
+    (docs/performance.md)."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system that has none
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def page_lock(tensor: Tensor, what: str) -> Tensor:

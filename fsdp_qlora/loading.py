@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4
+from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4, Parts
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.frozen import checksum
+from fsdp_qlora.frozen import Entry, checksum
 from fsdp_qlora.model import CausalModel, Unit
 from fsdp_qlora.placement import Placement
 from fsdp_qlora.weights import Shape, Weights
@@ -84,18 +84,24 @@ def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> T
     layout = unit.frozen.layout
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
     for entry, source in unit.sources.items():
-        form = layout.entries[entry]
-        if isinstance(form.codec, NF4) and f"{source}.absmax" in tensors:
-            parts = form.codec.from_checkpoint(source, tensors, form.shape)
-        else:
-            weight = tensors[source].to(device)
-            if isinstance(form.codec, NF4) and not weight.isfinite().all():  # on a GPU some 4-bit number would hide it
-                raise UserError(
-                    f"model_name: {source} of the checkpoint holds NaN or infinity: it is damaged, download it again"
-                )
-            parts = form.codec.encode(weight)
-        layout.write(buffer, entry, parts)
+        layout.write(buffer, entry, _encoded(layout.entries[entry], source, tensors, device))
     return buffer
+
+
+def _encoded(form: Entry, source: str, tensors: Mapping[str, Tensor], device: torch.device) -> Parts:
+    if isinstance(form.codec, NF4) and f"{source}.absmax" in tensors:
+        return form.codec.from_checkpoint(source, tensors, form.shape)
+    weight = tensors[source].to(device)
+    if isinstance(form.codec, NF4) and not _all_finite(weight):  # on a GPU some 4-bit number would hide it
+        raise UserError(
+            f"model_name: {source} of the checkpoint holds NaN or infinity: it is damaged, download it again"
+        )
+    return form.codec.encode(weight)
+
+
+def _all_finite(weight: Tensor) -> bool:
+    """NaN is both the least and the greatest. A mask would take as much memory as the weight, or twice that."""
+    return bool(torch.stack(weight.aminmax()).isfinite().all())
 
 
 def _read(unit: Unit, weights: Weights, device: torch.device) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fsdp_qlora.host_buffers import try_page_lock
+from fsdp_qlora.host_buffers import large_pages, try_page_lock
 
 
 @dataclass
@@ -55,6 +55,7 @@ class ActivationOffload:
             self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._free: dict[int, list[_Buffer]] = {}  # by bytes per token
         self._parked: list[Parked] = []
+        self._latest: torch.cuda.Event | None = None  # of the copies back
 
     def park(self, tensors: list[Tensor], tokens: int) -> Parked:
         """Start copying contiguous tensors, each of `tokens` equal pieces, out; the caller may drop them at once."""
@@ -101,6 +102,10 @@ class ActivationOffload:
         if self._parked:
             self._start(self._parked[-1])
 
+    def coming(self, stop: int, backward: bool) -> torch.cuda.Event | None:
+        """What is on its way back is needed before the frozen bytes of a block that comes later."""
+        return self._latest if backward else None
+
     def _start(self, parked: Parked) -> None:
         if parked.back:
             return
@@ -115,7 +120,7 @@ class ActivationOffload:
         with torch.cuda.stream(self._in):
             for there, tensor in zip(parked.there, parked.back, strict=True):
                 tensor.copy_(there, non_blocking=True)
-            parked.arrived = self._in.record_event()
+            parked.arrived = self._latest = self._in.record_event()
 
     def _let_go(self, parked: Parked, stream: torch.cuda.Stream) -> None:
         if parked.going:
@@ -127,7 +132,7 @@ class ActivationOffload:
         free = self._free.get(per_token)
         if free:
             return free.pop()
-        memory = torch.empty(per_token * max(tokens, self.most_tokens), dtype=torch.uint8)
+        memory = large_pages(per_token * max(tokens, self.most_tokens))
         if self.on_gpu and not self.refused:
             self.refused = try_page_lock(memory)
             if self.refused:

@@ -45,6 +45,7 @@ class Meter(TorchDispatchMode):
 
     peak: int = 0
     launches: int = 0
+    on: str = "meta"  # the device whose tensors count
     _known: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,14 +55,14 @@ class Meter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.live()
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.on:
                 self.add(tensor)
         self.peak = max(self.peak, self.live())
         name = func.overloadpacket.__name__
         if (
             name not in NO_KERNEL
             and not func.is_view
-            and any(t.is_meta for t in tree_leaves(out) if torch.is_tensor(t))
+            and any(t.device.type == self.on for t in tree_leaves(out) if torch.is_tensor(t))
         ):
             self.launches += 1
         return out

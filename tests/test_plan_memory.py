@@ -12,15 +12,17 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from fsdp_qlora import shards
+from fsdp_qlora.codecs import NF4, Parts
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.kernels import cross_entropy, glu_lora
+from fsdp_qlora.loading import encode
 from fsdp_qlora.plan import memory, moments
 from fsdp_qlora.plan.facts import Facts, facts_of
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
 from fsdp_qlora.plan.moments import KEEP, BlockBytes
 from fsdp_qlora.units import GIB
 from tests.known_runs import MEASURED, facts
-from tests.metered import WORLD, Host, metered_block, metered_step, planned
+from tests.metered import WORLD, Host, Meter, metered_block, metered_step, planned
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -135,6 +137,27 @@ def test_a_whole_step_allocates_what_is_counted(keep: str, vocabulary: int) -> N
     parts, working = counted.step_parts(every(known, keep)), counted.peak(every(known, keep))
     assert working == pytest.approx(real.peak - real.before, rel=0.02)
     assert sum(parts.values()) - working == pytest.approx(real.before, rel=0.005)
+
+
+def test_encoding_a_block_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config, fusion = planned(LlamaConfig(**SHAPE))
+    unit = next(u for u in model.units if len(u.sources) > 1)
+    entries = unit.frozen.layout.entries
+    weights = {source: torch.ones(entries[entry].shape).bfloat16() for entry, source in unit.sources.items()}
+
+    def parts(codec: NF4, weight: torch.Tensor) -> Parts:  # what bitsandbytes' kernels make on a GPU, and no more
+        stored = codec.parts(tuple(weight.shape))
+        return {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in stored.items()}
+
+    monkeypatch.setattr(NF4, "encode", parts)
+    meter = Meter(on="cpu")
+    with meter:
+        before = meter.mark()
+        encode(unit, weights, torch.device("cpu"))
+    counted = moments.Loading(facts_of(model, config, WORLD, fusion, 8.0))
+    block = unit.frozen.layout.nbytes
+    assert block + 0.5 * SHAPE["hidden_size"] * SHAPE["intermediate_size"] < meter.peak - before
+    assert meter.peak - before <= block + counted.parts
 
 
 def test_the_plan_has_the_programs_numbers() -> None:
