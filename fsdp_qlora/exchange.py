@@ -10,7 +10,8 @@ numbers in the same memory, which the streams themselves write and wait for; the
 import ctypes
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,8 +96,7 @@ class _Recorded:
 
 
 class ThroughHost:
-    """Copies through page-locked memory that the ranks of one node share, on two streams of their own: one for what a
-    rank sends, one for what it gets, as a GPU has a copy engine for each direction.
+    """Copies through page-locked memory that the ranks of one node share, on a stream of their own.
 
     Exchange number k (from 1) of a rank uses its slot k % SLOTS. For each rank and peer one counter says how many
     exchanges' bytes are in the rank's slots, and one how many of these the peer has read: nobody but the peer waits for
@@ -123,27 +123,21 @@ class ThroughHost:
         # A second peer's part, or one in a dtype that is half as wide as the sum's, waits to be added.
         waits = piece if world.size > 2 else piece // 2
         self._received = torch.empty(waits, dtype=torch.uint8, device=world.device)
-        self._out: torch.cuda.Stream | None = None
-        self._in: torch.cuda.Stream | None = None
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
         parts = whole.view(self.world.size, -1)
-        self._begin()
-        with torch.cuda.stream(self._out):
+        with self._turn():
             if mine.data_ptr() != parts[self.world.rank].data_ptr():
                 parts[self.world.rank].copy_(mine)
             self._send([mine])
-        with torch.cuda.stream(self._in):
             for peer in self._peers:
                 self._receive(parts[peer], peer, 0)
             return self._pending()
 
     def reduce_scatter(self, mine: Tensor, whole: Tensor) -> Pending:
         parts = whole.view(self.world.size, -1)
-        self._begin()
-        with torch.cuda.stream(self._out):
+        with self._turn():
             self._send([parts[peer] for peer in self._peers])
-        with torch.cuda.stream(self._in):
             own = parts[self.world.rank]
             for i, peer in enumerate(self._peers):
                 direct = i == 0 and mine.dtype == own.dtype
@@ -189,16 +183,16 @@ class ThroughHost:
     def _send(self, parts: Sequence[Tensor]) -> None:
         """One part for each peer, or one for all."""
         for peer in self._peers:
-            self._await(self._out, self._read(self.world.rank, peer), self.count - SLOTS)
+            self._await(self._read(self.world.rank, peer), self.count - SLOTS)
         for i, part in enumerate(parts):
             self._place(self.world.rank, i, part).copy_(part, non_blocking=True)
         for peer in self._peers:
-            self._tell(self._out, self._written(self.world.rank, peer))
+            self._tell(self._written(self.world.rank, peer))
 
     def _receive(self, into: Tensor, peer: int, place: int) -> None:
-        self._await(self._in, self._written(peer, self.world.rank), self.count)
+        self._await(self._written(peer, self.world.rank), self.count)
         into.copy_(self._place(peer, place, into), non_blocking=True)
-        self._tell(self._in, self._read(peer, self.world.rank))
+        self._tell(self._read(peer, self.world.rank))
 
     def _place(self, rank: int, number: int, like: Tensor) -> Tensor:
         """In the rank's slot of this exchange, the part of that number; parts are as large as `like`."""
@@ -221,35 +215,30 @@ class ThroughHost:
         self._wait_value, self._write_value = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
         for call in (self._wait_value, self._write_value):  # (stream, address, value, flags)
             call.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
-        self._out, self._in = torch.cuda.Stream(self.world.device), torch.cuda.Stream(self.world.device)
+        self._stream = torch.cuda.Stream(self.world.device)
 
-    def _begin(self) -> None:
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         """One exchange, after what is on the current stream now."""
         self.count += 1
-        if self._out is not None and self._in is not None:
-            here = torch.cuda.current_stream(self.world.device).record_event()
-            self._out.wait_event(here)
-            self._in.wait_event(here)
+        self._stream.wait_stream(torch.cuda.current_stream(self.world.device))
+        with torch.cuda.stream(self._stream):
+            yield
 
     def _pending(self) -> Pending:
-        """On the stream that gets: done when all has been sent, too."""
-        assert self._out is not None
-        assert self._in is not None
-        self._in.wait_stream(self._out)
-        return _Recorded(self._in.record_event(), self.world.device)
+        return _Recorded(self._stream.record_event(), self.world.device)
 
-    def _await(self, stream: torch.cuda.Stream | None, counter: int, value: int) -> None:
+    def _await(self, counter: int, value: int) -> None:
         """The stream goes on when the counter has reached `value` (the driver's default comparison, >=)."""
         if value > 0:
-            self._call(self._wait_value, stream, counter, value)
+            self._call(self._wait_value, counter, value)
 
-    def _tell(self, stream: torch.cuda.Stream | None, counter: int) -> None:
+    def _tell(self, counter: int) -> None:
         """The counter becomes `count` when all before this on the stream is done and can be seen by others."""
-        self._call(self._write_value, stream, counter, self.count)
+        self._call(self._write_value, counter, self.count)
 
-    def _call(self, call: Any, stream: torch.cuda.Stream | None, counter: int, value: int) -> None:
-        assert stream is not None
-        status = call(stream.cuda_stream, self._counters.data_ptr() + LINE * counter, value, 0)
+    def _call(self, call: Any, counter: int, value: int) -> None:
+        status = call(self._stream.cuda_stream, self._counters.data_ptr() + LINE * counter, value, 0)
         if status != 0:
             raise RuntimeError(f"{call.__name__}: CUDA error {status}")
 

@@ -55,7 +55,6 @@ class ActivationOffload:
             self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._free: dict[int, list[_Buffer]] = {}  # by bytes per token
         self._parked: list[Parked] = []
-        self._latest: torch.cuda.Event | None = None  # of the copies back
 
     def park(self, tensors: list[Tensor], tokens: int) -> Parked:
         """Start copying contiguous tensors, each of `tokens` equal pieces, out; the caller may drop them at once."""
@@ -102,10 +101,6 @@ class ActivationOffload:
         if self._parked:
             self._start(self._parked[-1])
 
-    def coming(self, stop: int, backward: bool) -> torch.cuda.Event | None:
-        """What is on its way back is needed before the frozen bytes of a block that comes later."""
-        return self._latest if backward else None
-
     def _start(self, parked: Parked) -> None:
         if parked.back:
             return
@@ -120,7 +115,7 @@ class ActivationOffload:
         with torch.cuda.stream(self._in):
             for there, tensor in zip(parked.there, parked.back, strict=True):
                 tensor.copy_(there, non_blocking=True)
-            parked.arrived = self._latest = self._in.record_event()
+            parked.arrived = self._in.record_event()
 
     def _let_go(self, parked: Parked, stream: torch.cuda.Stream) -> None:
         if parked.going:

@@ -21,7 +21,7 @@ from fsdp_qlora.host_buffers import page_lock
 from fsdp_qlora.host_store import HostStore, rounded
 from fsdp_qlora.model import CausalModel, Unit
 from fsdp_qlora.plan import Plan
-from fsdp_qlora.stream import Sooner, Stop, Streamer
+from fsdp_qlora.stream import Stop, Streamer
 from fsdp_qlora.world import World
 
 PREFETCH = 2  # blocks gathered ahead: one crosses from the host while the one before it is being gathered
@@ -30,9 +30,7 @@ PREFETCH = 2  # blocks gathered ahead: one crosses from the host while the one b
 class Placement(Protocol):
     """Where the frozen bytes are kept: `prepare` before loading, `store` each unit, `finish` after the last."""
 
-    def prepare(self, model: CausalModel, sooner: Sequence[Sooner] = ()) -> None:
-        """sooner: what else comes to the device in a step and is needed before frozen bytes (`Streamer`)."""
-        ...
+    def prepare(self, model: CausalModel) -> None: ...
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         """Put a unit's bytes (uint8 [nbytes] on the device, the placement's to keep) where they belong."""
@@ -50,7 +48,7 @@ class Placement(Protocol):
 class Replicated:
     """Every rank has everything: no traffic in a step, and a card must hold the whole base."""
 
-    def prepare(self, model: CausalModel, sooner: Sequence[Sooner] = ()) -> None:
+    def prepare(self, model: CausalModel) -> None:
         pass
 
     def store(self, unit: Unit, whole: Tensor) -> None:
@@ -83,7 +81,7 @@ class Sharded:
             self.mesh = init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replica", "shard"))
         self.index = self.mesh.get_local_rank(self.mesh.ndim - 1)
 
-    def prepare(self, model: CausalModel, sooner: Sequence[Sooner] = ()) -> None:
+    def prepare(self, model: CausalModel) -> None:
         policy = CPUOffloadPolicy(pin_memory=self.pin) if self.offload else OffloadPolicy()
         trainable = {p for p in model.parameters() if p.requires_grad}
         replicated = {p for u in model.units if u.home != "shared" for p in u.frozen.parameters()}
@@ -144,8 +142,7 @@ class Streamed:
         self.world, self.resident, self.head_resident, self.buffers = world, resident, head_resident, buffers
         self._sources: dict[str, Tensor] = {}
 
-    def prepare(self, model: CausalModel, sooner: Sequence[Sooner] = ()) -> None:
-        self._sooner = sooner
+    def prepare(self, model: CausalModel) -> None:
         self._blocks = list(model.blocks)
         self._order = list(self._blocks)
         if not model.is_tied():  # a tied head is the embedding, which stays on the device
@@ -190,7 +187,7 @@ class Streamed:
                 "or the container's limit"
             )
         stops = [Stop(self._units[name].frozen, self._sources.get(name)) for name in self._order]
-        streamer = Streamer(stops, len(self._blocks), self.buffers, self.world.device, self._sooner)
+        streamer = Streamer(stops, len(self._blocks), self.buffers, self.world.device)
         for position, stop in enumerate(stops):
             stop.frozen.bring = partial(streamer.need, position)
 

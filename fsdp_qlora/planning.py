@@ -153,15 +153,12 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     return Budget(*(min(column) for column in zip(*everyone, strict=True)))
 
 
-def keep_activations(
-    model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device
-) -> ActivationOffload | None:
+def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:
     """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included."""
     offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
             block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
-    return offload
 
 
 def write_plan(folder: Path, record: dict) -> None:

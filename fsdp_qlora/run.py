@@ -21,7 +21,6 @@ from fsdp_qlora.loading import check_names, is_quantized, load
 from fsdp_qlora.loop import Loop
 from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import CausalModel, Recipe, assemble
-from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.optim import check_optimizer
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
 from fsdp_qlora.planning import keep_activations, micro_batches, plan_run, write_plan
@@ -78,8 +77,8 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         world.main_only(lambda: note_run(config, folder, adapter_count(model), planned.record))
 
         placement = world.together(lambda: choose_placement(plan, config.memory, world))
-        offload = keep_activations(model, plan.blocks, config.training.batch_size * longest, world.device)
-        adapters = load_model(config, model, weights, placement, world, offload)
+        keep_activations(model, plan.blocks, config.training.batch_size * longest, world.device)
+        adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
         stages.done("loading")
         if config.output.verbose:
@@ -177,12 +176,7 @@ def build_model(
 
 
 def load_model(
-    config: Config,
-    model: CausalModel,
-    weights: Weights,
-    placement: Placement,
-    world: World,
-    offload: ActivationOffload | None = None,
+    config: Config, model: CausalModel, weights: Weights, placement: Placement, world: World
 ) -> ShardedAdapters:
     """Read the frozen weights to where `placement` wants them; the adapters that train over them. A collective.
 
@@ -190,7 +184,7 @@ def load_model(
     world.first_on_node(lambda: check_names(model, weights))
     adapters = ShardedAdapters(model, world, config)
     adapters.exchange = choose_exchange(adapters.largest, config.memory, world)
-    placement.prepare(model, [adapters.coming, offload.coming] if offload is not None else [adapters.coming])
+    placement.prepare(model)
     load(model, weights, placement, world)
     check_bytes(model, placement)
     return adapters

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,6 @@ class ShardedAdapters:
         self._halt = torch.zeros((), pin_memory=on_gpu)  # as `_abandoned`, for streams to read
         self._side = torch.cuda.Stream(world.device) if on_gpu and world.size > 1 else None
         adapted = {path: linears for path, block in model.blocks.items() if (linears := _adapted(path, block))}
-        self._as_far_as = list(accumulate(path in adapted for path in model.blocks))  # block -> groups up to it
         numbers = [sum(p.numel() for m in linears.values() for p in _matrices(m)) for linears in adapted.values()]
         rooms = self._rooms(numbers, model.precision.compute)
         for (path, linears), (working, masters, index) in zip(adapted.items(), rooms, strict=True):
@@ -201,15 +200,6 @@ class ShardedAdapters:
             self._start_next()
         for group in self.groups:
             group.wait()
-
-    def coming(self, stop: int, backward: bool) -> Pending | None:
-        """What of the exchange is needed before the frozen bytes of a block (the head is the stop after the last) that
-        are wanted ahead of their use: forward its new values, backward the sums that the next block waits for."""
-        if backward:
-            return self._flying[0][0] if len(self._flying) == IN_FLIGHT else None
-        started = len(self.groups) - len(self._unsent)
-        last = min(self._as_far_as[min(stop, len(self._as_far_as) - 1)], started)
-        return self.groups[last - 1].gather if last else None  # the others before it were started before it
 
     def _before_forward(self, group: Group) -> None:
         if self._unsent:

@@ -5,40 +5,25 @@ buffers shall hold the next few units of that order, the one in use included; wh
 not wanted. Units at the turn of the tide (the last blocks of a forward, the first of the next) are still there when
 they are needed again and are not copied twice. Nothing is ever copied back: frozen bytes do not change.
 
-A copy engine stays with a stream for as long as that has copies ready, be they in pieces or not: what other streams
-bring waits, and with it the block that needs it (docs/performance.md). So copies of bytes far ahead of their use first
-wait for what is needed before them.
-
 A wrong guess (a forward that no backward follows) costs a copy that is waited for, never a wrong byte.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.frozen import FrozenBytes
 
-
-class Coming(Protocol):
-    """Something on its way to the device by another stream."""
-
-    def wait(self) -> object:
-        """Let the current stream (without a GPU: the caller) go on only when it is there."""
-        ...
-
-
-Sooner = Callable[[int, bool], Coming | None]  # (stop, backward) -> what is needed before its bytes are, of one kind
+PIECE = 32 << 20  # bytes of one copy. Other streams' copies wait for a unit's last piece all the same (docs/LOG.md)
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A unit's bytes in one of the buffers, and the same as `FrozenBytes.flat` has them."""
+    """A unit's bytes in one of the buffers: as `FrozenBytes.flat` has them, and piece by piece beside their source."""
 
-    bytes: Tensor
     flat: nn.Parameter
+    copies: list[tuple[Tensor, Tensor]]  # (to, from)
 
 
 @dataclass
@@ -59,14 +44,10 @@ class _Buffer:
 
 
 class Streamer:
-    """Moves the bytes of `stops` (the first `blocks` of them used forward and backward, the rest forward alone).
+    """Moves the bytes of `stops` (the first `blocks` of them used forward and backward, the rest forward alone)."""
 
-    sooner: for each kind of other things that come to the device, which of them come before a stop's bytes."""
-
-    def __init__(
-        self, stops: list[Stop], blocks: int, buffers: int, device: torch.device, sooner: Sequence[Sooner] = ()
-    ) -> None:
-        self.stops, self.device, self.sooner = stops, device, sooner
+    def __init__(self, stops: list[Stop], blocks: int, buffers: int, device: torch.device) -> None:
+        self.stops, self.device = stops, device
         self.copied = 0  # bytes, so far
         streamed = [i for i, stop in enumerate(stops) if stop.source is not None]
         most = max((stop.frozen.layout.nbytes for stop in stops if stop.source is not None), default=0)
@@ -91,15 +72,15 @@ class Streamer:
         wanted = self._wanted[backward][position]
         stop = self.stops[position]
         if stop.source is not None:
-            number = self._bring(position, wanted, backward)
+            number = self._bring(position, wanted)
             self._using = buffer = self._buffers[number]
             if buffer.arrived is not None:
                 torch.cuda.current_stream(self.device).wait_event(buffer.arrived)
             stop.frozen._parameters["flat"] = stop.here[number].flat
         for one in wanted:
-            self._bring(one, wanted, backward)
+            self._bring(one, wanted)
 
-    def _bring(self, position: int, wanted: list[int], backward: bool) -> int:
+    def _bring(self, position: int, wanted: list[int]) -> int:
         """The number of the buffer that holds the stop's bytes, or will once its copy has arrived."""
         for number, buffer in enumerate(self._buffers):
             if buffer.holds == position:
@@ -109,20 +90,21 @@ class Streamer:
         assert stop.source is not None
         if number not in stop.here:
             target = buffer.memory[: stop.source.numel()]
-            stop.here[number] = Staged(target, nn.Parameter(target.view(torch.float32), requires_grad=False))
+            flat = nn.Parameter(target.view(torch.float32), requires_grad=False)
+            stop.here[number] = Staged(flat, list(zip(target.split(PIECE), stop.source.split(PIECE), strict=True)))
         buffer.holds = position
         self.copied += stop.source.numel()
+        self._copy(stop.here[number].copies, buffer)
+        return number
+
+    def _copy(self, copies: list[tuple[Tensor, Tensor]], buffer: _Buffer) -> None:
         if self._stream is not None and buffer.done is not None:
             self._stream.wait_event(buffer.done)
         with torch.cuda.stream(self._stream):  # without one: where we are
-            for kind in self.sooner:
-                coming = kind(position, backward)
-                if coming is not None:
-                    coming.wait()
-            stop.here[number].bytes.copy_(stop.source, non_blocking=True)
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
         if self._stream is not None:
             buffer.arrived = self._stream.record_event()
-        return number
 
 
 def order_of_use(streamed: list[int], position: int, backward: bool, stops: int, blocks: int) -> list[int]:

@@ -1,7 +1,7 @@
 """`ThroughHost` without a GPU: the host writes the counters and waits for them. The same protocol, no streams."""
 
 import time
-from typing import Any
+from contextlib import nullcontext
 
 from fsdp_qlora.exchange import Pending, ThroughHost
 
@@ -18,12 +18,16 @@ class OnHost(ThroughHost):
     def _open(self) -> None:
         pass
 
+    def _turn(self) -> nullcontext[None]:
+        self.count += 1
+        return nullcontext()
+
     def _pending(self) -> Pending:
         return Done()
 
-    def _await(self, stream: Any, counter: int, value: int) -> None:
+    def _await(self, counter: int, value: int) -> None:
         while int(self._counters[counter]) < value:
             time.sleep(1e-4)
 
-    def _tell(self, stream: Any, counter: int) -> None:
+    def _tell(self, counter: int) -> None:
         self._counters[counter] = self.count

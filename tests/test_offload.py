@@ -64,19 +64,6 @@ def test_what_was_parked_last_is_on_its_way_before_its_block_asks() -> None:
         assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="without a GPU copies are there at once")
-def test_streamed_bytes_come_behind_what_is_on_its_way_back() -> None:
-    offload = ActivationOffload(DEVICE, 6)
-    blocks = [kept_of_a_block(i) for i in range(2)]
-    parked = [kept.park(offload) for kept in blocks]
-    assert offload.coming(0, True) is None
-    offload.ahead()
-    assert offload.coming(0, True) is parked[1].arrived
-    assert offload.coming(0, False) is None, "in forward nothing comes back"
-    blocks[1].fetch(offload, parked[1])
-    assert offload.coming(0, True) is parked[0].arrived is not None
-
-
 @pytest.mark.parametrize("fetched", [False, True])
 def test_nothing_stays_on_the_device_longer_than_needed(fetched: bool) -> None:
     offload = ActivationOffload(DEVICE, 6)

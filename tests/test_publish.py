@@ -127,26 +127,6 @@ def test_later_gathers_start_behind_the_forward_and_none_is_forgotten(half, monk
     assert half.adapters.arrived()
 
 
-def test_streamed_bytes_come_behind_what_is_needed_before_them(half, monkeypatch):
-    monkeypatch.setattr(shards, "GATHERS_AHEAD", 2)
-    adapters = half.adapters
-    assert adapters.coming(0, False) is None, "nothing was published yet"
-    half.update()
-    gathers = [group.gather for group in adapters.groups]
-    assert [g is None for g in gathers] == [False, False, True]
-    assert adapters.coming(0, False) is gathers[0]
-    assert all(adapters.coming(stop, False) is gathers[1] for stop in (1, 2, 3)), "the latest that has been started"
-    half.forward()
-    assert [adapters.coming(stop, False) for stop in range(4)] == [None] * 4, "all are there"
-    first, second = object(), object()
-    assert adapters.coming(0, True) is None
-    adapters._flying.append((first, *[None] * 3))
-    assert adapters.coming(0, True) is None, "the sums of the block before have just set out"
-    adapters._flying.append((second, *[None] * 3))
-    assert adapters.coming(0, True) is first, "for which the block after this one waits"
-    assert adapters.coming(0, False) is None
-
-
 def test_evaluation_waits_too(half):
     half.update()
     with torch.no_grad():

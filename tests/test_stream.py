@@ -81,41 +81,6 @@ def test_a_walk_that_nobody_foresaw_finds_its_bytes_too(buffers):
     step(streamer)
 
 
-def test_what_is_needed_sooner_comes_first():
-    """Every copy first waits for what each kind names for its stop and pass, and for nothing where that is nothing."""
-    asked: list[tuple[str, int, bool]] = []
-    waited: list[tuple[str, int]] = []
-
-    class Arrival:
-        def __init__(self, kind: str, stop: int) -> None:
-            self.name = kind, stop
-
-        def wait(self) -> None:
-            buffers = [b.memory.clone() for b in streamer._buffers]
-            assert not any(bool((b == self.name[1] + 1).all()) for b in buffers), "its bytes came before"
-            waited.append(self.name)
-
-    def kind(name: str, passes: tuple[bool, ...]):
-        def which(stop: int, backward: bool) -> Arrival | None:
-            asked.append((name, stop, backward))
-            return Arrival(name, stop) if backward in passes else None
-
-        return which
-
-    streamer = Streamer(
-        stops({2}), BLOCKS, 2, DEVICE, [kind("values", (False,)), kind("kept", (True,)), kind("none", ())]
-    )
-    walk(streamer, list(range(BLOCKS + 1)), backward=False)
-    forward = [stop for stop in range(BLOCKS + 1) if stop != 2]
-    assert waited == [("values", stop) for stop in forward]
-    assert asked == [(name, stop, False) for stop in forward for name in ("values", "kept", "none")]
-    waited.clear()
-    walk(streamer, list(range(BLOCKS))[::-1], backward=True)
-    copied = [stop for _, stop in waited]
-    assert waited == [("kept", stop) for stop in copied]
-    assert copied == [stop for stop in reversed(forward) if stop < BLOCKS - 1], "the last block is still there"
-
-
 def test_the_order_of_use_is_that_of_a_step():
     whole = [*range(BLOCKS + 1), *reversed(range(BLOCKS)), *range(BLOCKS + 1), *reversed(range(BLOCKS))]
     for backward, at in [(False, p) for p in range(BLOCKS + 1)] + [(True, p) for p in range(BLOCKS)]:
