@@ -12,7 +12,7 @@ from fsdp_qlora.units import GIB
 
 
 def large_pages(nbytes: int) -> Tensor:
-    """uint8 [nbytes], in pages of 2 MiB where the system gives any: such are page-locked in half the time or less
+    """uint8 [nbytes], in pages of 2 MiB where the system gives any: such are page-locked in about half the time
     (docs/performance.md)."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system that has none
