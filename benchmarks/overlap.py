@@ -29,7 +29,7 @@ KINDS = (
     ("dequantize", ("_dequantize_",)),
     ("norms, rope, SwiGLU", ("_forward_kernel", "_backward_kernel", "_rope_kernel")),
 )
-GLU_LORA = "_kernel"  # the whole name of SwiGLU's backward with its adapters' gradients (and, where there is any, dropout's)
+GLU_LORA = "_kernel"  # the whole name of SwiGLU's backward with its adapters' gradients; dropout's is called so too
 COPIES = {"Memcpy HtoD": "copies to the GPU", "Memcpy DtoH": "copies to the host", "Memcpy DtoD": "copies on the GPU"}
 COMPUTE = ("matrix products", "attention", "dequantize", "norms, rope, SwiGLU", "other kernels")
 

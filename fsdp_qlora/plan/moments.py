@@ -214,7 +214,7 @@ class Loading:
         received = 0 if f.ranks == 1 else 1
         dense = f.linear_numbers * f.stream_bytes
         largest = max(f.qkv if f.qkv_linears == 1 else f.queries, f.inner * (3 - f.gate_up_linears)) * f.hidden
-        # One weight's, until they are among the unit's bytes: half a byte a number, and the scale of 64 twice in float32.
+        # One weight's, not yet among the unit's bytes: half a byte a number, and the scale of 64 twice in float32.
         self.parts = largest * 5 // 8 if f.codec.startswith("nf4") else 0
         self.first = (2 + received) * f.embedding_bytes + (dense if f.dummy else 0)
         weights = 2 * dense if f.dummy else largest * f.stream_bytes
