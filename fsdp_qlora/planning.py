@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fsdp_qlora.arena import Arena, Schedule, place
 from fsdp_qlora.config import Config, MemoryOptions
 from fsdp_qlora.environment import allocator_grows
 from fsdp_qlora.errors import UserError
@@ -25,6 +26,7 @@ from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_rec
 from fsdp_qlora.plan.calibrate import calibrate
 from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.facts import Facts, facts_of
+from fsdp_qlora.rehearsal import rehearse
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
@@ -41,12 +43,14 @@ HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, its table for the user, its record for `write_plan`, and the options that it was made for."""
+    """A plan, its table for the user, its record for `write_plan`, the options that it was made for, and where the
+    tensors of a step lie (None where blocks are not fused)."""
 
     plan: Plan
     lines: list[str]
     record: dict
     config: Config
+    schedule: Schedule | None
 
 
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
@@ -72,8 +76,32 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         assert refused is not None
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
-    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
-    return Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized)
+    _, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
+    layout = Layouts(model, sized, longest, facts.exchange_by_host, world)
+    try:
+        plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
+    except UserError as error:
+        raise error.on_every_rank(world.rank) from None
+    schedule = layout.of(plan.blocks) if facts.fused else None
+    return Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized, schedule)
+
+
+class Layouts:
+    """Where the tensors of a step lie, for rows of `longest` tokens, by what the blocks keep."""
+
+    def __init__(self, model: CausalModel, config: Config, longest: int, widens: bool, world: World) -> None:
+        self.model, self.config, self.longest, self.widens, self.world = model, config, longest, widens, world
+        self._known: dict[tuple[tuple[str, bool], ...], Schedule] = {}
+
+    def of(self, blocks: Sequence[BlockPlan]) -> Schedule:
+        kinds = tuple((block.keep, block.offloaded) for block in blocks)
+        if kinds not in self._known:
+            lives = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
+            self._known[kinds] = place(lives)
+        return self._known[kinds]
+
+    def nbytes(self, blocks: Sequence[BlockPlan]) -> int:
+        return self.of(blocks).nbytes
 
 
 def agreed(facts: Facts, world: World) -> Facts:
@@ -159,6 +187,16 @@ def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_token
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
             block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
+
+
+def make_arena(schedule: Schedule | None, world: World) -> Arena | None:
+    """The memory of a step's tensors, when all that loading took has been given back."""
+    if schedule is None:
+        return None
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+        torch.cuda.empty_cache()
+    return Arena(schedule, world.device)
 
 
 def write_plan(folder: Path, record: dict) -> None:

@@ -23,7 +23,7 @@ from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.optim import check_optimizer
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
-from fsdp_qlora.planning import keep_activations, micro_batches, plan_run, write_plan
+from fsdp_qlora.planning import keep_activations, make_arena, micro_batches, plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
@@ -80,11 +80,12 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         keep_activations(model, plan.blocks, config.training.batch_size * longest, world.device)
         adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
+        arena = make_arena(planned.schedule, world)
         stages.done("loading")
         if config.output.verbose:
             world.say(stages.line())
         torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
-        stepper = Stepper(model, adapters, config.training, steps, world)
+        stepper = Stepper(model, adapters, config.training, steps, world, arena)
         return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
 
 

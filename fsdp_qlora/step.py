@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fsdp_qlora.arena import Arena
 from fsdp_qlora.config import TrainingOptions
 from fsdp_qlora.data import IGNORE, Batch
 from fsdp_qlora.errors import TrainingStopped
@@ -60,9 +61,15 @@ class Stepper:
     and a GPU need not wait, with nothing to do, for a host that reads the sums and launches it."""
 
     def __init__(
-        self, model: CausalModel, adapters: ShardedAdapters, options: TrainingOptions, steps: int, world: World
+        self,
+        model: CausalModel,
+        adapters: ShardedAdapters,
+        options: TrainingOptions,
+        steps: int,
+        world: World,
+        arena: Arena | None = None,
     ) -> None:
-        self.model, self.adapters, self.world = model, adapters, world
+        self.model, self.adapters, self.world, self.arena = model, adapters, world, arena
         if options.optimizer.startswith("paged_") and world.device.type != "cuda":
             world.say(f"optimizer {options.optimizer}: without a GPU nothing is paged; the state is in memory anyway")
         self.optimizer = make_optimizer(options, adapters.parameters(), world.device)
@@ -140,6 +147,8 @@ class Stepper:
     def _passes(self, inputs: list[tuple[Tensor, Tensor, Tensor]], divisor: float) -> Tensor:
         total = torch.zeros((), device=self.world.device)
         for i, tensors in enumerate(inputs):
+            if self.arena is not None:
+                self.arena.start()
             self.adapters.begin_micro_batch(last=i == len(inputs) - 1)
             loss = self.model(*(t.to(self.world.device, non_blocking=True) for t in tensors), divisor)
             loss.backward()
@@ -187,6 +196,8 @@ class Stepper:
             self.scale.shrink()
         self._updated = self._begun
         self.adapters.zero_grad()
+        if self.arena is not None:
+            self.arena.stop()
         return finite
 
     def _stop(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> NoReturn:

@@ -23,7 +23,7 @@ from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, glu_lora, lora_wide, masters, nf4, rms_norm, rope
 from fsdp_qlora.model import CausalModel, Recipe, assemble
-from fsdp_qlora.plan.moments import ROUND
+from fsdp_qlora.plan.costs import ROUND
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import build
@@ -246,7 +246,7 @@ def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = Non
 def _handed(fused: FusedBlock, out: torch.Tensor) -> torch.Tensor:
     """The gradient of a block's output with room beside it, as the block after leaves it."""
     rows = out.flatten(0, 1)
-    d_wide = lora_wide.wide(rows.shape[0], rows.shape[1] + lora_wide.extra(fused._projection(fused.anatomy.down)), rows)
+    d_wide = lora_wide.wide(rows.shape[0], rows.shape[1] + lora_wide.extra(fused.projection(fused.anatomy.down)), rows)
     fused.scratch.hand(d_wide)
     return d_wide
 

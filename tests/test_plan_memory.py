@@ -19,7 +19,7 @@ from fsdp_qlora.loading import encode
 from fsdp_qlora.plan import memory, moments
 from fsdp_qlora.plan.facts import Facts, facts_of
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
-from fsdp_qlora.plan.moments import KEEP, BlockBytes
+from fsdp_qlora.plan.facts import KEEP, BlockBytes
 from fsdp_qlora.units import GIB
 from tests.known_runs import MEASURED, facts
 from tests.metered import WORLD, Host, Meter, metered_block, metered_step, planned
