@@ -199,18 +199,6 @@ class MeteredBlock:
     launches_backward: int
 
 
-class Host:
-    """Stands for host memory: takes what is parked, holds it until more is, and gives as much back."""
-
-    def park(self, tensors: list[torch.Tensor], tokens: int) -> "Host":
-        self.going = tensors
-        return self
-
-    def fetch(self, parked: "Host") -> list[torch.Tensor]:
-        back, self.going = [torch.empty_like(t) for t in self.going], []
-        return back
-
-
 def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = None) -> MeteredBlock:
     """A block's passes, alone. The input that it keeps counts as kept, as does a gradient that backward is given."""
     block = next(iter(model.blocks.values()))
