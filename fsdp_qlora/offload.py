@@ -8,17 +8,15 @@ On the meta device nothing is copied and no host memory is needed, and tensors l
 GPU: what a step's recording there sees is what the step does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fsdp_qlora.host_link import HostLink
 from fsdp_qlora.host_pool import HostBuffer, HostPool
-
-Empty = Callable[[torch.Size, torch.dtype], Tensor]
+from fsdp_qlora.kernels.device import allocate
 
 
 @dataclass(eq=False)
@@ -37,8 +35,8 @@ class Parked:
 class ActivationOffload:
     """One for all blocks of a rank. Without a GPU it copies at once, which is for tests.
 
-    most_tokens: of a micro-batch, padding included; host buffers are made for as many. empty: gives memory on the
-    device to what comes back. link_rate: of the copies, bytes per second, if it is known.
+    most_tokens: of a micro-batch, padding included; host buffers are made for as many. link_rate: of the copies, bytes
+    per second, if it is known.
 
     parked_sizes: for each block that parks, in the order of forward, the bytes per token of what it did; for `reserve`
     of another one.
@@ -48,12 +46,10 @@ class ActivationOffload:
         self,
         device: torch.device,
         most_tokens: int,
-        empty: Empty | None = None,
         link_rate: float | None = None,
     ) -> None:
         self.device = device
         self.parked_sizes: list[list[int]] = []
-        self._empty = partial(_empty, device) if empty is None else empty
         self._pool = None if device.type == "meta" else HostPool(device, most_tokens)
         self._out = HostLink(device, to_device=False, bytes_per_second=link_rate)
         self._in = HostLink(device, to_device=True, bytes_per_second=link_rate)
@@ -121,7 +117,7 @@ class ActivationOffload:
             return
         self._let_go(parked)
         # Allocated in the order of the computing stream, whose memory it becomes; the copy waits for that moment.
-        parked.back = [self._empty(*like) for like in parked.shapes]
+        parked.back = [allocate(*like, self.device) for like in parked.shapes]
         if self._pool is not None:
             transfer = self._in.prepare(zip(parked.back, parked.there, strict=True))
             parked.arrived = self._in.copy(transfer, self._here())
@@ -142,7 +138,3 @@ class ActivationOffload:
             return []
         self._now.record(torch.cuda.current_stream(self.device))
         return [self._now]
-
-
-def _empty(device: torch.device, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)

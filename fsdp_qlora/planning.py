@@ -17,6 +17,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.exchange import through_host
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
+from fsdp_qlora.gpu_memory import outside_bytes
 from fsdp_qlora.host_memory import available_host_bytes
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.offload import ActivationOffload
@@ -30,9 +31,9 @@ from fsdp_qlora.rehearsal import rehearse
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
-# GiB of a GPU that go to others than PyTorch's allocator after the plan is made: CUDA modules, cuDNN, NCCL's buffers
-# (1.1 GiB in all on H200s, of which the context's half is there already).
-OUTSIDE_GIB = 0.75
+# Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
+# are first used, tables of the host memory that the GPU reads.
+LATER = 256 << 20
 # Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
 # beyond the share that every plan leaves.
 PIECES = 0.06
@@ -171,9 +172,9 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     device = float("inf")
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
-        device = free + torch.cuda.memory_reserved(world.device) - OUTSIDE_GIB * GIB
-    if memory.gpu_memory_gib is not None:
-        device = min(device, memory.gpu_memory_gib * GIB)
+        device = free + torch.cuda.memory_reserved(world.device) - LATER
+        if memory.gpu_memory_gib is not None:
+            device = min(device, memory.gpu_memory_gib * GIB - outside_bytes(world.device) - LATER)
     device *= 1 if allocator_grows() else 1 - PIECES
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
@@ -191,12 +192,10 @@ def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_token
 
 def make_arena(schedule: Schedule | None, world: World) -> Arena | None:
     """The memory of a step's tensors, when all that loading took has been given back."""
-    if schedule is None:
-        return None
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
         torch.cuda.empty_cache()
-    return Arena(schedule, world.device)
+    return None if schedule is None else Arena(schedule, world.device)
 
 
 def write_plan(folder: Path, record: dict) -> None:

@@ -34,6 +34,7 @@ except ImportError:
 __all__ = [
     "INTERPRETER",
     "Source",
+    "allocate",
     "cdiv",
     "empty",
     "empty_like",
@@ -79,10 +80,14 @@ def empty(shape: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = 
     """Return an uninitialised contiguous tensor of like's device, and of its dtype where none is given.
 
     Its memory is the `take_from` source's where one is set, else PyTorch's allocator's."""
-    dtype = like.dtype if dtype is None else dtype
+    return allocate(shape, like.dtype if dtype is None else dtype, like.device)
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return `empty` of that dtype and device."""
     if _source is None:
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    return _source(tuple(shape), dtype, like.device)
+        return torch.empty(shape, dtype=dtype, device=device)
+    return _source(tuple(shape), dtype, device)
 
 
 def empty_like(like: torch.Tensor) -> torch.Tensor:
