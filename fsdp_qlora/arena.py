@@ -1,48 +1,23 @@
 """One piece of device memory for all tensors of a step, each at a place that was found before the first step.
 
 A step asks for the same tensors in the same order every time, so when each is born and when it dies is known ahead: a
-`Recorder` notes it while the step runs on the meta device. `place` lays them out, the largest first, each in the
-tightest gap among those that live at the same time; that takes 0 to 1 % more than is alive at once, where an allocator
-that is asked as it goes takes up to 15 % and more from step to step (docs/performance.md). An `Arena` then hands out
-the places, in the order of the asking.
+`Recorder` notes it while the step runs on the meta device. `layout.place` finds places that take 0 to 2 % more than is
+alive at once, where an allocator that is asked as it goes takes up to 15 % and more from step to step
+(docs/performance.md). An `Arena` then hands out the places, in the order of the asking.
 
 A place is used again as soon as the tensor that had it is gone, in the order of the computing stream, as a caching
 allocator would do it: whoever lets another stream read or write a tensor keeps it until the computing stream waits.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm import tqdm
 
 from fsdp_qlora.kernels.device import take_from
-
-ALIGN = 512  # bytes: a tensor's place begins on a multiple, as in PyTorch's allocator
-
-
-class Life(NamedTuple):
-    """A tensor of the step: born at request number `birth`, gone before number `death`. width: of its last axis."""
-
-    birth: int
-    death: int
-    nbytes: int
-    width: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The tensors of a step in the order in which they are asked for, the offset of each, and the bytes of all."""
-
-    lives: tuple[Life, ...]
-    offsets: tuple[int, ...]
-    nbytes: int
+from fsdp_qlora.layout import Life, Schedule
 
 
 class Recorder:
@@ -74,44 +49,6 @@ class Recorder:
         for number in gone:
             del self._alive[number]
             self._deaths[number] = len(self._born)
-
-
-def most_alive(lives: Sequence[Life]) -> int:
-    """Return the most bytes alive at once: no layout takes less."""
-    change = numpy.zeros(len(lives) + 1, dtype=numpy.int64)
-    for life in lives:
-        change[life.birth] += _aligned(life.nbytes)
-        change[life.death] -= _aligned(life.nbytes)
-    return int(change.cumsum().max(initial=0))
-
-
-def place(lives: Sequence[Life]) -> Schedule:
-    """Lay tensors out: the largest first, ties by birth, each in the tightest gap that is free all its life."""
-    births, deaths = (numpy.array([life[i] for life in lives], dtype=numpy.int64) for i in range(2))
-    sizes = numpy.array([_aligned(life.nbytes) for life in lives], dtype=numpy.int64)
-    order = numpy.lexsort((births, -sizes))
-    births, deaths, sizes = births[order], deaths[order], sizes[order]
-    starts = numpy.zeros(len(lives), dtype=numpy.int64)
-    for i, size in enumerate(sizes):
-        beside = (births[:i] < deaths[i]) & (deaths[:i] > births[i])
-        starts[i] = _tightest(starts[:i][beside], sizes[:i][beside], int(size))
-    offsets = numpy.empty(len(lives), dtype=numpy.int64)
-    offsets[order] = starts
-    return Schedule(tuple(lives), tuple(offsets.tolist()), int((starts + sizes).max(initial=0)))
-
-
-def _tightest(starts: numpy.ndarray, sizes: numpy.ndarray, size: int) -> int:
-    """Return the start of the smallest gap of `size` between pieces, or the end of the last."""
-    if not len(starts):
-        return 0
-    order = starts.argsort()
-    starts, ends = starts[order], numpy.maximum.accumulate((starts + sizes)[order])
-    before = numpy.concatenate(([0], ends[:-1]))
-    gaps = starts - before
-    gaps[gaps < size] = numpy.iinfo(numpy.int64).max
-    tightest = int(gaps.argmin())
-    fits = gaps[tightest] < numpy.iinfo(numpy.int64).max
-    return int(before[tightest]) if fits else int(ends[-1])
 
 
 class Arena:
@@ -161,7 +98,3 @@ class Arena:
                 "not count. Please report this with your options",
                 file=sys.stdout,
             )
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN

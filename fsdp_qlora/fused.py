@@ -125,30 +125,33 @@ class Kept:
     h2: Tensor | None
     attention: AttentionState | None
     mlp: MLPState
-    _away: list[tuple[Any, Any]] = field(default_factory=list)  # where what is parked belongs
+    _away: list[tuple[str, str]] = field(default_factory=list)  # where what is parked belongs: names, not the owners,
+    # which would be a circle that keeps tensors alive
 
     def park(self, offload: ActivationOffload) -> Parked:
         """Send everything that has a row of at least H numbers per token to host memory."""
-        slots = self._slots()
+        self._away = self._slots()
         tokens = self.h.shape[0] * self.h.shape[1]
-        parked = offload.park([_contiguous(owner[key]) for owner, key in slots], tokens)
-        for owner, key in slots:
-            owner[key] = None
-        self._away = slots
+        parked = offload.park([_contiguous(self._owner(name)[key]) for name, key in self._away], tokens)
+        for name, key in self._away:
+            self._owner(name)[key] = None
         return parked
 
     def fetch(self, offload: ActivationOffload, parked: Parked) -> None:
-        slots, self._away = self._away, []  # they hold this object's dict: a circle that would keep the tensors alive
-        for (owner, key), tensor in zip(slots, offload.fetch(parked), strict=True):
-            owner[key] = tensor
+        slots, self._away = self._away, []
+        for (name, key), tensor in zip(slots, offload.fetch(parked), strict=True):
+            self._owner(name)[key] = tensor
 
-    def _slots(self) -> list[tuple[Any, Any]]:
-        """(dict, key) of each large tensor."""
-        places: list[tuple[Any, Any]] = [(vars(self), "h"), (vars(self), "h2")]
+    def _slots(self) -> list[tuple[str, str]]:
+        """(owner, key) of each large tensor."""
+        places = [("", "h"), ("", "h2")]
         if self.attention is not None:
-            places += [(vars(self.attention), key) for key in ("out", "projected", "qkv")]
-        places += [(vars(self.mlp), "gate_up"), (vars(self.mlp), "projected")]
-        return [(owner, key) for owner, key in places if owner[key] is not None]
+            places += [("attention", key) for key in ("out", "projected", "qkv")]
+        places += [("mlp", "gate_up"), ("mlp", "projected")]
+        return [(name, key) for name, key in places if self._owner(name)[key] is not None]
+
+    def _owner(self, name: str) -> dict[str, Any]:
+        return vars(getattr(self, name)) if name else vars(self)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ class FusedBlock:
     backend: str  # of attention, see kernels/attention.py
     offload: ActivationOffload | None = None  # host memory where what blocks keep can wait
     parks: bool = False  # whether what this one keeps does
+    copies_input: bool = False  # whether its input was made by others, who have its memory until the step's end
     _without_bias: dict[tuple[FrozenLinear, ...], Projection] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -448,6 +452,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, block: FusedBlock, cos: Tensor, sin: Tensor, drop: Any, *matrices: Tensor
     ) -> Tensor:
+        h = empty_like(h).copy_(h) if block.copies_input else h
         shape, rows = (h.shape[0], h.shape[1]), h.reshape(-1, h.shape[-1])
         level = KEEP.index(block.keep)
         added, attention = block.attention_forward(rows, shape, (cos, sin), drop)

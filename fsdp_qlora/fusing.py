@@ -1,6 +1,6 @@
 """Turns a model's blocks into fused ones where their family is known, all of them or none, and says which and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +89,10 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
         backend = _attention(options, model.precision, anatomy, shape, device)
         backends.append(backend)
         block.fused = FusedBlock(anatomy, model.precision.compute, KEEP[0], scratch, backend)
-    # Where the first block trains, its backward hangs on its adapters, and it need not make a gradient of its input.
     first = next(iter(model.blocks.values()))
+    assert isinstance(first.fused, FusedBlock)
+    first.fused = replace(first.fused, copies_input=not model.embedding[0].on_host)
+    # Where the first block trains, its backward hangs on its adapters, and it need not make a gradient of its input.
     model.embedding[0].asks_for_gradient = all(linear.lora_A is None for linear in anatomies[0].linears)
     norm = model.backbone.norm
     if isinstance(norm, nn.Module) and type(norm) is type(first.layer.input_layernorm):

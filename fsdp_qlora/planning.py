@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fsdp_qlora.arena import Arena, Schedule, place
+from fsdp_qlora.arena import Arena
 from fsdp_qlora.config import Config, MemoryOptions
 from fsdp_qlora.environment import allocator_grows
 from fsdp_qlora.errors import UserError
@@ -19,6 +19,7 @@ from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
 from fsdp_qlora.gpu_memory import outside_bytes
 from fsdp_qlora.host_memory import available_host_bytes
+from fsdp_qlora.layout import Schedule, place
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.optim import paged_bytes, state_bytes

@@ -10,10 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fsdp_qlora.arena import Life, Recorder
+from fsdp_qlora.arena import Recorder
 from fsdp_qlora.config import Config
 from fsdp_qlora.fused import FusedBlock, Scratch
 from fsdp_qlora.kernels.device import take_from
+from fsdp_qlora.layout import Life
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.plan.memory import BlockPlan

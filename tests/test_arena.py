@@ -10,9 +10,10 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
 from fsdp_qlora import run as run_module
-from fsdp_qlora.arena import ALIGN, Arena, Life, Recorder, most_alive, place
+from fsdp_qlora.arena import Arena, Recorder
 from fsdp_qlora.fused import KEEP
 from fsdp_qlora.kernels import device
+from fsdp_qlora.layout import ALIGN, Life, most_alive, place
 from tests import tiny
 from tests.runs import Options, run_alone
 

@@ -13,9 +13,8 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, _best, climb, make_plan, plan_record, table
 from fsdp_qlora.plan.climb import Cost, blend, corners
 from fsdp_qlora.plan.clock import Clock, Rates
-from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.plan.memory import RESERVED, Memory
-from fsdp_qlora.plan.facts import KEEP
+from fsdp_qlora.plan.facts import KEEP, Facts
+from fsdp_qlora.plan.memory import Memory
 from fsdp_qlora.plan.refusal import CONTEXT_STEP, RANK_STEP, Nearest, nearest, with_context, with_rank
 from fsdp_qlora.plan.search import spread
 from fsdp_qlora.units import GIB
@@ -70,7 +69,7 @@ def test_a_plan_never_exceeds_its_budget(known: Facts, gib: int) -> None:
     except UserError:
         return
     memory = Memory(known)
-    assert made.device_bytes * RESERVED[made.placement] <= budget.device_bytes
+    assert Memory(known).reserved(made.placement, made.device_bytes) <= budget.device_bytes
     assert made.host_bytes <= budget.host_bytes
     assert made.device_bytes == memory.device_bytes(made.candidate) == sum(made.parts.values())
     assert made.host_bytes == memory.host_bytes(made.candidate)

@@ -1,10 +1,7 @@
 """The plan's memory: equal to what the program's own code allocates on the meta device, near what was measured."""
 
-import copy
 import json
-import sys
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +11,17 @@ from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig
 from fsdp_qlora import shards
 from fsdp_qlora.codecs import NF4, Parts
 from fsdp_qlora.fused import FusedBlock
-from fsdp_qlora.kernels import cross_entropy, glu_lora
+from fsdp_qlora.layout import most_alive, place
 from fsdp_qlora.loading import encode
-from fsdp_qlora.offload import ActivationOffload
-from fsdp_qlora.plan import memory, moments
-from fsdp_qlora.plan.facts import Facts, facts_of
+from fsdp_qlora.plan import memory
+from fsdp_qlora.plan.costs import BlockBytes, block_bytes, trace, trace_parked
+from fsdp_qlora.plan.facts import KEEP, Facts, facts_of
+from fsdp_qlora.plan.loading import Loading
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
-from fsdp_qlora.plan.facts import KEEP, BlockBytes
+from fsdp_qlora.rehearsal import rehearse
 from fsdp_qlora.units import GIB
 from tests.known_runs import MEASURED, facts
-from tests.metered import META, WORLD, Meter, metered_block, metered_step, planned
+from tests.metered import WORLD, Meter, planned
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -36,6 +34,7 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+SMALL: dict[str, Any] = {"batch_size": 4, "context_length": 256, "lora_rank": 20}
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "stacked projections": Phi3Config(**SHAPE),
@@ -48,99 +47,62 @@ def every(facts: Facts, keep: str, offloaded: bool = False, placement: Placed = 
     return Candidate(placement, (BlockPlan(True, keep, offloaded),) * facts.layers, True, 0)
 
 
-@pytest.fixture
-def without_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention's own, which is not made on meta."""
-    monkeypatch.setattr(moments, "_attention", lambda facts: (0, 0))
+def of(known: Facts, keep: str, offloaded: bool = False) -> BlockBytes:
+    return block_bytes(known, keep, offloaded)
 
 
-@pytest.mark.usefixtures("without_workspace")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_block_allocates_what_is_counted(family: str, dropout: float) -> None:
-    model, config, fusion = planned(
-        FAMILIES[family], batch_size=4, context_length=256, lora_rank=20, lora_dropout=dropout
-    )
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"lora_dropout": 0.1},
+        {"lora_target_modules": ".*(q_proj|v_proj|qkv_proj)"},
+        {"lora_target_modules": "down_proj"},
+    ],
+    ids=["plain", "dropout", "qkv alone", "down alone"],
+)
+def test_a_block_made_of_facts_takes_what_the_models_own_takes(family: str, more: dict[str, Any]) -> None:
+    model, config, fusion = planned(FAMILIES[family], **SMALL, **more)
     known = facts_of(model, config, WORLD, fusion, 8)
-    for keep in KEEP:
-        counted, real = BlockBytes.of(known, keep, False), metered_block(model, config, keep)
-        assert counted.kept == real.kept, keep
-        assert counted.forward == real.forward, keep
-        assert counted.backward == real.backward, keep
-
-
-@pytest.mark.usefixtures("without_workspace")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_with_a_narrow_mlp_allocates_what_is_counted(family: str) -> None:
-    """Its peak is in attention's half."""
-    for inner in (512, 1024):
-        narrow = copy.deepcopy(FAMILIES[family])
-        narrow.intermediate_size = inner
-        model, config, fusion = planned(narrow, batch_size=4, context_length=256, lora_rank=20)
-        known = facts_of(model, config, WORLD, fusion, 8)
+    own = list(model.blocks.values())[-1].fused  # the first may copy its input
+    assert isinstance(own, FusedBlock)
+    for backend in ("cudnn", "flash", "flash_attn", "math"):
         for keep in KEEP:
-            counted, real = BlockBytes.of(known, keep, False), metered_block(model, config, keep)
-            assert counted.backward == real.backward, (inner, keep)
+            here = trace(replace(own, keep=keep, backend=backend), known.batch, known.context)
+            assert of(replace(known, attention=backend), keep) == here, (backend, keep)
+            away = trace_parked(replace(own, keep=keep, backend=backend), known.batch, known.context, here)
+            assert of(replace(known, attention=backend), keep, True) == away, (backend, keep)
 
 
-class _FlashAttn(torch.autograd.Function):
-    """What the flash-attn package's function allocates and saves."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-        out, sums = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
-        ctx.save_for_backward(q, k, v, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Any) -> Any:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-@pytest.mark.usefixtures("without_workspace")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_block_with_flash_attn_allocates_what_is_counted(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its statistics hold q, k and v, so that no level keeps them, and level `input` holds normalised heads twice."""
-    package = SimpleNamespace(flash_attn_func=lambda q, k, v, **_: _FlashAttn.apply(q, k, v))
-    monkeypatch.setitem(sys.modules, "flash_attn", package)  # type: ignore[arg-type]
-    model, config, fusion = planned(FAMILIES[family], batch_size=4, context_length=256, lora_rank=20)
-    for block in model.blocks.values():
-        assert isinstance(block.fused, FusedBlock)
-        block.fused = replace(block.fused, backend="flash_attn")
-    known = facts_of(model, config, WORLD, replace(fusion, attention=("flash_attn",)), 8)
+def test_what_a_level_keeps_is_what_its_name_says() -> None:
+    """In numbers per token; beside them x A^T, and attention's sums by rows in float32."""
+    known = facts("llama3_8b", 4, 2048, 16)
+    h, queries, qkv, inner = known.hidden, known.queries, known.qkv, known.inner
+    numbers = {"input": h, "halves": 2 * h, "attention": 2 * h + queries, "qkv": 2 * h + queries + qkv}
+    numbers["all"] = numbers["qkv"] + 2 * inner
     for keep in KEEP:
-        counted, real = BlockBytes.of(known, keep, False), metered_block(model, config, keep)
-        assert counted.kept == real.kept, keep
-        assert counted.forward == real.forward, keep
-        assert counted.backward == real.backward, keep
+        least = known.tokens * numbers[keep] * known.compute_bytes
+        assert least < of(known, keep).kept < 1.02 * least
+        assert of(known, keep, True).away == pytest.approx(least, rel=0.003)
 
 
-@pytest.mark.parametrize("rank", [16, 32])
-def test_a_block_that_is_parked_allocates_what_is_counted(rank: int) -> None:
-    """At rank 16 the rows of gate and up have a pitch, and a copy without is made; at rank 32 they are contiguous."""
-    model, config, fusion = planned(FAMILIES["llama"], batch_size=4, context_length=256, lora_rank=rank)
-    known = facts_of(model, config, WORLD, fusion, 8)
-    for keep in KEEP:
-        counted, real = (
-            BlockBytes.of(known, keep, True),
-            metered_block(model, config, keep, ActivationOffload(META, 4 * 256)),
-        )
-        assert counted.forward == pytest.approx(real.forward, rel=0.001), keep
-        assert counted.kept + counted.away == pytest.approx(real.kept, rel=0.005), keep
-
-
-@pytest.mark.parametrize("keep", ["input", "qkv", "all"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("vocabulary", [1024, 32000])
-def test_a_whole_step_allocates_what_is_counted(keep: str, vocabulary: int) -> None:
+def test_a_step_needs_as_much_at_once_as_is_counted(ranks: int, vocabulary: int) -> None:
     """With few words the peak is in a block's backward, with many at the head."""
-    model, config, fusion = planned(
-        LlamaConfig(**SHAPE | {"vocab_size": vocabulary}), batch_size=2, context_length=256, lora_rank=16
-    )
-    known = facts_of(model, config, WORLD, fusion, 0)  # no optimizer yet, so no state
-    real, counted = metered_step(model, config, keep), Memory(known)
-    parts, working = counted.step_parts(every(known, keep)), counted.peak(every(known, keep))
-    assert working == pytest.approx(real.peak - real.before, rel=0.02)
-    assert sum(parts.values()) - working == pytest.approx(real.before, rel=0.005)
+    model, config, fusion = planned(LlamaConfig(**SHAPE | {"vocab_size": vocabulary, "num_hidden_layers": 6}), **SMALL)
+    world = replace(WORLD, size=ranks, local_size=ranks)
+    known = replace(facts_of(model, config, world, fusion, 8), sent_bytes=2, exchange_by_host=True)
+    mixes = {keep: [BlockPlan(True, keep, False)] * 6 for keep in KEEP}
+    mixes["mixed"] = [
+        BlockPlan(True, keep, away) for keep, away in zip((*KEEP, "all"), [True] * 3 + [False] * 3, strict=True)
+    ]
+    for name, blocks in mixes.items():
+        lives = rehearse(model, blocks, config, known.context, world, widens=True)
+        counted = Memory(known).arena(Candidate("replicate", tuple(blocks), True, 0))
+        assert most_alive(lives) == pytest.approx(counted, rel=0.03), name
+        assert place(lives).nbytes <= 1.06 * most_alive(lives), name
 
 
 def test_encoding_a_block_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +120,7 @@ def test_encoding_a_block_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch)
     with meter:
         before = meter.mark()
         encode(unit, weights, torch.device("cpu"))
-    counted = moments.Loading(facts_of(model, config, WORLD, fusion, 8.0))
+    counted = Loading(facts_of(model, config, WORLD, fusion, 8.0))
     block = unit.frozen.layout.nbytes
     assert block + 0.5 * SHAPE["hidden_size"] * SHAPE["intermediate_size"] < meter.peak - before
     assert meter.peak - before <= block + counted.parts
@@ -166,13 +128,6 @@ def test_encoding_a_block_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_plan_has_the_programs_numbers() -> None:
     assert (memory.TOGETHER, memory.IN_FLIGHT) == (shards.TOGETHER, shards.IN_FLIGHT)
-    assert moments.MOST_RANK == glu_lora.MOST_RANK
-
-
-def test_the_loss_holds_as_many_logits_as_are_counted() -> None:
-    for vocabulary in (300, 32000, 65537, 128256, 1 << 20):
-        known = replace(facts("llama2_70b", 2, 2048, 64), vocabulary=vocabulary)
-        assert moments.chunk_tokens(known) == cross_entropy.chunk_tokens(vocabulary)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])
@@ -189,7 +144,7 @@ def test_measured_peaks_are_met_within_5_percent(row: Any) -> None:
 def test_offloaded_blocks_keep_little_on_the_gpu_and_the_rest_in_host_memory() -> None:
     known = facts("llama3_8b", 4, 2048, 16)
     for keep in KEEP:
-        here, away = (BlockBytes.of(known, keep, offloaded) for offloaded in (False, True))
+        here, away = (of(known, keep, offloaded) for offloaded in (False, True))
         assert away.kept + away.away == here.kept
         assert away.kept < here.kept / 20
     memory = Memory(known)
@@ -242,5 +197,5 @@ def test_adapters_on_some_layers_only_are_seen_whichever_layer_has_them(fused: s
     assert one.all_adapters == one.largest_adapters, "of two layers one has an adapter"
     ranks = ("rank_qkv", "rank_o", "rank_gate_up", "rank_down")
     assert [getattr(one, name) for name in ranks] == [getattr(everywhere, name) for name in ranks]
-    assert BlockBytes.of(one, "all", False) == BlockBytes.of(everywhere, "all", False)
+    assert of(one, "all") == of(everywhere, "all")
     assert Memory(one).masters * 2 == Memory(everywhere).masters

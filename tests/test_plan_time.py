@@ -7,11 +7,11 @@ import pytest
 from transformers import LlamaConfig
 
 from fsdp_qlora.plan.clock import Clock, Rates
-from fsdp_qlora.plan.memory import BlockPlan, Candidate
 from fsdp_qlora.plan.facts import KEEP
+from fsdp_qlora.plan.memory import BlockPlan, Candidate
 from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD, BlockWork
 from tests.known_runs import H200, MEASURED, facts
-from tests.metered import metered_block, planned
+from tests.metered import block_launches, planned
 from tests.test_plan_memory import SHAPE
 
 COPIES = (0, 0, 0, 1, 2)  # more launches in forward, of what each level keeps: x A^T alone, without x
@@ -25,9 +25,9 @@ def test_measured_steps_are_met_within_15_percent(row: Any) -> None:
 def test_launches_are_those_of_the_code() -> None:
     model, config, _ = planned(LlamaConfig(**SHAPE), batch_size=1, context_length=128, lora_rank=16)
     for level, keep in enumerate(KEEP):
-        real = metered_block(model, config, keep)
-        assert real.launches_forward == LAUNCHES_FORWARD + COPIES[level], keep
-        assert real.launches_backward == LAUNCHES_BACKWARD[level], keep
+        forward, backward = block_launches(model, config, keep)
+        assert forward == LAUNCHES_FORWARD + COPIES[level], keep
+        assert backward == LAUNCHES_BACKWARD[level], keep
 
 
 def test_flops_are_four_per_parameter_and_token_and_six_with_everything_recomputed() -> None:

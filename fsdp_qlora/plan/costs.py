@@ -89,6 +89,7 @@ def trace(block: FusedBlock, batch: int, context: int) -> BlockBytes:
         for _ in range(2):  # the first makes the scratch buffer as large as it will be
             h, tables = _inputs(block, batch, context, meter)
             meter.mark()
+            meter.loose.begin()
             out = block(h, *tables)
             forward, out_bytes = meter.peak, _rounded(out.nbytes)
             d_out = _gradient(block, out)
@@ -110,6 +111,7 @@ def trace_parked(block: FusedBlock, batch: int, context: int, here: BlockBytes) 
         for _ in range(2):
             h, tables = _inputs(block, batch, context, meter)
             meter.mark()
+            meter.loose.begin()
             out = block(h, *tables)
             forward = meter.peak
             del out, h
@@ -249,6 +251,12 @@ class _Loose(TorchDispatchMode):
         if (known is None or known.expired()) and storage.nbytes():
             self._made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
 
+    def begin(self) -> None:
+        """What is alive now is there to stay, and counts no more."""
+        self.live()
+        self._known |= {key: storage for key, (storage, _) in self._made.items()}
+        self._made, self.peak = {}, 0
+
     def live(self) -> int:
         self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
         return sum(_rounded(nbytes) for _, nbytes in self._made.values())
@@ -280,7 +288,7 @@ class _Meter:
 
     def mark(self) -> int:
         """Begin to look for the peak anew; return the bytes alive now."""
-        self.peak, self.loose.peak = self.live(), self.loose.live()
+        self.peak = self.live()
         return self.peak
 
     @contextmanager

@@ -74,7 +74,7 @@ class Memory:
         self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced() + self.gradients
         if facts.exchange_by_host:  # what waits to be added
             self.owned += FLOAT * facts.largest_adapters // facts.ranks // (1 if facts.ranks > 2 else 2)
-        self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
+        self.reduction = 0 if facts.ranks == 1 else _reduction(facts)
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
         self.always = self.adapters + self.owned + self.scratch + self.workspace
@@ -233,7 +233,8 @@ class Memory:
             size = sizes[i]
             going = fetched if i > first_away else 0  # what was parked last is let go when the next is parked
             forward = (before[i], size.forward + going, behind[-1])
-            backward = (before[i + 1], size.backward + size.away + fetched, behind[i] + self.flying)
+            flying = min(IN_FLIGHT, len(sizes) - 1 - i) * self.reduction
+            backward = (before[i + 1], size.backward + size.away + fetched, behind[i] + flying)
             worst = max(worst, forward, backward, key=sum)
         return worst
 
