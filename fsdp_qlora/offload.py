@@ -101,6 +101,14 @@ class ActivationOffload:
         if self._parked:
             self._start(self._parked[-1])
 
+    def forget(self) -> None:
+        """Let go of all that is parked, where no backward will fetch it. Its host buffers are not used again."""
+        if self.on_gpu and self._parked:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_stream(self._out)  # memory that is still being copied from or to is given back in its order
+            stream.wait_stream(self._in)
+        self._parked.clear()
+
     def _start(self, parked: Parked) -> None:
         if parked.back:
             return

@@ -21,7 +21,7 @@ from fsdp_qlora.model import CausalModel
 from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.optim import paged_bytes, state_bytes
 from fsdp_qlora.placement import shard_count
-from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, table
+from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, refit_plan, table
 from fsdp_qlora.plan.calibrate import calibrate
 from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.facts import Facts, facts_of
@@ -31,6 +31,7 @@ from fsdp_qlora.world import World
 # GiB of a GPU that go to others than PyTorch's allocator after the plan is made: CUDA modules, cuDNN, NCCL's buffers
 # (1.1 GiB in all on H200s, of which the context's half is there already).
 OUTSIDE_GIB = 0.75
+SPARE_GIB = 0.25  # of a GPU, left free by a plan that is made again in the middle of a run: others have taken some
 # Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
 # beyond the share that every plan leaves.
 PIECES = 0.06
@@ -41,12 +42,16 @@ HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, its table for the user, its record for `write_plan`, and the options that it was made for."""
+    """A plan, its table for the user, its record for `write_plan`, and what it was made from: options, facts, rates,
+    budget."""
 
     plan: Plan
     lines: list[str]
     record: dict
     config: Config
+    facts: Facts
+    rates: Rates | None
+    budget: Budget
 
 
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
@@ -73,7 +78,24 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
     plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
-    return Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized)
+    lines, record = table(plan, facts, rates, left), plan_record(plan, facts, rates)
+    return Planned(plan, lines, record, sized, facts, rates, left)
+
+
+def refit_run(planned: Planned, world: World) -> Planned | None:
+    """The plan for what is free now, with less saved for backward, and all that is loaded where it is; None where the
+    options or the plan leave nothing to give. A collective."""
+    memory = planned.config.memory
+    device = device_bytes(memory, world.device, SPARE_GIB)
+    host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
+    least_device, least_host = (min(column) for column in zip(*world.gather([device, host]), strict=True))
+    budget = Budget(least_device, min(least_host, planned.budget.host_bytes))
+    wishes = wishes_of(memory, world.size)
+    plan = refit_plan(planned.plan, planned.facts, planned.rates, wishes, budget)
+    if plan is None:
+        return None
+    record = plan_record(plan, planned.facts, planned.rates)
+    return replace(planned, plan=plan, lines=[], record=record)
 
 
 def agreed(facts: Facts, world: World) -> Facts:
@@ -140,17 +162,23 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         raise UserError(
             f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away"
         ).on_every_rank(world.rank)
-    device = float("inf")
-    if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        device = free + torch.cuda.memory_reserved(world.device) - OUTSIDE_GIB * GIB
-    if memory.gpu_memory_gib is not None:
-        device = min(device, memory.gpu_memory_gib * GIB)
-    device *= 1 if allocator_grows() else 1 - PIECES
+    device = device_bytes(memory, world.device, OUTSIDE_GIB)
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
     everyone = world.gather([device, host])
     return Budget(*(min(column) for column in zip(*everyone, strict=True)))
+
+
+def device_bytes(memory: MemoryOptions, device: torch.device, outside_gib: float) -> float:
+    """Bytes that PyTorch may allocate on this rank's GPU as things are now, all that it has included. Without a GPU no
+    limit is known. outside_gib: left to others."""
+    nbytes = float("inf")
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        nbytes = free + torch.cuda.memory_reserved(device) - outside_gib * GIB
+    if memory.gpu_memory_gib is not None:
+        nbytes = min(nbytes, memory.gpu_memory_gib * GIB)
+    return nbytes * (1 if allocator_grows() else 1 - PIECES)
 
 
 def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:

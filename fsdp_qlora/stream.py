@@ -92,9 +92,10 @@ class Streamer:
             target = buffer.memory[: stop.source.numel()]
             flat = nn.Parameter(target.view(torch.float32), requires_grad=False)
             stop.here[number] = Staged(flat, list(zip(target.split(PIECE), stop.source.split(PIECE), strict=True)))
+        buffer.holds = -1  # until all of it has been queued: whoever tries again after an error must find no half
+        self._copy(stop.here[number].copies, buffer)
         buffer.holds = position
         self.copied += stop.source.numel()
-        self._copy(stop.here[number].copies, buffer)
         return number
 
     def _copy(self, copies: list[tuple[Tensor, Tensor]], buffer: _Buffer) -> None:

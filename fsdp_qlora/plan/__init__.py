@@ -13,11 +13,22 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan.clock import Clock, Rates
 from fsdp_qlora.plan.facts import Facts
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.refit import LoadedMemory, refit
 from fsdp_qlora.plan.refusal import refusal
 from fsdp_qlora.plan.search import PLACEMENTS, SIMPLER, Budget, Found, Search, Wishes, placements, spread
-from fsdp_qlora.plan.table import lines
+from fsdp_qlora.plan.table import kept_text, lines
 
-__all__ = ["BlockPlan", "Budget", "Plan", "Wishes", "make_plan", "plan_record", "table"]
+__all__ = [
+    "BlockPlan",
+    "Budget",
+    "Plan",
+    "Wishes",
+    "kept_text",
+    "make_plan",
+    "plan_record",
+    "refit_plan",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,14 @@ def make_plan(facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget)
     fastest = min(found.seconds for found in best.values())
     chosen = next(best[p] for p in PLACEMENTS if p in best and best[p].seconds <= fastest * SIMPLER)
     return _plan(memory, chosen.candidate, chosen.seconds)
+
+
+def refit_plan(plan: Plan, facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget) -> Plan | None:
+    """The plan for a run that is loaded as `plan` says and has run out of GPU memory; None where nothing can be given.
+
+    budget: what there is now. Its device_bytes and parts are those of a step."""
+    found = refit(plan.candidate, facts, rates, wishes, budget)
+    return None if found is None else _plan(LoadedMemory(facts), *found)
 
 
 def plan_record(plan: Plan, facts: Facts, rates: Rates | None) -> dict[str, Any]:

@@ -122,6 +122,8 @@ class Search:
             for keep, away in kinds
         }
         nothing = replace(like, blocks=blend({kinds[0]: facts.layers}, kinds))
+        if self.placement == "stream" and self.wishes.resident_blocks is not None:  # theirs is not to be had
+            nothing = _with_resident(nothing, min(self.wishes.resident_blocks, facts.layers - 1))
         away = facts.layers * costs[kinds[0]].host
         gpu = self.limit - self.memory.device_bytes(nothing) + facts.layers * costs[kinds[0]].gpu
         host = self.budget.host_bytes - self.memory.host_bytes(nothing) + away
