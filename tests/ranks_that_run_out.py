@@ -1,0 +1,116 @@
+"""Runs train.py's main for many command lines in one launch, with GPU memory running out where each case says so.
+
+    torchrun --nproc_per_node 2 tests/ranks_that_run_out.py CASES.json RESULTS
+
+CASES.json: name -> {"arguments": [...], "keep": level, "offloaded": bool, "faults": [[rank, place, call], ...]}: the
+plan's blocks keep that level, and the call (from 1, over the whole run) of that rank at that place of `PLACES` raises
+what PyTorch's allocator does. Writes RESULTS/NAME.RANK.json.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import train
+from fsdp_qlora import fused, model, offload, planning, shards
+from fsdp_qlora.plan import Plan
+from tests.meeting import RANK, meet_at
+
+train.HEAD_START_SECONDS = 0.0  # this launch does not end with the first rank that does
+MESSAGE = "CUDA out of memory. Tried to allocate 226.00 MiB. GPU 0 has a total capacity of 23.99 GiB\nSee documentation"
+LIBRARY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+# name -> (where it is looked up, its name there, whether memory runs out after it has done its work)
+PLACES: dict[str, tuple[Any, str, bool]] = {
+    "forward": (fused.FusedBlock, "mlp_forward", False),  # once a block and micro-batch
+    "backward": (fused.FusedBlock, "attention_backward", False),
+    "backward's end": (fused.FusedBlock, "attention_backward", True),  # with gradients handed over, and not taken
+    "head": (model, "linear_cross_entropy", True),
+    "offloading": (offload.ActivationOffload, "park", True),
+    "restoring": (offload.ActivationOffload, "fetch", True),
+    "gradients": (shards.ShardedAdapters, "_taken", True),
+    "reduced gradients": (shards.ShardedAdapters, "_keep", False),  # after the exchange has begun
+    "sums": (shards.ShardedAdapters, "everyones", False),
+    "update": (shards.Masters, "unfold", False),
+    "cuBLAS": (fused, "glu_forward", True),
+}
+
+
+class Faults:
+    """Raises at the calls of this rank that a case names."""
+
+    def __init__(self, faults: list[tuple[int, str, int]]) -> None:
+        self.wanted = {(place, call) for rank, place, call in faults if rank == RANK}
+        self.calls: Counter[str] = Counter()
+
+    def at(self, place: str, do: Callable[..., Any], late: bool) -> Callable[..., Any]:
+        @wraps(do)
+        def wrapped(*arguments: Any, **more: Any) -> Any:
+            self.calls[place] += 1
+            fails = (place, self.calls[place]) in self.wanted
+            if fails and not late:
+                self.fail(place)
+            result = do(*arguments, **more)
+            if fails:
+                self.fail(place)
+            return result
+
+        return wrapped
+
+    def fail(self, place: str) -> None:
+        if place == "cuBLAS":
+            raise RuntimeError(LIBRARY)
+        raise torch.OutOfMemoryError(MESSAGE)
+
+
+def planned(keep: str, offloaded: bool) -> Callable[..., Plan]:
+    """`make_plan`, whose blocks keep something else."""
+    make = planning.make_plan
+
+    def otherwise(*arguments: Any) -> Plan:
+        plan = make(*arguments)
+        return replace(plan, blocks=tuple(replace(b, keep=keep, offloaded=offloaded) for b in plan.blocks))
+
+    return otherwise
+
+
+def run(case: dict[str, Any], undo: contextlib.ExitStack) -> int:
+    faults = Faults([tuple(fault) for fault in case["faults"]])
+    for place, (owner, name, late) in PLACES.items():
+        undo.enter_context(patch.object(owner, name, faults.at(place, getattr(owner, name), late)))
+    if case["keep"]:
+        undo.enter_context(patch.object(planning, "make_plan", planned(case["keep"], case["offloaded"])))
+    return train.main(case["arguments"])
+
+
+def main(cases: Path, results: Path) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # and NaN in all memory that nobody has written
+    for name, case in json.loads(cases.read_text()).items():
+        meet_at(name)
+        start, out, err = time.monotonic(), io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.ExitStack() as undo:
+            try:
+                code = run(case, undo)
+            except BaseException:
+                traceback.print_exc()
+                code = -1
+        (results / f"{name}.{RANK}.json").write_text(
+            json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()})
+        )
+        sys.stdout.write(f"rank {RANK}: {name} ended with {code} after {time.monotonic() - start:.1f} s\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
