@@ -81,9 +81,7 @@ CASES = {
     "sums": Case("replicated", ((LAST, "sums", 2),)),
     "cuBLAS": Case("replicated", ((LAST, "cuBLAS", call(1, 0)),)),
     "two ranks": Case("streamed, ahead", ((0, "backward", back(1, 1)), (LAST, "forward", call(1, 2, 1)))),
-    "twice in a row": Case(
-        "replicated", ((LAST, "forward", call(1, 1)), (LAST, "forward", call(1, 1) + 2)), (0, 2, 0)
-    ),
+    "twice in a row": Case("replicated", ((LAST, "forward", call(1, 1)), (LAST, "forward", call(1, 1) + 2)), (0, 2, 0)),
     "in two steps": Case("streamed", ((0, "backward", back(0, 2)), (LAST, "head", 3 * MICRO + 1)), (1, 0, 1)),
 }
 CHOSEN = {  # of other than two ranks
