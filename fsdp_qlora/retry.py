@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from fsdp_qlora.errors import TrainingStopped, release_frames
+from fsdp_qlora.errors import TrainingStopped, UserError, release_frames
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.model import CausalModel
+from fsdp_qlora.placement import Placement
 from fsdp_qlora.plan import Plan, kept_text
 from fsdp_qlora.planning import Planned, keep_activations, refit_run, write_plan
 from fsdp_qlora.world import World
@@ -45,8 +46,16 @@ class Refit:
 
     most_tokens: of a micro-batch, padding included. folder: where `plan.json` is, which is written again."""
 
-    def __init__(self, planned: Planned, model: CausalModel, most_tokens: int, world: World, folder: Path) -> None:
-        self.planned, self.model, self.most_tokens = planned, model, most_tokens
+    def __init__(
+        self,
+        planned: Planned,
+        model: CausalModel,
+        placement: Placement,
+        most_tokens: int,
+        world: World,
+        folder: Path,
+    ) -> None:
+        self.planned, self.model, self.placement, self.most_tokens = planned, model, placement, most_tokens
         self.world, self.folder = world, folder
         self._apply()
 
@@ -58,6 +67,10 @@ class Refit:
         if planned is None:
             raise TrainingStopped(out_of_memory(step, ran_out)).on_every_rank(self.world.rank)
         self.world.say(retry_line(step, ran_out, self.planned.plan, planned.plan, self.world.device.type == "cuda"))
+        try:
+            self.placement.shrink(planned.plan)
+        except UserError as error:  # of host memory: what has begun is no mistake of the user's any more
+            raise TrainingStopped(f"{out_of_memory(step, ran_out)}; {error}").on_every_rank(self.world.rank) from error
         self.planned = planned
         self._apply()
         if self.world.is_main:
@@ -79,6 +92,7 @@ def retry_line(step: int, ran_out: Mapping[int, str], before: Plan, after: Plan,
     """The line that a user sees of a step that is tried again."""
     line = f"step {step}: GPU memory ran out on {_on_ranks(ran_out)}; trying again with less saved for backward: "
     line += kept_text(after.blocks, gpus)
+    line += _moved(before, after)
     if after.seconds is not None and before.seconds is not None:
         line += f"; expected {after.seconds:.3f} s a step (was {before.seconds:.3f})"
     return line
@@ -97,3 +111,12 @@ def _on_ranks(ran_out: Mapping[int, str]) -> str:
     first, *others = ran_out
     ranks = f"ranks {', '.join(map(str, ran_out))}" if others else f"rank {first}"
     return f"{ranks} ({ran_out[first]})"
+
+
+def _moved(before: Plan, after: Plan) -> str:
+    """The words for what leaves the GPU of the base."""
+    left = sum(block.resident for block in before.blocks) - sum(block.resident for block in after.blocks)
+    units = [f"{left} blocks"] if left else []
+    units += ["the head"] if before.head_resident and not after.head_resident else []
+    text = f"; {' and '.join(units)} moved to host memory" if units else ""
+    return text + (f"; {after.staging} buffers" if after.staging != before.staging else "")

@@ -78,7 +78,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         world.main_only(lambda: note_run(config, folder, adapter_count(model), planned.record))
 
         placement = world.together(lambda: choose_placement(plan, config.memory, world))
-        refit = Refit(planned, model, config.training.batch_size * longest, world, folder)
+        refit = Refit(planned, model, placement, config.training.batch_size * longest, world, folder)
         adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
         stages.done("loading")

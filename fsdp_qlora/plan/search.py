@@ -81,6 +81,7 @@ class Search:
         self.facts: Facts = memory.facts
         self.memory, self.clock, self.placement, self.wishes, self.budget = memory, clock, placement, wishes, budget
         self.limit = int(budget.device_bytes / RESERVED[placement])
+        self.most_resident = self.facts.layers - 1  # of `stream`: all of them would be `replicate`
 
     def best(self) -> Found | None:
         """The fastest that fits, the most frugal within `TIE` of it; None where nothing fits."""
@@ -144,7 +145,7 @@ class Search:
             spare = self.limit - self.memory.device_bytes(candidate, peak)
             wanted = self.wishes.resident_blocks
             resident = spare // self.facts.block_bytes if wanted is None else wanted
-            candidate = _with_resident(candidate, min(resident, self.facts.layers - 1))
+            candidate = _with_resident(candidate, min(resident, self.most_resident))
         device, host = self.memory.device_bytes(candidate, peak), self.memory.host_bytes(candidate)
         if device > self.limit or host > self.budget.host_bytes:
             return None
@@ -198,11 +199,11 @@ class Search:
                 yield candidate, device
 
     def _residents(self, candidate: Candidate, peak: int) -> int:
-        """How many blocks stay on the GPU beside all else. All of them would be `replicate`."""
+        """How many blocks stay on the GPU beside all else."""
         if self.wishes.resident_blocks is not None:
             return min(self.wishes.resident_blocks, self.facts.layers)
         spare = self.limit - self.memory.with_residents(candidate, peak)
-        return min(self.facts.layers - 1, spare // self.facts.block_bytes)
+        return min(self.most_resident, spare // self.facts.block_bytes)
 
     def _at_least_resident(self) -> Iterator[Candidate]:
         """With so few resident blocks that the rest just has room in host memory."""
