@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node 2 tests/ranks_that_run_out.py CASES.json RESULTS
 
-CASES.json: name -> {"arguments": [...], "keep": level, "offloaded": bool, "faults": [[rank, place, call], ...]}: the
-plan's blocks keep that level, and the call (from 1, over the whole run) of that rank at that place of `PLACES` raises
-what PyTorch's allocator does. Writes RESULTS/NAME.RANK.json.
+CASES.json: name -> {"arguments": [...], "keep": level, "offloaded": bool, "shrinks": bool, "faults": [[rank, place,
+call], ...]}: the plan's blocks keep that level, and the call (from 1, over the whole run) of that rank at that place of
+`PLACES` raises what PyTorch's allocator does. shrinks: resident blocks and the head go to host memory then. Writes
+RESULTS/NAME.RANK.json.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import torch
 
 import train
 from fsdp_qlora import fused, model, offload, planning, shards
+from fsdp_qlora import plan as plans
 from fsdp_qlora.plan import Plan
 from tests.meeting import RANK, meet_at
 
@@ -86,12 +88,23 @@ def planned(keep: str, offloaded: bool) -> Callable[..., Plan]:
     return otherwise
 
 
+def shrunk(*arguments: Any) -> Plan | None:
+    """`refit_plan`, which leaves the last block resident and two buffers."""
+    plan = plans.refit_plan(*arguments)
+    if plan is None:
+        return None
+    blocks = (*(replace(block, resident=False) for block in plan.blocks[:-1]), plan.blocks[-1])
+    return replace(plan, blocks=blocks, head_resident=False, staging=2)
+
+
 def run(case: dict[str, Any], undo: contextlib.ExitStack) -> int:
     faults = Faults([tuple(fault) for fault in case["faults"]])
     for place, (owner, name, late) in PLACES.items():
         undo.enter_context(patch.object(owner, name, faults.at(place, getattr(owner, name), late)))
     if case["keep"]:
         undo.enter_context(patch.object(planning, "make_plan", planned(case["keep"], case["offloaded"])))
+    if case["shrinks"]:
+        undo.enter_context(patch.object(planning, "refit_plan", shrunk))
     return train.main(case["arguments"])
 
 

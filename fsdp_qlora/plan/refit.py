@@ -82,10 +82,14 @@ def refit(
     taken = memory.device_bytes(now)
     search = _Search(memory, clock, now, wishes, budget, taken - least_given(taken))
     best = search.best()
-    found = search.leanest() if best is None else _with_some(best.candidate, now, _residents(best.candidate))
+    found = search.leanest() if best is None else best.candidate
     if found is None or memory.device_bytes(found) >= taken:
         return None
-    return found, clock.seconds(found)
+    stays = _residents(found)
+    shifts = range(_residents(now)) if 0 < stays < _residents(now) else (0,)
+    ways = [_with_some(found, now, stays, shift) for shift in shifts]
+    seconds, first = min((clock.seconds(way), i) for i, way in enumerate(ways))
+    return ways[first], seconds
 
 
 def least_given(taken: int) -> int:
@@ -97,10 +101,10 @@ def _residents(candidate: Candidate) -> int:
     return sum(block.resident for block in candidate.blocks)
 
 
-def _with_some(candidate: Candidate, now: Candidate, count: int) -> Candidate:
-    """The candidate, with `count` of the resident blocks of `now`, spread evenly over these."""
+def _with_some(candidate: Candidate, now: Candidate, count: int, shift: int = 0) -> Candidate:
+    """The candidate, with `count` of the resident blocks of `now`, spread evenly over these from the one at `shift`."""
     there = [i for i, block in enumerate(now.blocks) if block.resident]
-    stay = {i for i, stays in zip(there, spread(count, len(there)), strict=True) if stays}
+    stay = {i for i, stays in zip(there[shift:] + there[:shift], spread(count, len(there)), strict=True) if stays}
     blocks = tuple(replace(block, resident=i in stay) for i, block in enumerate(candidate.blocks))
     return replace(candidate, blocks=blocks)
 
