@@ -45,7 +45,7 @@ class Placement(Protocol):
         ...
 
     def shrink(self, plan: Plan) -> None:
-        """Between two steps: hold no more of the base on the device than `plan` says, which is less. A collective.
+        """Hold no more of the base on the device than `plan` says, which is less. Called between steps, a collective.
 
         Raises UserError on every rank where host memory for it cannot be had; all is as before then."""
         ...

@@ -83,8 +83,8 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
 
 
 def refit_run(planned: Planned, world: World) -> Planned | None:
-    """The plan for what is free now, with less saved for backward, and all that is loaded where it is; None where the
-    options or the plan leave nothing to give. A collective."""
+    """Return the plan for what is free now, which takes less of the GPUs than the one before; None where the options or
+    that plan leave nothing to give. A collective."""
     memory = planned.config.memory
     device = device_bytes(memory, world.device, SPARE_GIB)
     host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
@@ -170,8 +170,8 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
 
 
 def device_bytes(memory: MemoryOptions, device: torch.device, outside_gib: float) -> float:
-    """Bytes that PyTorch may allocate on this rank's GPU as things are now, all that it has included. Without a GPU no
-    limit is known. outside_gib: left to others."""
+    """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
+    without a GPU. outside_gib: left to others."""
     nbytes = float("inf")
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

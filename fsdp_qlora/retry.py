@@ -89,7 +89,7 @@ class Refit:
 
 
 def retry_line(step: int, ran_out: Mapping[int, str], before: Plan, after: Plan, gpus: bool) -> str:
-    """The line that a user sees of a step that is tried again."""
+    """Return the line that a user sees of a step that is tried again."""
     line = f"step {step}: GPU memory ran out on {_on_ranks(ran_out)}; trying again with less saved for backward: "
     line += kept_text(after.blocks, gpus)
     line += _moved(before, after)
@@ -99,7 +99,7 @@ def retry_line(step: int, ran_out: Mapping[int, str], before: Plan, after: Plan,
 
 
 def out_of_memory(step: int, ran_out: Mapping[int, str]) -> str:
-    """The line that ends a run where nothing can be given up."""
+    """Return the line that ends a run where nothing can be given up."""
     rank, why = next(iter(ran_out.items()))
     return (
         f"rank {rank}: GPU memory ran out in step {step} ({why}); give the plan less, with a --gpu_memory_gib 1 or 2 "
@@ -114,9 +114,9 @@ def _on_ranks(ran_out: Mapping[int, str]) -> str:
 
 
 def _moved(before: Plan, after: Plan) -> str:
-    """The words for what leaves the GPU of the base."""
+    """Say what of the base leaves the GPU."""
     left = sum(block.resident for block in before.blocks) - sum(block.resident for block in after.blocks)
-    units = [f"{left} blocks"] if left else []
+    units = [f"{left} block{'s' * (left > 1)}"] if left else []
     units += ["the head"] if before.head_resident and not after.head_resident else []
     text = f"; {' and '.join(units)} moved to host memory" if units else ""
     return text + (f"; {after.staging} buffers" if after.staging != before.staging else "")

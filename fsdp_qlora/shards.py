@@ -357,7 +357,7 @@ class ShardedAdapters:
             self._land()
 
     def _taken(self, group: Group) -> Tensor | None:
-        """[padded], the gradients that autograd left on a block's adapters; None where they are summed up here."""
+        """Take the gradients that autograd left on a block's adapters: [padded]; None where they are summed up here."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params]
         for p in group.params:
             p.grad = None

@@ -92,7 +92,7 @@ class Stepper:
         self._begin(ready)
 
     def ran_out(self) -> dict[int, str]:
-        """Rank -> its error, of the ranks that ran out of GPU memory in what was begun: nothing is updated then.
+        """Return rank -> error, of the ranks that ran out of GPU memory in what was begun: no rank updates then.
 
         A collective, on the host, beside the GPU's work."""
         if not any(failed for (failed,) in self.world.gather([bool(self._ran_out)])):
@@ -102,7 +102,7 @@ class Stepper:
         return {rank: why for rank, why in enumerate(said) if why}
 
     def give_back(self) -> None:
-        """After a step that `ran_out`, on every rank: forget it, and give back its memory."""
+        """Forget a step in which a rank `ran_out`, and give its memory back to the card. Called on every rank."""
         assert self._at_work is not None, "no step was begun"
         self._at_work[1].wait()  # the GPU is done with it, or a rank is gone
         self.adapters.check()
@@ -114,7 +114,7 @@ class Stepper:
             torch.cuda.empty_cache()
 
     def again(self) -> None:
-        """After `give_back`: as `begin`, the same step, with the same batches and the same random numbers."""
+        """Begin the same step after `give_back`, with the same batches and the same random numbers."""
         assert self._at_work is not None, "no step was begun"
         self._random.restore()
         self._retries += 1
@@ -169,13 +169,13 @@ class Stepper:
             self._update_ahead(sums)
 
     def _sums(self, ready: Ready) -> Tensor:
-        """[ranks, 2]: each rank's loss and the squared norm of its gradients."""
+        """Compute each rank's loss and the squared norm of its gradients: [ranks, 2]."""
         losses = self._passes(ready.inputs, ready.label_tokens / self.scale.value)
         norms = torch._foreach_norm(self.adapters.gradients())
         return self.adapters.everyones(torch.stack([losses, torch.stack(norms).square().sum()]))
 
     def _sums_without(self, micro_batches: int) -> Tensor:
-        """As `_sums`, where memory ran out in that: NaN from this rank, so that no rank updates."""
+        """Finish `_sums` where memory ran out in it, with NaN from this rank, so that no rank updates."""
         gc.collect()
         self.adapters.finish_without(micro_batches - self._passed)
         return self.adapters.everyones(torch.full((2,), torch.nan, device=self.world.device))

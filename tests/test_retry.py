@@ -185,7 +185,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_to_the_bit(name, launched):
     assert residents[0] == ([False, False, True] if told.shrinks else residents[1])
     if told.shrinks:
         assert sum(residents[1]) == 2
-        assert "; 1 blocks and the head moved to host memory; 2 buffers" in case.out[0]
+        assert "; 1 block and the head moved to host memory; 2 buffers" in case.out[0]
     saved, expected = case.run.tensors, clean.run.tensors
     assert saved.keys() == expected.keys()
     if torch.cuda.is_available():  # whose attention adds gradients in any order

@@ -72,7 +72,8 @@ def make_plan(facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget)
 
 
 def refit_plan(plan: Plan, facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget) -> Plan | None:
-    """The plan for a run that is loaded as `plan` says and has run out of GPU memory; None where nothing can be given.
+    """Return the plan for a run that is loaded as `plan` says and has run out of GPU memory; None where it has nothing
+    to give.
 
     budget: what there is now. Its device_bytes and parts are those of a step."""
     found = refit(plan.candidate, facts, rates, wishes, budget)
