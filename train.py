@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.config_parse import parse
-from fsdp_qlora.environment import choose_allocator, rank_from_environment
+from fsdp_qlora.environment import choose_allocator, keep_cpu_products_inside, rank_from_environment
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.hub import go_offline_if_unreachable
 from fsdp_qlora.quiet import silence
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         return _tell(error.on_every_rank(rank_from_environment()))
     silence()
     choose_allocator()
+    keep_cpu_products_inside()
     unreachable = go_offline_if_unreachable() if needs_hub(config) else None
     try:
         from fsdp_qlora.run import run  # seconds of imports, which a typo in an option must not wait for

@@ -144,11 +144,11 @@ def _try(name: str, asked: argparse.Namespace) -> bool:
     return True
 
 
-def row(name: str, case: Case, steps: int, more: Sequence[str]) -> dict[str, Any]:
+def row(name: str, case: Case, steps: int, more: Sequence[str], first_gpu: int = 0) -> dict[str, Any]:
     options = [f"--lora_rank={case.rank}", f"--host_memory_gib={case.host_gib}", *case.options, *more]
     asked = argparse.Namespace(
         shape=case.shape, gpus=case.gpus, cap_gib=case.cap_gib, batch_size=case.batch, context_length=case.context,
-        steps=steps, peer_access=case.peer_access, train_options=options,
+        steps=steps, peer_access=case.peer_access, train_options=options, first_gpu=first_gpu,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         measured = measure(asked, Path(scratch))

@@ -15,11 +15,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
 import transformers
+
+from fsdp_qlora.gpu_memory import used_by_card
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
@@ -43,6 +46,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--context_length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--first_gpu", type=int, default=0, help="of those that are taken, for several runs at once")
     parser.add_argument("--peer_access", action="store_true", help="leave NVLink or PCIe peer access on")
     parser.add_argument("--out", type=Path, required=True, help="JSON file the row is appended to, one line each")
     parser.add_argument("train_options", nargs="*", help="after --: further options of train.py")
@@ -72,8 +76,11 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(asked.gpus)]
     command += [str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in options.items()), *asked.train_options]
     environment = dict(os.environ) if asked.peer_access else os.environ | {"NCCL_P2P_DISABLE": "1"}
+    cards = range(asked.first_gpu, asked.first_gpu + asked.gpus)
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cards))
     start = time.time()
-    process = subprocess.run(command, env=environment, check=False)
+    with Watch(cards) as watch:
+        process = subprocess.run(command, env=environment, check=False)
     if process.returncode:
         raise SystemExit(f"train.py ended with {process.returncode}")
     metrics = scratch / "out" / "metrics.jsonl"
@@ -92,12 +99,46 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
         "seconds_per_step": round(statistics.median(s["seconds"] for s in typical), 4),
         "gpu_allocated_gib": max(steps[-1]["gpu_allocated_gib"]),
         "gpu_reserved_gib": max(steps[-1]["gpu_reserved_gib"]), "gpu_retries": max(steps[-1]["gpu_retries"]),
+        "card_gib": round(watch.most / 2**30, 2), "retries_after_2": steps_retries(steps),
+        "first_seconds": [round(s["seconds"], 3) for s in steps[:3]],
         "host_gib": round(max(sum(s["host_rss_gib"]) for s in steps), 2),
         "start_seconds": round(whole - sum(s["seconds"] for s in steps), 1),
         "losses": [s["loss"] for s in steps], "device": torch.cuda.get_device_name(0), "torch": torch.__version__,
         "transformers": transformers.__version__, "python": sys.version.split()[0], "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+
+
+def steps_retries(steps: list[dict]) -> int:
+    """Retries of the allocator after the second step."""
+    return max(steps[-1]["gpu_retries"]) - max(steps[min(1, len(steps) - 1)]["gpu_retries"])
+
+
+class Watch:
+    """The most memory that is in use on any of some cards, beyond what was before, as nvidia-smi counts it."""
+
+    def __init__(self, cards: range) -> None:
+        self.most = 0
+        self._cards, self._over = cards, threading.Event()
+        self._before = self._used()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.2):
+            grown = [now - then for now, then in zip(self._used(), self._before, strict=True)]
+            self.most = max([self.most, *grown])
+
+    def _used(self) -> list[int]:
+        used = list(used_by_card().values())
+        return [used[card] for card in self._cards] if used else []
 
 
 def _commit() -> str:

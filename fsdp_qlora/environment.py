@@ -133,6 +133,14 @@ def allocator_grows() -> bool:
     return any("expandable_segments:true" in text.lower() for text in told)
 
 
+def keep_cpu_products_inside() -> None:
+    """Before torch multiplies on a CPU: no AMX products, unless the user has set oneDNN's instruction set.
+
+    In bfloat16 oneDNN's (PyTorch 2.11 to 2.13) read the left matrix's rows beyond their end where their length is no
+    multiple of 32, and multiply what they find there by 0: NaN, where the memory has an infinity or a NaN."""
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+
 def _kernel() -> str:
     return platform.release().lower()
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fsdp_qlora.config import MemoryOptions
 from fsdp_qlora.errors import UserError, first_line
+from fsdp_qlora.host_link import MODE
 from fsdp_qlora.host_store import HostStore, rounded
 from fsdp_qlora.world import World
 
@@ -123,21 +124,29 @@ class ThroughHost:
         # A second peer's part, or one in a dtype that is half as wide as the sum's, waits to be added.
         waits = piece if world.size > 2 else piece // 2
         self._received = torch.empty(waits, dtype=torch.uint8, device=world.device)
+        # One stream for what this rank sends and one for what it gets, or one for both; and that of the two in use now.
+        self._out: torch.cuda.Stream | None = None
+        self._in: torch.cuda.Stream | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
         parts = whole.view(self.world.size, -1)
-        with self._turn():
+        self._begin()
+        with self._on(self._out):
             if mine.data_ptr() != parts[self.world.rank].data_ptr():
                 parts[self.world.rank].copy_(mine)
             self._send([mine])
+        with self._on(self._in):
             for peer in self._peers:
                 self._receive(parts[peer], peer, 0)
             return self._pending()
 
     def reduce_scatter(self, mine: Tensor, whole: Tensor) -> Pending:
         parts = whole.view(self.world.size, -1)
-        with self._turn():
+        self._begin()
+        with self._on(self._out):
             self._send([parts[peer] for peer in self._peers])
+        with self._on(self._in):
             own = parts[self.world.rank]
             for i, peer in enumerate(self._peers):
                 direct = i == 0 and mine.dtype == own.dtype
@@ -215,18 +224,33 @@ class ThroughHost:
         self._wait_value, self._write_value = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
         for call in (self._wait_value, self._write_value):  # (stream, address, value, flags)
             call.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
-        self._stream = torch.cuda.Stream(self.world.device)
+        self._out = self._in = torch.cuda.Stream(self.world.device)
+        if MODE == "duplex":
+            self._in = torch.cuda.Stream(self.world.device)
+
+    def _begin(self) -> None:
+        """Start one exchange, after what is on the current stream now."""
+        self.count += 1
+        assert self._out is not None
+        here = torch.cuda.current_stream(self.world.device).record_event()
+        self._out.wait_event(here)
+        if self._in is not None and self._in is not self._out:
+            self._in.wait_event(here)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """One exchange, after what is on the current stream now."""
-        self.count += 1
-        self._stream.wait_stream(torch.cuda.current_stream(self.world.device))
-        with torch.cuda.stream(self._stream):
+    def _on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """Queue there what is queued inside."""
+        self._stream = stream
+        with torch.cuda.stream(stream):
             yield
 
     def _pending(self) -> Pending:
-        return _Recorded(self._stream.record_event(), self.world.device)
+        """Mark the end of the exchange: all has come and all has been sent."""
+        assert self._in is not None
+        assert self._out is not None
+        if self._in is not self._out:
+            self._in.wait_stream(self._out)
+        return _Recorded(self._in.record_event(), self.world.device)
 
     def _await(self, counter: int, value: int) -> None:
         """The stream goes on when the counter has reached `value` (the driver's default comparison, >=)."""
@@ -238,6 +262,7 @@ class ThroughHost:
         self._call(self._write_value, counter, self.count)
 
     def _call(self, call: Any, counter: int, value: int) -> None:
+        assert self._stream is not None
         status = call(self._stream.cuda_stream, self._counters.data_ptr() + LINE * counter, value, 0)
         if status != 0:
             raise RuntimeError(f"{call.__name__}: CUDA error {status}")

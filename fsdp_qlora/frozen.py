@@ -131,6 +131,17 @@ class FrozenBytes(nn.Module):
         self._places = [*self._places[1 - MOST_PLACES :], Place(flat, self.layout.views(buffer))]
         return self._places[-1]
 
+    @contextmanager
+    def on_meta(self) -> Iterator[None]:
+        """Inside, the bytes are on the meta device and nothing brings them."""
+        before = self.flat, self.bring, self.expected, self._places
+        self.flat = nn.Parameter(torch.empty(before[0].shape, dtype=before[0].dtype, device="meta"), False)
+        self.bring, self.expected, self._places = None, None, []
+        try:
+            yield
+        finally:
+            self.flat, self.bring, self.expected, self._places = before
+
     def decode(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The tensor `name` in `dtype`, decoded on the device where the bytes are, into `out` if that is given."""
         entry = self.layout.entries[name]

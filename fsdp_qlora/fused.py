@@ -18,6 +18,7 @@ from torch import Tensor
 from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.frozen import decode_rows
 from fsdp_qlora.kernels.attention import attend, attend_backward
+from fsdp_qlora.kernels.device import empty, empty_like, no_autocast
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import Adapter, Gradients, Projection, project
 from fsdp_qlora.kernels.lora_wide import (
@@ -70,8 +71,8 @@ class Scratch:
             self.buffer = self.buffer.new_empty(numel)
         return self.buffer[:numel].view(rows, pitch)[:, :columns]
 
-    def hand(self, d_wide: Tensor) -> None:
-        """Before its first columns are returned to autograd as a gradient."""
+    def hand(self, d_wide: Tensor | None) -> None:
+        """Before its first columns are returned to autograd as a gradient; None: nothing is handed over."""
         self._handed = d_wide
 
     def forget(self) -> None:
@@ -106,6 +107,8 @@ class AttentionState:
         self.qkv, self.xs = (self.qkv, _own(self.xs)) if level >= KEEP.index("qkv") else (None, None)
         if level < KEEP.index("attention") or backend == "flash_attn":  # its stats hold q, k, v
             self.out = self.stats = None
+        else:  # the operator's own memory is for its next call
+            self.out, self.stats = _own(self.out), _owned(self.stats)
 
 
 @dataclass
@@ -132,7 +135,7 @@ class Kept:
         """Send everything that has a row of at least H numbers per token to host memory."""
         slots = self._slots()
         tokens = self.h.shape[0] * self.h.shape[1]
-        parked = offload.park([owner[key].contiguous() for owner, key in slots], tokens)
+        parked = offload.park([_contiguous(owner[key]) for owner, key in slots], tokens)
         for owner, key in slots:
             owner[key] = None
         self._away = slots
@@ -173,14 +176,14 @@ class FusedBlock:
         p = max(linear.dropout for linear in linears) if any(linear.training for linear in linears) else 0.0
         seed = int(torch.randint(1 << 62, ()).item()) if p else 0
         block = self if torch.is_grad_enabled() else replace(self, parks=False)  # no backward would fetch it
-        with torch.autocast(h.device.type, enabled=False):  # as in backward, which recomputes: a product stays float32
+        with no_autocast(h):  # as in backward, which recomputes: a product stays float32
             return _Fused.apply(h, block, cos, sin, (p, seed), *matrices)
 
     def forget(self) -> None:
         """Let go of what a pass that failed has left behind, in this block and in what it shares with the others."""
         self.scratch.forget()
         if self.offload is not None:
-            self.offload.forget()
+            self.offload.reset()
 
     # ---- the attention half
 
@@ -188,11 +191,11 @@ class FusedBlock:
         self, h: Tensor, shape: tuple[int, int], rotary: Any, drop: Any
     ) -> tuple[Tensor, AttentionState]:
         """(what is added to h [T, H], everything backward can use)."""
-        state, qkv = AttentionState(), self._projection(*self.anatomy.qkv)
+        state, qkv = AttentionState(), self.projection(*self.anatomy.qkv)
         self._project_qkv(state, self._normed(h, self.anatomy.attention_norm, qkv), qkv, drop)
         q, k, v = self._heads(state, shape, rotary, rotate=True)
         state.out, state.stats = attend(q, k, v, self.anatomy.masking, self.backend)
-        o, scale = self._projection(self.anatomy.o), self.anatomy.o.scale
+        o, scale = self.projection(self.anatomy.o), self.anatomy.o.scale
         (added,), state.oa = project(self._rows(state.out), [o], p=drop[0], seed=drop[1] + 1, scale=scale)
         if self.anatomy.attention_out_norm is not None:
             state.projected = added
@@ -225,7 +228,7 @@ class FusedBlock:
         d_out = gradient_of_input_wide(d_added, o, laid, p=p, seed=seed + 1)
         d_out = d_out.view(*shape, anatomy.heads, anatomy.head_dim)
         del d_added
-        qkv = self._projection(*anatomy.qkv)
+        qkv = self.projection(*anatomy.qkv)
         y_wide = self._normed(h, anatomy.attention_norm, qkv)
         rotated = state.qkv is not None
         laid = self._lay(anatomy.qkv, qkv) if rotated else self._project_qkv(state, y_wide, qkv, drop)
@@ -273,7 +276,7 @@ class FusedBlock:
         """Fills the state's qkv and xs; the weights as `lay` has them."""
         laid = self._lay(self.anatomy.qkv, qkv)
         state.xs = adapt_(y_wide, qkv, laid, p=drop[0], seed=drop[1])
-        state.qkv = y_wide.new_empty(y_wide.shape[0], laid.shape[0] - extra(qkv))
+        state.qkv = empty((y_wide.shape[0], laid.shape[0] - extra(qkv)), y_wide)
         project_wide(y_wide, qkv, laid, state.qkv)
         return laid
 
@@ -301,14 +304,14 @@ class FusedBlock:
         """Writes h3 [T, H], from n, h2 normalised with room beside it; returns everything backward can use."""
         state, (p, seed) = MLPState(), drop
         self._project_gate_up(state, n_wide, gate_up, drop)
-        down = self._projection(self.anatomy.down)
+        down = self.projection(self.anatomy.down)
         inner = self.anatomy.down.in_features
         middle = wide(n_wide.shape[0], inner + extra(down), n_wide)
         glu_forward(*self._gate_and_up(state), self.anatomy.activation, out=middle[:, :inner])
         laid = self._lay((self.anatomy.down,), down)
         state.hs = _own(adapt_(middle, down, laid, p=p, seed=seed + 3))
         if self.anatomy.mlp_out_norm is not None:
-            state.projected = torch.empty_like(h2)
+            state.projected = empty_like(h2)
             project_wide(middle, down, laid, state.projected)
             self._norm(state.projected, self.anatomy.mlp_out_norm, out=h3).add_(h2)
         elif down.bias is not None:
@@ -337,7 +340,7 @@ class FusedBlock:
         middle = gradient_of_input_wide(d_wide, down, laid, p=p, seed=seed + 3)
         d_ha = _own(d_ha) if taken is None else d_ha
         del d_wide
-        gate_up = self._projection(*anatomy.gate_up)
+        gate_up = self.projection(*anatomy.gate_up)
         n_wide = self._normed(h2, anatomy.mlp_norm, gate_up)
         again = state.gate_up is None
         laid = self._project_gate_up(state, n_wide, gate_up, drop) if again else self._lay(anatomy.gate_up, gate_up)
@@ -382,7 +385,7 @@ class FusedBlock:
 
     # ---- pieces
 
-    def _projection(self, *linears: FrozenLinear) -> Projection:
+    def projection(self, *linears: FrozenLinear) -> Projection:
         """Linears of one input as one: their rows one below the other."""
         if linears not in self._without_bias:
             self._without_bias[linears] = self._bare_projection(linears)
@@ -432,9 +435,22 @@ class FusedBlock:
         return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
-def _own(xs: Tensor | None) -> Tensor | None:
-    """A copy of a few columns, so that what they lie beside can go."""
-    return None if xs is None else xs.clone()
+def _own(x: Tensor | None) -> Tensor | None:
+    """A contiguous copy, so that what it lies beside can go."""
+    return None if x is None else empty_like(x).copy_(x)
+
+
+def _owned(stats: Any) -> Any:
+    """Attention's statistics with copies of its sums by rows; the few integers beside them stay as they are."""
+    if isinstance(stats, Tensor):
+        if not stats.is_floating_point():
+            return stats
+        return empty((stats.numel(), 1), stats).view(stats.shape).copy_(stats)  # a last axis that no length changes
+    return tuple(_owned(stat) for stat in stats) if isinstance(stats, list | tuple) else stats
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else empty_like(x).copy_(x)
 
 
 class _Fused(torch.autograd.Function):
@@ -446,11 +462,11 @@ class _Fused(torch.autograd.Function):
         level = KEEP.index(block.keep)
         added, attention = block.attention_forward(rows, shape, (cos, sin), drop)
         attention.let_go(level, block.backend)  # now: the MLP needs the memory
-        h2 = torch.empty_like(rows)
-        gate_up = block._projection(*block.anatomy.gate_up)
+        h2 = empty_like(rows)
+        gate_up = block.projection(*block.anatomy.gate_up)
         n_wide = block._normed(added, block.anatomy.mlp_norm, gate_up, residual=rows, sum_out=h2)
         del added
-        h3 = torch.empty_like(h)  # no view itself: FSDP2 hangs its hook on it, and warns of views
+        h3 = empty_like(h)  # no view itself: FSDP2 hangs its hook on it, and warns of views
         mlp = block.mlp_forward(n_wide, gate_up, h2, h3.view_as(rows), drop)
         mlp.gate_up, mlp.xs = (mlp.gate_up, _own(mlp.xs)) if level >= KEEP.index("all") else (None, None)
         halves = level >= KEEP.index("halves")
@@ -473,12 +489,12 @@ class _Fused(torch.autograd.Function):
         del kept
         rows, d_rows = h.reshape(-1, h.shape[-1]), d_h3.reshape(-1, h.shape[-1])
         d_rows = d_rows if d_rows.stride(1) == 1 else d_rows.contiguous()
-        with torch.autocast(h.device.type, enabled=False):
+        with no_autocast(h):
             if h2 is None:
                 h2, attention = block.attention_forward(rows, shape, rotary, drop)
                 attention.xs = _own(attention.xs)
                 h2.add_(rows)
-            o, down = (block._projection(linear) for linear in (block.anatomy.o, block.anatomy.down))
+            o, down = (block.projection(linear) for linear in (block.anatomy.o, block.anatomy.down))
             d_h2, mlp_gradients = block.mlp_backward(d_rows, h2, mlp, down, o, drop)
             del h2, mlp
             room = extra(down) if ctx.needs_input_grad[0] else None

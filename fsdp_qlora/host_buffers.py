@@ -1,14 +1,21 @@
 """Page-locked host memory: exactly as much as asked for, registered with the driver once."""
 
+import ctypes
 import mmap
 import weakref
 from contextlib import suppress
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.units import GIB
+
+PAGE = 4096  # bytes; what is page-locked must not share a page with something else that is
+POPULATE_STEP = 64 << 20  # bytes asked of the kernel at once
+MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # Linux 5.14 knows the second; where it does not, the first write does it
 
 
 def large_pages(nbytes: int) -> Tensor:
@@ -18,6 +25,28 @@ def large_pages(nbytes: int) -> Tensor:
     with suppress(OSError):  # a system that has none
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def populate(address: int, nbytes: int) -> bool:
+    """Have the kernel fill in fresh pages, without Python's lock; False where it does not know how.
+
+    In steps, between which other threads can change the process's address space."""
+    for offset in range(0, nbytes, POPULATE_STEP):
+        if _advise()(address + offset, min(POPULATE_STEP, nbytes - offset), MADV_POPULATE_WRITE) != 0:
+            return False
+    return True
+
+
+def ask_large_pages(address: int, nbytes: int) -> None:
+    """Have the kernel use pages of 2 MiB there, where it has any."""
+    _advise()(address, nbytes, MADV_HUGEPAGE)
+
+
+@cache
+def _advise() -> Any:
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return advise
 
 
 def page_lock(tensor: Tensor, what: str) -> Tensor:

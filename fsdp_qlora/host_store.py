@@ -6,7 +6,6 @@ which needs no more than the same user. Its pages are filled in ahead of use by 
 takes longer to clear 35 GB than a disk to read them.
 """
 
-import ctypes
 import errno
 import mmap
 import os
@@ -17,17 +16,14 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError, first_line
-from fsdp_qlora.host_buffers import register, unregister
+from fsdp_qlora.host_buffers import PAGE, POPULATE_STEP, ask_large_pages, populate, register, unregister
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
-PAGE = 4096  # bytes; what is page-locked must not share a page with something else that is
-POPULATE_STEP = 64 << 20  # bytes asked of the kernel at once
 NAME = "fsdp_qlora"  # seen in /proc alone
 MFD_NOEXEC_SEAL = 8  # Linux 6.3 and later; some systems demand it
 BASE = "the frozen base cannot be streamed"
 INSTEAD = "use --use_cpu_offload true --cpu_offload_by fsdp2, which shares none"
-MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # Linux 5.14 knows the second; where it does not, the first write does it
 
 
 class HostStore:
@@ -118,12 +114,10 @@ def _unlock(addresses: list[int]) -> None:
 
 def _populate(memory: mmap.mmap, world: World) -> None:
     """Have the kernel clear this rank's share of the pages, in the order in which they will be written."""
-    advise = ctypes.CDLL(None, use_errno=True).madvise
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     start, nbytes = torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory)
-    advise(start, nbytes, MADV_HUGEPAGE)
+    ask_large_pages(start, nbytes)
     for offset in range(world.local_rank * POPULATE_STEP, nbytes, world.local_size * POPULATE_STEP):
-        if advise(start + offset, min(POPULATE_STEP, nbytes - offset), MADV_POPULATE_WRITE) != 0:
+        if not populate(start + offset, min(POPULATE_STEP, nbytes - offset)):
             return
 
 

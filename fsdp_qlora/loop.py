@@ -91,8 +91,7 @@ class Loop:
         self.stepper.begin(ready)
         while ran_out := self.stepper.ran_out():
             self.stepper.give_back()
-            self.refit(step, ran_out)
-            self.stepper.again()
+            self.stepper.again(self.refit(step, ran_out))
 
     def _ready(self, step: int) -> Ready:
         return self.stepper.prepare(self.batches.step(*divmod(step, self.batches.steps_per_epoch)))

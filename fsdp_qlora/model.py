@@ -6,7 +6,7 @@ layers stay Hugging Face's.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fsdp_qlora.config import AdapterOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.frozen import FrozenBytes, FrozenTensor, Layout
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
+from fsdp_qlora.kernels.device import empty, no_autocast
 from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.skeleton import decoder_layers, logit_shape
@@ -89,6 +90,22 @@ class Head(nn.Module):
             )
 
 
+class Picked(torch.autograd.Function):
+    """Rows of a matrix at places that are all different: index_select, in memory that `kernels.device.empty` gives."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_TH: Tensor, places_L: Tensor) -> Tensor:
+        ctx.save_for_backward(places_L)
+        ctx.count = rows_TH.shape[0]
+        out = empty((places_L.numel(), rows_TH.shape[1]), rows_TH)
+        return torch.index_select(rows_TH, 0, places_L, out=out)
+
+    @staticmethod
+    def backward(ctx: Any, d_LH: Tensor) -> tuple[Tensor, None]:
+        (places_L,) = ctx.saved_tensors
+        return empty((ctx.count, d_LH.shape[1]), d_LH).zero_().index_copy_(0, places_L, d_LH), None
+
+
 class CausalModel(nn.Module):
     """tokens -> loss. `units` are its frozen bytes, `blocks` its decoder layers by their path in the HF model."""
 
@@ -117,8 +134,11 @@ class CausalModel(nn.Module):
         [L], that token. divisor: the label tokens of the whole step, on all ranks (over the loss scale).
         """
         self.rest.bind()
-        with torch.autocast(input_ids.device.type, self.precision.compute, enabled=self.precision.autocast):
-            hidden_LH = self.backbone(input_ids=input_ids, use_cache=False)[0].flatten(0, 1).index_select(0, places_L)
+        kind = input_ids.device.type
+        mixed = self.precision.autocast and kind != "meta"
+        with torch.autocast(kind, self.precision.compute) if mixed else no_autocast(input_ids):
+            hidden_TH = self.backbone(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)
+            hidden_LH = Picked.apply(hidden_TH, places_L)
             return self.head(self.final_norm(hidden_LH), labels_L, divisor)
 
     def is_tied(self) -> bool:

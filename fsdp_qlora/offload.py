@@ -3,38 +3,29 @@
 A block parks what it keeps when its forward ends; backward takes the blocks in the opposite order, so when one is
 fetched, the copy of the one parked before it is started, and that of the last one when backward begins. Host buffers
 are page-locked once, each large enough for the widest micro-batch, and used again by every later one.
+
+On the meta device nothing is copied and no host memory is needed, and tensors live and die in the same order as on a
+GPU: what a step's recording there sees is what the step does.
 """
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from fsdp_qlora.host_buffers import large_pages, try_page_lock
-
-
-@dataclass
-class _Buffer:
-    """Host memory, uint8, and the copy that read it last: it is overwritten only after that."""
-
-    memory: Tensor
-    per_token: int  # bytes
-    read: torch.cuda.Event | None = None
-
-    def like(self, tensor: Tensor) -> Tensor:
-        """Its beginning, in the dtype and shape of `tensor`."""
-        nbytes = tensor.numel() * tensor.element_size()
-        return self.memory[:nbytes].view(tensor.dtype).view(tensor.shape)
+from fsdp_qlora.host_link import HostLink
+from fsdp_qlora.host_pool import HostBuffer, HostPool
+from fsdp_qlora.kernels.device import allocate
 
 
-@dataclass
+@dataclass(eq=False)
 class Parked:
-    """Some tensors of one block, in host memory or on their way."""
+    """Some tensors of one block, in host memory or on their way. On meta without `buffers` and `there`."""
 
-    buffers: list[_Buffer]
-    there: list[Tensor]  # views of the buffers, shaped as the tensors were
+    shapes: list[tuple[torch.Size, torch.dtype]]
+    buffers: list[HostBuffer] = field(default_factory=list)
+    there: list[Tensor] = field(default_factory=list)  # views of the buffers, shaped as the tensors were
     going: list[Tensor] = field(default_factory=list)  # being copied out; freed when the next block is parked
     written: torch.cuda.Event | None = None
     back: list[Tensor] = field(default_factory=list)
@@ -44,55 +35,65 @@ class Parked:
 class ActivationOffload:
     """One for all blocks of a rank. Without a GPU it copies at once, which is for tests.
 
-    most_tokens: of a micro-batch, padding included; host buffers are made for as many.
+    most_tokens: of a micro-batch, padding included; host buffers are made for as many. link_rate: of the copies, bytes
+    per second, if it is known.
+
+    parked_sizes: for each block that parks, in the order of forward, the bytes per token of what it did; for `reserve`
+    of another one.
     """
 
-    def __init__(self, device: torch.device, most_tokens: int) -> None:
-        self.device, self.most_tokens = device, most_tokens
-        self.on_gpu = device.type == "cuda"
-        self.refused = 0  # CUDA's error code, once the system has refused to page-lock
-        if self.on_gpu:
-            self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._free: dict[int, list[_Buffer]] = {}  # by bytes per token
+    def __init__(
+        self,
+        device: torch.device,
+        most_tokens: int,
+        link_rate: float | None = None,
+    ) -> None:
+        self.device = device
+        self.parked_sizes: list[list[int]] = []
+        self._pool = None if device.type == "meta" else HostPool(device, most_tokens)
+        self._out = HostLink(device, to_device=False, bytes_per_second=link_rate)
+        self._in = HostLink(device, to_device=True, bytes_per_second=link_rate)
+        self._now = torch.cuda.Event() if device.type == "cuda" else None  # a point of the computing stream
         self._parked: list[Parked] = []
+
+    def reserve(self, blocks: Sequence[Sequence[int]]) -> None:
+        """Start making host buffers ahead of the first step, beside what the caller does. Returns at once.
+
+        blocks: for each that will park, in the order of forward, the bytes per token of each tensor."""
+        if self._pool is not None:
+            self._pool.reserve(blocks)
 
     def park(self, tensors: list[Tensor], tokens: int) -> Parked:
         """Start copying contiguous tensors, each of `tokens` equal pieces, out; the caller may drop them at once."""
-        buffers = [self._buffer(t.numel() * t.element_size() // tokens, tokens) for t in tensors]
-        parked = Parked(buffers, [b.like(t) for b, t in zip(buffers, tensors, strict=True)])
+        sizes = [tensor.nbytes // tokens for tensor in tensors]
+        if len(self._parked) == len(self.parked_sizes):
+            self.parked_sizes.append(sizes)
+        parked = Parked([(tensor.shape, tensor.dtype) for tensor in tensors])
         self._parked.append(parked)
-        if not self.on_gpu:
-            for there, tensor in zip(parked.there, tensors, strict=True):
-                there.copy_(tensor)
-            return parked
-        stream = torch.cuda.current_stream(self.device)
-        self._out.wait_stream(stream)
-        with torch.cuda.stream(self._out):
-            for buffer, there, tensor in zip(parked.buffers, parked.there, tensors, strict=True):
-                if buffer.read is not None:
-                    self._out.wait_event(buffer.read)
-                there.copy_(tensor, non_blocking=True)
-            parked.written = self._out.record_event()
+        if self._pool is not None:
+            for size, like in zip(sizes, parked.shapes, strict=True):
+                parked.buffers.append(self._pool.take(size, tokens))
+                parked.there.append(parked.buffers[-1].like(*like))
+            transfer = self._out.prepare(zip(parked.there, tensors, strict=True))
+            # The computing stream has also waited for the last copy back that read these buffers.
+            parked.written = self._out.copy(transfer, self._here())
         # Memory is given back in the order of the computing stream, a block later, once that has waited for the copy.
         # `record_stream` would hold it until the GPU is really done, while the host, far ahead, takes new memory.
         parked.going = tensors
         if len(self._parked) > 1:
-            self._let_go(self._parked[-2], stream)
+            self._let_go(self._parked[-2])
         return parked
 
     def fetch(self, parked: Parked) -> list[Tensor]:
         """The tensors again, on the device; starts the copy of those parked just before."""
         self._start(parked)
         place = next(i for i, p in enumerate(self._parked) if p is parked)
-        del self._parked[place]
         if place:
             self._start(self._parked[place - 1])
-        if self.on_gpu:
-            assert parked.arrived is not None
+        del self._parked[place]
+        if parked.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(parked.arrived)
-        for buffer in parked.buffers:
-            buffer.read = parked.arrived
-            self._free.setdefault(buffer.per_token, []).append(buffer)
+        self._give_back(parked)
         back, parked.back = parked.back, []  # the caller's alone: the graph, and so `parked`, outlives a backward
         return back
 
@@ -101,48 +102,39 @@ class ActivationOffload:
         if self._parked:
             self._start(self._parked[-1])
 
-    def forget(self) -> None:
-        """Let go of all that is parked, where no backward will fetch it. Its host buffers are not used again."""
-        if self.on_gpu and self._parked:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_stream(self._out)  # memory that is still being copied from or to is given back in its order
-            stream.wait_stream(self._in)
+    def reset(self) -> None:
+        """Forget what a step that was given up has parked: its copies are over and its host buffers free again when
+        this returns. What is still to be fetched of it is lost."""
+        self._out.synchronize()
+        self._in.synchronize()
+        for parked in self._parked:
+            self._give_back(parked)
+            parked.going, parked.back = [], []
         self._parked.clear()
 
     def _start(self, parked: Parked) -> None:
         if parked.back:
             return
-        if not self.on_gpu:
-            parked.back = [there.clone() for there in parked.there]
-            return
-        stream = torch.cuda.current_stream(self.device)
-        self._let_go(parked, stream)
+        self._let_go(parked)
         # Allocated in the order of the computing stream, whose memory it becomes; the copy waits for that moment.
-        parked.back = [torch.empty_like(there, device=self.device) for there in parked.there]
-        self._in.wait_stream(stream)
-        with torch.cuda.stream(self._in):
-            for there, tensor in zip(parked.there, parked.back, strict=True):
-                tensor.copy_(there, non_blocking=True)
-            parked.arrived = self._in.record_event()
+        parked.back = [allocate(*like, self.device) for like in parked.shapes]
+        if self._pool is not None:
+            transfer = self._in.prepare(zip(parked.back, parked.there, strict=True))
+            parked.arrived = self._in.copy(transfer, self._here())
 
-    def _let_go(self, parked: Parked, stream: torch.cuda.Stream) -> None:
-        if parked.going:
-            assert parked.written is not None
-            stream.wait_event(parked.written)
-            parked.going = []
+    def _let_go(self, parked: Parked) -> None:
+        if parked.written is not None and parked.going:
+            torch.cuda.current_stream(self.device).wait_event(parked.written)
+        parked.going = []
 
-    def _buffer(self, per_token: int, tokens: int) -> _Buffer:
-        free = self._free.get(per_token)
-        if free:
-            return free.pop()
-        memory = large_pages(per_token * max(tokens, self.most_tokens))
-        if self.on_gpu and not self.refused:
-            self.refused = try_page_lock(memory)
-            if self.refused:
-                tqdm.write(
-                    f"the system refuses to page-lock host memory for what blocks keep (CUDA error {self.refused}): it "
-                    "is copied by way of the driver's own buffers, which waits. Raise `ulimit -l`, or use "
-                    "--use_activation_cpu_offload false",
-                    file=sys.stdout,
-                )
-        return _Buffer(memory, per_token)
+    def _give_back(self, parked: Parked) -> None:
+        if self._pool is not None:
+            self._pool.give(parked.buffers)
+        parked.buffers, parked.there = [], []
+
+    def _here(self) -> list[torch.cuda.Event]:
+        """This point of the computing stream."""
+        if self._now is None:
+            return []
+        self._now.record(torch.cuda.current_stream(self.device))
+        return [self._now]

@@ -51,14 +51,34 @@ class Placement(Protocol):
         ...
 
 
+class Residents:
+    """The bytes of blocks that stay on the device, all allocated when the first is stored: between the memory that
+    loading takes and gives back they would leave holes. A piece each, so that a block can leave (`Streamed.shrink`)."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.names = {unit.name for unit in units}
+        self._nbytes = {unit.name: unit.frozen.layout.nbytes for unit in units}
+        self._pieces: dict[str, Tensor] | None = None  # of blocks to come
+
+    def store(self, unit: Unit, whole: Tensor) -> None:
+        if self._pieces is None:
+            made = {name: torch.empty(n, dtype=torch.uint8, device=whole.device) for name, n in self._nbytes.items()}
+            self._pieces = made
+        piece = self._pieces.pop(unit.name).copy_(whole)
+        unit.frozen.flat = nn.Parameter(piece.view(torch.float32), requires_grad=False)
+
+
 class Replicated:
     """Every rank has everything: no traffic in a step, and a card must hold the whole base."""
 
     def prepare(self, model: CausalModel) -> None:
-        pass
+        self._residents = Residents([unit for unit in model.units if unit.name in model.blocks])
 
     def store(self, unit: Unit, whole: Tensor) -> None:
-        _keep_whole(unit, whole)
+        if unit.name in self._residents.names:
+            self._residents.store(unit, whole)
+        else:
+            _keep_whole(unit, whole)
 
     def finish(self) -> None:
         pass
@@ -169,11 +189,15 @@ class Streamed:
             if u.frozen is embedding and (u.home == "host" or (self.world.device.type == "cpu" and not model.is_tied()))
         }
         self._units = {u.name: u for u in model.units}
+        self._residents = Residents([self._units[name] for name in self._blocks if name not in self._streamed])
         self._in_store = in_store
         nbytes = sum(rounded(self._units[name].frozen.layout.nbytes) for name in in_store)
         self._stores = [HostStore(nbytes, self.world)] if nbytes else []
 
     def store(self, unit: Unit, whole: Tensor) -> None:
+        if unit.name in self._residents.names:
+            self._residents.store(unit, whole)
+            return
         if unit.name not in self._in_store:
             _keep_whole(unit, whole)
             return
@@ -270,7 +294,7 @@ def held_bytes(unit: Unit) -> int:
     """The bytes of `unit` that this rank really holds now, outside a pass."""
     flat = unit.frozen.flat
     local = flat.to_local() if isinstance(flat, DTensor) else flat
-    return 0 if local.is_meta else local.untyped_storage().nbytes()
+    return 0 if local.is_meta else local.nbytes
 
 
 def check_bytes(model: CausalModel, placement: Placement) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
+from fsdp_qlora.arena import Arena, Schedule, place
 from fsdp_qlora.config import Config, MemoryOptions
 from fsdp_qlora.environment import allocator_grows
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.exchange import through_host
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
+from fsdp_qlora.gpu_memory import outside_bytes
 from fsdp_qlora.host_memory import available_host_bytes
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.offload import ActivationOffload
@@ -25,13 +27,13 @@ from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_rec
 from fsdp_qlora.plan.calibrate import calibrate
 from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.facts import Facts, facts_of
+from fsdp_qlora.rehearsal import rehearse
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
-# GiB of a GPU that go to others than PyTorch's allocator after the plan is made: CUDA modules, cuDNN, NCCL's buffers
-# (1.1 GiB in all on H200s, of which the context's half is there already).
-OUTSIDE_GIB = 0.75
-SPARE_GIB = 0.25  # of a GPU, left free by a plan that is made again in the middle of a run: others have taken some
+# Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
+# are first used, tables of the host memory that the GPU reads.
+LATER = 256 << 20
 # Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
 # beyond the share that every plan leaves.
 PIECES = 0.06
@@ -43,7 +45,7 @@ HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python
 @dataclass(frozen=True)
 class Planned:
     """A plan, its table for the user, its record for `write_plan`, and what it was made from: options, facts, rates,
-    budget."""
+    budget. layout: where the tensors of a step lie, None where blocks are not fused."""
 
     plan: Plan
     lines: list[str]
@@ -52,6 +54,11 @@ class Planned:
     facts: Facts
     rates: Rates | None
     budget: Budget
+    layout: "Layouts | None"
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return None if self.layout is None else self.layout.of(self.plan.blocks)
 
 
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
@@ -77,25 +84,48 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         assert refused is not None
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
-    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
+    _, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
+    layout = Layouts(model, sized, longest, facts.exchange_by_host, world)
+    try:
+        plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
+    except UserError as error:
+        raise error.on_every_rank(world.rank) from None
     lines, record = table(plan, facts, rates, left), plan_record(plan, facts, rates)
-    return Planned(plan, lines, record, sized, facts, rates, left)
+    return Planned(plan, lines, record, sized, facts, rates, left, layout if facts.fused else None)
 
 
 def refit_run(planned: Planned, world: World) -> Planned | None:
     """Return the plan for what is free now, which takes less of the GPUs than the one before; None where the options or
     that plan leave nothing to give. A collective."""
-    memory = planned.config.memory
-    device = device_bytes(memory, world.device, SPARE_GIB)
+    memory, layout = planned.config.memory, planned.layout
+    device = device_bytes(memory, world.device)
     host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
     least_device, least_host = (min(column) for column in zip(*world.gather([device, host]), strict=True))
     budget = Budget(least_device, min(least_host, planned.budget.host_bytes))
-    wishes = wishes_of(memory, world.size)
-    plan = refit_plan(planned.plan, planned.facts, planned.rates, wishes, budget)
+    wishes, nbytes = wishes_of(memory, world.size), None if layout is None else layout.nbytes
+    plan = refit_plan(planned.plan, planned.facts, planned.rates, wishes, budget, nbytes)
     if plan is None:
         return None
     record = plan_record(plan, planned.facts, planned.rates)
     return replace(planned, plan=plan, lines=[], record=record)
+
+
+class Layouts:
+    """Where the tensors of a step lie, for rows of `longest` tokens, by what the blocks keep."""
+
+    def __init__(self, model: CausalModel, config: Config, longest: int, widens: bool, world: World) -> None:
+        self.model, self.config, self.longest, self.widens, self.world = model, config, longest, widens, world
+        self._known: dict[tuple[tuple[str, bool], ...], Schedule] = {}
+
+    def of(self, blocks: Sequence[BlockPlan]) -> Schedule:
+        kinds = tuple((block.keep, block.offloaded) for block in blocks)
+        if kinds not in self._known:
+            lives = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
+            self._known[kinds] = place(lives)
+        return self._known[kinds]
+
+    def nbytes(self, blocks: Sequence[BlockPlan]) -> int:
+        return self.of(blocks).nbytes
 
 
 def agreed(facts: Facts, world: World) -> Facts:
@@ -162,22 +192,22 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         raise UserError(
             f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away"
         ).on_every_rank(world.rank)
-    device = device_bytes(memory, world.device, OUTSIDE_GIB)
+    device = device_bytes(memory, world.device)
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
     everyone = world.gather([device, host])
     return Budget(*(min(column) for column in zip(*everyone, strict=True)))
 
 
-def device_bytes(memory: MemoryOptions, device: torch.device, outside_gib: float) -> float:
+def device_bytes(memory: MemoryOptions, device: torch.device) -> float:
     """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
-    without a GPU. outside_gib: left to others."""
-    nbytes = float("inf")
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        nbytes = free + torch.cuda.memory_reserved(device) - outside_gib * GIB
+    without a GPU."""
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    nbytes: float = free + torch.cuda.memory_reserved(device) - LATER
     if memory.gpu_memory_gib is not None:
-        nbytes = min(nbytes, memory.gpu_memory_gib * GIB)
+        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device) - LATER)
     return nbytes * (1 if allocator_grows() else 1 - PIECES)
 
 
@@ -187,6 +217,14 @@ def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_token
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
             block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
+
+
+def make_arena(schedule: Schedule | None, world: World) -> Arena | None:
+    """The memory of a step's tensors, when all that loading took has been given back."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+        torch.cuda.empty_cache()
+    return None if schedule is None else Arena(schedule, world.device)
 
 
 def write_plan(folder: Path, record: dict) -> None:

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from fsdp_qlora.errors import TrainingStopped, UserError, release_frames
+from fsdp_qlora.arena import Arena
+from fsdp_qlora.errors import TrainingStopped, UserError, first_line, is_out_of_memory, release_frames
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.placement import Placement
 from fsdp_qlora.plan import Plan, kept_text
-from fsdp_qlora.planning import Planned, keep_activations, refit_run, write_plan
+from fsdp_qlora.planning import Planned, keep_activations, make_arena, refit_run, write_plan
 from fsdp_qlora.world import World
 
 
@@ -31,6 +33,16 @@ class RandomState:
         torch.set_rng_state(self._host)
         if self._on_gpu is not None:
             torch.cuda.set_rng_state(self._on_gpu, self._device)
+
+
+def who_ran_out(why: str, world: World) -> dict[int, str]:
+    """Return rank -> error, of the ranks that ran out of memory. why: this rank's error, or "". A collective, on the
+    host."""
+    if not any(failed for (failed,) in world.gather([bool(why)])):
+        return {}
+    said = [""] * world.size
+    dist.all_gather_object(said, why)
+    return {rank: one for rank, one in enumerate(said) if one}
 
 
 def forget(error: BaseException, model: CausalModel) -> None:
@@ -59,10 +71,32 @@ class Refit:
         self.world, self.folder = world, folder
         self._apply()
 
-    def __call__(self, step: int, ran_out: Mapping[int, str]) -> None:
-        """Let the blocks keep less, as a new plan for what is free now says, and tell the user. A collective.
+    def __call__(self, step: int, ran_out: Mapping[int, str]) -> Arena | None:
+        """Let the blocks keep less, as a new plan for what is free now says, and tell the user. Return the memory for
+        the tensors of a step of such blocks; the one before must be gone. A collective.
 
         ran_out: rank -> its error's words. Raises TrainingStopped on every rank where nothing is left to give."""
+        while ran_out:
+            self._plan_less(step, ran_out)
+            arena, why = self._arena()
+            ran_out = who_ran_out(why, self.world)  # others may have taken what was free a moment ago
+            if ran_out:
+                arena = None
+        self._apply()
+        if self.world.is_main:
+            self._note()
+        return arena
+
+    def _arena(self) -> tuple[Arena | None, str]:
+        """(the arena, ""), or (None, why there is none)."""
+        try:
+            return make_arena(self.planned.schedule, self.world), ""
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None, first_line(error)
+
+    def _plan_less(self, step: int, ran_out: Mapping[int, str]) -> None:
         planned = refit_run(self.planned, self.world)
         if planned is None:
             raise TrainingStopped(out_of_memory(step, ran_out)).on_every_rank(self.world.rank)
@@ -72,9 +106,6 @@ class Refit:
         except UserError as error:  # of host memory: what has begun is no mistake of the user's any more
             raise TrainingStopped(f"{out_of_memory(step, ran_out)}; {error}").on_every_rank(self.world.rank) from error
         self.planned = planned
-        self._apply()
-        if self.world.is_main:
-            self._note()
 
     def _apply(self) -> None:
         keep_activations(self.model, self.planned.plan.blocks, self.most_tokens, self.world.device)

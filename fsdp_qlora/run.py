@@ -16,6 +16,7 @@ from fsdp_qlora.exchange import check_exchange, choose_exchange
 from fsdp_qlora.export import check_space, prepare_output
 from fsdp_qlora.folders import writing_to
 from fsdp_qlora.fusing import Fusion, fuse
+from fsdp_qlora.gpu_memory import outside_bytes
 from fsdp_qlora.host_memory import HostMemory, give_back_freed
 from fsdp_qlora.loading import check_names, is_quantized, load
 from fsdp_qlora.loop import Loop
@@ -23,7 +24,7 @@ from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.optim import check_optimizer
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
-from fsdp_qlora.planning import micro_batches, plan_run, write_plan
+from fsdp_qlora.planning import make_arena, micro_batches, plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.retry import Refit
 from fsdp_qlora.shards import ShardedAdapters
@@ -81,11 +82,13 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         refit = Refit(planned, model, placement, config.training.batch_size * longest, world, folder)
         adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
+        hold_to_card(config.memory.gpu_memory_gib, world)
+        arena = make_arena(planned.schedule, world)
         stages.done("loading")
         if config.output.verbose:
             world.say(stages.line())
         torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
-        stepper = Stepper(model, adapters, config.training, steps, world)
+        stepper = Stepper(model, adapters, config.training, steps, world, arena)
         return Loop(config, world, host, metrics, stepper, refit, batches, steps, tokenizer, folder).run()
 
 
@@ -108,6 +111,14 @@ def cap_gpu_memory(gib: float | None, world: World) -> None:
             f"gpu_memory_gib: {gib:g} is more than the card has ({total:.1f} GiB); leave it away or lower it"
         )
     torch.cuda.set_per_process_memory_fraction(gib / total, world.device)
+
+
+def hold_to_card(gib: float | None, world: World) -> None:
+    """Let PyTorch allocate no more than makes `gib` with what this process holds on its GPU beside PyTorch."""
+    if gib is not None:
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        allowed = gib * GIB - outside_bytes(world.device)
+        torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, allowed / total)), world.device)
 
 
 def read_data(

@@ -22,6 +22,7 @@ from fsdp_qlora.adapters import initial_values
 from fsdp_qlora.block import Block, FrozenLinear
 from fsdp_qlora.config import Config
 from fsdp_qlora.exchange import Collectives, Exchange, Pending
+from fsdp_qlora.kernels.device import empty
 from fsdp_qlora.masters import Masters
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.world import World
@@ -77,6 +78,7 @@ class ShardedAdapters:
     def __init__(self, model: CausalModel, world: World, config: Config) -> None:
         self.exchange: Exchange = Collectives()
         self.world, self.no_sync = world, config.memory.no_sync
+        self._accumulates = config.training.gradient_accumulation_steps > 1
         self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
         self.groups: list[Group] = []
         self._flying: deque[tuple[Pending, Group, Tensor, Tensor]] = deque()
@@ -133,10 +135,12 @@ class ShardedAdapters:
         place of `finish`, where a pass has failed here. No gradient is left. left: micro-batches that have not begun.
         """
         summed = self.no_sync and (left > 0 or any(group.unreduced is not None for group in self.groups))
-        self.zero_grad()  # first: the memory is needed
         for group in self.groups:
             for p in group.params:
                 p.grad = None
+        while self._flying:
+            self._flying.popleft()[0].wait()
+        self.zero_grad()  # before anything is allocated: the memory is needed
         self.wait()
         remaining = self.groups[self._next :: -1] if self._reducing and self._next >= 0 else []
         remaining += self.groups[::-1] * (min(left, 1) if self.no_sync else left)
@@ -315,7 +319,7 @@ class ShardedAdapters:
         """The linears' adapters are pieces of the group's working copy, with their first values."""
         rank, seed, offset, values = config.adapter.lora_rank, config.training.seed, 0, []
         for path, linear in linears.items():
-            initial = initial_values(path, linear.out_features, linear.in_features, rank, seed)
+            initial = self._initial(path, linear, rank, seed)
             for matrix in MATRICES:
                 value = initial[matrix]
                 parameter = nn.Parameter(group.working[offset : offset + value.numel()].view(value.shape))
@@ -325,7 +329,12 @@ class ShardedAdapters:
                 group.params.append(parameter)
                 values.append(value.reshape(-1))
                 offset += value.numel()
-        self._fill(group, torch.cat([*values, torch.zeros(group.working.numel() - offset)]))
+        self._fill(group, torch.cat([*values, values[0].new_zeros(group.working.numel() - offset)]))
+
+    def _initial(self, path: str, linear: FrozenLinear, rank: int, seed: int) -> dict[str, Tensor]:
+        if self.world.device.type != "meta":
+            return initial_values(path, linear.out_features, linear.in_features, rank, seed)
+        return {matrix: torch.empty(getattr(linear, matrix).shape, device="meta") for matrix in MATRICES}
 
     def _fill(self, group: Group, flat: Tensor) -> None:
         """All of a block's adapters, from float32 [padded] on the CPU."""
@@ -366,14 +375,14 @@ class ShardedAdapters:
                 group.unreduced = torch.zeros(group.working.numel(), dtype=torch.float32, device=self.world.device)
             torch._foreach_add_(_split(group.unreduced, group.params), gradients)
             return group.unreduced.to(self.reduce_dtype) if self._reducing else None
-        whole = torch.empty(group.working.numel(), dtype=self._crossing(group), device=self.world.device)
+        whole = empty(group.working.shape, group.working, self._crossing(group))
         torch._foreach_copy_(_split(whole, group.params), gradients)
         whole[sum(p.numel() for p in group.params) :].zero_()
         return whole
 
     def _send(self, group: Group, whole: Tensor) -> None:
         """Start a reduction."""
-        mine = torch.empty(group.mine.numel(), dtype=self.reduce_dtype, device=self.world.device)
+        mine = empty(group.mine.shape, group.mine, self.reduce_dtype)
         work = self.exchange.reduce_scatter(mine, whole)
         self._flying.append((work, group, mine, whole))
 
@@ -388,10 +397,14 @@ class ShardedAdapters:
         self._keep(group, mine)
 
     def _keep(self, group: Group, mine: Tensor) -> None:
-        if group.gradient is None:
-            group.gradient = mine.float()  # itself, where it is float32
-        else:
+        if group.gradient is not None:
             group.gradient.add_(mine)
+        elif self._accumulates:  # it outlives the micro-batch, and with it the memory of `mine`
+            group.gradient = mine.to(torch.float32, copy=True)
+        elif mine.dtype == torch.float32:
+            group.gradient = mine
+        else:
+            group.gradient = empty(mine.shape, mine, torch.float32).copy_(mine)
 
 
 def _adapted(path: str, block: Block) -> dict[str, FrozenLinear]:

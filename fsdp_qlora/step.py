@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from fsdp_qlora.arena import Arena
 from fsdp_qlora.config import TrainingOptions
 from fsdp_qlora.data import IGNORE, Batch
 from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
@@ -18,7 +19,7 @@ from fsdp_qlora.loss_scale import LossScale
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.optim import make_optimizer, make_schedule, scales_and_skips
 from fsdp_qlora.record import StepRecord
-from fsdp_qlora.retry import RandomState, forget
+from fsdp_qlora.retry import RandomState, forget, who_ran_out
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
@@ -46,9 +47,15 @@ class Stepper:
     and a GPU need not wait, with nothing to do, for a host that reads the sums and launches it."""
 
     def __init__(
-        self, model: CausalModel, adapters: ShardedAdapters, options: TrainingOptions, steps: int, world: World
+        self,
+        model: CausalModel,
+        adapters: ShardedAdapters,
+        options: TrainingOptions,
+        steps: int,
+        world: World,
+        arena: Arena | None = None,
     ) -> None:
-        self.model, self.adapters, self.world = model, adapters, world
+        self.model, self.adapters, self.world, self.arena = model, adapters, world, arena
         if options.optimizer.startswith("paged_") and world.device.type != "cuda":
             world.say(f"optimizer {options.optimizer}: without a GPU nothing is paged; the state is in memory anyway")
         self.optimizer = make_optimizer(options, adapters.parameters(), world.device)
@@ -95,11 +102,7 @@ class Stepper:
         """Return rank -> error, of the ranks that ran out of GPU memory in what was begun: no rank updates then.
 
         A collective, on the host, beside the GPU's work."""
-        if not any(failed for (failed,) in self.world.gather([bool(self._ran_out)])):
-            return {}
-        said = [""] * self.world.size
-        dist.all_gather_object(said, self._ran_out)
-        return {rank: why for rank, why in enumerate(said) if why}
+        return who_ran_out(self._ran_out, self.world)
 
     def give_back(self) -> None:
         """Forget a step in which a rank `ran_out`, and give its memory back to the card. Called on every rank."""
@@ -108,14 +111,18 @@ class Stepper:
         self.adapters.check()
         self._begun = self._updated
         self.adapters.zero_grad()
+        self._drop_arena()
         gc.collect()  # blocks that have offloaded and fetched nothing are circles
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
             torch.cuda.empty_cache()
 
-    def again(self) -> None:
-        """Begin the same step after `give_back`, with the same batches and the same random numbers."""
+    def again(self, arena: Arena | None) -> None:
+        """Begin the same step after `give_back`, with the same batches and the same random numbers.
+
+        arena: of what the blocks keep now."""
         assert self._at_work is not None, "no step was begun"
+        self.arena = arena
         self._random.restore()
         self._retries += 1
         self._begin(self._at_work[0])
@@ -174,8 +181,14 @@ class Stepper:
         norms = torch._foreach_norm(self.adapters.gradients())
         return self.adapters.everyones(torch.stack([losses, torch.stack(norms).square().sum()]))
 
+    def _drop_arena(self) -> None:
+        if self.arena is not None:
+            self.arena.stop()
+            self.arena = None
+
     def _sums_without(self, micro_batches: int) -> Tensor:
         """Finish `_sums` where memory ran out in it, with NaN from this rank, so that no rank updates."""
+        self._drop_arena()  # what ranks exchange now has no place in it, and needs memory
         gc.collect()
         self.adapters.finish_without(micro_batches - self._passed)
         return self.adapters.everyones(torch.full((2,), torch.nan, device=self.world.device))
@@ -183,6 +196,8 @@ class Stepper:
     def _passes(self, inputs: list[tuple[Tensor, Tensor, Tensor]], divisor: float) -> Tensor:
         total = torch.zeros((), device=self.world.device)
         for i, tensors in enumerate(inputs):
+            if self.arena is not None:
+                self.arena.start()
             self.adapters.begin_micro_batch(last=i == len(inputs) - 1)
             self._passed += 1
             loss = self.model(*(t.to(self.world.device, non_blocking=True) for t in tensors), divisor)
@@ -231,6 +246,8 @@ class Stepper:
             self.scale.shrink()
         self._updated = self._begun
         self.adapters.zero_grad()
+        if self.arena is not None:
+            self.arena.stop()
         return finite
 
     def _stop(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> NoReturn:

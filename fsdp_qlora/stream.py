@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.frozen import FrozenBytes
-
-PIECE = 32 << 20  # bytes of one copy. Other streams' copies wait for a unit's last piece all the same (docs/LOG.md)
+from fsdp_qlora.host_link import HostLink, Transfer
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A unit's bytes in one of the buffers: as `FrozenBytes.flat` has them, and piece by piece beside their source."""
+    """A unit's bytes in one of the buffers: as `FrozenBytes.flat` has them, and their way there."""
 
     flat: nn.Parameter
-    copies: list[tuple[Tensor, Tensor]]  # (to, from)
+    transfer: Transfer
 
 
 @dataclass
@@ -39,14 +38,19 @@ class Stop:
 class _Buffer:
     memory: Tensor  # uint8 on the device
     holds: int = -1  # the stop whose bytes are in it or on their way
+    # Of a GPU, both recorded again and again: the last copy into it has ended; the last computation that read it.
     arrived: torch.cuda.Event | None = None
-    done: torch.cuda.Event | None = None  # the computation that read it last
+    done: torch.cuda.Event | None = None
 
 
 class Streamer:
-    """Moves the bytes of `stops` (the first `blocks` of them used forward and backward, the rest forward alone)."""
+    """Moves the bytes of `stops` (the first `blocks` of them used forward and backward, the rest forward alone).
 
-    def __init__(self, stops: list[Stop], blocks: int, buffers: int, device: torch.device) -> None:
+    link_rate: of the copies, bytes per second, if it is known."""
+
+    def __init__(
+        self, stops: list[Stop], blocks: int, buffers: int, device: torch.device, link_rate: float | None = None
+    ) -> None:
         self.stops, self.device = stops, device
         self.copied = 0  # bytes, so far
         streamed = [i for i, stop in enumerate(stops) if stop.source is not None]
@@ -58,16 +62,17 @@ class Streamer:
             for backward in (False, True)
         ]
         self._using: _Buffer | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self._stream is not None:  # the buffers' memory was somebody else's, who may not be done with it
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._link = HostLink(device, to_device=True, bytes_per_second=link_rate)
+        if device.type == "cuda":
+            for buffer in self._buffers:  # its memory was somebody else's, who may not be done with it
+                buffer.done = torch.cuda.current_stream(device).record_event()
 
     def need(self, position: int, backward: bool) -> None:
         """Stop `position` is computed next: its bytes are there for what is queued from now on, the next on their way.
 
         The computations queued before this were the last to read what the stop before had."""
-        if self._using is not None and self._stream is not None:
-            self._using.done = torch.cuda.current_stream(self.device).record_event()
+        if self._using is not None and self._using.done is not None:
+            self._using.done.record(torch.cuda.current_stream(self.device))
         self._using = None
         wanted = self._wanted[backward][position]
         stop = self.stops[position]
@@ -91,21 +96,13 @@ class Streamer:
         if number not in stop.here:
             target = buffer.memory[: stop.source.numel()]
             flat = nn.Parameter(target.view(torch.float32), requires_grad=False)
-            stop.here[number] = Staged(flat, list(zip(target.split(PIECE), stop.source.split(PIECE), strict=True)))
+            stop.here[number] = Staged(flat, self._link.prepare([(target, stop.source)]))
         buffer.holds = -1  # until all of it has been queued: whoever tries again after an error must find no half
-        self._copy(stop.here[number].copies, buffer)
+        after = () if buffer.done is None else (buffer.done,)
+        buffer.arrived = self._link.copy(stop.here[number].transfer, after, buffer.arrived)
         buffer.holds = position
         self.copied += stop.source.numel()
         return number
-
-    def _copy(self, copies: list[tuple[Tensor, Tensor]], buffer: _Buffer) -> None:
-        if self._stream is not None and buffer.done is not None:
-            self._stream.wait_event(buffer.done)
-        with torch.cuda.stream(self._stream):  # without one: where we are
-            for target, source in copies:
-                target.copy_(source, non_blocking=True)
-        if self._stream is not None:
-            buffer.arrived = self._stream.record_event()
 
 
 def order_of_use(streamed: list[int], position: int, backward: bool, stops: int, blocks: int) -> list[int]:

@@ -21,6 +21,7 @@ from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.environment import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
 from fsdp_qlora.environment import rank_from_environment as rank_from_environment
 from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line
+from fsdp_qlora.gpu_memory import note_others
 
 # A rank that dies is noticed by torchrun in a second, so this only bounds real deadlocks. It must outlast what ranks
 # lawfully wait for: rank 0 tokenising a large dataset, or its turn at encoding a block on a slow disk.
@@ -130,6 +131,7 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
     Raises UserError when the launch does not fit the options or the machine, TrainingStopped when the block failed
     because another rank had ended."""
     place = read_launch()
+    note_others()
     try:
         check_launch(launch, place)
         device = _choose_device(place)

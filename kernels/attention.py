@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fsdp_qlora.kernels.attention_on_meta import backward as backward_on_meta
+from fsdp_qlora.kernels.attention_on_meta import forward as forward_on_meta
+
 _PIECE = 512  # queries at a time in the math backend
 
 
@@ -37,6 +40,8 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking, backend: str
 ) -> tuple[torch.Tensor, Any]:
     """(out [B, S, N, D], stats) from q [B, S, N, D], k and v [B, S, K, D], outside autograd."""
+    if q.is_meta:
+        return forward_on_meta(q, k, v, backend)
     return _FORWARD[_able(backend, q)](q, k, v, masking)
 
 
@@ -51,6 +56,8 @@ def attend_backward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(d_q, d_k, d_v), shaped as q, k, v, from what `attend` was given and returned."""
+    if q.is_meta:
+        return backward_on_meta(q, k, v, backend)
     return _BACKWARD[_able(backend, q)](d_out, q, k, v, out, stats, masking)
 
 

@@ -21,7 +21,7 @@ T tokens, H hidden, V vocabulary.
 
 import torch
 
-from fsdp_qlora.kernels.device import next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.device import empty, empty_like, launch, next_power_of_2, no_autocast, on_triton, tl, triton
 from fsdp_qlora.kernels.tanh import tanh
 
 IGNORE = -100
@@ -61,7 +61,7 @@ def linear_cross_entropy(
     Raises ValueError on wrong shapes or dtypes.
     """
     kind = hidden_TH.device.type
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden_TH, weight_VH = hidden_TH.to(dtype), weight_VH.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -76,7 +76,7 @@ def linear_cross_entropy(
         # A stable sort brings the labelled rows to the front, in order, without the device having to tell the host.
         rows = torch.argsort((labels_T == ignore_index).to(torch.uint8), stable=True)[:label_count]
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_TH, weight_VH, bias)]
-    with torch.autocast(kind, enabled=False):
+    with no_autocast(hidden_TH):
         return _LinearCrossEntropy.apply(
             hidden_TH, weight_VH, bias, labels_T, rows, wanted, min(chunk, max(n_tokens, 1)),
             (softcap, logit_scale, float(divisor), ignore_index),
@@ -105,13 +105,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.zeros(n_rows, dtype=wide, device=hidden.device)
         d_hidden = d_weight = d_bias = None
         if wanted[0]:
-            d_hidden = torch.empty_like(hidden) if rows is None else torch.zeros_like(hidden)
+            d_hidden = empty_like(hidden) if rows is None else empty_like(hidden).zero_()
         if wanted[1]:
             d_weight = torch.zeros_like(weight, dtype=wide)
         if wanted[2]:
             d_bias = torch.zeros_like(bias, dtype=wide)
         width = -(-vocabulary // 16) * 16  # rows start aligned whatever the vocabulary
-        buffer = torch.empty(min(chunk, n_rows), width, dtype=hidden.dtype, device=hidden.device)
+        buffer = empty((min(chunk, n_rows), width), hidden)
 
         for start in range(0, n_rows, chunk):
             part = slice(start, min(start + chunk, n_rows))
@@ -253,7 +253,9 @@ def _row_kernel(
 def _launch(logits, labels, losses, gradient: bool, softcap, scale, divisor, ignore) -> None:
     vocabulary = logits.shape[1]
     tile = min(8192, next_power_of_2(vocabulary))
-    _row_kernel[(logits.shape[0],)](
+    launch(
+        _row_kernel,
+        (logits.shape[0],),
         logits,
         labels,
         losses,

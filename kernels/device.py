@@ -1,14 +1,17 @@
-"""Which of an op's two forms runs: Triton kernels on a GPU, the plain PyTorch meaning everywhere else.
+"""Which of an op's two forms runs, how a kernel is launched, and where ops take the memory of what they return.
+
+Triton kernels run on a GPU, the plain PyTorch meaning everywhere else.
 
 The choice hangs on the tensor's device alone, so an op asks once, at its door, and never again inside. Triton has no
 wheel outside Linux; there its decorators are stand-ins, and every op runs in its plain form. For tests,
 `TRITON_INTERPRET=1` in the environment (before this module is imported) together with `interpreting()` sends CPU
-tensors through the Triton kernels as well.
+tensors through the Triton kernels as well. On the meta device an op takes the GPU's form and no kernel runs, so that a
+step can be run there to see what it allocates and launches.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,15 +31,79 @@ except ImportError:
 
     triton = tl = _Absent()
 
-__all__ = ["INTERPRETER", "cdiv", "interpreting", "next_power_of_2", "on_triton", "tl", "triton"]
+__all__ = [
+    "INTERPRETER",
+    "Source",
+    "allocate",
+    "cdiv",
+    "empty",
+    "empty_like",
+    "interpreting",
+    "launch",
+    "launches_on_meta",
+    "next_power_of_2",
+    "no_autocast",
+    "on_triton",
+    "take_from",
+    "tl",
+    "triton",
+]
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 _interpreting = False
+_launched = 0  # kernels on the meta device
+
+Source = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
+_source: Source | None = None
 
 
 def on_triton(tensor: torch.Tensor) -> bool:
     """Whether ops on this tensor run as Triton kernels."""
-    return tensor.is_cuda or _interpreting
+    return tensor.is_cuda or _interpreting or tensor.is_meta
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Start a Triton kernel; on the meta device only count it. args: its arguments, a tensor first."""
+    global _launched
+    if args[0].is_meta:
+        _launched += 1
+    else:
+        kernel[grid](*args, **options)
+
+
+def launches_on_meta() -> int:
+    """Return how many kernels `launch` has counted so far."""
+    return _launched
+
+
+def empty(shape: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return an uninitialised contiguous tensor of like's device, and of its dtype where none is given.
+
+    Its memory is the `take_from` source's where one is set, else PyTorch's allocator's."""
+    return allocate(shape, like.dtype if dtype is None else dtype, like.device)
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return `empty` of that dtype and device."""
+    if _source is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return _source(tuple(shape), dtype, device)
+
+
+def empty_like(like: torch.Tensor) -> torch.Tensor:
+    """Return `empty` of like's shape."""
+    return empty(like.shape, like)
+
+
+def take_from(source: Source | None) -> None:
+    """Let `empty` ask `source` for (shape, dtype, device) from now on, in every thread; None: PyTorch's allocator."""
+    global _source
+    _source = source
+
+
+def no_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which ops on this tensor's device keep the dtypes that they are given."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 # Triton has these two as well, each at more than a microsecond of the host per call: a launch takes ten.

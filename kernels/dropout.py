@@ -9,7 +9,7 @@ activations that checkpointing frees. Drawing is a function of (seed, position) 
 
 import torch
 
-from fsdp_qlora.kernels.device import cdiv, on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, empty_like, launch, on_triton, tl, triton
 
 
 def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def _run(x: torch.Tensor, p: float, seed: int, target: torch.Tensor | None) -> t
         raise ValueError(f"p must be at least 0 and below 1, got {p}")
     if not x.is_contiguous() or x.numel() >= 1 << 31:
         raise ValueError(f"x must be contiguous with fewer than 2^31 numbers, got {tuple(x.shape)}")
-    out = torch.empty_like(x) if target is None else target
+    out = empty_like(x) if target is None else target
     if not on_triton(x):
         generator = torch.Generator(x.device).manual_seed(seed)
         keep = torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device) >= p
@@ -37,7 +37,7 @@ def _run(x: torch.Tensor, p: float, seed: int, target: torch.Tensor | None) -> t
         return out.copy_(dropped) if target is None else out.add_(dropped)
     n = x.numel()
     if n:
-        _kernel[(cdiv(n, 1024),)](x, out, n, p, 1 / (1 - p), seed, ADD=target is not None, TILE=1024)
+        launch(_kernel, (cdiv(n, 1024),), x, out, n, p, 1 / (1 - p), seed, ADD=target is not None, TILE=1024)
     return out
 
 

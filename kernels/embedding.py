@@ -14,9 +14,8 @@ V vocabulary, H hidden.
 """
 
 import torch
-import torch.nn.functional as F
 
-from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, empty, launch, next_power_of_2, on_triton, tl, triton
 
 
 def gather_rows(table_VH: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -31,7 +30,9 @@ def gather_rows(table_VH: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     _check(table_VH, ids)
     if on_triton(ids):
         return _launch(table_VH, ids)
-    return F.embedding(ids, table_VH)
+    out = empty((*ids.shape, table_VH.shape[1]), table_VH)
+    torch.index_select(table_VH, 0, ids.flatten(), out=out.view(-1, table_VH.shape[1]))
+    return out
 
 
 def _check(table: torch.Tensor, ids: torch.Tensor) -> None:
@@ -69,11 +70,12 @@ def _gather_kernel(
 
 def _launch(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     hidden = table.shape[1]
-    out = torch.empty(*ids.shape, hidden, dtype=table.dtype, device=ids.device)
+    out = empty((*ids.shape, hidden), ids, table.dtype)
     tile = min(4096, next_power_of_2(hidden))
     tiles = cdiv(hidden, tile)
     if out.numel():
-        _gather_kernel[(ids.numel() * tiles,)](
+        launch(
+            _gather_kernel, (ids.numel() * tiles,),
             table, ids.contiguous(), out, table.shape[0], table.stride(0),
             H=hidden, TILES=tiles, TILE=tile, num_warps=4,
         )  # fmt: skip

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, empty_like, launch, next_power_of_2, on_triton, tl, triton
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -50,7 +50,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def glu_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, out: torch.Tensor | None = None) -> torch.Tensor:
     """h [T, I]; gate, up and out [T, I] with stride 1 along I. out may be gate or up. Outside autograd."""
     if out is None:
-        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        out = empty_like(gate)
     _check(activation, gate=gate, up=up, out=out)
     if on_triton(gate):
         _launch(_forward_kernel, activation, gate, up, out)
@@ -167,7 +167,8 @@ def _launch(kernel, activation: str, gate: torch.Tensor, up: torch.Tensor, third
         return
     tile = min(1024, next_power_of_2(width))
     tiles = cdiv(width, tile)
-    kernel[(n_rows * tiles,)](
+    launch(
+        kernel, (n_rows * tiles,),
         gate, up, third, gate.stride(0), up.stride(0), third.stride(0),
         I=width, TILES=tiles, TILE=tile, ACTIVATION=activation, num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,7 @@ T tokens, I intermediate, R a rank.
 
 import torch
 
-from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, launch, next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.glu import _activation, _check, glu_backward_
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -124,7 +124,8 @@ def _launch(d_h, gate, up, activation, pairs):
     tokens, width = gate.shape
     ranks = [0 if pair is None else pair[0].shape[1] for pair in pairs]
     given, out = zip(*((gate, gate) if pair is None else pair for pair in pairs), strict=True)
-    _kernel[(cdiv(width, COLUMNS),)](
+    launch(
+        _kernel, (cdiv(width, COLUMNS),),
         d_h, gate, up, *given, *out,
         d_h.stride(0), gate.stride(0), up.stride(0), *(x.stride(0) for x in given), tokens,
         I=width, R_GATE=ranks[0], R_UP=ranks[1], R_DOWN=ranks[2], R=max(16, next_power_of_2(max(ranks))),

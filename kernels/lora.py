@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from fsdp_qlora.kernels.device import empty, no_autocast
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 
 
@@ -61,7 +62,7 @@ def lora_projections(
     """
     check(x, projections)
     bare, matrices = take_apart(projections)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return _Projections.apply(x, bare, p, seed, *matrices)
 
 
@@ -80,7 +81,7 @@ class _Projections(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         d_rows = [d.reshape(-1, d.shape[-1]) for d in d_outs]
         projections = put_together(ctx.bare, matrices)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             d_x, gradients = project_backward(
                 d_rows, rows, xa, projections, p=ctx.p, seed=ctx.seed, want_x=ctx.needs_input_grad[0]
             )
@@ -143,14 +144,14 @@ def project(
     times it then, as `lora_wide.py` keeps it."""
     stacked, xa = _stacked_a(projections), None
     if stacked is not None:
-        xa = x.new_empty(x.shape[0], stacked.shape[0])
+        xa = empty((x.shape[0], stacked.shape[0]), x)
         x_dropped = dropout(x.contiguous(), p, seed) if p else x
         torch.addmm(xa, x_dropped, stacked.t(), beta=0, alpha=1.0 if scale is None else scale, out=xa)
         del x_dropped
     results, at = [], 0
     for i, (weight, bias, adapters) in enumerate(projections):
         matrix = weight()
-        out = x.new_empty(x.shape[0], matrix.shape[0]) if outs is None else outs[i]
+        out = empty((x.shape[0], matrix.shape[0]), x) if outs is None else outs[i]
         if bias is None:
             torch.mm(x, matrix.t(), out=out)
         else:

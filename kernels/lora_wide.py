@@ -31,7 +31,7 @@ from collections.abc import Callable
 
 import torch
 
-from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, empty, launch, next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.glu_lora import MOST_RANK, Pair, glu_backward_lora_
 from fsdp_qlora.kernels.lora import Projection
@@ -43,7 +43,7 @@ Room = Callable[[int, int], torch.Tensor]  # (rows, columns) -> scratch as of `w
 
 def wide(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """Uninitialised [rows, columns] with rows that begin on whole cache lines."""
-    return like.new_empty(rows, -(-columns // PITCH) * PITCH)[:, :columns]
+    return empty((rows, -(-columns // PITCH) * PITCH), like)[:, :columns]
 
 
 def extra(projection: Projection) -> int:
@@ -119,7 +119,9 @@ def products_of_b(d_out: torch.Tensor, xs: torch.Tensor, projection: Projection)
     """[d_b of each adapter] from d_out [T, O] and xs [T, R]."""
     d_bs, at = [], 0
     for adapter, rank in zip(projection.adapters, _ranks(projection), strict=True):
-        d_bs.append(d_out[:, adapter.rows].t() @ xs[:, at : at + rank])
+        d_b = empty(adapter.b.shape, d_out)
+        torch.mm(d_out[:, adapter.rows].t(), xs[:, at : at + rank], out=d_b)
+        d_bs.append(d_b)
         at += rank
     return d_bs
 
@@ -133,7 +135,8 @@ def gradients_of_a_wide(
         return []
     if p:
         x = dropout(x.contiguous(), p, seed)
-    return list((d_xa[:, : sum(ranks)].t() @ x).split(ranks))
+    stacked = empty((sum(ranks), x.shape[1]), x)
+    return list(torch.mm(d_xa[:, : sum(ranks)].t(), x, out=stacked).split(ranks))
 
 
 def gradient_of_input_wide(
@@ -142,12 +145,14 @@ def gradient_of_input_wide(
     """d_x [T, H], new, from d_out_wide [T, O + R] with d_xa in it."""
     beside = extra(projection)
     matrix = laid[:, : laid.shape[1] - beside]
+    d_x = empty((d_out_wide.shape[0], matrix.shape[1]), d_out_wide)
     if not p or not beside:
-        return d_out_wide @ matrix
+        return torch.mm(d_out_wide, matrix, out=d_x)
     # The dropped positions stand between A and x, so A cannot ride along.
     rows = matrix.shape[0] - beside
-    d_x = d_out_wide[:, :rows] @ matrix[:rows]
-    dropout_add_(d_x, d_out_wide[:, rows:] @ matrix[rows:], p, seed)
+    torch.mm(d_out_wide[:, :rows], matrix[:rows], out=d_x)
+    through_a = torch.mm(d_out_wide[:, rows:], matrix[rows:], out=empty(d_x.shape, d_x))
+    dropout_add_(d_x, through_a, p, seed)
     return d_x
 
 
@@ -190,13 +195,13 @@ def glu_backward_wide_(
     d_bs = []
     for adapter in gate_up_projection.adapters:
         rows, rank = adapter.rows, adapter.a.shape[0]
-        d_b = d_h.new_empty(rows.stop - rows.start, rank)  # of one half, or of both where they are one linear
+        d_b = empty((rows.stop - rows.start, rank), d_h)  # of one half, or of both where they are one linear
         for half in range(2):
             if rows.start <= half * width and (half + 1) * width <= rows.stop:
                 halves[half] = xs[:, at : at + rank], d_b[half * width - rows.start :][:width]
         d_bs.append(d_b)
         at += rank
-    d_as = [d_h.new_empty(rank, width) for rank in _ranks(down)]
+    d_as = [empty((rank, width), d_h) for rank in _ranks(down)]
     of_down = (d_ha[:, : len(d_as[0])], d_as[0]) if d_as else None
     glu_backward_lora_(d_h, gate_up[:, :width], gate_up[:, width:], activation, *halves, of_down)
     return d_bs, d_as
@@ -290,7 +295,8 @@ def _launch(projection: Projection, laid: torch.Tensor, out_features: int, in_fe
     rows = max(1, 4096 // columns)
     b_programs, tiles = cdiv(out_features, rows), cdiv(in_features, tile)
     spare = 3 - count  # arguments that are not read
-    _lay_kernel[(b_programs + beside * tiles,)](
+    launch(
+        _lay_kernel, (b_programs + beside * tiles,),
         laid, *a, *a[:1] * spare, *b, *b[:1] * spare, laid.stride(0), b_programs, *ends, *ends[:2] * spare,
         O=out_features, H=in_features, R=beside, RANK=rank, COUNT=count,
         ROWS=rows, COLUMNS=columns, TILES=tiles, TILE=tile, num_warps=4,

@@ -9,7 +9,7 @@ float32's last place. `high` is exact always.
 
 import torch
 
-from fsdp_qlora.kernels.device import cdiv, on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, empty, launch, on_triton, tl, triton
 
 MOST = 0x7FFF
 TILE = 1024
@@ -23,7 +23,7 @@ def master_bytes(working: torch.dtype) -> int:
 def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """float32 [N, L], new, from high [N, L] bfloat16, whose rows may lie apart, and low [N, L] int16."""
     _check(high, low)
-    value = torch.empty(high.shape, dtype=torch.float32, device=high.device)
+    value = empty(high.shape, high, torch.float32)
     if on_triton(high):
         _launch(_join_kernel, value, high, low)
     else:
@@ -59,7 +59,7 @@ def _check(high: torch.Tensor, low: torch.Tensor) -> None:
 def _launch(kernel, value, high, low):
     rows, length = high.shape
     bits, high = value.view(torch.int32), high.view(torch.int16)
-    kernel[(cdiv(length, TILE), rows)](bits, high, low, high.stride(0), length, TILE)
+    launch(kernel, (cdiv(length, TILE), rows), bits, high, low, high.stride(0), length, TILE)
 
 
 @triton.jit

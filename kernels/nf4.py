@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fsdp_qlora.kernels.device import launch as launch_kernel
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
 BLOCK = 64  # numbers that share a scale
@@ -298,7 +299,8 @@ def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> N
     n_bytes = codes.numel()
     if n_bytes:
         stride, apart = _apart(out)
-        _dequantize_kernel[(_programs(n_bytes),)](
+        launch_kernel(
+            _dequantize_kernel, (_programs(n_bytes),),
             codes, *_scales(absmax, tables), tables, out, n_bytes, n, stride, NESTED=isinstance(absmax, tuple),
             ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
         )  # fmt: skip
@@ -319,12 +321,13 @@ def _rows_launch(
     total = third + (_programs(n_bytes[2]) if count == 3 else 0)
     before = (*codes, *scale, *nested, *offset, tables)
     behind = (*n_bytes, *(sizes[i] for i in order), second, third)
-    kernel, lengths, is_nested = _dequantize_rows_kernel[(total,)], list(rows), isinstance(stored[0][1], tuple)
+    lengths, is_nested = list(rows), isinstance(stored[0][1], tuple)
 
     def launch(out: torch.Tensor) -> None:
         outs = out.split(lengths)
         stride, apart = _apart(out)
-        kernel(
+        launch_kernel(
+            _dequantize_rows_kernel, (total,),
             *before, *(outs[i] for i in order), *behind, stride, COUNT=count, NESTED=is_nested,
             ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
         )  # fmt: skip

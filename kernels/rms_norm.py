@@ -15,7 +15,7 @@ T rows, H row length.
 
 import torch
 
-from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, empty_like, launch, next_power_of_2, on_triton, tl, triton
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, shift: float = 0.0) -> torch.Tensor:
@@ -123,7 +123,7 @@ def rms_norm_backward(
 
 def _out(like: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     if out is None:
-        return torch.empty_like(like)
+        return empty_like(like)
     if out.dtype != like.dtype or out.shape[-1] != like.shape[-1] or out.numel() != like.numel() or out.stride(-1) != 1:
         raise ValueError(
             f"out must be {like.dtype} {tuple(like.shape)} with stride 1 along its last axis, "
@@ -238,7 +238,8 @@ def _launch_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
     if n_rows:
         given = residual is not None
         heads, stride = _apart(x)
-        _forward_kernel[grid](
+        launch(
+            _forward_kernel, grid,
             x, residual if given else x, sum_out if given else x, weight, out, n_rows, stride, _rows(out).stride(0),
             eps, shift, HEADS=heads, RESIDUAL=given, **tiling,
         )  # fmt: skip
@@ -249,7 +250,8 @@ def _launch_backward(d_y, h, weight, eps, shift, skip, out) -> None:
     if n_rows:
         heads, stride = _apart(h)
         skipped = d_y if skip is None else skip
-        _backward_kernel[grid](
+        launch(
+            _backward_kernel, grid,
             d_y, h, weight, skipped, out, n_rows, stride, _rows(d_y).stride(0), _rows(skipped).stride(0),
             _rows(out).stride(0), eps, shift, HEADS=heads, SKIP=skip is not None, **tiling,
         )  # fmt: skip

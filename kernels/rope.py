@@ -15,7 +15,7 @@ B batch, S sequence, N heads, K kv heads, D head dim, R rotated features, P tabl
 
 import torch
 
-from fsdp_qlora.kernels.device import cdiv, next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.device import cdiv, launch, next_power_of_2, on_triton, tl, triton
 
 
 def rope_tables(
@@ -193,7 +193,8 @@ def _launch(q, k, cos, sin, positions, backward: bool, out) -> None:
     rest = 0 if q_out is q and k_out is k else q.shape[3] - 2 * half
     n_programs = batch * sequence * (q_groups + k_groups)
     if n_programs:
-        _rope_kernel[(n_programs,)](
+        launch(
+            _rope_kernel, (n_programs,),
             q, k, q_out, k_out, cos, sin, q if positions is None else positions.contiguous(), sequence, n_q, n_k,
             *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
             HALF=half, HALF_TILE=next_power_of_2(half), HEADS=heads, Q_GROUPS=q_groups, GROUPS=q_groups + k_groups,

@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+from fsdp_qlora.environment import keep_cpu_products_inside
+
+keep_cpu_products_inside()
 if not torch.cuda.is_available():
     # Must be set before a kernel is decorated, so before any test module imports one.
     os.environ["TRITON_INTERPRET"] = "1"

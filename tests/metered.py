@@ -23,7 +23,7 @@ from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.kernels import attention, cross_entropy, dropout, glu, glu_lora, lora_wide, masters, nf4, rms_norm, rope
 from fsdp_qlora.model import CausalModel, Recipe, assemble
-from fsdp_qlora.plan.moments import ROUND
+from fsdp_qlora.plan.costs import ROUND
 from fsdp_qlora.precision import Precision
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import build
@@ -199,18 +199,6 @@ class MeteredBlock:
     launches_backward: int
 
 
-class Host:
-    """Stands for host memory: takes what is parked, holds it until more is, and gives as much back."""
-
-    def park(self, tensors: list[torch.Tensor], tokens: int) -> "Host":
-        self.going = tensors
-        return self
-
-    def fetch(self, parked: "Host") -> list[torch.Tensor]:
-        back, self.going = [torch.empty_like(t) for t in self.going], []
-        return back
-
-
 def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = None) -> MeteredBlock:
     """A block's passes, alone. The input that it keeps counts as kept, as does a gradient that backward is given."""
     block = next(iter(model.blocks.values()))
@@ -246,7 +234,7 @@ def metered_block(model: CausalModel, config: Any, keep: str, offload: Any = Non
 def _handed(fused: FusedBlock, out: torch.Tensor) -> torch.Tensor:
     """The gradient of a block's output with room beside it, as the block after leaves it."""
     rows = out.flatten(0, 1)
-    d_wide = lora_wide.wide(rows.shape[0], rows.shape[1] + lora_wide.extra(fused._projection(fused.anatomy.down)), rows)
+    d_wide = lora_wide.wide(rows.shape[0], rows.shape[1] + lora_wide.extra(fused.projection(fused.anatomy.down)), rows)
     fused.scratch.hand(d_wide)
     return d_wide
 

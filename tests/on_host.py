@@ -18,8 +18,10 @@ class OnHost(ThroughHost):
     def _open(self) -> None:
         pass
 
-    def _turn(self) -> nullcontext[None]:
+    def _begin(self) -> None:
         self.count += 1
+
+    def _on(self, stream: object) -> nullcontext[None]:
         return nullcontext()
 
     def _pending(self) -> Pending:

@@ -28,6 +28,7 @@ import train
 from fsdp_qlora import fused, model, offload, planning, shards
 from fsdp_qlora import plan as plans
 from fsdp_qlora.plan import Plan
+from fsdp_qlora.step import Stepper
 from tests.meeting import RANK, meet_at
 
 train.HEAD_START_SECONDS = 0.0  # this launch does not end with the first rank that does
@@ -56,12 +57,26 @@ class Faults:
     def __init__(self, faults: list[tuple[int, str, int]]) -> None:
         self.wanted = {(place, call) for rank, place, call in faults if rank == RANK}
         self.calls: Counter[str] = Counter()
+        self.in_step = False
+
+    def step(self, begin: Callable[..., Any]) -> Callable[..., Any]:
+        """`begin`, a step's passes: no other call counts, as those of the rehearsal."""
+
+        @wraps(begin)
+        def wrapped(*arguments: Any) -> Any:
+            self.in_step = True
+            try:
+                return begin(*arguments)
+            finally:
+                self.in_step = False
+
+        return wrapped
 
     def at(self, place: str, do: Callable[..., Any], late: bool) -> Callable[..., Any]:
         @wraps(do)
         def wrapped(*arguments: Any, **more: Any) -> Any:
-            self.calls[place] += 1
-            fails = (place, self.calls[place]) in self.wanted
+            self.calls[place] += self.in_step
+            fails = self.in_step and (place, self.calls[place]) in self.wanted
             if fails and not late:
                 self.fail(place)
             result = do(*arguments, **more)
@@ -101,6 +116,7 @@ def run(case: dict[str, Any], undo: contextlib.ExitStack) -> int:
     faults = Faults([tuple(fault) for fault in case["faults"]])
     for place, (owner, name, late) in PLACES.items():
         undo.enter_context(patch.object(owner, name, faults.at(place, getattr(owner, name), late)))
+    undo.enter_context(patch.object(Stepper, "_begin", faults.step(Stepper._begin)))
     if case["keep"]:
         undo.enter_context(patch.object(planning, "make_plan", planned(case["keep"], case["offloaded"])))
     if case["shrinks"]:

@@ -1,17 +1,27 @@
 """Offloaded activations: the same numbers back, host buffers used again, and nothing kept alive on the device."""
 
 import gc
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
-from fsdp_qlora import offload as offload_module
+from fsdp_qlora import host_link, host_pool
 from fsdp_qlora.fused import AttentionState, Kept, MLPState
 from fsdp_qlora.host_buffers import page_lock
 from fsdp_qlora.offload import ActivationOffload
+from tests.slow_gpu import CUDA, slow_gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+META = torch.device("meta")
 
 
 def kept_of_a_block(seed: int, width: int = 3) -> Kept:
@@ -40,9 +50,7 @@ def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
         for kept, place, was in reversed(list(zip(blocks, parked, before, strict=True))):
             kept.fetch(offload, place)
             assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
-    assert sum(len(buffers) for buffers in offload._free.values()) == 4 * 5, (
-        "host buffers are made once, whatever the width"
-    )
+    assert offload._pool.free == 4 * 5, "host buffers are made once, whatever the width"
 
 
 def test_what_was_parked_last_is_on_its_way_before_its_block_asks() -> None:
@@ -83,6 +91,199 @@ def test_nothing_stays_on_the_device_longer_than_needed(fetched: bool) -> None:
         gc.enable()
 
 
+class Memory:
+    """Device memory in a few places: a place is free as soon as the host lets go of its tensor, as with PyTorch's.
+
+    log: every birth and death, in order, with marks of what is being done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.log = device, []
+        self._free: list[int] = []
+        self._places: list[torch.Tensor] = []
+        self._born = 0
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        if not self._free:
+            self._free.append(len(self._places))
+            self._places.append(torch.zeros(4096, dtype=torch.uint8, device=self.device))
+        place, number = self._free.pop(), self._born
+        self._born += 1
+        tensor = self._places[place][: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        self.log.append(("born", number, place))
+        weakref.finalize(tensor, self._dead, number, place)
+        return tensor
+
+    def _dead(self, number: int, place: int) -> None:
+        self.log.append(("dead", number))
+        self._free.append(place)
+
+
+def run_steps(
+    offload: ActivationOffload, memory: Memory, compute: Callable, blocks: Sequence[Sequence[int]], steps: int = 2
+) -> list[float]:
+    """Each block fills its tensors (rows of so many numbers; of an empty one nothing is parked), parks them, and in
+    backward reads what came back, beside working memory that comes and goes. What was read that is wrong."""
+    wrong: list[float] = []
+
+    def put(tensor: torch.Tensor, value: float) -> None:
+        compute(partial(tensor.data.fill_, value))
+
+    def read(tensor: torch.Tensor, value: float) -> None:
+        compute(lambda data=tensor.data: wrong.extend(data[data != value].float().tolist()))
+
+    for step in range(steps):
+        rows, parked = 3 + step % 2, []  # micro-batches differ in width
+        for number, widths in enumerate(blocks):
+            memory.log.append(("forward", step, number))
+            working = memory.empty(torch.Size((rows, 50)), torch.float32)
+            put(working, -1.0)
+            kept = [memory.empty(torch.Size((rows, width)), torch.bfloat16) for width in widths]
+            for i, tensor in enumerate(kept):
+                put(tensor, 10.0 * number + i + step)
+            del working
+            parked.append(offload.park(kept, rows) if kept else None)
+            tensor = None
+            del kept
+        for number in reversed(range(len(blocks))):
+            memory.log.append(("backward", step, number))
+            place = parked.pop()
+            if place is None:
+                offload.ahead()
+            back = [] if place is None else offload.fetch(place)
+            working = memory.empty(torch.Size((rows, 50)), torch.float32)
+            put(working, -2.0)
+            for i, tensor in enumerate(back):
+                read(tensor, 10.0 * number + i + step)
+            tensor = None
+            del back, working, place
+    return wrong
+
+
+BLOCKS = [[8, 20], [8], [], [8, 8, 20], [20, 3], [8], [], []]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_copies_beside_the_arithmetic_change_no_number(monkeypatch, seed: int) -> None:
+    """In whatever order the streams get on, with memory that is somebody else's as soon as it is let go."""
+    monkeypatch.setattr(host_link, "PIECE", 50)
+    with slow_gpu(monkeypatch, seed) as gpu:
+        memory = Memory(torch.device("cpu"))
+        offload = ActivationOffload(CUDA, 4, memory.empty)
+
+        def compute(do: Callable) -> None:
+            gpu.compute(do)
+            gpu.run(least=gpu.random.randint(1, 20))
+
+        wrong = run_steps(offload, memory, compute, BLOCKS, steps=4)
+        gpu.run()
+    assert not wrong
+    assert offload._pool is not None
+    assert offload._pool.free == sum(map(len, BLOCKS)), "host buffers are made once"
+
+
+def test_tensors_live_on_meta_as_long_as_on_a_gpu(monkeypatch) -> None:
+    logs, sizes = [], []
+    for device in (CUDA, META, torch.device("cpu")):
+        memory = Memory(META if device == META else torch.device("cpu"))
+        with slow_gpu(monkeypatch) if device == CUDA else nullcontext():
+            offload = ActivationOffload(device, 4, memory.empty)
+            run_steps(offload, memory, lambda do: None, BLOCKS)
+        logs.append(memory.log)
+        sizes.append(offload.parked_sizes)
+    assert len(logs[0]) > 80
+    assert logs[0] == logs[1] == logs[2]
+    assert sizes[0] == sizes[1] == sizes[2] == [[2 * width for width in widths] for widths in BLOCKS if widths]
+
+
+def test_a_step_that_was_given_up_leaves_nothing_behind(monkeypatch) -> None:
+    def out_of_memory(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no more")
+
+    with slow_gpu(monkeypatch) as gpu:
+        memory = Memory(torch.device("cpu"))
+        offload = ActivationOffload(CUDA, 4, memory.empty)
+        tensors = [[memory.empty(torch.Size((4, 8)), torch.bfloat16)] for _ in range(3)]
+        parked = [offload.park(some, 4) for some in tensors]
+        back = offload.fetch(parked.pop())
+        offload._empty = out_of_memory
+        with pytest.raises(torch.OutOfMemoryError):
+            offload.fetch(parked.pop())  # it is there; the one before it has no room
+        alive = [weakref.ref(some[0]) for some in tensors]
+        del tensors, back
+        offload.reset()
+        assert not any(stream.queue for stream in gpu.streams[1:]), "a copy is under way"
+        assert not any(ref() is not None for ref in alive)
+        assert offload._pool is not None
+        assert offload._pool.free == 3
+        offload._empty = memory.empty
+        wrong = run_steps(offload, memory, gpu.compute, BLOCKS)
+        gpu.run()
+    assert not wrong
+
+
+def test_host_buffers_are_made_ahead_in_the_order_of_their_use(monkeypatch) -> None:
+    locked: list[int] = []
+    go_on = threading.Semaphore(0)
+
+    def lock(region: torch.Tensor) -> int:
+        go_on.acquire()
+        locked.append(region.nbytes)
+        return 0
+
+    monkeypatch.setattr(host_pool, "THREADS", 1)
+    with slow_gpu(monkeypatch) as gpu:
+        gpu.page_lock = lock
+        offload = ActivationOffload(CUDA, 4096)
+        offload.reserve([[2, 40], [2], [2, 2]])
+        kept = [torch.ones(4096, 1, dtype=torch.bfloat16), torch.ones(4096, 20, dtype=torch.bfloat16)]
+        threading.Timer(0.2, go_on.release).start()
+        first = offload.park(kept, 4096)  # waits for the first region, and for no more
+        assert locked == [4096 * 42]
+        assert first.there[0].data_ptr() + 2 * 4096 == first.there[1].data_ptr()
+        go_on.release(3)
+        second = offload.park([kept[0]], 4096)
+        assert locked[:2] == [4096 * 42, 4096 * 2]
+        third = offload.park([kept[0], kept[0]], 4096)
+        assert locked == [4096 * 42, 4096 * 2, 4096 * 4]
+        go_on.release(1)
+        offload.park([kept[0]], 4096)  # of which none was reserved
+        assert len(locked) == 4
+        places = [there.data_ptr() for one in (first, second, third) for there in one.there]
+        assert len(set(places)) == len(places)
+
+
+def test_what_ends_a_thread_that_makes_buffers_ends_the_wait_for_them(monkeypatch) -> None:
+    def full(nbytes: int) -> torch.Tensor:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(host_pool, "large_pages", full)
+    offload = ActivationOffload(torch.device("cpu"), 4)
+    offload.reserve([[2], [2]])
+    with pytest.raises(OSError, match="Cannot allocate"):
+        offload.park([torch.ones(4, 1, dtype=torch.bfloat16)], 4)
+
+
+def test_a_process_that_ends_early_does_not_make_all_buffers_first() -> None:
+    script = """
+        import time, torch
+        from fsdp_qlora import host_link, host_pool
+        from fsdp_qlora.offload import ActivationOffload
+
+        def slow(address, nbytes):
+            time.sleep(0.3)
+
+        host_pool.populate = slow
+        offload = ActivationOffload(torch.device("cpu"), 4)
+        offload.reserve([[2]] * 1000)
+        time.sleep(0.1)
+        raise SystemExit(3)
+    """
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert time.monotonic() - start < 40
+
+
 def test_page_locked_memory_is_let_go_with_the_last_tensor_that_has_it(monkeypatch) -> None:
     locked: set[tuple[int, int]] = set()
 
@@ -111,7 +312,7 @@ def test_page_locked_memory_is_let_go_with_the_last_tensor_that_has_it(monkeypat
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU needs page-locked memory")
 def test_memory_that_cannot_be_page_locked_serves_and_is_told_once(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(offload_module, "try_page_lock", lambda tensor: 801)
+    monkeypatch.setattr(host_pool, "try_page_lock", lambda tensor: 801)
     offload = ActivationOffload(DEVICE, 6)
     blocks = [kept_of_a_block(i) for i in range(3)]
     before = [contents(kept) for kept in blocks]

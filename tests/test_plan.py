@@ -15,7 +15,7 @@ from fsdp_qlora.plan.climb import Cost, blend, corners
 from fsdp_qlora.plan.clock import Clock, Rates
 from fsdp_qlora.plan.facts import Facts
 from fsdp_qlora.plan.memory import RESERVED, Memory
-from fsdp_qlora.plan.moments import KEEP
+from fsdp_qlora.plan.facts import KEEP
 from fsdp_qlora.plan.refusal import CONTEXT_STEP, RANK_STEP, Nearest, nearest, with_context, with_rank
 from fsdp_qlora.plan.search import spread
 from fsdp_qlora.units import GIB

@@ -16,13 +16,14 @@ from fsdp_qlora.codecs import NF4, Parts
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.kernels import cross_entropy, glu_lora
 from fsdp_qlora.loading import encode
+from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.plan import memory, moments
 from fsdp_qlora.plan.facts import Facts, facts_of
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
-from fsdp_qlora.plan.moments import KEEP, BlockBytes
+from fsdp_qlora.plan.facts import KEEP, BlockBytes
 from fsdp_qlora.units import GIB
 from tests.known_runs import MEASURED, facts
-from tests.metered import WORLD, Host, Meter, metered_block, metered_step, planned
+from tests.metered import META, WORLD, Meter, metered_block, metered_step, planned
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -120,7 +121,10 @@ def test_a_block_that_is_parked_allocates_what_is_counted(rank: int) -> None:
     model, config, fusion = planned(FAMILIES["llama"], batch_size=4, context_length=256, lora_rank=rank)
     known = facts_of(model, config, WORLD, fusion, 8)
     for keep in KEEP:
-        counted, real = BlockBytes.of(known, keep, True), metered_block(model, config, keep, Host())
+        counted, real = (
+            BlockBytes.of(known, keep, True),
+            metered_block(model, config, keep, ActivationOffload(META, 4 * 256)),
+        )
         assert counted.forward == pytest.approx(real.forward, rel=0.001), keep
         assert counted.kept + counted.away == pytest.approx(real.kept, rel=0.005), keep
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from fsdp_qlora.plan.clock import Clock, Rates
 from fsdp_qlora.plan.memory import BlockPlan, Candidate
-from fsdp_qlora.plan.moments import KEEP
+from fsdp_qlora.plan.facts import KEEP
 from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD, BlockWork
 from tests.known_runs import H200, MEASURED, facts
 from tests.metered import metered_block, planned

@@ -10,9 +10,7 @@ from fsdp_qlora.config_parse import parse
 from fsdp_qlora.errors import TrainingStopped, is_out_of_memory
 from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, refit_plan
 from fsdp_qlora.plan.clock import Clock
-from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.plan.memory import RESERVED
-from fsdp_qlora.plan.moments import KEEP
+from fsdp_qlora.plan.facts import KEEP, Facts
 from fsdp_qlora.plan.refit import LoadedMemory, least_given
 from fsdp_qlora.plan.search import spread
 from fsdp_qlora.planning import Planned, refit_run
@@ -61,7 +59,7 @@ def test_it_is_within_what_another_program_has_left(known: Facts, budget: Budget
     less = replace(budget, device_bytes=budget.device_bytes - (GIB if budget.device_bytes > 10 * GIB else GIB // 2))
     again = refit_plan(plan, known, H200, Wishes(), less)
     assert again is not None
-    assert again.device_bytes * RESERVED[again.placement] <= less.device_bytes
+    assert LoadedMemory(known).reserved(again.placement, again.device_bytes) <= less.device_bytes
 
 
 @pytest.mark.parametrize(("known", "budget"), KNOWN)
@@ -133,7 +131,7 @@ def test_ranks_refit_to_the_least_that_any_has_left(monkeypatch: pytest.MonkeyPa
     known, budget = KNOWN[1]
     plan = make_plan(known, H200, Wishes(), budget)
     config, told = parse(["--model_name", "m"]), []
-    planned = Planned(plan, [], {}, config, known, H200, budget)
+    planned = Planned(plan, [], {}, config, known, H200, budget, None)
     with open_world(config.launch, 0) as world:
         monkeypatch.setattr(planning, "device_bytes", lambda *_: 23.5 * GIB)
 
@@ -144,7 +142,7 @@ def test_ranks_refit_to_the_least_that_any_has_left(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(type(world), "gather", gather)
         again = refit_run(planned, world)
     assert again is not None
-    assert again.plan.device_bytes * RESERVED[plan.placement] <= 22 * GIB
+    assert LoadedMemory(known).reserved(plan.placement, again.plan.device_bytes) <= 22 * GIB
     assert again.plan.host_bytes <= budget.host_bytes
     assert again.record["plan"]["device_bytes"] == again.plan.device_bytes
     assert told[0][0] == 23.5 * GIB

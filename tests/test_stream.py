@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsdp_qlora import host_store
+from fsdp_qlora import host_link, host_store
 from fsdp_qlora.codecs import Plain
 from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.errors import UserError
@@ -16,6 +16,7 @@ from fsdp_qlora.host_buffers import register
 from fsdp_qlora.host_store import HostStore, rounded
 from fsdp_qlora.stream import Stop, Streamer, order_of_use
 from fsdp_qlora.world import open_world
+from tests.slow_gpu import CUDA, slow_gpu
 from tests.torchrun import run_torchrun
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +80,31 @@ def test_a_walk_that_nobody_foresaw_finds_its_bytes_too(buffers):
     ):
         walk(streamer, list(positions), backward)
     step(streamer)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_copies_and_computations_that_overlap_change_no_byte(monkeypatch, buffers, seed):
+    """However far the host is ahead, and in whatever order the streams get on."""
+    monkeypatch.setattr(host_link, "PIECE", 300)
+    here = stops({2})
+    with slow_gpu(monkeypatch, seed) as gpu:
+        streamer, seen = Streamer(here, BLOCKS, buffers, CUDA), []
+
+        def use(position: int) -> None:
+            flat = here[position].frozen.flat.detach().view(torch.uint8)
+            gpu.compute(lambda: seen.append((position, flat.unique().tolist())))
+            gpu.compute(lambda: None)
+            gpu.compute(lambda: seen.append((position, flat.unique().tolist())))
+            gpu.run(least=gpu.random.randint(1, 30))
+
+        order = [(p, False) for p in range(BLOCKS + 1)] + [(p, True) for p in reversed(range(BLOCKS))]
+        for position, backward in order + order[:4] + order:  # a walk that stops in the middle, too
+            streamer.need(position, backward)
+            use(position)
+        gpu.run()
+    assert len(seen) == 2 * (2 * len(order) + 4)
+    assert all(found == [position + 1] for position, found in seen)
 
 
 def test_the_order_of_use_is_that_of_a_step():

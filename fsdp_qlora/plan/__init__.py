@@ -4,7 +4,7 @@ Facts of the model and rates of the machine in, a `Plan` and a table out. Everyt
 the same plan from the same numbers, before anything is loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -37,7 +37,7 @@ class Plan:
 
     device_bytes: predicted peak that PyTorch allocates on a rank's GPU, loading included; parts: of it, by name.
     host_bytes: frozen bytes and kept tensors in host memory, per node, all ranks. seconds: of an optimizer step, None
-    where no rates are known."""
+    where no rates are known. arena_bytes: of device_bytes, those of the tensors that are placed ahead."""
 
     placement: Placed
     blocks: tuple[BlockPlan, ...]
@@ -47,20 +47,33 @@ class Plan:
     host_bytes: int
     seconds: float | None
     parts: Mapping[str, int]
+    arena_bytes: int = 0
 
     @property
     def candidate(self) -> Candidate:
         return Candidate(self.placement, self.blocks, self.head_resident, self.staging)
 
 
-def make_plan(facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget) -> Plan:
+Blocks = tuple[BlockPlan, ...]
+TRIES = 6  # layouts that may turn out larger than the space they were planned for
+AGAIN = 32 << 20  # bytes that a plan gives up beyond what its layout was too large by
+
+
+def make_plan(
+    facts: Facts,
+    rates: Rates | None,
+    wishes: Wishes,
+    budget: Budget,
+    arena: Callable[[Blocks], int] | None = None,
+) -> Plan:
     """The fastest plan within the budget, of the first placement of `PLACEMENTS` that is within `SIMPLER` of it.
 
+    arena: bytes that the placed tensors of a step of such blocks take; if not given, the most that is alive at once.
     Without rates (no GPU): everything on one rank, shards on several, or as wished, with no time and no limit.
     Raises UserError, one line, where nothing fits."""
     memory = Memory(facts)
     if rates is None:
-        return _plan(memory, _simplest(facts, wishes), None)
+        return _plan(memory, _simplest(facts, wishes), None, arena)
     free = replace(wishes, placements=None)
     found = {p: _best(facts, rates, p, free, budget) for p in placements(facts, wishes)}
     best = {p: f for p, f in found.items() if f is not None}
@@ -68,16 +81,44 @@ def make_plan(facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget)
         raise UserError(refusal(facts, wishes, budget))
     fastest = min(found.seconds for found in best.values())
     chosen = next(best[p] for p in PLACEMENTS if p in best and best[p].seconds <= fastest * SIMPLER)
-    return _plan(memory, chosen.candidate, chosen.seconds)
+    left = budget
+    for _ in range(TRIES):
+        plan = _plan(memory, chosen.candidate, chosen.seconds, arena)
+        over = plan.device_bytes - memory.limit(plan.placement, budget.device_bytes)
+        if over <= 0:
+            return plan
+        left = replace(left, device_bytes=left.device_bytes - over - AGAIN)
+        smaller = _best(facts, rates, plan.placement, free, left)
+        if smaller is None:
+            break
+        chosen = smaller
+    raise UserError(refusal(facts, wishes, left))
 
 
-def refit_plan(plan: Plan, facts: Facts, rates: Rates | None, wishes: Wishes, budget: Budget) -> Plan | None:
+def refit_plan(
+    plan: Plan,
+    facts: Facts,
+    rates: Rates | None,
+    wishes: Wishes,
+    budget: Budget,
+    arena: Callable[[Blocks], int] | None = None,
+) -> Plan | None:
     """Return the plan for a run that is loaded as `plan` says and has run out of GPU memory; None where it has nothing
     to give.
 
-    budget: what there is now. Its device_bytes and parts are those of a step."""
-    found = refit(plan.candidate, facts, rates, wishes, budget)
-    return None if found is None else _plan(LoadedMemory(facts), *found)
+    budget: what there is now. arena: as for `make_plan`. Its device_bytes and parts are those of a step."""
+    memory, left = LoadedMemory(facts), budget
+    again = None
+    for _ in range(TRIES):
+        found = refit(plan.candidate, facts, rates, wishes, left)
+        if found is None:
+            break
+        again = _plan(memory, *found, arena)
+        over = again.device_bytes - memory.limit(plan.placement, budget.device_bytes) if rates is not None else 0
+        if over <= 0:
+            break
+        left = replace(left, device_bytes=left.device_bytes - over - AGAIN)
+    return again
 
 
 def plan_record(plan: Plan, facts: Facts, rates: Rates | None) -> dict[str, Any]:
@@ -91,8 +132,9 @@ def _best(facts: Facts, rates: Rates, placement: Placed, wishes: Wishes, budget:
     return Search(Memory(facts), Clock(facts, rates), placement, wishes, budget).best()
 
 
-def _plan(memory: Memory, candidate: Candidate, seconds: float | None) -> Plan:
-    parts = memory.device_parts(candidate)
+def _plan(memory: Memory, candidate: Candidate, seconds: float | None, arena: Callable[[Blocks], int] | None) -> Plan:
+    placed = arena(candidate.blocks) if arena is not None and memory.facts.fused else None
+    parts = memory.device_parts(candidate, placed)
     return Plan(
         candidate.placement,
         candidate.blocks,
@@ -102,6 +144,7 @@ def _plan(memory: Memory, candidate: Candidate, seconds: float | None) -> Plan:
         memory.host_bytes(candidate),
         seconds,
         parts,
+        placed or 0,
     )
 
 
@@ -123,4 +166,5 @@ def table(plan: Plan, facts: Facts, rates: Rates | None, budget: Budget) -> list
     found: dict[Placed, Found | None] = {}
     if rates is not None:
         found = {p: _best(facts, rates, p, Wishes(), budget) for p in placements(facts, Wishes())}
-    return lines(plan.candidate, plan.seconds, facts, rates, (budget.device_bytes, budget.host_bytes), found)
+    limits = budget.device_bytes, budget.host_bytes
+    return lines(plan.candidate, plan.parts, plan.seconds, facts, rates, limits, found)

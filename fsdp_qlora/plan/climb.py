@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from fsdp_qlora.plan.facts import KEEP
 from fsdp_qlora.plan.memory import BlockPlan, Candidate
-from fsdp_qlora.plan.moments import KEEP
 
 Kind = tuple[str, bool]  # keep level, offloaded
 

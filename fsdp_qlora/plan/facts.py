@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fsdp_qlora.model import CausalModel
     from fsdp_qlora.world import World
 
+KEEP = ("input", "halves", "attention", "qkv", "all")  # as `fused.KEEP`, which takes torch to import
+FLOAT = 4  # bytes of float32
 LINE = 64  # numbers: rows that a fused block makes begin on whole cache lines (`kernels/lora_wide.py`, PITCH)
 RANK_ALIGN = 8  # numbers: the adapters' columns beside an input (`kernels/lora_wide.py`, ALIGN)
 
@@ -33,7 +35,8 @@ class Facts:
     PyTorch gives to cuBLAS on each thread that multiplies. dummy: random weights, made on the device. exchange_by_host:
     adapters cross between ranks by copy engines through host memory. master_bytes: of an adapter parameter's master
     copy, between updates, beside its working copy. sent_bytes: of a gradient's number on its way between ranks
-    (`planning.sending` knows).
+    (`planning.sending` knows). adapted: "1" or "0" for each linear of a block in order of use, by whether it has an
+    adapter in any block; "" for all.
     """
 
     layers: int
@@ -83,6 +86,7 @@ class Facts:
     exchange_by_host: bool = False
     master_bytes: int = 4  # this and the next as they were until 2026-11-25: rows of the grid from before do not say
     sent_bytes: int = 4
+    adapted: str = ""
 
     @property
     def tokens(self) -> int:
@@ -213,6 +217,11 @@ def _rank(*linears: Any) -> int:
     return sum(m.lora_A.shape[0] for m in linears if m.lora_A is not None)
 
 
+def _adapted(anatomies: list[Any]) -> str:
+    by_linear = zip(*(a.linears for a in anatomies), strict=True)
+    return "".join("1" if any(m.lora_A is not None for m in linears) else "0" for linears in by_linear)
+
+
 def _fused(model: "CausalModel", context: int) -> dict[str, Any]:
     anatomies = [block.fused.anatomy for block in model.blocks.values()]  # type: ignore[union-attr]
     a = anatomies[0]
@@ -228,6 +237,7 @@ def _fused(model: "CausalModel", context: int) -> dict[str, Any]:
         "rank_o": max(_rank(x.o) for x in anatomies),
         "rank_gate_up": max(_rank(*x.gate_up) for x in anatomies),
         "rank_down": max(_rank(x.down) for x in anatomies),
+        "adapted": _adapted(anatomies),
         "norms_after": a.mlp_out_norm is not None,
         "head_norms": a.q_norm is not None,
         "keys": sum(keys_seen(context, x.masking.window) for x in anatomies) / len(anatomies),

@@ -1,9 +1,9 @@
 """Memory as arithmetic: the bytes on a GPU at the peak of a step or of loading, and the bytes in host memory.
 
-GPU bytes are what `torch.cuda.max_memory_allocated` will say. They are what is held all the time plus the largest of a
-few moments (`moments.py`): a block in forward or backward with all that blocks before it keep, the head, a unit
-being encoded. Sizes follow the code that allocates, tensor by tensor; `tests/test_plan_memory.py` lets that code run on
-the meta device and compares. What the allocator reserves beyond what is allocated is `RESERVED`, named and apart.
+GPU bytes are what `torch.cuda.max_memory_allocated` will say. They are what is held all the time; the arena, as large
+as the largest of a few moments: a block in forward or backward with all that blocks before it keep, the head, the
+update; and what operators allocate by themselves meanwhile. Or they are those of loading, which comes before the arena.
+Sizes are read off the program's own passes (`costs.py`).
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from fsdp_qlora.plan.facts import Facts, beside, pitch
-from fsdp_qlora.plan.moments import FLOAT, BlockBytes, Loading, head_moments
+from fsdp_qlora.plan import generic
+from fsdp_qlora.plan.costs import block_bytes, head_bytes
+from fsdp_qlora.plan.facts import FLOAT, KEEP, Facts, beside, pitch
+from fsdp_qlora.plan.loading import Loading
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)
@@ -21,10 +23,10 @@ EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchan
 GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
 HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
 THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autograd's
-# Reserved over allocated where segments grow (docs/performance.md): 1.012 and 1.021 streaming at the limit, up to 1.06
-# replicated with room to spare; under FSDP2, whose gathers allocate on streams of their own, 1.11 and 1.14 before they
-# did. The allocator gives unused memory back before it fails, so most of it is slack.
-RESERVED = {"replicate": 1.05, "stream": 1.03, "shard": 1.10, "shard_offload": 1.10}
+# What the allocator reserves over what is allocated. With an arena the last page of a segment and the ends of blocks;
+# under FSDP2, whose gathers allocate as they go on streams of their own, and around Hugging Face's own layers a share.
+ENDS = 128 << 20
+UNPLACED = {"replicate": 1.05, "stream": 1.03, "shard": 1.10, "shard_offload": 1.10}
 
 
 @dataclass(frozen=True)
@@ -52,41 +54,65 @@ class Memory:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        kinds = {(keep, away) for keep in ("input", "halves", "attention", "qkv", "all") for away in (False, True)}
-        self.of = {kind: BlockBytes.of(facts, *kind) for kind in kinds}
-        self.head = max(head_moments(facts))
+        kinds = {(keep, away) for keep in KEEP for away in (False, True)}
+        if facts.fused:
+            self.of = {kind: block_bytes(facts, *kind) for kind in kinds}
+            self.head, self.head_loose = head_bytes(facts)
+        else:
+            self.of = dict.fromkeys(kinds, generic.layer_bytes(facts))
+            self.head, self.head_loose = generic.head_bytes(facts), 0
         self.adapters = facts.all_adapters * facts.compute_bytes
         self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
         self.masters = facts.master_bytes * owned
-        # A block's gradient is there from its backward to the end of the step.
-        self.gradient = FLOAT * -(-facts.adapter_parameters // facts.ranks)
+        gradient = FLOAT * -(-facts.adapter_parameters // facts.ranks)
         together = min(TOGETHER, facts.layers) if facts.master_bytes < FLOAT else 0
-        self.unfolded = together * self.gradient  # master copies, during the update
-        self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced()
-        self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
+        self.unfolded = together * gradient  # master copies, during the update
+        # A block's gradient is there from its backward to the end of the step; over micro-batches from the first on.
+        self.gradient = 0 if facts.accumulation > 1 else gradient
+        self.gradients = 0 if facts.accumulation == 1 else facts.layers * gradient
+        self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced() + self.gradients
         if facts.exchange_by_host:  # what waits to be added
-            self.flying += FLOAT * facts.largest_adapters // facts.ranks // (1 if facts.ranks > 2 else 2)
+            self.owned += FLOAT * facts.largest_adapters // facts.ranks // (1 if facts.ranks > 2 else 2)
+        self.flying = 0 if facts.ranks == 1 else IN_FLIGHT * _reduction(facts)
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
-        self.always = self.adapters + self.owned + self.flying + self.workspace
+        self.always = self.adapters + self.owned + self.scratch + self.workspace
 
-    def device_parts(self, candidate: Candidate) -> dict[str, int]:
-        """What is on a GPU at the peak, by name; the sum is the peak."""
-        return max(self.step_parts(candidate), self.loading_parts(candidate), key=lambda parts: sum(parts.values()))
+    def device_parts(self, candidate: Candidate, arena: int | None = None) -> dict[str, int]:
+        """What is on a GPU at the peak, by name; the sum is the peak. arena: its bytes, where they are known."""
+        step, loading = self.step_parts(candidate, arena), self.loading_parts(candidate)
+        return max(step, loading, key=lambda parts: sum(parts.values()))
 
-    def step_parts(self, candidate: Candidate) -> dict[str, int]:
-        """What is on a GPU at the worst moment of a step."""
+    def step_parts(self, candidate: Candidate, arena: int | None = None) -> dict[str, int]:
+        """What is on a GPU at the worst moment of a step. arena: its bytes, where they are known."""
         kept, working, gradients = self._peak(candidate.blocks, self._head_gathered(candidate))
+        working = working if arena is None else arena - kept - gradients
         return {
             "frozen base": self._resident(candidate),
             "frozen base on its way": self._moving(candidate),
             "adapters": self.adapters,
-            "gradients, masters, optimizer": self.owned + self.flying + gradients,
+            "gradients, masters, optimizer": self.owned + gradients,
             "decoded weights, cuBLAS": self.scratch + self.workspace,
             "kept for backward": kept,
-            "working": working,
+            "working": working + self._loose(candidate.blocks),
         }
+
+    def arena(self, candidate: Candidate) -> int:
+        """The least bytes of the arena: of the tensors that are placed, most that are alive at once."""
+        return sum(self._peak(candidate.blocks, self._head_gathered(candidate)))
+
+    def limit(self, placement: Placed, device_bytes: float) -> int:
+        """Of what PyTorch may reserve, how much may be allocated."""
+        if self.facts.fused and not placement.startswith("shard"):
+            return int(device_bytes) - ENDS
+        return int(device_bytes / UNPLACED[placement])
+
+    def reserved(self, placement: Placed, allocated: int) -> int:
+        """What PyTorch reserves where so much is allocated."""
+        if self.facts.fused and not placement.startswith("shard"):
+            return allocated + ENDS
+        return int(allocated * UNPLACED[placement])
 
     def loading_parts(self, candidate: Candidate) -> dict[str, int]:
         """What is on a GPU when the unit is encoded that takes most, those before it being where they stay."""
@@ -109,13 +135,17 @@ class Memory:
         """As `device_bytes`, without the moment of loading before any block is: each resident block adds its bytes."""
         resident = self._resident(candidate)
         late = max(self.loading.block, self.loading.head) - self._head_here(candidate)
-        step = self._moving(candidate) + self.scratch + self.always + peak
+        step = self._moving(candidate) + self.always + peak
         return resident + max(step, self.adapters + self.masters + late)
 
     def peak(self, candidate: Candidate) -> int:
         """Bytes kept, working and of gradients at the worst moment: alike for all candidates of a placement with such
         kinds of block in such an order, whatever is resident."""
-        return sum(self._peak(candidate.blocks, self._head_gathered(candidate)))
+        return self.arena(candidate) + self._loose(candidate.blocks)
+
+    def _loose(self, blocks: Sequence[BlockPlan]) -> int:
+        """Most that operators allocate by themselves, beside the arena."""
+        return max(self.head_loose, *(self.of[kind].loose for kind in {(b.keep, b.offloaded) for b in blocks}))
 
     def host_parts(self, candidate: Candidate) -> dict[str, int]:
         """Bytes in host memory of a node, all its ranks together, by name."""
@@ -193,7 +223,7 @@ class Memory:
         fetched = max(s.away for s in sizes)
         every = len(sizes) * self.gradient
         first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
-        behind = [every if self.facts.accumulation > 1 else every - (i + 1) * self.gradient for i in range(len(sizes))]
+        behind = [every - (i + 1) * self.gradient for i in range(len(sizes))]
         worst = max(
             (before[-1], self.head + head_gathered + fetched, behind[-1]), (0, 0, every + self.unfolded), key=sum
         )
@@ -203,7 +233,8 @@ class Memory:
             size = sizes[i]
             going = fetched if i > first_away else 0  # what was parked last is let go when the next is parked
             forward = (before[i], size.forward + going, behind[-1])
-            worst = max(worst, forward, (before[i + 1], size.backward + size.away + fetched, behind[i]), key=sum)
+            backward = (before[i + 1], size.backward + size.away + fetched, behind[i] + self.flying)
+            worst = max(worst, forward, backward, key=sum)
         return worst
 
 
@@ -213,8 +244,11 @@ def _whole(candidate: Candidate) -> bool:
 
 
 def _reduction(facts: Facts) -> int:
-    """Bytes of the largest block's gradients on their way: the whole, and this rank's slice of the sum."""
-    return facts.largest_adapters * facts.sent_bytes + facts.largest_adapters * facts.reduce_bytes // facts.ranks
+    """Bytes of the largest block's gradients on their way; this rank's slice of the sum counts as its gradient where it
+    becomes that."""
+    whole = facts.largest_adapters * facts.sent_bytes
+    becomes = facts.reduce_bytes == FLOAT and facts.accumulation == 1
+    return whole if becomes else whole + facts.largest_adapters * facts.reduce_bytes // facts.ranks
 
 
 def _scratch(facts: Facts) -> int:

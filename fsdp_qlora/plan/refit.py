@@ -10,9 +10,8 @@ from copy import copy
 from dataclasses import replace
 
 from fsdp_qlora.plan.clock import Clock, Rates
-from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.facts import KEEP, Facts
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory
-from fsdp_qlora.plan.moments import KEEP
 from fsdp_qlora.plan.search import Budget, Search, Wishes, spread
 
 MIB = 1 << 20

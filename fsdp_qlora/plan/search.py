@@ -6,7 +6,6 @@ fit: that is never slower and takes host memory away from nobody. What remains i
 walk through the few that may be the fastest.
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,9 +14,8 @@ from itertools import combinations
 
 from fsdp_qlora.plan.climb import Cost, Kind, blend, climb, corners
 from fsdp_qlora.plan.clock import Clock
-from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.plan.memory import RESERVED, BlockPlan, Candidate, Memory, Placed
-from fsdp_qlora.plan.moments import KEEP
+from fsdp_qlora.plan.facts import KEEP, Facts
+from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
 
 STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so that the link need not wait for a block
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one
@@ -80,7 +78,7 @@ class Search:
     def __init__(self, memory: Memory, clock: Clock | None, placement: Placed, wishes: Wishes, budget: Budget) -> None:
         self.facts: Facts = memory.facts
         self.memory, self.clock, self.placement, self.wishes, self.budget = memory, clock, placement, wishes, budget
-        self.limit = int(budget.device_bytes / RESERVED[placement])
+        self.limit = memory.limit(placement, budget.device_bytes)
         self.most_resident = self.facts.layers - 1  # of `stream`: all of them would be `replicate`
 
     def best(self) -> Found | None:
@@ -160,7 +158,7 @@ class Search:
         """The least bytes of a GPU, with what the allocator sets aside, with the host memory there is; None where that
         is too little for any."""
         needs = [self.memory.device_bytes(c) for c in self._at_least_resident()]
-        return min((math.ceil(n * RESERVED[self.placement]) for n in needs), default=None)
+        return min((self.memory.reserved(self.placement, n) for n in needs), default=None)
 
     def least_host(self) -> int | None:
         """The least bytes of host memory with the GPUs there are; None where these are too small for any."""

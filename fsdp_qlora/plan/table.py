@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from fsdp_qlora.plan.clock import Clock, Rates
 from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.plan.memory import RESERVED, BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
 from fsdp_qlora.plan.search import Found
 from fsdp_qlora.units import GIB
 
@@ -56,10 +56,9 @@ def exchange_line(facts: Facts) -> str:
 
 
 def memory_lines(
-    parts: Mapping[str, int], placement: Placed, host: Mapping[str, int], limits: tuple[float, float]
+    parts: Mapping[str, int], reserved: int, host: Mapping[str, int], limits: tuple[float, float]
 ) -> list[str]:
     peak = sum(parts.values())
-    reserved = peak * RESERVED[placement]
     if math.isinf(limits[0]):  # no GPU: all of it is the machine's memory
         return [f"memory    {size(peak)} for each rank at the peak{_shares(parts)}"]
     lines = [
@@ -111,6 +110,7 @@ def size(nbytes: float) -> str:
 
 def lines(
     candidate: Candidate,
+    parts: Mapping[str, int],
     seconds: float | None,
     facts: Facts,
     rates: Rates | None,
@@ -121,8 +121,8 @@ def lines(
     memory, gpus = Memory(facts), not math.isinf(limits[0])
     table = [where_line(candidate, gpus), kept_line(candidate.blocks, facts, gpus)]
     table += [exchange_line(facts)] if gpus and facts.ranks > 1 else []
-    parts, host = memory.device_parts(candidate), memory.host_parts(candidate)
-    table += memory_lines(parts, candidate.placement, host, limits)
+    reserved = memory.reserved(candidate.placement, sum(parts.values()))
+    table += memory_lines(parts, reserved, memory.host_parts(candidate), limits)
     if rates is not None and seconds is not None:
         table.append(time_line(Clock(facts, rates), candidate, seconds))
         table += alternative_lines(facts, candidate.placement, found)

@@ -5,8 +5,9 @@ Counted as `fused.py` and the kernels do it, per micro-batch of one rank. N * D 
 
 from dataclasses import dataclass, replace
 
-from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.plan.moments import FLOAT, KEEP, b_rides, chunk_tokens, in_one_pass
+from fsdp_qlora.kernels.cross_entropy import chunk_tokens
+from fsdp_qlora.kernels.glu_lora import MOST_RANK
+from fsdp_qlora.plan.facts import FLOAT, KEEP, Facts
 
 # Kernels that the host launches for a Llama block, forward, and backward at each keep level, counted by running it on
 # the meta device (tests/test_plan_time.py). What else the host does is in the seconds a launch is measured to take.
@@ -37,6 +38,18 @@ class Work:
 def _values(work: Work) -> tuple[float, ...]:
     return (work.forward, work.backward, work.attend, work.attend_backward, work.skinny, work.bytes, work.decoded,
             work.skinny_bytes, work.launches)  # fmt: skip
+
+
+def b_rides(facts: Facts) -> bool:
+    """Whether gate's and up's B's stand beside their weights in the product of their input's gradient (as
+    `lora_wide.pays_beside` has it)."""
+    return bool(facts.rank_gate_up) and facts.inner > facts.hidden and not facts.dropout
+
+
+def in_one_pass(facts: Facts) -> bool:
+    """Whether the backward of an MLP's middle gives its adapters' gradients as well (`lora_wide.fits_glu`)."""
+    beside = facts.rank_gate_up or facts.rank_down
+    return not facts.dropout and bool(beside) and facts.rank <= MOST_RANK
 
 
 class BlockWork:
@@ -150,7 +163,7 @@ def head_work(facts: Facts) -> Work:
     loss = 3 * f.tokens * f.vocabulary * f.compute_bytes  # logits are read twice and written once
     # Passes of forward, of backward, and to labelled rows and back.
     norm = numbers * ((2 + 3) * f.compute_bytes if f.fused else (8 + 15) * FLOAT) + numbers * 6 * f.compute_bytes
-    chunks = -(-f.tokens // chunk_tokens(f))
+    chunks = -(-f.tokens // chunk_tokens(f.vocabulary))
     return Work(forward=product, backward=product, bytes=loss + norm, launches=(15 if f.fused else 60) + 8 * chunks)
 
 

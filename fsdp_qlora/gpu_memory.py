@@ -1,0 +1,51 @@
+"""What a process holds of a GPU: PyTorch's allocator's part, and the driver's, libraries' and other processes' beside.
+
+NVML counts the memory of a card as `nvidia-smi` shows it. Asked before this process has a context on any card, it says
+what others hold; all that comes later is this process's. Without NVML others are taken to hold nothing.
+"""
+
+import ctypes
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+_others: dict[str, int] = {}  # by the card's UUID, bytes in use before this process had a context
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+
+
+def note_others() -> None:
+    """Before CUDA is used: remember what is in use of each card."""
+    _others.update(used_by_card())
+
+
+def used_by_card() -> dict[str, int]:
+    """UUID -> bytes in use, of every card of the machine; {} where NVML does not tell."""
+    found: dict[str, int] = {}
+    with suppress(OSError, AttributeError):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return {}
+        count = ctypes.c_uint()
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for index in range(count.value):
+            handle, memory, uuid = ctypes.c_void_p(), _Memory(), ctypes.create_string_buffer(96)
+            failed = nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+            failed = failed or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+            failed = failed or nvml.nvmlDeviceGetUUID(handle, uuid, len(uuid))
+            if not failed:
+                found[uuid.value.decode()] = memory.used
+    return found
+
+
+def outside_bytes(device: torch.device) -> int:
+    """Return what this process holds on its card beside PyTorch's allocator: the context, libraries, their kernels."""
+    free, total = torch.cuda.mem_get_info(device)
+    properties: Any = torch.cuda.get_device_properties(device)
+    card = f"GPU-{properties.uuid}"
+    now = used_by_card()
+    used = now[card] - _others[card] if card in now and card in _others else total - free
+    return max(0, used - torch.cuda.memory_reserved(device))

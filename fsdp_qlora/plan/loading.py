@@ -1,0 +1,23 @@
+"""Bytes on a GPU while weights are loaded and encoded."""
+
+from fsdp_qlora.plan.facts import Facts
+
+
+class Loading:
+    """Working bytes while a unit is encoded on a GPU: its weights as read, its bytes, the next unit's weights.
+
+    Random weights are made on the device, a unit ahead; a checkpoint's are in host memory, one on the device at a time.
+    With several ranks another's block arrives beside this rank's own. first: the embedding, before anything stays.
+    block; head: when all blocks are where they stay; no block is read ahead of it."""
+
+    def __init__(self, facts: Facts) -> None:
+        f = facts
+        received = 0 if f.ranks == 1 else 1
+        dense = f.linear_numbers * f.stream_bytes
+        largest = max(f.qkv if f.qkv_linears == 1 else f.queries, f.inner * (3 - f.gate_up_linears)) * f.hidden
+        # One weight's, not yet among the unit's bytes: half a byte a number, and the scale of 64 twice in float32.
+        self.parts = largest * 5 // 8 if f.codec.startswith("nf4") else 0
+        self.first = (2 + received) * f.embedding_bytes + (dense if f.dummy else 0)
+        weights = 2 * dense if f.dummy else largest * f.stream_bytes
+        self.block = weights + self.parts + f.block_bytes * (1 + received)
+        self.head = 2 * f.head_bytes

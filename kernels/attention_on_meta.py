@@ -1,0 +1,49 @@
+"""What each attention backend allocates, as tensors on the meta device: so that a plan can run a block there.
+
+The operators' own meta forms, where they have one, leave out the workspace that a backend takes while it runs. Here it
+is a tensor that lives as long as the call.
+
+B batch, S sequence, N query heads, K key/value heads, D head dim.
+"""
+
+from typing import Any
+
+import torch
+
+FLOAT = 4  # bytes of float32
+QUERIES = 512  # at a time in the math backend (`attention._PIECE`)
+SCORES = 5  # score matrices of a piece alive at once in its backward: scores, p, d_p, d_scores, mask
+
+
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> tuple[torch.Tensor, Any]:
+    """(out [B, S, N, D], stats) as `attention.attend` returns them."""
+    scratch = _scratch(q, workspace(backend, q, k)[0])
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sums = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    del scratch
+    return out, ((q, k, v), out, sums) if backend == "flash_attn" else (sums,)  # that package's graph holds its inputs
+
+
+def backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
+    """(d_q, d_k, d_v) as `attention.attend_backward` returns them."""
+    scratch = _scratch(q, workspace(backend, q, k)[1])
+    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    del scratch
+    return gradients
+
+
+def workspace(backend: str, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
+    """Bytes that a backend takes beside its outputs, forward and backward: float32 sums of d_q, and keys' gradients for
+    each query head; in the math backend score matrices and float32 copies."""
+    batch, sequence, heads, _ = q.shape
+    tokens, queries = batch * sequence, q.numel()
+    if backend in ("math", "cpu"):
+        scores = batch * heads * min(QUERIES, sequence) * sequence * FLOAT
+        wide = (queries + 2 * k.numel()) * FLOAT
+        return wide + 3 * scores + queries * FLOAT, 2 * wide + SCORES * scores + queries * FLOAT
+    shared = 2 * queries * q.element_size() if k.shape[2] < heads else 0
+    return 0, queries * FLOAT + tokens * heads * FLOAT + shared
+
+
+def _scratch(q: torch.Tensor, nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=q.device)
