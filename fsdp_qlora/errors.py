@@ -1,6 +1,10 @@
 """The two ways a run ends early: the user can mend it before it starts, or it stopped in the middle."""
 
+import traceback
 from typing import Self
+
+# Words of CUDA, cuBLAS, cuDNN and Triton where they find no memory: they raise plain RuntimeErrors.
+_NO_MEMORY = ("out of memory", "alloc_failed", "host_allocation_failed", "error_memory_allocation")
 
 
 class RunEnded(Exception):
@@ -25,3 +29,22 @@ class TrainingStopped(RunEnded, RuntimeError):
 def first_line(error: BaseException) -> str:
     """What `error` says, without what follows the first line; its class's name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether `error` says that a GPU has no memory left, PyTorch's allocator or a library of CUDA's.
+
+    Not where a collective met it: ranks whose communicator has failed cannot go on."""
+    names = {kind.__name__ for kind in type(error).__mro__}  # by name: torch takes a second to import
+    if "DistError" in names or "RuntimeError" not in names or isinstance(error, RunEnded):
+        return False
+    said = str(error).lower()
+    return "OutOfMemoryError" in names or any(words in said for words in _NO_MEMORY)
+
+
+def release_frames(error: BaseException) -> None:
+    """Free the local variables of all frames that `error`, and what it was raised from, have passed through."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__

@@ -102,6 +102,11 @@ class FrozenBytes(nn.Module):
         self.bring: Callable[[bool], None] | None = None
         self._places: list[Place] = []
 
+    def leave(self) -> None:
+        """Forget where the bytes are, and let go of them: the placement puts them somewhere else."""
+        self._parameters["flat"] = nn.Parameter(torch.empty_like(self.flat, device="meta"), requires_grad=False)
+        self._places = []
+
     def parts(self, name: str) -> dict[str, Tensor]:
         """The stored parts of `name`, as views. Valid while the block is gathered. Raises as `place`."""
         return self.place().views[name]

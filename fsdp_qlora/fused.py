@@ -75,6 +75,10 @@ class Scratch:
         """Before its first columns are returned to autograd as a gradient; None: nothing is handed over."""
         self._handed = d_wide
 
+    def forget(self) -> None:
+        """Let go of what was handed over, where no backward will take it."""
+        self._handed = None
+
     def take(self, d_rows: Tensor, columns: int) -> Tensor | None:
         """[T, columns] that begin with d_rows [T, H]: of what was handed over last, if that has as many and they are of
         it; d_rows themselves, if they are enough. None else."""
@@ -178,6 +182,12 @@ class FusedBlock:
         block = self if torch.is_grad_enabled() else replace(self, parks=False)  # no backward would fetch it
         with no_autocast(h):  # as in backward, which recomputes: a product stays float32
             return _Fused.apply(h, block, cos, sin, (p, seed), *matrices)
+
+    def forget(self) -> None:
+        """Let go of what a pass that failed has left behind, in this block and in what it shares with the others."""
+        self.scratch.forget()
+        if self.offload is not None:
+            self.offload.reset()
 
     # ---- the attention half
 

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Batches
-from fsdp_qlora.errors import TrainingStopped, first_line
+from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
 from fsdp_qlora.export import save_adapter_somewhere, saved_since
 from fsdp_qlora.host_memory import HostMemory
 from fsdp_qlora.interrupt import Interrupt
 from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.profiling import profiled
+from fsdp_qlora.retry import Refit, out_of_memory
 from fsdp_qlora.step import Ready, Stepper
 from fsdp_qlora.world import World
 
@@ -33,13 +34,14 @@ class Loop:
         host: HostMemory,
         metrics: Metrics,
         stepper: Stepper,
+        refit: Refit,
         batches: Batches,
         steps: int,
         tokenizer: PreTrainedTokenizerBase | None,
         folder: Path,
     ) -> None:
         self.config, self.world, self.host, self.metrics = config, world, host, metrics
-        self.stepper, self.batches, self.steps = stepper, batches, steps
+        self.stepper, self.refit, self.batches, self.steps = stepper, refit, batches, steps
         self.tokenizer, self.folder = tokenizer, folder
         self.started = time.time()
         self._rescuing = threading.Lock()
@@ -49,16 +51,12 @@ class Loop:
             try:
                 finished = self._steps(interrupt)
             except TrainingStopped as stopped:  # raised on every rank alike: the last good step can be saved in full
-                said = TrainingStopped(f"{stopped}{self._save_what_there_is()}")
-                raise said.on_every_rank(self.world.rank) from stopped
-            except torch.OutOfMemoryError as error:
-                step = self.stepper.done + 1
-                raise TrainingStopped(
-                    f"rank {self.world.rank}: GPU memory ran out in step {step} ({first_line(error)}); give the plan "
-                    f"less, with a --gpu_memory_gib 1 or 2 below what the card has, or lower batch_size or "
-                    f"context_length{self._rescue_if_possible()}"
-                ) from error
-            except RuntimeError as error:  # a collective failed because a peer is gone: nothing collective can be done
+                what = TrainingStopped(f"{stopped}{self._save_what_there_is()}")
+                raise what.on_every_rank(self.world.rank) from stopped
+            except RuntimeError as error:  # on this rank alone, or a peer is gone: nothing collective can be done
+                if is_out_of_memory(error):
+                    said = out_of_memory(self.stepper.done + 1, {self.world.rank: first_line(error)})
+                    raise TrainingStopped(f"{said}{self._rescue_if_possible()}") from error
                 rescued = self._rescue_if_possible()
                 if rescued:
                     tqdm.write(rescued.lstrip("; "), file=sys.stdout)
@@ -73,7 +71,7 @@ class Loop:
         with profiled(self.config.profile, self.world, self.steps) as profiler_step:
             ready = self._ready(0)
             for step in range(self.steps):
-                self.stepper.begin(ready)
+                self._begin(ready, step + 1)
                 if step + 1 < self.steps:
                     ready = self._ready(step + 1)  # while the GPU is at work
                 completed = (step + 1) / self.batches.steps_per_epoch
@@ -87,6 +85,13 @@ class Loop:
                 if interrupt.agreed() and step + 1 < self.steps:
                     return False
         return True
+
+    def _begin(self, ready: Ready, step: int) -> None:
+        """Begin a step, again and with less saved for backward as often as a rank has no GPU memory for it."""
+        self.stepper.begin(ready)
+        while ran_out := self.stepper.ran_out():
+            self.stepper.give_back()
+            self.stepper.again(self.refit(step, ran_out))
 
     def _ready(self, step: int) -> Ready:
         return self.stepper.prepare(self.batches.step(*divmod(step, self.batches.steps_per_epoch)))
@@ -104,7 +109,12 @@ class Loop:
     def _save_what_there_is(self) -> str:
         if not self.stepper.done or not self.config.output.save_model:
             return ""
-        self._save()
+        try:
+            self._save()
+        except RuntimeError as error:  # where there is no GPU memory for the whole of it either
+            if not is_out_of_memory(error):
+                raise
+            return self._rescue_if_possible()
         return f". The adapter as of step {self.stepper.done} is saved in {self.folder}"
 
     def _rescue_if_possible(self) -> str:

@@ -44,21 +44,27 @@ class Placement(Protocol):
         """The bytes of `unit` that this rank must hold, by the placement's promise."""
         ...
 
+    def shrink(self, plan: Plan) -> None:
+        """Hold no more of the base on the device than `plan` says, which is less. Called between steps, a collective.
+
+        Raises UserError on every rank where host memory for it cannot be had; all is as before then."""
+        ...
+
 
 class Residents:
-    """The bytes of blocks that stay on the device, in one piece that is made when the first is stored: between the
-    memory that loading takes and gives back they would leave holes."""
+    """The bytes of blocks that stay on the device, all allocated when the first is stored: between the memory that
+    loading takes and gives back they would leave holes. A piece each, so that a block can leave (`Streamed.shrink`)."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.names = {unit.name for unit in units}
-        self._nbytes, self._taken = sum(unit.frozen.layout.nbytes for unit in units), 0
-        self._memory: Tensor | None = None
+        self._nbytes = {unit.name: unit.frozen.layout.nbytes for unit in units}
+        self._pieces: dict[str, Tensor] | None = None  # of blocks to come
 
     def store(self, unit: Unit, whole: Tensor) -> None:
-        if self._memory is None:
-            self._memory = torch.empty(self._nbytes, dtype=torch.uint8, device=whole.device)
-        piece = self._memory[self._taken : self._taken + whole.numel()].copy_(whole)
-        self._taken += whole.numel()
+        if self._pieces is None:
+            made = {name: torch.empty(n, dtype=torch.uint8, device=whole.device) for name, n in self._nbytes.items()}
+            self._pieces = made
+        piece = self._pieces.pop(unit.name).copy_(whole)
         unit.frozen.flat = nn.Parameter(piece.view(torch.float32), requires_grad=False)
 
 
@@ -79,6 +85,9 @@ class Replicated:
 
     def bytes_here(self, unit: Unit) -> int:
         return unit.frozen.layout.nbytes
+
+    def shrink(self, plan: Plan) -> None:
+        pass
 
 
 class Sharded:
@@ -149,6 +158,9 @@ class Sharded:
     def bytes_here(self, unit: Unit) -> int:
         return unit.frozen.layout.nbytes // (self.shards if unit.home == "shared" else 1)
 
+    def shrink(self, plan: Plan) -> None:
+        pass
+
 
 class Streamed:
     """One copy a node in host memory; every rank copies each block to its device ahead of use (see stream.py).
@@ -180,7 +192,7 @@ class Streamed:
         self._residents = Residents([self._units[name] for name in self._blocks if name not in self._streamed])
         self._in_store = in_store
         nbytes = sum(rounded(self._units[name].frozen.layout.nbytes) for name in in_store)
-        self._store = HostStore(nbytes, self.world) if nbytes else None
+        self._stores = [HostStore(nbytes, self.world)] if nbytes else []
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         if unit.name in self._residents.names:
@@ -189,20 +201,17 @@ class Streamed:
         if unit.name not in self._in_store:
             _keep_whole(unit, whole)
             return
-        assert self._store is not None
-        piece = self._store.take(whole.numel())
-        mine = self._store.share(whole.numel())
-        piece[mine].copy_(whole[mine], non_blocking=True)
+        piece = self._write(whole)
         if unit.name in self._streamed:
             self._sources[unit.name] = piece
             return
-        readable = not (whole.is_cuda and self._store.refused)  # the embedding, whose rows the device reads itself
+        readable = not (whole.is_cuda and self._stores[-1].refused)  # the embedding, whose rows the device reads itself
         unit.frozen.flat = nn.Parameter((piece if readable else whole).view(torch.float32), requires_grad=False)
 
     def finish(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        refused = self._store.refused if self._store is not None else 0
+        refused = max((store.refused for store in self._stores), default=0)
         codes = [int(code) for (code,) in self.world.gather([refused])]  # also: every rank has written its part
         if any(codes):
             self.world.say(
@@ -210,13 +219,45 @@ class Streamed:
                 "are copied by way of the driver's own buffers, at about half the speed. Raise `ulimit -l` (memlock) "
                 "or the container's limit"
             )
+        self._stream()
+
+    def bytes_here(self, unit: Unit) -> int:
+        return 0 if unit.name in self._streamed else unit.frozen.layout.nbytes
+
+    def shrink(self, plan: Plan) -> None:
+        stays = {name for name, block in zip(self._blocks, plan.blocks, strict=True) if block.resident}
+        stays |= {name for name in self._order[len(self._blocks) :] if plan.head_resident}
+        leaving = [name for name in self._order if name not in self._streamed | stays]
+        if not leaving and plan.staging == self.buffers:
+            return
+        nbytes = sum(rounded(self._units[name].frozen.layout.nbytes) for name in leaving)
+        self._stores += [HostStore(nbytes, self.world)] if nbytes else []
+        for name in leaving:
+            self._sources[name] = self._write(self._units[name].frozen.flat.detach().view(torch.uint8))
+        self.buffers = plan.staging
+        self._streamed |= set(leaving)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self.world.barrier()  # every rank has written its part
+        for name in self._order:
+            self._units[name].frozen.bring = None  # and the buffers are gone before there are new ones
+            if name in self._streamed:
+                self._units[name].frozen.leave()
+        self._stream()
+
+    def _write(self, whole: Tensor) -> Tensor:
+        """A unit's bytes in the newest store: this rank's share of them is on its way there."""
+        piece = self._stores[-1].take(whole.numel())
+        mine = self._stores[-1].share(whole.numel())
+        piece[mine].copy_(whole[mine], non_blocking=True)
+        return piece
+
+    def _stream(self) -> None:
+        """Bring what is in host memory when it is needed, from now on."""
         stops = [Stop(self._units[name].frozen, self._sources.get(name)) for name in self._order]
         streamer = Streamer(stops, len(self._blocks), self.buffers, self.world.device)
         for position, stop in enumerate(stops):
             stop.frozen.bring = partial(streamer.need, position)
-
-    def bytes_here(self, unit: Unit) -> int:
-        return 0 if unit.name in self._streamed else unit.frozen.layout.nbytes
 
 
 def choose_placement(plan: Plan, options: MemoryOptions, world: World) -> Placement:

@@ -24,7 +24,7 @@ from fsdp_qlora.model import CausalModel
 from fsdp_qlora.offload import ActivationOffload
 from fsdp_qlora.optim import paged_bytes, state_bytes
 from fsdp_qlora.placement import shard_count
-from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, table
+from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, refit_plan, table
 from fsdp_qlora.plan.calibrate import calibrate
 from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.facts import Facts, facts_of
@@ -45,14 +45,21 @@ HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, its table for the user, its record for `write_plan`, the options that it was made for, and where the
-    tensors of a step lie (None where blocks are not fused)."""
+    """A plan, its table for the user, its record for `write_plan`, and what it was made from: options, facts, rates,
+    budget. layout: where the tensors of a step lie, None where blocks are not fused."""
 
     plan: Plan
     lines: list[str]
     record: dict
     config: Config
-    schedule: Schedule | None
+    facts: Facts
+    rates: Rates | None
+    budget: Budget
+    layout: "Layouts | None"
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return None if self.layout is None else self.layout.of(self.plan.blocks)
 
 
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
@@ -84,8 +91,24 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
     except UserError as error:
         raise error.on_every_rank(world.rank) from None
-    schedule = layout.of(plan.blocks) if facts.fused else None
-    return Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized, schedule)
+    lines, record = table(plan, facts, rates, left), plan_record(plan, facts, rates)
+    return Planned(plan, lines, record, sized, facts, rates, left, layout if facts.fused else None)
+
+
+def refit_run(planned: Planned, world: World) -> Planned | None:
+    """Return the plan for what is free now, which takes less of the GPUs than the one before; None where the options or
+    that plan leave nothing to give. A collective."""
+    memory, layout = planned.config.memory, planned.layout
+    device = device_bytes(memory, world.device)
+    host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
+    least_device, least_host = (min(column) for column in zip(*world.gather([device, host]), strict=True))
+    budget = Budget(least_device, min(least_host, planned.budget.host_bytes))
+    wishes, nbytes = wishes_of(memory, world.size), None if layout is None else layout.nbytes
+    plan = refit_plan(planned.plan, planned.facts, planned.rates, wishes, budget, nbytes)
+    if plan is None:
+        return None
+    record = plan_record(plan, planned.facts, planned.rates)
+    return replace(planned, plan=plan, lines=[], record=record)
 
 
 class Layouts:
@@ -170,17 +193,23 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         raise UserError(
             f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away"
         ).on_every_rank(world.rank)
-    device = float("inf")
-    if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        device = free + torch.cuda.memory_reserved(world.device) - LATER
-        if memory.gpu_memory_gib is not None:
-            device = min(device, memory.gpu_memory_gib * GIB - outside_bytes(world.device) - LATER)
-    device *= 1 if allocator_grows() else 1 - PIECES
+    device = device_bytes(memory, world.device)
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
     everyone = world.gather([device, host])
     return Budget(*(min(column) for column in zip(*everyone, strict=True)))
+
+
+def device_bytes(memory: MemoryOptions, device: torch.device) -> float:
+    """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
+    without a GPU."""
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    nbytes: float = free + torch.cuda.memory_reserved(device) - LATER
+    if memory.gpu_memory_gib is not None:
+        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device) - LATER)
+    return nbytes * (1 if allocator_grows() else 1 - PIECES)
 
 
 def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:

@@ -19,6 +19,7 @@ class StepRecord:
     gpu_reserved_gib: list[float]
     gpu_retries: list[int]  # times so far that the allocator had to wait and give memory back before it found some
     host_rss_gib: list[float]  # proportional set size: the sum is what the job takes from the machine
+    step_retries: int = 0  # times that this step was begun again with less saved, after GPU memory had run out
 
     @property
     def tokens_per_second(self) -> float:

@@ -24,8 +24,9 @@ from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.optim import check_optimizer
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
-from fsdp_qlora.planning import keep_activations, make_arena, micro_batches, plan_run, write_plan
+from fsdp_qlora.planning import make_arena, micro_batches, plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
+from fsdp_qlora.retry import Refit
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
 from fsdp_qlora.step import Stepper
@@ -78,7 +79,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         world.main_only(lambda: note_run(config, folder, adapter_count(model), planned.record))
 
         placement = world.together(lambda: choose_placement(plan, config.memory, world))
-        keep_activations(model, plan.blocks, config.training.batch_size * longest, world.device)
+        refit = Refit(planned, model, placement, config.training.batch_size * longest, world, folder)
         adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
         hold_to_card(config.memory.gpu_memory_gib, world)
@@ -88,7 +89,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
             world.say(stages.line())
         torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
         stepper = Stepper(model, adapters, config.training, steps, world, arena)
-        return Loop(config, world, host, metrics, stepper, batches, steps, tokenizer, folder).run()
+        return Loop(config, world, host, metrics, stepper, refit, batches, steps, tokenizer, folder).run()
 
 
 def choose_compute(config: Config, hf_config: PretrainedConfig, world: World) -> tuple[Precision, Attention]:

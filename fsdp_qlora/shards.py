@@ -126,10 +126,33 @@ class ShardedAdapters:
         """After the last backward: every gradient is reduced and in place when this returns (on the current stream)."""
         self.wait()  # for those of blocks that were left out; what they are gathered into may be written to again
         while self._next >= 0:  # adapters that took no part in the loss have no gradient and count as zero
-            self._reduce(self.groups[self._next])
-            self._next -= 1
+            self._reduce_next()
         while self._flying:
             self._land()
+
+    def finish_without(self, left: int) -> None:
+        """Take part with zeros in all that ranks still exchange in this step, so that no rank waits for this one: in
+        place of `finish`, where a pass has failed here. No gradient is left. left: micro-batches that have not begun.
+        """
+        summed = self.no_sync and (left > 0 or any(group.unreduced is not None for group in self.groups))
+        for group in self.groups:
+            for p in group.params:
+                p.grad = None
+        while self._flying:
+            self._flying.popleft()[0].wait()
+        self.zero_grad()  # before anything is allocated: the memory is needed
+        self.wait()
+        remaining = self.groups[self._next :: -1] if self._reducing and self._next >= 0 else []
+        remaining += self.groups[::-1] * (min(left, 1) if self.no_sync else left)
+        self._next = -1
+        for group in remaining if self.world.size > 1 else ():
+            dtype = self.reduce_dtype if summed else self._crossing(group)
+            self._send(group, torch.zeros(group.working.numel(), dtype=dtype, device=self.world.device))
+            while len(self._flying) > IN_FLIGHT:
+                self._land()
+        while self._flying:
+            self._land()
+        self.zero_grad()
 
     def everyones(self, numbers: Tensor) -> Tensor:
         """float32 [ranks, n] from each rank's `numbers` [n]; the host does not wait for them. A collective."""
@@ -326,11 +349,24 @@ class ShardedAdapters:
         self.groups[index].waiting -= 1
         # The same order on every rank, whatever arrives first.
         while self._next >= 0 and self.groups[self._next].waiting == 0:
-            self._reduce(self.groups[self._next])
-            self._next -= 1
+            self._reduce_next()
 
-    def _reduce(self, group: Group) -> None:
-        """Take the gradients autograd left on a block's adapters; keep them (no_sync) or start their reduction."""
+    def _reduce_next(self) -> None:
+        """Keep the gradients of the next block's adapters (no_sync), or start their reduction.
+
+        `_next` says at all times what has been sent, also where memory runs out in here: see `finish_without`."""
+        group = self.groups[self._next]
+        whole = self._taken(group)
+        if whole is not None and self.world.size > 1:
+            self._send(group, whole)
+        self._next -= 1
+        if whole is not None and self.world.size == 1:
+            self._keep(group, whole)
+        while len(self._flying) > IN_FLIGHT:
+            self._land()
+
+    def _taken(self, group: Group) -> Tensor | None:
+        """Take the gradients that autograd left on a block's adapters: [padded]; None where they are summed up here."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group.params]
         for p in group.params:
             p.grad = None
@@ -338,21 +374,17 @@ class ShardedAdapters:
             if group.unreduced is None:
                 group.unreduced = torch.zeros(group.working.numel(), dtype=torch.float32, device=self.world.device)
             torch._foreach_add_(_split(group.unreduced, group.params), gradients)
-            if not self._reducing:
-                return
-            whole = group.unreduced.to(self.reduce_dtype)
-        else:
-            whole = empty(group.working.shape, group.working, self._crossing(group))
-            torch._foreach_copy_(_split(whole, group.params), gradients)
-            whole[sum(p.numel() for p in group.params) :].zero_()
-        if self.world.size == 1:
-            self._keep(group, whole)
-            return
+            return group.unreduced.to(self.reduce_dtype) if self._reducing else None
+        whole = empty(group.working.shape, group.working, self._crossing(group))
+        torch._foreach_copy_(_split(whole, group.params), gradients)
+        whole[sum(p.numel() for p in group.params) :].zero_()
+        return whole
+
+    def _send(self, group: Group, whole: Tensor) -> None:
+        """Start a reduction."""
         mine = empty(group.mine.shape, group.mine, self.reduce_dtype)
         work = self.exchange.reduce_scatter(mine, whole)
         self._flying.append((work, group, mine, whole))
-        while len(self._flying) > IN_FLIGHT:
-            self._land()
 
     def _crossing(self, group: Group) -> torch.dtype:
         """In which gradients go to other ranks: that which they have, where the exchange sums in a wider one."""

@@ -1,5 +1,6 @@
 """One optimizer step: micro-batches, loss over the step's label tokens on all ranks, finite check, clip, update."""
 
+import gc
 import math
 import time
 from dataclasses import dataclass
@@ -8,19 +9,20 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.arena import Arena
 from fsdp_qlora.config import TrainingOptions
 from fsdp_qlora.data import IGNORE, Batch
-from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
+from fsdp_qlora.loss_scale import LossScale
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.optim import make_optimizer, make_schedule, scales_and_skips
 from fsdp_qlora.record import StepRecord
+from fsdp_qlora.retry import RandomState, forget, who_ran_out
 from fsdp_qlora.shards import ShardedAdapters
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
-
-GROWTH_STEPS = 2000  # finite steps after which the loss scale doubles, as torch.amp.GradScaler's default
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,11 @@ class Ready:
     tokens: int
 
 
-class LossScale:
-    """The factor that keeps float16 gradients from underflowing; 1 in every other precision."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.value = 2.0**16 if enabled else 1.0
-        self._finite_steps = 0
-
-    def shrink(self) -> None:
-        self.value, self._finite_steps = self.value / 2, 0
-
-    def grow(self) -> None:
-        self._finite_steps += self.enabled
-        if self._finite_steps == GROWTH_STEPS:
-            self.value, self._finite_steps = self.value * 2, 0
-
-
 class Stepper:
     """Runs optimizer steps; owns the optimizer and its schedule over `steps` of them.
 
     A step is `begin` and `end`. Between the two a GPU is at work and the host free: the time to `prepare` the next.
+    Before `end` all ranks ask what `ran_out`; if anything has, they `give_back`, save less and begin `again`.
     ahead: the update is queued in `begin`, where the optimizer can do without the host's word. It is the same update,
     and a GPU need not wait, with nothing to do, for a host that reads the sums and launches it."""
 
@@ -83,6 +69,10 @@ class Stepper:
         self._start = 0.0  # when the step at work began, for its record
         self._ended: float | None = None  # the last one: a step's seconds begin there, so that what lies between counts
         self._at_work: tuple[Ready, OnItsWay] | None = None  # a step begun: its batches; each rank's loss, squared norm
+        # Ranks that gather blocks of each other in their passes cannot leave one and keep in step.
+        self._may_leave = world.size == 1 or not isinstance(model, FSDPModule)
+        self._ran_out = ""  # what this rank's passes met, if GPU memory ran out in them
+        self._retries = 0  # of the step at work
         self.overflowed = False  # float16 gradients did, so the last step was left out and the loss scale shrunk
 
     @property
@@ -105,12 +95,37 @@ class Stepper:
         """Forward and backward over the micro-batches, and the update where that needs no word of the host; on a GPU it
         returns when they have been launched."""
         self._start = self._ended or time.perf_counter()
-        losses = self._passes(ready.inputs, ready.label_tokens / self.scale.value)
-        norms = torch._foreach_norm(self.adapters.gradients())
-        sums = self.adapters.everyones(torch.stack([losses, torch.stack(norms).square().sum()]))
-        self._at_work = ready, OnItsWay(sums)
-        if self.ahead:
-            self._update_ahead(sums)
+        self._random, self._retries = RandomState(self.world.device), 0
+        self._begin(ready)
+
+    def ran_out(self) -> dict[int, str]:
+        """Return rank -> error, of the ranks that ran out of GPU memory in what was begun: no rank updates then.
+
+        A collective, on the host, beside the GPU's work."""
+        return who_ran_out(self._ran_out, self.world)
+
+    def give_back(self) -> None:
+        """Forget a step in which a rank `ran_out`, and give its memory back to the card. Called on every rank."""
+        assert self._at_work is not None, "no step was begun"
+        self._at_work[1].wait()  # the GPU is done with it, or a rank is gone
+        self.adapters.check()
+        self._begun = self._updated
+        self.adapters.zero_grad()
+        self._drop_arena()
+        gc.collect()  # blocks that have offloaded and fetched nothing are circles
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+            torch.cuda.empty_cache()
+
+    def again(self, arena: Arena | None) -> None:
+        """Begin the same step after `give_back`, with the same batches and the same random numbers.
+
+        arena: of what the blocks keep now."""
+        assert self._at_work is not None, "no step was begun"
+        self.arena = arena
+        self._random.restore()
+        self._retries += 1
+        self._begin(self._at_work[0])
 
     def end(self, epoch: float, host_gib: float) -> StepRecord:
         """Wait for the sums of what was begun, and update, if that has not been queued.
@@ -142,7 +157,41 @@ class Stepper:
             gpu_reserved_gib=reserved if on_gpu else [],
             gpu_retries=[int(count) for count in retries] if on_gpu else [],
             host_rss_gib=host,
+            step_retries=self._retries,
         )
+
+    def _begin(self, ready: Ready) -> None:
+        self._ran_out, self._passed = "", 0
+        try:
+            sums = self._sums(ready)
+        except RuntimeError as error:
+            if not (self._may_leave and is_out_of_memory(error)):
+                raise
+            self._ran_out = first_line(error)
+            forget(error, self.model)
+        if self._ran_out:  # the error is gone, and with it all that it held
+            sums = self._sums_without(len(ready.inputs))
+        self._at_work = ready, OnItsWay(sums)
+        if self.ahead and not self._ran_out:
+            self._update_ahead(sums)
+
+    def _sums(self, ready: Ready) -> Tensor:
+        """Compute each rank's loss and the squared norm of its gradients: [ranks, 2]."""
+        losses = self._passes(ready.inputs, ready.label_tokens / self.scale.value)
+        norms = torch._foreach_norm(self.adapters.gradients())
+        return self.adapters.everyones(torch.stack([losses, torch.stack(norms).square().sum()]))
+
+    def _drop_arena(self) -> None:
+        if self.arena is not None:
+            self.arena.stop()
+            self.arena = None
+
+    def _sums_without(self, micro_batches: int) -> Tensor:
+        """Finish `_sums` where memory ran out in it, with NaN from this rank, so that no rank updates."""
+        self._drop_arena()  # what ranks exchange now has no place in it, and needs memory
+        gc.collect()
+        self.adapters.finish_without(micro_batches - self._passed)
+        return self.adapters.everyones(torch.full((2,), torch.nan, device=self.world.device))
 
     def _passes(self, inputs: list[tuple[Tensor, Tensor, Tensor]], divisor: float) -> Tensor:
         total = torch.zeros((), device=self.world.device)
@@ -150,6 +199,7 @@ class Stepper:
             if self.arena is not None:
                 self.arena.start()
             self.adapters.begin_micro_batch(last=i == len(inputs) - 1)
+            self._passed += 1
             loss = self.model(*(t.to(self.world.device, non_blocking=True) for t in tensors), divisor)
             loss.backward()
             total += loss.detach()

@@ -97,10 +97,11 @@ class Streamer:
             target = buffer.memory[: stop.source.numel()]
             flat = nn.Parameter(target.view(torch.float32), requires_grad=False)
             stop.here[number] = Staged(flat, self._link.prepare([(target, stop.source)]))
-        buffer.holds = position
-        self.copied += stop.source.numel()
+        buffer.holds = -1  # until all of it has been queued: whoever tries again after an error must find no half
         after = () if buffer.done is None else (buffer.done,)
         buffer.arrived = self._link.copy(stop.here[number].transfer, after, buffer.arrived)
+        buffer.holds = position
+        self.copied += stop.source.numel()
         return number
 
 

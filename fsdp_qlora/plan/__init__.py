@@ -13,11 +13,22 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan.clock import Clock, Rates
 from fsdp_qlora.plan.facts import Facts
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.refit import LoadedMemory, refit
 from fsdp_qlora.plan.refusal import refusal
 from fsdp_qlora.plan.search import PLACEMENTS, SIMPLER, Budget, Found, Search, Wishes, placements, spread
-from fsdp_qlora.plan.table import lines
+from fsdp_qlora.plan.table import kept_text, lines
 
-__all__ = ["BlockPlan", "Budget", "Plan", "Wishes", "make_plan", "plan_record", "table"]
+__all__ = [
+    "BlockPlan",
+    "Budget",
+    "Plan",
+    "Wishes",
+    "kept_text",
+    "make_plan",
+    "plan_record",
+    "refit_plan",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,32 @@ def make_plan(
             break
         chosen = smaller
     raise UserError(refusal(facts, wishes, left))
+
+
+def refit_plan(
+    plan: Plan,
+    facts: Facts,
+    rates: Rates | None,
+    wishes: Wishes,
+    budget: Budget,
+    arena: Callable[[Blocks], int] | None = None,
+) -> Plan | None:
+    """Return the plan for a run that is loaded as `plan` says and has run out of GPU memory; None where it has nothing
+    to give.
+
+    budget: what there is now. arena: as for `make_plan`. Its device_bytes and parts are those of a step."""
+    memory, left = LoadedMemory(facts), budget
+    again = None
+    for _ in range(TRIES):
+        found = refit(plan.candidate, facts, rates, wishes, left)
+        if found is None:
+            break
+        again = _plan(memory, *found, arena)
+        over = again.device_bytes - memory.limit(plan.placement, budget.device_bytes) if rates is not None else 0
+        if over <= 0:
+            break
+        left = replace(left, device_bytes=left.device_bytes - over - AGAIN)
+    return again
 
 
 def plan_record(plan: Plan, facts: Facts, rates: Rates | None) -> dict[str, Any]:

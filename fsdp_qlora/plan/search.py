@@ -79,6 +79,7 @@ class Search:
         self.facts: Facts = memory.facts
         self.memory, self.clock, self.placement, self.wishes, self.budget = memory, clock, placement, wishes, budget
         self.limit = memory.limit(placement, budget.device_bytes)
+        self.most_resident = self.facts.layers - 1  # of `stream`: all of them would be `replicate`
 
     def best(self) -> Found | None:
         """The fastest that fits, the most frugal within `TIE` of it; None where nothing fits."""
@@ -120,6 +121,8 @@ class Search:
             for keep, away in kinds
         }
         nothing = replace(like, blocks=blend({kinds[0]: facts.layers}, kinds))
+        if self.placement == "stream" and self.wishes.resident_blocks is not None:  # theirs is not to be had
+            nothing = _with_resident(nothing, min(self.wishes.resident_blocks, facts.layers - 1))
         away = facts.layers * costs[kinds[0]].host
         gpu = self.limit - self.memory.device_bytes(nothing) + facts.layers * costs[kinds[0]].gpu
         host = self.budget.host_bytes - self.memory.host_bytes(nothing) + away
@@ -140,7 +143,7 @@ class Search:
             spare = self.limit - self.memory.device_bytes(candidate, peak)
             wanted = self.wishes.resident_blocks
             resident = spare // self.facts.block_bytes if wanted is None else wanted
-            candidate = _with_resident(candidate, min(resident, self.facts.layers - 1))
+            candidate = _with_resident(candidate, min(resident, self.most_resident))
         device, host = self.memory.device_bytes(candidate, peak), self.memory.host_bytes(candidate)
         if device > self.limit or host > self.budget.host_bytes:
             return None
@@ -194,11 +197,11 @@ class Search:
                 yield candidate, device
 
     def _residents(self, candidate: Candidate, peak: int) -> int:
-        """How many blocks stay on the GPU beside all else. All of them would be `replicate`."""
+        """How many blocks stay on the GPU beside all else."""
         if self.wishes.resident_blocks is not None:
             return min(self.wishes.resident_blocks, self.facts.layers)
         spare = self.limit - self.memory.with_residents(candidate, peak)
-        return min(self.facts.layers - 1, spare // self.facts.block_bytes)
+        return min(self.most_resident, spare // self.facts.block_bytes)
 
     def _at_least_resident(self) -> Iterator[Candidate]:
         """With so few resident blocks that the rest just has room in host memory."""

@@ -32,13 +32,22 @@ def where_line(candidate: Candidate, gpus: bool) -> str:
 def kept_line(blocks: tuple[BlockPlan, ...], facts: Facts, gpus: bool) -> str:
     if not facts.fused:  # checkpointing and autograd decide
         return f"          every block keeps for backward: {'its input' if facts.remat else 'everything'}"
-    here = "GPU memory" if gpus else "memory"
-    counts = Counter((b.keep, "host memory" if b.offloaded else here) for b in blocks)
+    counts = _kept(blocks, gpus)
     if len(counts) == 1:
         ((keep, where),) = counts
         return f"          every block keeps for backward: {keep}, in {where}"
-    shares = (f"{n} blocks {keep} ({where})" for (keep, where), n in sorted(counts.items(), key=lambda c: -c[1]))
-    return f"          kept for backward: {', '.join(shares)}"
+    return f"          kept for backward: {kept_text(blocks, gpus)}"
+
+
+def kept_text(blocks: tuple[BlockPlan, ...], gpus: bool) -> str:
+    """Say how many fused blocks keep which level where, the most first."""
+    shares = sorted(_kept(blocks, gpus).items(), key=lambda c: -c[1])
+    return ", ".join(f"{n} blocks {keep} ({where})" for (keep, where), n in shares)
+
+
+def _kept(blocks: tuple[BlockPlan, ...], gpus: bool) -> Counter[tuple[str, str]]:
+    here = "GPU memory" if gpus else "memory"
+    return Counter((b.keep, "host memory" if b.offloaded else here) for b in blocks)
 
 
 def exchange_line(facts: Facts) -> str:
