@@ -116,7 +116,9 @@ class ShardedAdapters:
         return [group.gradient for group in self.groups if group.gradient is not None]
 
     def begin_micro_batch(self, last: bool) -> None:
-        """Before each backward. last: no more micro-batches follow in this optimizer step."""
+        """Before each forward. last: no more micro-batches follow in this optimizer step."""
+        while self._flying:  # in the arena, whose places this micro-batch takes from the beginning again
+            self._land()
         self._reducing = last or not self.no_sync
         self._next = len(self.groups) - 1
         for group in self.groups:

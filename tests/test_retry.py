@@ -198,6 +198,16 @@ def test_a_step_that_runs_out_of_memory_is_repeated_to_the_bit(name, launched):
     assert len(set(clean.run.losses)) == STEPS, "nothing was learnt"
 
 
+def test_placement_and_what_blocks_keep_change_no_bit_beside_each_other(launched):
+    """Over micro-batches, whose tensors have the same places: none may be taken while it is still on its way."""
+    ranks, _, without = launched
+    if ranks == 1 or torch.cuda.is_available():
+        pytest.skip("for several ranks on the CPU")
+    alike = [without[name].run for name in ("replicated", "streamed, ahead")]
+    assert alike[0].losses == alike[1].losses
+    assert [r["grad_norm"] for r in alike[0].records] == [r["grad_norm"] for r in alike[1].records]
+
+
 def test_the_line_says_who_why_and_what_is_kept_now(launched):
     ranks, ended, _ = launched
     told = re.findall(r"^step 2: GPU memory ran out on .*", ended["forward"].out[0], re.MULTILINE)
