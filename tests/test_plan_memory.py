@@ -121,10 +121,9 @@ def test_a_block_that_is_parked_allocates_what_is_counted(rank: int) -> None:
     model, config, fusion = planned(FAMILIES["llama"], batch_size=4, context_length=256, lora_rank=rank)
     known = facts_of(model, config, WORLD, fusion, 8)
     for keep in KEEP:
-        counted, real = (
-            BlockBytes.of(known, keep, True),
-            metered_block(model, config, keep, ActivationOffload(META, 4 * 256)),
-        )
+        offload = ActivationOffload(META, 4 * 256)
+        counted, real = BlockBytes.of(known, keep, True), metered_block(model, config, keep, offload)
+        assert sum(offload.parked_sizes[0]) * 4 * 256 == pytest.approx(counted.away, rel=0.005), keep
         assert counted.forward == pytest.approx(real.forward, rel=0.001), keep
         assert counted.kept + counted.away == pytest.approx(real.kept, rel=0.005), keep
 
