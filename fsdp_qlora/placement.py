@@ -158,8 +158,8 @@ class Streamed:
         }
         self._units = {u.name: u for u in model.units}
         self._in_store = in_store
-        nbytes = sum(rounded(self._units[name].frozen.layout.nbytes) for name in in_store)
-        self._store = HostStore(nbytes, self.world) if nbytes else None
+        pieces = [unit.frozen.layout.nbytes for unit in model.units if unit.name in in_store]  # as `store` takes them
+        self._store = HostStore(sum(map(rounded, pieces)), self.world, pieces=pieces) if pieces else None
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         if unit.name not in self._in_store:
