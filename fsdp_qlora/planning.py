@@ -41,12 +41,15 @@ HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, its table for the user, its record for `write_plan`, and the options that it was made for."""
+    """A plan, its table for the user, its record for `write_plan`, and the options that it was made for.
+
+    link_rate: bytes per second from host memory to each rank's device, all at once; None where it was not measured."""
 
     plan: Plan
     lines: list[str]
     record: dict
     config: Config
+    link_rate: float | None = None
 
 
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
@@ -73,7 +76,8 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
     plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
-    return Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized)
+    link_rate = rates.h2d if rates is not None else None
+    return Planned(plan, table(plan, facts, rates, left), plan_record(plan, facts, rates), sized, link_rate)
 
 
 def agreed(facts: Facts, world: World) -> Facts:
@@ -153,9 +157,17 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     return Budget(*(min(column) for column in zip(*everyone, strict=True)))
 
 
-def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:
-    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included."""
-    offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
+def keep_activations(
+    model: CausalModel,
+    blocks: Sequence[BlockPlan],
+    most_tokens: int,
+    device: torch.device,
+    link_rate: float | None = None,
+) -> None:
+    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included.
+    link_rate: bytes per second between host memory and the device, if that was measured."""
+    parks = any(plan.offloaded for plan in blocks)
+    offload = ActivationOffload(device, most_tokens, link_rate=link_rate) if parks else None
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
             block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)

@@ -77,8 +77,9 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         metrics = world.together(lambda: Metrics(config, world, steps))
         world.main_only(lambda: note_run(config, folder, adapter_count(model), planned.record))
 
-        placement = world.together(lambda: choose_placement(plan, config.memory, world))
-        keep_activations(model, plan.blocks, config.training.batch_size * longest, world.device)
+        placement = world.together(lambda: choose_placement(plan, config.memory, world, planned.link_rate))
+        most_tokens = config.training.batch_size * longest
+        keep_activations(model, plan.blocks, most_tokens, world.device, planned.link_rate)
         adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
         stages.done("loading")
