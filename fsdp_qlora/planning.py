@@ -61,6 +61,11 @@ class Planned:
     def schedule(self) -> Schedule | None:
         return None if self.layout is None else self.layout.of(self.plan.blocks)
 
+    @property
+    def link_rate(self) -> float | None:
+        """Bytes per second from host memory to each rank's device, all at once; None where it was not measured."""
+        return None if self.rates is None else self.rates.h2d
+
 
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
     """The plan for rows of at most `longest` tokens. A collective. Raises UserError where nothing fits."""
@@ -116,13 +121,20 @@ class Layouts:
 
     def __init__(self, model: CausalModel, config: Config, longest: int, widens: bool, world: World) -> None:
         self.model, self.config, self.longest, self.widens, self.world = model, config, longest, widens, world
-        self._known: dict[tuple[tuple[str, bool], ...], Schedule] = {}
+        self._known: dict[tuple[tuple[str, bool], ...], tuple[Schedule, list[list[int]]]] = {}
 
     def of(self, blocks: Sequence[BlockPlan]) -> Schedule:
+        return self._of(blocks)[0]
+
+    def parked(self, blocks: Sequence[BlockPlan]) -> list[list[int]]:
+        """For each block that parks what it keeps, the bytes per token of each tensor (`ActivationOffload.reserve`)."""
+        return self._of(blocks)[1]
+
+    def _of(self, blocks: Sequence[BlockPlan]) -> tuple[Schedule, list[list[int]]]:
         kinds = tuple((block.keep, block.offloaded) for block in blocks)
         if kinds not in self._known:
-            lives = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
-            self._known[kinds] = place(lives)
+            done = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
+            self._known[kinds] = place(done.lives), done.parked
         return self._known[kinds]
 
     def nbytes(self, blocks: Sequence[BlockPlan]) -> int:
@@ -212,9 +224,21 @@ def device_bytes(memory: MemoryOptions, device: torch.device) -> float:
     return nbytes * (1 if allocator_grows() else 1 - PIECES)
 
 
-def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:
-    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included."""
-    offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
+def keep_activations(
+    model: CausalModel,
+    blocks: Sequence[BlockPlan],
+    most_tokens: int,
+    device: torch.device,
+    link_rate: float | None = None,
+    parked: Sequence[Sequence[int]] = (),
+) -> None:
+    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included.
+    link_rate: bytes per second between host memory and the device, if that was measured. parked: see `Layouts`; host
+    memory for it is made from now on, beside what follows."""
+    parks = any(plan.offloaded for plan in blocks)
+    offload = ActivationOffload(device, most_tokens, link_rate=link_rate) if parks else None
+    if offload is not None and parked:
+        offload.reserve(parked)
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
             block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from fsdp_qlora.background import beside
 from fsdp_qlora.codecs import Codec, Plain
 from fsdp_qlora.config import Config, DataOptions, MemoryOptions
 from fsdp_qlora.config_file import save as save_config
@@ -78,7 +79,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         metrics = world.together(lambda: Metrics(config, world, steps))
         world.main_only(lambda: note_run(config, folder, adapter_count(model), planned.record))
 
-        placement = world.together(lambda: choose_placement(plan, config.memory, world))
+        placement = world.together(lambda: choose_placement(plan, config.memory, world, planned.link_rate))
         refit = Refit(planned, model, placement, config.training.batch_size * longest, world, folder)
         adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
@@ -194,11 +195,13 @@ def load_model(
 
     Raises UserError on every rank alike, before anything is read, where the checkpoint is not this model's."""
     world.first_on_node(lambda: check_names(model, weights))
-    adapters = ShardedAdapters(model, world, config)
+    adapters = ShardedAdapters(model, world, config, draw=False)
+    placement.prepare(model)  # page-locks host memory from here on
+    drawn = beside(adapters.draw, world.device)
     adapters.exchange = choose_exchange(adapters.largest, config.memory, world)
-    placement.prepare(model)
     load(model, weights, placement, world)
     check_bytes(model, placement)
+    drawn.result()
     return adapters
 
 
