@@ -2,6 +2,9 @@
 
 from typing import Self
 
+# What to do with the options of a GPU on a machine without one.
+OR_ELSEWHERE = "or plan for a rig that is not here: --plan_only true --plan_for 2x4090"
+
 
 class RunEnded(Exception):
     """One line for the user, as `str(error)`."""
