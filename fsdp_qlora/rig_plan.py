@@ -36,9 +36,8 @@ from fsdp_qlora.weights import Dummy, Weights
 from fsdp_qlora.world import World
 
 META = torch.device("meta")
-WITHOUT_BF16: Literal["fp16_autocast"] = (
-    "fp16_autocast"  # what `precision_of` tells the user of a card before Ampere to take
-)
+# Before Ampere, as `precision_of` tells the user.
+WITHOUT_BF16: Literal["fp16_autocast"] = "fp16_autocast"
 # Of a card, beside what PyTorch gives out: contexts, cuDNN, cuBLAS, NCCL. nvidia-smi counts 25.04 GiB of a process in
 # which PyTorch has 24 (an H100, torch 2.11).
 OUTSIDE_GIB = 1.04
@@ -83,8 +82,8 @@ def check_rig(config: Config) -> Rig:
         ).on_every_rank(place.rank)
     if config.launch.world_size not in (-1, rig.count):
         raise UserError(
-            f"world_size: {config.launch.world_size}, but plan_for {memory.plan_for} means {rig.count} ranks, one a card; "
-            "leave world_size out, or change one of them"
+            f"world_size: {config.launch.world_size}, but plan_for {memory.plan_for} has {rig.count} ranks, one a "
+            "card; leave world_size out, or change one of them"
         )
     if memory.gpu_memory_gib is not None and memory.gpu_memory_gib > rig.card.gib:
         raise UserError(
@@ -99,8 +98,8 @@ def rig_lines(config: Config, rig: Rig, hf_config: PretrainedConfig) -> list[str
     said: list[str] = []
     if needs_bf16(config.model.precision) and not rig.card.has_bf16:
         said = [
-            f"          no bfloat16 on a {rig.card.name}: train.py refuses --precision {config.model.precision} there; planned "
-            f"for --precision {WITHOUT_BF16}"
+            f"          a {rig.card.name} has no bfloat16, and train.py refuses --precision {config.model.precision} "
+            f"there: planned for --precision {WITHOUT_BF16}"
         ]
         config = replace(config, model=replace(config.model, precision=WITHOUT_BF16))
     model, fusion, attention, planned = plan_rig(config, rig, hf_config)
@@ -117,10 +116,10 @@ def head_lines(memory: MemoryOptions, rig: Rig) -> list[str]:
     reach = "" if rig.count == 1 else ", with peer access" if card.peers else ", without peer access"
     return [
         f"rig       EXPECTED, NOT MEASURED: {rig}, by published rates and what measured cards reach of theirs",
-        f"          GPU {card_gib(memory, card):.1f} GiB, {OUTSIDE_GIB:.1f} of them for CUDA and its libraries; on paper "
-        f"{card.paper:,.0f} TFLOP/s, {card.memory:,.0f} GB/s{reach}",
-        f"          host memory {host:.1f} GiB for the plan{machine}; link {link_of(memory, card) / 1e9:.1f} GB/s to each "
-        f"card, all at once{lanes}",
+        f"          GPU {card_gib(memory, card):.1f} GiB, {OUTSIDE_GIB:.1f} of them for CUDA and its libraries; on "
+        f"paper {card.paper:,.0f} TFLOP/s, {card.memory:,.0f} GB/s{reach}",
+        f"          host memory {host:.1f} GiB for the plan{machine}; link {link_of(memory, card) / 1e9:.1f} GB/s to "
+        f"each card, all at once{lanes}",
     ]
 
 
@@ -147,7 +146,12 @@ def plan_rig(config: Config, rig: Rig, hf_config: PretrainedConfig) -> tuple[Cau
         facts = sending(replace(there, exchange_by_host=by_host))
         return facts, expected_rates(card, facts, link_of(memory, card), card.peers)
 
-    return model, fusion, attention, fastest_of(config, budget_of(memory, rig), world, known)
+    try:
+        return model, fusion, attention, fastest_of(config, budget_of(memory, rig), world, known)
+    except UserError as error:
+        raise UserError(
+            f"plan_for {memory.plan_for}, expected at --precision {config.model.precision}: {error}"
+        ) from None
 
 
 def world_of(rig: Rig) -> RigWorld:
