@@ -104,8 +104,8 @@ def rig_lines(config: Config, rig: Rig, hf_config: PretrainedConfig) -> list[str
         config = replace(config, model=replace(config.model, precision=WITHOUT_BF16))
     model, fusion, attention, planned = plan_rig(config, rig, hf_config)
     described = describe(model, hf_config, planned.config, attention, fusion, world_of(rig))
-    rates = rates_line(planned.record["rates"], "not measured: ")
-    return [*head_lines(config.memory, rig), *said, *described, *planned.lines, rates, closing_line(rig)]
+    rates = [rates_line(planned.record["rates"], "not measured: ")] if config.output.verbose else []
+    return [*head_lines(config.memory, rig), *said, *described, *planned.lines, *rates, closing_line(rig)]
 
 
 def head_lines(memory: MemoryOptions, rig: Rig) -> list[str]:
@@ -124,7 +124,7 @@ def head_lines(memory: MemoryOptions, rig: Rig) -> list[str]:
 
 
 def closing_line(rig: Rig) -> str:
-    """What nobody may take the table for, once more where it ends."""
+    """The same where the table ends, which is what is seen first of a long one."""
     return f"          all of this is expected of {rig}, none of it measured: on the rig `--plan_only true` measures"
 
 
