@@ -8,6 +8,7 @@ Nothing in it is measured. tests/test_rigs.py types one row's command again and 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
@@ -16,7 +17,7 @@ from fsdp_qlora.config_parse import parse
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan import Plan
 from fsdp_qlora.plan.expected import COPY, link_rate
-from fsdp_qlora.rig_plan import SYSTEM_GIB, host_share, plan_rig
+from fsdp_qlora.rig_plan import SYSTEM_GIB, Built, build_for, host_share, plan_built
 from fsdp_qlora.units import GIB
 
 RANK = 64
@@ -150,10 +151,17 @@ def planned(shape: Shape, rig: str, lanes: int, machine: float) -> Plan | None:
     """None where it does not fit."""
     config = parse(["--model_name", "shape", *options(shape, rig, lanes, machine)])
     try:
-        return plan_rig(config, rig_of(rig), shape.config())[3].plan
+        return plan_built(_built(shape, rig), config, rig_of(rig)).plan
     except UserError as error:
         print(f"{rig} x{lanes} {machine}: {error}", file=sys.stderr)
         return None
+
+
+@cache
+def _built(shape: Shape, rig: str) -> Built:
+    """The same for every link and host."""
+    config = parse(["--model_name", "shape", *options(shape, rig, 16, MACHINES[0])])
+    return build_for(config, rig_of(rig), shape.config())
 
 
 def lengths() -> Iterator[str]:

@@ -102,8 +102,9 @@ def rig_lines(config: Config, rig: Rig, hf_config: PretrainedConfig) -> list[str
             f"there: planned for --precision {WITHOUT_BF16}"
         ]
         config = replace(config, model=replace(config.model, precision=WITHOUT_BF16))
-    model, fusion, attention, planned = plan_rig(config, rig, hf_config)
-    described = describe(model, hf_config, planned.config, attention, fusion, world_of(rig))
+    built = build_for(config, rig, hf_config)
+    planned = plan_built(built, config, rig)
+    described = describe(built.model, hf_config, planned.config, built.attention, built.fusion, world_of(rig))
     rates = [rates_line(planned.record["rates"], "not measured: ")] if config.output.verbose else []
     return [*head_lines(config.memory, rig), *said, *described, *planned.lines, *rates, closing_line(rig)]
 
@@ -128,29 +129,43 @@ def closing_line(rig: Rig) -> str:
     return f"          all of this is expected of {rig}, none of it measured: on the rig `--plan_only true` measures"
 
 
-def plan_rig(config: Config, rig: Rig, hf_config: PretrainedConfig) -> tuple[CausalModel, Fusion, Attention, Planned]:
-    """The model, without weights, and its plan. Raises UserError where an option cannot be or nothing fits."""
-    world, card, memory = world_of(rig), rig.card, config.memory
-    shard_count(memory, world)
-    check_exchange(memory, world)
-    precision = MODES[config.model.precision]
+@dataclass(frozen=True)
+class Built:
+    """A model without weights, as the ranks of a rig would have it, and what came of fusing it."""
+
+    model: CausalModel
+    fusion: Fusion
+    attention: Attention
+
+
+def build_for(config: Config, rig: Rig, hf_config: PretrainedConfig) -> Built:
+    """The model on the meta device. Raises UserError where an option cannot be on that rig."""
+    world, card, precision = world_of(rig), rig.card, MODES[config.model.precision]
+    shard_count(config.memory, world)
+    check_exchange(config.memory, world)
     attention = attention_there(config.model.attention, hf_config, precision, card)
     recipe = make_recipe(config, hf_config, weights_of(config, hf_config, precision), precision, world)
     model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
-    fusion = fuse(model, micro_batches(config)[0], META, chooser(card))
+    return Built(model, fuse(model, micro_batches(config)[0], META, chooser(card)), attention)
+
+
+def plan_built(built: Built, config: Config, rig: Rig) -> Planned:
+    """Raises UserError where nothing fits."""
+    world, card, memory = world_of(rig), rig.card, config.memory
     optimizer = state_bytes(config.training.optimizer, world.device.type)
     by_host = rig.count > 1 and (memory.exchange_by == "host" or (memory.exchange_by == "auto" and not card.peers))
 
     def known(sized: Config) -> tuple[Facts, Rates | None]:
-        there = facts_of(model, sized, world, fusion, optimizer, card.capability)
+        there = facts_of(built.model, sized, world, built.fusion, optimizer, card.capability)
         facts = sending(replace(there, exchange_by_host=by_host))
         return facts, expected_rates(card, facts, link_of(memory, card), card.peers)
 
     try:
-        return model, fusion, attention, fastest_of(config, budget_of(memory, rig), world, known)
+        return fastest_of(config, budget_of(memory, rig), world, known)
     except UserError as error:
         raise UserError(
-            f"plan_for {memory.plan_for}, expected at --precision {config.model.precision}: {error}"
+            f"plan_for {memory.plan_for}, expected at --precision {config.model.precision}, CUDA's {OUTSIDE_GIB:.1f} "
+            f"GiB of each GPU apart: {error}"
         ) from None
 
 

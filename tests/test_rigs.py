@@ -14,7 +14,7 @@ from fsdp_qlora import rig_plan
 from fsdp_qlora.cards import rig_of
 from fsdp_qlora.config_parse import parse
 from fsdp_qlora.plan import Plan
-from fsdp_qlora.rig_plan import plan_rig
+from fsdp_qlora.rig_plan import build_for, plan_built
 from tests import tiny
 from tests.torchrun import ROOT
 
@@ -112,7 +112,7 @@ def test_attention_and_precision_are_what_the_card_would_take(
         (["--plan_for", "2x4090", "--world_size", "4"], "world_size: 4, but plan_for 2x4090 has 2 ranks"),
         (["--plan_for", "1x4090", "--exchange_by", "host"], "exchange_by: host has no effect on one rank"),
         (["--plan_for", "1xT4", "--attention", "flash_attention_2"], "flash_attention_2 needs 16-bit compute"),
-        (["--plan_for", "2x4090", "--gpu_memory_gib", "1.05"], "plan_for 2x4090, expected at --precision bf16: the run"),
+        (["--plan_for", "2x4090", "--gpu_memory_gib", "1.05"], "plan_for 2x4090, expected at --precision bf16, CUDA's"),
         (["--plan_for", "4x4090", "--sharding_strategy", "hybrid_full_shard", "--hybrid_shard_size", "3"], "divided"),
     ],
 )
@@ -157,11 +157,11 @@ def test_a_plan_reads_no_rows_so_it_needs_no_network_for_them(model: Path) -> No
     assert not train.needs_hub(parse([*known, "--plan_only", "true"]))
 
 
-# A model of 70B's width and 8 layers, which 6 GiB cannot hold whole, so that everything there is to choose is chosen.
+# A model of 70B's width and 6 layers, which the cards below cannot hold with all that it keeps.
 WIDE = LlamaConfig(
     hidden_size=8192,
     intermediate_size=28672,
-    num_hidden_layers=8,
+    num_hidden_layers=6,
     num_attention_heads=64,
     num_key_value_heads=8,
     vocab_size=32000,
@@ -173,33 +173,36 @@ NOT_SLOWER = 0.99
 
 def plan_of(rig: str, *options: str, hf_config: PretrainedConfig = WIDE) -> Plan:
     asked = ["--model_name", "m", "--plan_only", "true", "--plan_for", rig, "--lora_rank", "16", *options]
-    return plan_rig(parse(asked), rig_of(rig), hf_config)[3].plan
+    config = parse(asked)
+    return plan_built(build_for(config, rig_of(rig), hf_config), config, rig_of(rig)).plan
 
 
-def speeds(rigs: list[str], *options: list[str]) -> list[float]:
+def speeds(gpu_gib: str, rigs: list[str], *options: list[str]) -> list[float]:
     """Rows of a second, of all cards."""
-    plans = [
-        (rig, plan_of(rig, "--gpu_memory_gib", "6", "--batch_size", "2", *more)) for rig in rigs for more in options
-    ]
+    fixed = ["--gpu_memory_gib", gpu_gib, "--batch_size", "2"]
+    plans = [(rig, plan_of(rig, *fixed, *more)) for rig in rigs for more in options]
     return [rig_of(rig).count / plan.seconds for rig, plan in plans if plan.seconds is not None]
 
 
-@pytest.mark.parametrize("context", ["512", "2048"])
-def test_more_of_anything_is_never_slower(context: str) -> None:
+# At 4.9 GiB a search that only went from mixes that use up both memories was 3 % slower with 8 GiB than with 6.
+@pytest.mark.parametrize(("context", "gpu_gib"), [("2048", "4.9"), ("2048", "5.6"), ("512", "4.5")])
+def test_more_of_anything_is_never_slower(context: str, gpu_gib: str) -> None:
     tokens = ["--context_length", context]
-    hosts = speeds(["2x4090"], *([*tokens, "--host_memory_gib", gib] for gib in ("6", "8", "12", "20", "40")))
-    links = speeds(["2x4090"], *([*tokens, "--link_gbps", rate] for rate in ("3", "6", "12", "26", "52")))
-    counts = speeds(["1x4090", "2x4090", "4x4090", "8x4090"], tokens)
-    for found in (hosts, links, counts):
+    hosts = ("3.2", "3.6", "4", "5", "5.5", "6", "8", "12", "20", "40")
+    by_host = speeds(gpu_gib, ["2x4090"], *([*tokens, "--host_memory_gib", gib] for gib in hosts))
+    by_link = speeds(gpu_gib, ["2x4090"], *([*tokens, "--link_gbps", rate] for rate in ("3", "6", "12", "26", "52")))
+    by_count = speeds(gpu_gib, ["1x4090", "2x4090", "4x4090", "8x4090"], tokens)
+    for found in (by_host, by_link, by_count):
         assert all(after >= NOT_SLOWER * before for before, after in pairwise(found)), found
-    assert hosts[-1] > 1.02 * hosts[0]
-    assert links[-1] > 1.02 * links[0]
-    assert counts[-1] > 6 * counts[0]
+    assert by_link[-1] > 1.02 * by_link[0]
+    assert by_count[-1] > 6 * by_count[0]
+    if context == "2048":
+        assert by_host[-1] > 1.02 * by_host[0]
 
 
 def test_a_bound_on_the_card_is_kept_with_what_cuda_takes() -> None:
-    plan = plan_of("2x4090", "--gpu_memory_gib", "6", "--batch_size", "2", "--context_length", "2048")
-    assert plan.device_bytes < (6 - rig_plan.OUTSIDE_GIB) * 2**30
+    plan = plan_of("2x4090", "--gpu_memory_gib", "5", "--batch_size", "2", "--context_length", "2048")
+    assert plan.device_bytes < (5 - rig_plan.OUTSIDE_GIB) * 2**30
 
 
 def test_a_family_and_a_micro_batch_that_the_plan_chooses() -> None:
