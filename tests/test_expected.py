@@ -14,8 +14,8 @@ from fsdp_qlora.plan.facts import Facts
 from tests.known_runs import facts
 from tests.test_plan_grid import NAMES, ROWS, candidate_of
 
-HOST_BINDS = 0.9  # of a row's seconds that its own rates predict without launches: less is the host's doing
-# The plan's own rates do not meet this one either, nearly (13 %): bound by a host whose cores are a third slower.
+HOST_BINDS = 0.8  # of a row's seconds that its own rates predict without launches: less is the host's doing
+# The rates that this run measured are 13 % short as well: a host whose cores are a third slower than the others'.
 SLOW_HOST = ("70b-512", "ac9d3f2")
 
 
