@@ -157,6 +157,12 @@ def test_a_plan_reads_no_rows_so_it_needs_no_network_for_them(model: Path) -> No
     assert not train.needs_hub(parse([*known, "--plan_only", "true"]))
 
 
+@pytest.fixture
+def bare_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing computes with a large model's parameters before they are on the meta device: they need not be filled."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+
+
 # A model of 70B's width and 6 layers, which the cards below cannot hold with all that it keeps.
 WIDE = LlamaConfig(
     hidden_size=8192,
@@ -186,6 +192,7 @@ def speeds(gpu_gib: str, rigs: list[str], *options: list[str]) -> list[float]:
 
 # At 4.9 GiB a search that only went from mixes that use up both memories was 3 % slower with 8 GiB than with 6.
 @pytest.mark.parametrize(("context", "gpu_gib"), [("2048", "4.9"), ("2048", "5.6"), ("512", "4.5")])
+@pytest.mark.usefixtures("bare_memory")
 def test_more_of_anything_is_never_slower(context: str, gpu_gib: str) -> None:
     tokens = ["--context_length", context]
     hosts = ("3.2", "3.6", "4", "5", "5.5", "6", "8", "12", "20", "40")
@@ -200,6 +207,7 @@ def test_more_of_anything_is_never_slower(context: str, gpu_gib: str) -> None:
         assert by_host[-1] > 1.02 * by_host[0]
 
 
+@pytest.mark.usefixtures("bare_memory")
 def test_a_bound_on_the_card_is_kept_with_what_cuda_takes() -> None:
     plan = plan_of("2x4090", "--gpu_memory_gib", "5", "--batch_size", "2", "--context_length", "2048")
     assert plan.device_bytes < (5 - rig_plan.OUTSIDE_GIB) * 2**30
@@ -211,6 +219,7 @@ def test_a_family_and_a_micro_batch_that_the_plan_chooses() -> None:
     assert plan_of("2x3090", *rows, hf_config=Qwen3Config(**shape, head_dim=16)).seconds
 
 
+@pytest.mark.usefixtures("bare_memory")
 def test_a_row_of_the_page_is_what_its_command_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where this fails the plan has changed: python -m benchmarks.rigs > docs/rigs.md"""
     name, rig, lanes = "Llama-3.1-8B", "1x4090", 16
