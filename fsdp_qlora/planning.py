@@ -4,7 +4,7 @@ The plan itself (plan.py and its neighbours) is arithmetic; here are its inputs 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from fsdp_qlora.arena import Arena
 from fsdp_qlora.config import Config, MemoryOptions
 from fsdp_qlora.environment import allocator_grows
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.exchange import through_host
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
@@ -70,14 +70,35 @@ class Planned:
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
     """The plan for rows of at most `longest` tokens. A collective. Raises UserError where nothing fits."""
     world.together(lambda: shard_count(config.memory, world))  # what cannot be divided need not be planned
-    budget, refused = find_budget(config.memory, world), None
-    found: list[tuple[Plan, Facts, Rates | None, Budget, Config]] = []
-    for sized in micro_batches(config):
+    optimizer = state_bytes(config.training.optimizer, world.device.type)
+
+    def known(sized: Config) -> tuple[Facts, Rates | None]:
         at_length = replace(sized, data=replace(config.data, context_length=longest))
-        optimizer = state_bytes(config.training.optimizer, world.device.type)
         here = facts_of(model, at_length, world, fusion, optimizer)
         facts = sending(agreed(replace(here, exchange_by_host=through_host(config.memory, world)), world))
-        rates = calibrate(facts, model, world)
+        return facts, calibrate(facts, model, world)
+
+    def layouts(sized: Config, facts: Facts) -> Layouts:
+        return Layouts(model, sized, longest, facts.exchange_by_host, world)
+
+    return fastest_of(config, find_budget(config.memory, world), world, known, layouts)
+
+
+def fastest_of(
+    config: Config,
+    budget: Budget,
+    world: World,
+    known: Callable[[Config], tuple[Facts, Rates | None]],
+    layouts: "Callable[[Config, Facts], Layouts] | None" = None,
+) -> Planned:
+    """The plan of the fastest micro-batch that fits. known: facts and rates of the options with one of them. layouts:
+    where the tensors of a step with these lie; without, they are taken to need no more than is alive at once.
+
+    Raises UserError where none fits."""
+    refused = None
+    found: list[tuple[Plan, Facts, Rates | None, Budget, Config]] = []
+    for sized in micro_batches(config):
+        facts, rates = known(sized)
         pages = paged_bytes(config.training.optimizer) * facts.all_adapters * facts.local_ranks // facts.ranks
         left = replace(budget, host_bytes=budget.host_bytes - pages)
         try:
@@ -90,14 +111,15 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         assert refused is not None
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
-    _, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
-    layout = Layouts(model, sized, longest, facts.exchange_by_host, world)
-    try:
-        plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
-    except UserError as error:
-        raise error.on_every_rank(world.rank) from None
+    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
+    layout = layouts(sized, facts) if layouts is not None and facts.fused else None
+    if layout is not None:
+        try:
+            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
+        except UserError as error:
+            raise error.on_every_rank(world.rank) from None
     lines, record = table(plan, facts, rates, left), plan_record(plan, facts, rates)
-    return Planned(plan, lines, record, sized, facts, rates, left, layout if facts.fused else None)
+    return Planned(plan, lines, record, sized, facts, rates, left, layout)
 
 
 def refit_run(planned: Planned, world: World) -> Planned | None:
@@ -203,7 +225,7 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     Raises UserError for a limit that limits nothing."""
     if memory.host_memory_gib is not None and world.device.type != "cuda":
         raise UserError(
-            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away"
+            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}"
         ).on_every_rank(world.rank)
     device = device_bytes(memory, world.device)
     given = memory.host_memory_gib

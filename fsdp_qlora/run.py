@@ -12,7 +12,7 @@ from fsdp_qlora.config import Config, DataOptions, MemoryOptions
 from fsdp_qlora.config_file import save as save_config
 from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.details import Stages, machine_lines, rates_line
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.exchange import check_exchange, choose_exchange
 from fsdp_qlora.export import check_space, prepare_output
 from fsdp_qlora.folders import writing_to
@@ -105,7 +105,7 @@ def cap_gpu_memory(gib: float | None, world: World) -> None:
     if gib is None:
         return
     if world.device.type != "cuda":
-        raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; leave it away")
+        raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}")
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
     if gib > total:
         raise UserError(

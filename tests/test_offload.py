@@ -67,7 +67,7 @@ def test_what_was_parked_last_is_on_its_way_before_its_block_asks() -> None:
     assert not parked[0].back
     offload.ahead()
     blocks[1].fetch(offload, parked[1])
-    assert [id(owner[key]) for owner, key in blocks[1]._slots()] == ahead, "copied once"
+    assert [id(blocks[1]._owner(name)[key]) for name, key in blocks[1]._slots()] == ahead, "copied once"
     blocks[0].fetch(offload, parked[0])
     for kept, was in zip(blocks, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
