@@ -34,7 +34,7 @@ from fsdp_qlora.world import World
 
 # Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
 # are first used, tables of the host memory that the GPU reads.
-LATER = 256 << 20
+LATER, BY_NCCL = 208 << 20, 224 << 20  # (0.16 GiB on one rank, 0.35 to 0.40 on two: H100, H200)
 # Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
 # beyond the share that every plan leaves.
 PIECES = 0.06
@@ -126,7 +126,7 @@ def refit_run(planned: Planned, world: World) -> Planned | None:
     """Return the plan for what is free now, which takes less of the GPUs than the one before; None where the options or
     that plan leave nothing to give. A collective."""
     memory, layout = planned.config.memory, planned.layout
-    device = device_bytes(memory, world.device)
+    device = device_bytes(memory, world)
     host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
     least_device, least_host = (min(column) for column in zip(*world.gather([device, host]), strict=True))
     budget = Budget(least_device, min(least_host, planned.budget.host_bytes))
@@ -227,22 +227,24 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         raise UserError(
             f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}"
         ).on_every_rank(world.rank)
-    device = device_bytes(memory, world.device)
+    device = device_bytes(memory, world)
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
     everyone = world.gather([device, host])
     return Budget(*(min(column) for column in zip(*everyone, strict=True)))
 
 
-def device_bytes(memory: MemoryOptions, device: torch.device) -> float:
+def device_bytes(memory: MemoryOptions, world: World) -> float:
     """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
     without a GPU."""
+    device = world.device
     if device.type != "cuda":
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
-    nbytes: float = free + torch.cuda.memory_reserved(device) - LATER
+    nbytes: float = free + torch.cuda.memory_reserved(device)
     if memory.gpu_memory_gib is not None:
-        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device) - LATER)
+        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device))
+    nbytes -= LATER + (BY_NCCL if world.size > 1 else 0)
     return nbytes * (1 if allocator_grows() else 1 - PIECES)
 
 
