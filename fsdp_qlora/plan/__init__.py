@@ -84,7 +84,7 @@ def make_plan(
     chosen = next(best[p] for p in PLACEMENTS if p in best and best[p].seconds <= fastest * SIMPLER)
     left = budget
     if arena is not None:  # room for what a layout usually takes beyond what is alive at once
-        left = replace(budget, device_bytes=budget.device_bytes * (1 - SPARE))
+        left = replace(budget, device_bytes=int(budget.device_bytes * (1 - SPARE)))
         chosen = _best(facts, rates, chosen.candidate.placement, free, left) or chosen
     for _ in range(TRIES):
         plan = _plan(memory, chosen.candidate, chosen.seconds, arena)
