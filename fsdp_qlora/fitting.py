@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from fsdp_qlora.checkpoint_files import some
 from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.skeleton import backbone_of, head_of, is_wrapper, path_of
+from fsdp_qlora.skeleton import LINEARS, backbone_of, head_of, is_wrapper, path_of
 from fsdp_qlora.weights import Shape, Weights
 
 ROTARY = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
@@ -129,9 +129,14 @@ def has_its_own_head(model: PreTrainedModel, weights: Weights) -> bool:
 
 def left_over(model: PreTrainedModel, weights: Weights, untied: bool) -> list[str]:
     """Return lines for the user on what of the checkpoint is read otherwise than its config says, or not at all."""
-    if not isinstance(weights, Fitted):
-        return []
     lines = []
+    odd = sorted({type(module).__name__ for module in model.modules() if type(module).__name__ in LINEARS})
+    if odd:
+        lines.append(
+            f"note      {', '.join(odd)} stays unquantized, as in transformers, unless the checkpoint has it in 4 bits"
+        )
+    if not isinstance(weights, Fitted):
+        return lines
     if untied:
         lines.append(
             "note      the checkpoint has a head of its own though its config ties it to the embedding: it is read"

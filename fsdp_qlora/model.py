@@ -144,8 +144,8 @@ class Recipe:
 
     codec_of: checkpoint name of a decoder linear's weight -> how it is stored. remat: see `Block`. shards: number of
     ranks among which each unit's bytes must divide evenly. host_embedding: whether an embedding that is not also the
-    head stays in host memory. own_head: whether the head has its own weights whatever the config says. has_buffer:
-    whether the checkpoint has a persistent buffer of that name; others keep the value that they are made with.
+    head stays in host memory. own_head: whether the head has its own weights whatever the config says. has: whether
+    the checkpoint has a tensor of that name; persistent buffers that it has not keep the value that they are made with.
     """
 
     precision: Precision
@@ -154,7 +154,7 @@ class Recipe:
     shards: int
     host_embedding: bool = False
     own_head: bool = False
-    has_buffer: Callable[[str], bool] = lambda name: False
+    has: Callable[[str], bool] = lambda name: False
 
 
 def assemble(model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions) -> CausalModel:
@@ -191,7 +191,9 @@ def _block(
     for name, parameter in layer.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner in linears and leaf == "weight":
-            tensors[name] = (recipe.codec_of(f"{path}.{name}"), tuple(parameter.shape))
+            quantizes = type(linears[owner]) is nn.Linear or recipe.has(f"{path}.{name}.absmax")
+            codec = recipe.codec_of(f"{path}.{name}") if quantizes else Plain(recipe.precision.compute)
+            tensors[name] = (codec, tuple(parameter.shape))
         elif parameter.ndim < 2 or "Norm" in type(layer.get_submodule(owner)).__name__:  # Cohere's has a row a head
             tensors[name] = (Plain(recipe.precision.stream), tuple(parameter.shape))
         else:
@@ -203,12 +205,16 @@ def _block(
     tensors |= _buffers(path, layer, recipe)
     frozen = FrozenBytes(Layout(tensors, recipe.shards))
     for name, linear in linears.items():
-        bias = None if linear.bias is None else FrozenTensor(frozen, f"{name}.bias")
-        ours = FrozenLinear(FrozenTensor(frozen, f"{name}.weight"), bias, recipe.precision.compute)
+        ours = _frozen_linear(name, linear, frozen, recipe)
         if f"{path}.{name}" in targets:
             ours.add_lora(adapter.lora_rank, lora_scale(adapter), adapter.lora_dropout)
         layer.set_submodule(name, ours)
     return Block(layer, frozen, _take_views(layer, frozen), recipe.remat), _unit(path, frozen)
+
+
+def _frozen_linear(name: str, linear: nn.Module, frozen: FrozenBytes, recipe: Recipe) -> FrozenLinear:
+    bias = None if linear.bias is None else FrozenTensor(frozen, f"{name}.bias")
+    return FrozenLinear(FrozenTensor(frozen, f"{name}.weight"), bias, recipe.precision.compute)
 
 
 def _embedding(model: PreTrainedModel, recipe: Recipe, tied: bool) -> tuple[FrozenEmbedding, Unit]:
@@ -250,13 +256,20 @@ def _rest(model: PreTrainedModel, recipe: Recipe) -> tuple[FrozenViews, Unit | N
         for tensor in (*m.parameters(), *m.buffers())
     }
     others = {name: p for name, p in backbone.named_parameters() if p not in ours}
+    # Linears that project what a few families put in or take out beside the layers: stored as those inside.
+    linears = {name: m for name, m in backbone.named_modules() if is_linear(m)}
+    codecs = {f"{name}.weight": recipe.codec_of(f"{prefix}.{name}.weight".lstrip(".")) for name in linears}
     plain = Plain(recipe.precision.stream)
-    tensors: dict[str, tuple[Codec, tuple[int, ...]]] = {name: (plain, tuple(p.shape)) for name, p in others.items()}
+    tensors: dict[str, tuple[Codec, tuple[int, ...]]] = {
+        name: (codecs.get(name, plain), tuple(p.shape)) for name, p in others.items()
+    }
     buffers = _buffers(prefix, backbone, recipe)
     tensors |= {name: buffers[name] for name in buffers if backbone.get_buffer(name) not in ours}
     if not tensors:
         return FrozenViews([]), None
     frozen = FrozenBytes(Layout(tensors))
+    for name, linear in linears.items():
+        backbone.set_submodule(name, _frozen_linear(name, linear, frozen, recipe))
     unit = Unit("rest", frozen, {name: f"{prefix}.{name}".lstrip(".") for name in tensors}, home="device")
     return _take_views(backbone, frozen, set(tensors)), unit
 
@@ -266,7 +279,7 @@ def _buffers(path: str, root: nn.Module, recipe: Recipe) -> dict[str, tuple[Code
     return {
         name: (Plain(buffer.dtype), tuple(buffer.shape))
         for name, buffer in persistent_buffers(root).items()
-        if recipe.has_buffer(f"{path}.{name}".lstrip("."))
+        if recipe.has(f"{path}.{name}".lstrip("."))
     }
 
 

@@ -220,7 +220,7 @@ def make_recipe(
         shards=world.size,  # whatever the placement: the padding is a few hundred bytes
         host_embedding=world.device.type == "cuda",
         own_head=own_head,
-        has_buffer=lambda name: name in (weights.names() or ()),
+        has=lambda name: name in (weights.names() or ()),
     )
 
 

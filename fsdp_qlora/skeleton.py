@@ -27,9 +27,17 @@ from fsdp_qlora.precision import Precision
 
 # Families of a text model wrapped with a vision tower, by model type: text alone goes through them as through the text
 # model, which the tests compare.
-WRAPPERS = ("gemma3", "mistral3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-# Subclasses of nn.Linear that compute the same.
+WRAPPERS = (
+    *("gemma3", "mistral3", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    *("internvl", "idefics3", "smolvlm"),
+)
+# Subclasses of nn.Linear that compute the same. transformers and bitsandbytes do not quantize them.
 LINEARS = ("FalconLinear",)
+# Causal LMs by their name alone, by model type, and what is in the way.
+UNSUPPORTED = {
+    "cpmant": "its attention looks at later tokens too, so an answer would be seen before it is learnt",
+    "ctrl": "it changes what its embedding gave in place",
+}
 
 
 def read_config(model_name: str, revision: str | None) -> PretrainedConfig:
@@ -42,12 +50,22 @@ def read_config(model_name: str, revision: str | None) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=False)
     except Exception as error:  # each config class checks its values in its own way
         raise _unreadable(model_name, revision, error) from error
-    if is_wrapper(config) and config.model_type not in WRAPPERS:
-        raise UserError(
-            f"model_name: {model_name} is a {config.model_type} model, whose text part cannot be trained (there are: "
-            f"{', '.join(WRAPPERS)}); use a text-only checkpoint of it"
-        )
+    reason = _obstacle(config)
+    if reason:
+        raise UserError(f"model_name: {model_name} is a {config.model_type} model, which cannot be trained: {reason}")
     return config
+
+
+def _obstacle(config: PretrainedConfig) -> str:
+    """Why models of a config cannot be trained, or ''."""
+    if is_wrapper(config) and config.model_type not in WRAPPERS:
+        return (
+            f"it wraps a text model, and only those wrapped by {', '.join(WRAPPERS)} are taken out; "
+            "use a text-only checkpoint"
+        )
+    if getattr(config, "is_decoder", None) is False:
+        return "its attention looks both ways (is_decoder is false in its config.json); only causal LMs are trained"
+    return UNSUPPORTED.get(config.model_type, "")
 
 
 def _unreadable(model_name: str, revision: str | None, error: Exception) -> UserError:
@@ -132,6 +150,9 @@ def build(config: PretrainedConfig, precision: Precision, attention: str) -> Pre
         raise UserError(
             f"model_name: a {config.model_type} model cannot be built as a causal LM: {first_line(error)}"
         ) from error
+    text = text_config(model.config)
+    if hasattr(text, "allow_global_per_layer_attribute_access"):  # else Gemma 4's config raises where the plan reads it
+        text.allow_global_per_layer_attribute_access = True
     return model
 
 
