@@ -36,6 +36,8 @@ LINEARS = ("FalconLinear",)
 # Causal LMs by their name alone, by model type, and what is in the way.
 UNSUPPORTED = {
     "cpmant": "its attention looks at later tokens too, so an answer would be seen before it is learnt",
+    "xlm": "its attention looks at later tokens too",
+    "xlnet": "its attention looks at later tokens too",
     "ctrl": "it changes what its embedding gave in place",
 }
 
@@ -63,7 +65,8 @@ def _obstacle(config: PretrainedConfig) -> str:
             f"it wraps a text model, and only those wrapped by {', '.join(WRAPPERS)} are taken out; "
             "use a text-only checkpoint"
         )
-    if getattr(config, "is_decoder", None) is False:
+    # Encoders have both fields; GPT-NeoX has the first, and is causal whatever it says.
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
         return "its attention looks both ways (is_decoder is false in its config.json); only causal LMs are trained"
     return UNSUPPORTED.get(config.model_type, "")
 

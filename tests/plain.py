@@ -76,7 +76,7 @@ def load_base(
 
 
 def auto_class(folder: Path) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
-    """With which a user opens the folder: as a causal LM where transformers has one for it, else as a wrapper of one."""
+    """Return what a user opens the folder with: causal LMs where transformers has one for it, else wrappers of one."""
     causal = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
