@@ -145,7 +145,7 @@ class Recipe:
     codec_of: checkpoint name of a decoder linear's weight -> how it is stored. remat: see `Block`. shards: number of
     ranks among which each unit's bytes must divide evenly. host_embedding: whether an embedding that is not also the
     head stays in host memory. own_head: whether the head has its own weights whatever the config says. has: whether
-    the checkpoint has a tensor of that name; persistent buffers that it has not keep the value that they are made with.
+    the checkpoint has a tensor of that name. buffers: whether persistent buffers are in it, or keep their first values.
     """
 
     precision: Precision
@@ -155,6 +155,7 @@ class Recipe:
     host_embedding: bool = False
     own_head: bool = False
     has: Callable[[str], bool] = lambda name: False
+    buffers: bool = False
 
 
 def assemble(model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions) -> CausalModel:
@@ -202,7 +203,7 @@ def _block(
                 f"({type(layer.get_submodule(owner)).__name__}); only decoder layers of plain linears are trained "
                 "(no mixture of experts, no convolutions)"
             )
-    tensors |= _buffers(path, layer, recipe)
+    tensors |= _buffers(layer, recipe)
     frozen = FrozenBytes(Layout(tensors, recipe.shards))
     for name, linear in linears.items():
         ours = _frozen_linear(name, linear, frozen, recipe)
@@ -263,7 +264,7 @@ def _rest(model: PreTrainedModel, recipe: Recipe) -> tuple[FrozenViews, Unit | N
     tensors: dict[str, tuple[Codec, tuple[int, ...]]] = {
         name: (codecs.get(name, plain), tuple(p.shape)) for name, p in others.items()
     }
-    buffers = _buffers(prefix, backbone, recipe)
+    buffers = _buffers(backbone, recipe)
     tensors |= {name: buffers[name] for name in buffers if backbone.get_buffer(name) not in ours}
     if not tensors:
         return FrozenViews([]), None
@@ -274,13 +275,10 @@ def _rest(model: PreTrainedModel, recipe: Recipe) -> tuple[FrozenViews, Unit | N
     return _take_views(backbone, frozen, set(tensors)), unit
 
 
-def _buffers(path: str, root: nn.Module, recipe: Recipe) -> dict[str, tuple[Codec, tuple[int, ...]]]:
-    """The persistent buffers below `root` that the checkpoint has."""
-    return {
-        name: (Plain(buffer.dtype), tuple(buffer.shape))
-        for name, buffer in persistent_buffers(root).items()
-        if recipe.has(f"{path}.{name}".lstrip("."))
-    }
+def _buffers(root: nn.Module, recipe: Recipe) -> dict[str, tuple[Codec, tuple[int, ...]]]:
+    """The persistent buffers below `root`, where they are read."""
+    found = persistent_buffers(root) if recipe.buffers else {}
+    return {name: (Plain(buffer.dtype), tuple(buffer.shape)) for name, buffer in found.items()}
 
 
 def _take_views(root: nn.Module, frozen: FrozenBytes, names: set[str] | None = None) -> FrozenViews:

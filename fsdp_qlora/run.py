@@ -221,6 +221,7 @@ def make_recipe(
         host_embedding=world.device.type == "cuda",
         own_head=own_head,
         has=lambda name: name in (weights.names() or ()),
+        buffers=weights.names() is not None,
     )
 
 
