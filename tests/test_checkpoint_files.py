@@ -4,16 +4,26 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 import train
+from fsdp_qlora import skeleton, weights
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.fitting import fit, has_its_own_head
+from fsdp_qlora.precision import Precision
 from tests import tiny
 from tests.built import built
 from tests.checkpoint_forms import (
+    HEAD,
     OPTIONS,
+    TIED,
     assert_reads_what_transformers_reads,
     llama,
     pickled,
@@ -139,3 +149,58 @@ def test_code_beside_a_family_that_transformers_knows_is_not_needed(tmp_path, mo
     rows = tiny.save_rows(tmp_path / "rows.jsonl", 4)
     options = {"model_name": folder, "dataset": rows, "max_steps": 1, "output_dir": tmp_path / "out"}
     assert train.main(flags(OPTIONS | options)) == 0
+
+
+# --- the hub
+
+
+def no_metadata(*_: object, **__: object) -> None:
+    raise OSError("not a safetensors repository")
+
+
+def test_names_of_pickles_on_the_hub_are_read_from_their_index(tmp_path, monkeypatch):
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"a.weight": "pytorch_model-1.bin"}}')
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", no_metadata)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: index)
+    monkeypatch.setattr(weights, "fetch", lambda *_: pytest.fail("downloaded"))
+    assert weights.OnHub("somebody/something", None).names() == {"a.weight"}
+
+
+def test_pickles_are_downloaded_only_where_there_is_nothing_better(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name: str, allow_patterns: list[str], **_: object) -> Path:
+        asked.append(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    weights.fetch("somebody/something", None)
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True]
+    (tmp_path / "model.safetensors").touch()
+    weights.fetch("somebody/something", None)
+    assert len(asked) == 3
+
+
+def test_a_head_that_cannot_be_compared_without_a_download_is_read(tmp_path, monkeypatch):
+    """Twice the same numbers train the same, so nothing need be downloaded to make a plan."""
+    config = LlamaConfig(**tiny.SHAPE | TIED)
+    model = skeleton.build(config, Precision(torch.float32, torch.float32), "sdpa")
+    names = dict.fromkeys(model.state_dict(), "model.safetensors")
+    hub = SimpleNamespace(weight_map=names)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda name, revision: hub)
+    monkeypatch.setattr(weights, "fetch", lambda *_: pytest.fail("downloaded"))
+    assert HEAD in names
+    assert has_its_own_head(model, fit(model, weights.OnHub("somebody/something", None)))
+    del names[HEAD]
+    assert not has_its_own_head(model, fit(model, weights.OnHub("somebody/something", None)))
+
+
+def test_an_adapter_on_the_hub_is_recognised(monkeypatch):
+    def absent(*_: object, **__: object) -> None:
+        raise OSError("somebody/adapter does not appear to have a file named config.json")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", absent)
+    monkeypatch.setattr(skeleton, "find_adapter_config_file", lambda name, revision: "adapter_config.json")
+    with pytest.raises(UserError, match="somebody/adapter is an adapter, not a model"):
+        skeleton.read_config("somebody/adapter", None)

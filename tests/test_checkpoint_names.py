@@ -20,6 +20,7 @@ from tests.checkpoint_forms import (
     refused,
     rewrite,
 )
+from tests.runs import run_alone, run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,3 +155,14 @@ def test_a_head_in_4_bits_is_decoded(tmp_path):
     truth = plain.decoded(theirs.lm_head).view_as(head).float().cpu()
     torch.testing.assert_close(head, truth, rtol=0, atol=1e-6)
     assert not torch.equal(head, load_file(tmp_path / "model/model.safetensors")[HEAD])
+
+
+def test_two_ranks_agree_on_the_head_and_train_as_one(tmp_path):
+    """Rank 0 alone compares it with the embedding."""
+    rewrite(llama(tmp_path / "model", **TIED), lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + 0.01}))
+    options = OPTIONS | {"model_name": tmp_path / "model", "dataset_samples": 8, "max_steps": 2, "lr": 1e-2}
+    two = run_ranks({"two": options | {"batch_size": 2}}, 2, tmp_path)["two"]
+    one = run_alone(options | {"batch_size": 4}, tmp_path / "one")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    said = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not torch.equal(said.lm_head.weight, said.model.embed_tokens.weight)
