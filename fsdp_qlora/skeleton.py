@@ -156,7 +156,22 @@ def build(config: PretrainedConfig, precision: Precision, attention: str) -> Pre
     text = text_config(model.config)
     if hasattr(text, "allow_global_per_layer_attribute_access"):  # else Gemma 4's config raises where the plan reads it
         text.allow_global_per_layer_attribute_access = True
+    _check_heads(model)
     return model
+
+
+def _check_heads(model: PreTrainedModel) -> None:
+    """Raise UserError where queries cannot share keys evenly: kernels would divide by zero or read beyond."""
+    for module in backbone_of(model).modules():
+        queries, keys, size = (getattr(module, name, None) for name in ("q_proj", "k_proj", "head_dim"))
+        if not (isinstance(queries, nn.Linear) and isinstance(keys, nn.Linear) and isinstance(size, int)):
+            continue
+        heads, shared = queries.out_features // size, keys.out_features // size
+        if shared and heads % shared:
+            raise UserError(
+                f"model_name: the config.json has {heads} attention heads and {shared} key/value heads; the first must "
+                "be a multiple of the second"
+            )
 
 
 @dataclass(frozen=True)

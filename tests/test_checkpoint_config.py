@@ -82,6 +82,14 @@ def test_what_cannot_be_trained_is_named_before_anything_is_read(family, tmp_pat
     assert f"is a {config.model_type} model" in line
 
 
+@pytest.mark.parametrize("shared", [8, 3])
+def test_heads_that_do_not_divide_are_refused(shared, tmp_path, capsys):
+    """EXAONE's config has 8 key/value heads where nothing else is said."""
+    transformers.ExaoneConfig(**tiny.SHAPE | {"num_key_value_heads": shared}).save_pretrained(tmp_path / "model")
+    line = refused(tmp_path / "model", capsys, dummy_weights=True)
+    assert f"4 attention heads and {shared} key/value heads" in line
+
+
 def test_two_dimensional_norms_are_read(tmp_path):
     config = transformers.CohereConfig(**tiny.SHAPE | TIED | {"use_qk_norm": True})
     tiny.save_model(config, tmp_path)
