@@ -101,7 +101,8 @@ def load_rows(
         collected.add(encoder.encode(examples))
     if not collected.n_read:
         raise UserError(f"dataset {source.name!r}: has no rows")
-    rows = collected.rows(source.name, form, int(tokenizer.pad_token_id or 0))
+    pad_id = int(tokenizer.pad_token_id or 0)  # which one does not matter: padding is masked by its position
+    rows = collected.rows(source.name, form, pad_id if pad_id < vocab_size else 0)
     if not len(rows):
         raise UserError(
             f"dataset {source.name!r}: none of its {rows.n_read:,} rows has an answer token within "

@@ -15,6 +15,7 @@ from fsdp_qlora.details import Stages, machine_lines, rates_line
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.exchange import check_exchange, choose_exchange
 from fsdp_qlora.export import check_space, prepare_output
+from fsdp_qlora.fitting import fit, has_its_own_head, left_over
 from fsdp_qlora.folders import writing_to
 from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.gpu_memory import outside_bytes
@@ -29,7 +30,15 @@ from fsdp_qlora.planning import make_arena, micro_batches, plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.retry import Refit
 from fsdp_qlora.shards import ShardedAdapters
-from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
+from fsdp_qlora.skeleton import (
+    Attention,
+    build,
+    choose_attention,
+    linear_codec,
+    max_positions,
+    read_config,
+    text_config,
+)
 from fsdp_qlora.step import Stepper
 from fsdp_qlora.summary import adapter_count, describe, describe_rows
 from fsdp_qlora.units import GIB
@@ -59,7 +68,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
             longest = rows.widest
         stages.done("config and data")
         weights = world.together(lambda: open_weights(config, precision.stream))
-        model, fusion = build_model(micro_batches(config)[0], hf_config, weights, precision, attention, world)
+        model, fusion, weights = build_model(micro_batches(config)[0], hf_config, weights, precision, attention, world)
         stages.done("model")
         planned = plan_run(model, config, fusion, longest, world)
         plan, config = planned.plan, planned.config
@@ -132,7 +141,7 @@ def read_data(
         if options.dataset != "dummy":
             raise
         tokenizer = None
-    return tokenizer, load_rows(options, tokenizer, max_positions(hf_config), hf_config.vocab_size)
+    return tokenizer, load_rows(options, tokenizer, max_positions(hf_config), text_config(hf_config).vocab_size)
 
 
 def note_run(config: Config, folder: Path, adapter_parameters: int, plan: dict) -> None:
@@ -174,18 +183,23 @@ def build_model(
     precision: Precision,
     attention: Attention,
     world: World,
-) -> tuple[CausalModel, Fusion]:
-    """The model without its weights, and what came of fusing its blocks. A collective.
+) -> tuple[CausalModel, Fusion, Weights]:
+    """The model without its weights, what came of fusing its blocks, and the weights by its own names. A collective.
 
     Raises UserError on every rank alike."""
-    recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, world))
-    model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
+    skeleton = world.together(lambda: build(hf_config, precision, attention.name))
+    fitted = world.first_on_node(lambda: fit(skeleton, weights))
+    own_head = world.agree(lambda: has_its_own_head(skeleton, fitted))
+    recipe = world.together(lambda: make_recipe(config, hf_config, fitted, precision, own_head, world))
+    for line in left_over(skeleton, fitted, own_head):
+        world.say(line)
+    model = world.together(lambda: assemble(skeleton, recipe, config.adapter))
     for module in model.backbone.modules():  # rotary tables, which not every family moves to where their input is
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(world.device))
     if not isinstance(weights, OnHub):  # a download waits until all else is known to be right
-        world.together(lambda: check_names(model, weights))
-    return model, world.together(lambda: fuse(model, config, world.device))
+        world.together(lambda: check_names(model, fitted))
+    return model, world.together(lambda: fuse(model, config, world.device)), fitted
 
 
 def load_model(
@@ -206,7 +220,12 @@ def load_model(
 
 
 def make_recipe(
-    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision, world: World
+    config: Config,
+    hf_config: PretrainedConfig,
+    weights: Weights,
+    precision: Precision,
+    own_head: bool,
+    world: World,
 ) -> Recipe:
     remat = rematerialisation(config.memory)
     return Recipe(
@@ -215,6 +234,9 @@ def make_recipe(
         remat,
         shards=world.size,  # whatever the placement: the padding is a few hundred bytes
         host_embedding=world.device.type == "cuda",
+        own_head=own_head,
+        has=lambda name: name in (weights.names() or ()),
+        buffers=weights.names() is not None,
     )
 
 

@@ -20,7 +20,7 @@ def load_tokenizer(model_name: str, revision: str | None = None) -> PreTrainedTo
     matter, since padding is masked by its position.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision, trust_remote_code=False)
     except Exception as error:  # the hub's client and every tokenizer library raise kinds of their own
         raise UserError(
             f"model_name {model_name!r}: its tokenizer could not be loaded ({first_line(error)}); "

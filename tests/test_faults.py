@@ -118,6 +118,7 @@ def _damage_models(root: Path) -> None:
         file.unlink()
     index = copy("odd_index", lambda t: None) / "model.safetensors.index.json"
     index.write_text('{"weight_map": ')
+    index.with_name("model.safetensors").unlink()  # which would be read before it
     cut = copy("cut", lambda t: None) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1000])
     method = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
