@@ -34,9 +34,14 @@ def main(arguments: Sequence[str]) -> int:
     keep_cpu_products_inside()
     unreachable = go_offline_if_unreachable() if needs_hub(config) else None
     try:
+        notes = [unreachable] if unreachable else []
+        if config.memory.plan_for is not None:
+            from fsdp_qlora.rig_plan import plan_for_rig
+
+            return plan_for_rig(config, notes)
         from fsdp_qlora.run import run  # seconds of imports, which a typo in an option must not wait for
 
-        return run(config, [unreachable] if unreachable else [])
+        return run(config, notes)
     except RunEnded as ended:
         return _tell(ended)
     except KeyboardInterrupt:
@@ -48,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
 def needs_hub(config: Config) -> bool:
     """Whether anything that the run reads may be on the hub rather than on this machine."""
     dataset = config.data.dataset
-    return not Path(config.model.model_name).is_dir() or not (dataset == "dummy" or Path(dataset).exists())
+    no_rows = config.memory.plan_only or dataset == "dummy"
+    return not Path(config.model.model_name).is_dir() or not (no_rows or Path(dataset).exists())
 
 
 def _tell(ended: RunEnded) -> int:

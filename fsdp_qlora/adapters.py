@@ -58,15 +58,21 @@ def peft_targets(chosen: list[str], linears: Iterable[str]) -> list[str]:
 
 
 def initial_values(name: str, out_features: int, in_features: int, rank: int, seed: int) -> dict[str, Tensor]:
-    """float32 CPU tensors `lora_A` [R, I] and `lora_B` [O, R], drawn as PEFT draws them.
+    """Return new float32 CPU tensors `lora_A` [R, I] and `lora_B` [O, R], as PEFT draws them."""
+    values = {"lora_A": torch.zeros(rank, in_features), "lora_B": torch.zeros(out_features, rank)}
+    draw_(values["lora_A"], name, seed)
+    return values
 
-    That is Kaiming-uniform with a = sqrt(5), and zeros. Each linear has its own generator, seeded by `seed` and its
-    name: the values depend neither on the number of ranks nor on which other linears are adapted.
+
+def draw_(a_RI: Tensor, name: str, seed: int) -> None:
+    """Give a linear's `lora_A`, float32 on the CPU, its first values as PEFT draws them; its `lora_B` is zero.
+
+    That is Kaiming-uniform with a = sqrt(5). Each linear has its own generator, seeded by `seed` and its name: the
+    values depend neither on the number of ranks nor on which other linears are adapted.
     """
     generator = torch.Generator().manual_seed(_mix(seed, name))
-    bound = 1 / math.sqrt(in_features)  # kaiming_uniform_(a=sqrt(5)): gain sqrt(1/3), bound gain * sqrt(3 / fan_in)
-    a_RI = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-    return {"lora_A": a_RI, "lora_B": torch.zeros(out_features, rank)}
+    bound = 1 / math.sqrt(a_RI.shape[1])  # kaiming_uniform_(a=sqrt(5)): gain sqrt(1/3), bound gain * sqrt(3 / fan_in)
+    a_RI.uniform_(-bound, bound, generator=generator)
 
 
 def peft_key(linear: str, matrix: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fsdp_qlora.cards import CARDS, MOST_CARDS, rig_of
 from fsdp_qlora.option import REQUIRED, Option, option, options_of
 
 NOT_BUILT = "is known but not built yet"
@@ -346,6 +347,27 @@ class MemoryOptions:
         "none: seconds; on a GPU a second of measuring more",
         known_as=("dry_run", "estimate_memory"),
     )
+    plan_for: str | None = option(
+        None,
+        f"""With plan_only, plan for a rig that is not here: NxCARD, such as 2x4090, N from 1 to {MOST_CARDS} cards in
+        one host, CARD one of {", ".join(CARDS)}. One process plans for all N ranks and needs no GPU. Rates are
+        published ones of that card times what measured cards reach of theirs: expected, not measured.""",
+        "null plans for this machine, and measures it",
+        "none: seconds; on the rig itself plan_only measures what this assumes",
+        check=rig_of,
+        known_as=("rig", "gpu", "gpu_type", "device_name"),
+    )
+    link_gbps: float | None = option(
+        None,
+        """With plan_for: gigabytes (not bits) a second that copies from pinned host memory to each card reach, all
+        cards copying at once. About 26 on 16 lanes of PCI Express 4.0, 13 on 8 of them, as most desktop boards give
+        each of two cards, twice that with 5.0.""",
+        "null is 16 lanes of the card's own generation",
+        "blocks that are streamed and activations that wait in host memory cross it",
+        unit="GB/s per card",
+        above=0,
+        known_as=("pcie_bandwidth", "link_gb_per_second", "host_bandwidth"),
+    )
     sharding_strategy: Sharding = option(  # noqa: RUF009 (a dataclasses.field)
         "auto",
         """How the ranks divide the model. auto: the plan decides. full_shard: each keeps 1/ranks of every block and
@@ -430,7 +452,7 @@ class MemoryOptions:
     gpu_memory_gib: float | None = option(
         None,
         """Most GPU memory a rank may allocate (PyTorch's allocator; the CUDA context and NCCL take about 1 GiB more).
-        Enforced: a run that needs more fails as it would on a smaller card.""",
+        Enforced: a run that needs more fails as it would on a smaller card. With plan_for: all that the card has.""",
         "null is all that is free",
         "for sharing a card, and for trying on a large card what a small one can do",
         unit="GiB per rank",
@@ -441,7 +463,7 @@ class MemoryOptions:
         None,
         """Most host memory the plan may give to frozen bytes and kept activations on a node, all its ranks together;
         Python and its libraries take 2 to 3 GiB a rank more.""",
-        "null is nine tenths of what is available",
+        "null is nine tenths of what is available; with plan_for, of what a machine of 64 GiB has left",
         "less leaves more for other programs, and fewer activations wait there",
         unit="GiB per node",
         above=0,

@@ -27,6 +27,8 @@ class Conflict:
 
 
 NEEDS = (
+    Needs(("plan_for",), "plan_only", lambda c: c.memory.plan_only, "set plan_only to true"),
+    Needs(("link_gbps",), "plan_for", lambda c: c.memory.plan_for is not None, "set plan_for to a rig, as 2x4090"),
     Needs(("n_bits", "double_quant"), "train_type", lambda c: c.model.train_type == "qlora", "set train_type to qlora"),
     Needs(("revision",), "model_name", lambda c: not Path(c.model.model_name).is_dir(), "set model_name to a hub id"),
     Needs(

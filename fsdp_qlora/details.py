@@ -49,8 +49,8 @@ def machine_lines(world: World) -> list[str]:
     ]
 
 
-def rates_line(rates: Mapping[str, float]) -> str:
-    """`plan.clock.Rates` in the units of data sheets."""
+def rates_line(rates: Mapping[str, float], said: str = "") -> str:
+    """`plan.clock.Rates` in the units of data sheets. said: of them, before all else."""
 
     def pair(first: str, second: str, unit: float) -> str:
         return f"{rates[first] / unit:,.0f} / {rates[second] / unit:,.0f}"
@@ -59,9 +59,9 @@ def rates_line(rates: Mapping[str, float]) -> str:
         f"; between ranks gather / reduce {pair('gather', 'reduce', 1e9)}, products beside it x {rates['crowding']:.2f}"
     )
     return (
-        f"rates     products {pair('matmul_forward', 'matmul_backward', 1e12)} TFLOP/s forward / backward, attention "
-        f"{pair('attention_forward', 'attention_backward', 1e12)}; device memory {rates['copy'] / 1e9:,.0f} GB/s, "
-        f"decoding {rates['dequantize'] / 1e9:,.0f}; to the GPU {rates['h2d'] / 1e9:.1f} GB/s, both ways "
+        f"rates     {said}products {pair('matmul_forward', 'matmul_backward', 1e12)} TFLOP/s forward / backward, "
+        f"attention {pair('attention_forward', 'attention_backward', 1e12)}; device memory {rates['copy'] / 1e9:,.0f} "
+        f"GB/s, decoding {rates['dequantize'] / 1e9:,.0f}; to the GPU {rates['h2d'] / 1e9:.1f} GB/s, both ways "
         f"{rates['h2d_both'] / 1e9:.1f} / {rates['d2h_both'] / 1e9:.1f}{ranks if rates['gather'] else ''}; a launch "
         f"{rates['launch'] * 1e6:.0f} us"
     )

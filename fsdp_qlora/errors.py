@@ -5,6 +5,8 @@ from typing import Self
 
 # Words of CUDA, cuBLAS, cuDNN and Triton where they find no memory: they raise plain RuntimeErrors.
 _NO_MEMORY = ("out of memory", "alloc_failed", "host_allocation_failed", "error_memory_allocation")
+# What to do with the options of a GPU on a machine without one.
+OR_ELSEWHERE = "or plan for a rig that is not here: --plan_only true --plan_for 2x4090"
 
 
 class RunEnded(Exception):

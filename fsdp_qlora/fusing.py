@@ -1,5 +1,6 @@
 """Turns a model's blocks into fused ones where their family is known, all of them or none, and says which and why."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ from transformers import AttentionInterface
 from fsdp_qlora.config import Config, ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.fused import KEEP, FusedBlock, Scratch
-from fsdp_qlora.kernels.attention import fastest
+from fsdp_qlora.kernels.attention import Masking, fastest
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.model import CausalModel
 from fsdp_qlora.precision import Precision
@@ -63,10 +64,13 @@ class HalfTables(nn.Module):
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
-def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
+Chooser = Callable[[torch.device, torch.dtype, tuple[int, int, int, int, int], Masking], str]  # as `fastest`
+
+
+def fuse(model: CausalModel, config: Config, device: torch.device, choose: Chooser = fastest) -> Fusion:
     """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be.
 
-    The blocks keep their input, until a plan says otherwise."""
+    The blocks keep their input, until a plan says otherwise. choose: the attention backend."""
     options, memory = config.model, config.memory
     shape = (config.training.batch_size, config.data.context_length)
     found = [recognise(block.layer, block.frozen) for block in model.blocks.values()]
@@ -86,7 +90,7 @@ def fuse(model: CausalModel, config: Config, device: torch.device) -> Fusion:
         return Fusion(0, 0, (), reason)
     scratch, backends = Scratch(model.precision.compute, device), []
     for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):
-        backend = _attention(options, model.precision, anatomy, shape, device)
+        backend = _attention(options, model.precision, anatomy, shape, device, choose)
         backends.append(backend)
         block.fused = FusedBlock(anatomy, model.precision.compute, KEEP[0], scratch, backend)
     first = next(iter(model.blocks.values()))
@@ -120,13 +124,18 @@ def _obstacle(model: CausalModel, options: ModelOptions, unknown: list[str]) -> 
 
 
 def _attention(
-    options: ModelOptions, precision: Precision, anatomy: Anatomy, shape: tuple[int, int], device: torch.device
+    options: ModelOptions,
+    precision: Precision,
+    anatomy: Anatomy,
+    shape: tuple[int, int],
+    device: torch.device,
+    choose: Chooser,
 ) -> str:
     """The backend: flash-attn's own where it is asked for, else what is fastest here."""
     if options.attention == "flash_attention_2":
         return "flash_attn"
     whole = (*shape, anatomy.heads, anatomy.kv_heads, anatomy.head_dim)
-    return fastest(device, precision.compute, whole, anatomy.masking)
+    return choose(device, precision.compute, whole, anatomy.masking)
 
 
 def _unused(*args: object, **kwargs: object) -> None:

@@ -5,18 +5,18 @@ in which it will be needed. One region has the buffers of one block: fewer calls
 the first ones are ready long before the last.
 """
 
-import os
 import sys
 import threading
-import weakref
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fsdp_qlora.background import do_in_order
 from fsdp_qlora.host_buffers import PAGE, large_pages, populate, try_page_lock
 
 THREADS = 4  # at most; page-locking itself hardly gains by them, clearing the pages does
@@ -45,20 +45,14 @@ class HostPool:
         self._free: defaultdict[int, list[HostBuffer]] = defaultdict(list)
         self._changed = threading.Condition()  # of what follows, and of `_free`
         self._coming: Counter[int] = Counter()  # buffers that threads will have made
-        self._error: Exception | None = None  # that ended a thread
+        self._error: Exception | None = None  # that kept a thread from making some
 
     def reserve(self, blocks: Sequence[Sequence[int]]) -> None:
         """Start making buffers: for each block, in the order of use, the bytes per token of what it offloads."""
         with self._changed:
             for sizes in blocks:
                 self._coming.update(sizes)
-        jobs = deque(blocks)
-        count = min(THREADS, os.cpu_count() or 1, len(jobs))
-        # Daemons, which end after the block that they are at: else a run that fails early waits for all.
-        threads = [threading.Thread(target=self._work, args=(jobs,), daemon=True) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        weakref.finalize(self, _end, jobs, threads)
+        do_in_order([partial(self._make_ahead, sizes) for sizes in blocks], THREADS, self.device)
 
     def take(self, per_token: int, tokens: int) -> HostBuffer:
         """A buffer for `tokens`: a free one, the next that a thread makes of that size, or one made now."""
@@ -81,25 +75,19 @@ class HostPool:
         """Buffers that nobody has."""
         return sum(map(len, self._free.values()))
 
-    def _work(self, jobs: deque[Sequence[int]]) -> None:
+    def _make_ahead(self, sizes: Sequence[int]) -> None:
         try:
-            if self.device.type == "cuda":  # else the driver would open a context on the first card
-                torch.cuda.set_device(self.device)
-            while jobs:
-                try:
-                    sizes = jobs.popleft()
-                except IndexError:  # another thread was faster
-                    return
-                made = self._made(sizes, self.most_tokens, ahead=True)
-                with self._changed:
-                    for buffer in made:
-                        self._free[buffer.per_token].insert(0, buffer)  # after those that are there
-                    self._coming.subtract(sizes)
-                    self._changed.notify_all()
-        except Exception as error:
+            made = self._made(sizes, self.most_tokens, ahead=True)
+        except Exception as error:  # whoever waits for these shall have it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+            return
+        with self._changed:
+            for buffer in made:
+                self._free[buffer.per_token].insert(0, buffer)  # after those that are there
+            self._coming.subtract(sizes)
+            self._changed.notify_all()
 
     def _made(self, sizes: Sequence[int], tokens: int, ahead: bool = False) -> list[HostBuffer]:
         """Make buffers for `tokens` each, in one region. ahead: its pages are filled in first, by several threads at
@@ -125,11 +113,3 @@ class HostPool:
             "--use_activation_cpu_offload false",
             file=sys.stdout,
         )
-
-
-def _end(jobs: deque[Sequence[int]], threads: Sequence[threading.Thread]) -> None:
-    """Let each thread end after the block that it is at, and wait for that."""
-    jobs.clear()
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join()

@@ -11,15 +11,22 @@ import mmap
 import os
 import threading
 import weakref
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from fsdp_qlora.background import do_in_order
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.host_buffers import PAGE, POPULATE_STEP, ask_large_pages, populate, register, unregister
 from fsdp_qlora.units import GIB
 from fsdp_qlora.world import World
 
+LOCKERS = 2  # threads that page-lock pieces ahead
 NAME = "fsdp_qlora"  # seen in /proc alone
 MFD_NOEXEC_SEAL = 8  # Linux 6.3 and later; some systems demand it
 BASE = "the frozen base cannot be streamed"
@@ -34,14 +41,18 @@ class HostStore:
     refused: 0, or CUDA's error code where the system refused to page-lock: copies from it are then slower, but right.
     """
 
-    def __init__(self, nbytes: int, world: World, fails: str = BASE, instead: str = INSTEAD) -> None:
-        """fails, instead: what cannot be done without this memory and what can, for messages.
+    def __init__(
+        self, nbytes: int, world: World, fails: str = BASE, instead: str = INSTEAD, pieces: Sequence[int] = ()
+    ) -> None:
+        """fails, instead: what cannot be done without this memory and what can, for messages. pieces: bytes of those
+        that will be taken first, in order: threads page-lock them ahead.
 
         A collective. Raises UserError on every rank where the memory cannot be had."""
         self.world, self.nbytes, self.refused = world, nbytes, 0
         self._fails, self._instead = fails, instead
         self._taken = 0
         self._locked: list[int] = []  # addresses
+        self._ahead: deque[tuple[int, Future[None]]] = deque()  # (bytes of a piece, whether it has been page-locked)
         weakref.finalize(self, _unlock, self._locked).atexit = False  # then the process ends it
         descriptor = world.together(lambda: self._make(nbytes) if world.local_rank == 0 else -1)
         pid, number = world.gather([os.getpid(), descriptor])[world.rank - world.local_rank]
@@ -49,16 +60,38 @@ class HostStore:
         if descriptor >= 0:
             os.close(descriptor)  # every rank has mapped it
         threading.Thread(target=_populate, args=(self._map, world), daemon=True, name="host store").start()
+        if world.device.type == "cuda":
+            self._lock_ahead(pieces)
 
     def take(self, nbytes: int) -> Tensor:
         """uint8 [nbytes], on pages of its own, page-locked for this rank where a GPU is there to read it."""
         assert self._taken + nbytes <= self.nbytes, "the store was made too small"
-        piece = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=self._taken)
+        piece = self._piece(self._taken, nbytes)
         self._taken += rounded(nbytes)
-        if self.world.device.type == "cuda" and not self.refused:
-            self.refused = register(piece.data_ptr(), nbytes)
-            self._locked += [] if self.refused else [piece.data_ptr()]
+        if self._ahead:
+            expected, locked = self._ahead.popleft()
+            assert expected == nbytes, "another piece was page-locked ahead"
+            locked.result()
+        elif self.world.device.type == "cuda":
+            self._lock(piece)
         return piece
+
+    def _piece(self, offset: int, nbytes: int) -> Tensor:
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def _lock(self, piece: Tensor) -> None:
+        if not self.refused:
+            status = register(piece.data_ptr(), piece.nbytes)
+            if status == 0:
+                self._locked.append(piece.data_ptr())
+            else:
+                self.refused = status
+
+    def _lock_ahead(self, sizes: Sequence[int]) -> None:
+        offsets = accumulate(map(rounded, sizes), initial=0)
+        pieces = [self._piece(offset, nbytes) for offset, nbytes in zip(offsets, sizes, strict=False)]
+        locking = do_in_order([partial(self._lock, piece) for piece in pieces], LOCKERS, self.world.device)
+        self._ahead.extend(zip(sizes, locking, strict=True))
 
     def share(self, nbytes: int) -> slice:
         """The part of a piece of `nbytes` that this rank writes, when all ranks of the node have its contents."""

@@ -7,7 +7,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class Spec:
     aliases: Mapping[str, str] = field(default_factory=dict)  # another spelling of an allowed value -> the value
     refused: Mapping[object, str] = field(default_factory=dict)  # a value whose feature is not built -> what to do
     known_as: Sequence[str] = ()  # what other programs call it: only for "did you mean"
+    check: Callable[[str], object] | None = None  # reads a text that has a form; raises ValueError where it has not
 
 
 def option(default: Any, meaning: str, why: str, price: str, **limits: Any) -> Any:
@@ -117,6 +118,8 @@ class Option:
 
     def _read_one(self, text: str) -> Any:
         value = self.spec.aliases.get(text, self._convert(text))
+        if self.spec.check is not None:
+            self.spec.check(text)
         if value in self.spec.refused:
             raise ValueError(self.spec.refused[value])
         if self.choices and value not in self.choices:

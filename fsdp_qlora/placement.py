@@ -167,11 +167,20 @@ class Streamed:
 
     resident: the blocks that stay on the device instead. head_resident: whether the head does, or comes as one more
     unit after the last block. An untied embedding stays in the node's copy, where its rows are read one by one; a tied
-    one is the head as well and stays on the device, as do vectors.
+    one is the head as well and stays on the device, as do vectors. link_rate: of the copies, bytes per second, if it is
+    known.
     """
 
-    def __init__(self, world: World, resident: Sequence[bool], head_resident: bool, buffers: int) -> None:
+    def __init__(
+        self,
+        world: World,
+        resident: Sequence[bool],
+        head_resident: bool,
+        buffers: int,
+        link_rate: float | None = None,
+    ) -> None:
         self.world, self.resident, self.head_resident, self.buffers = world, resident, head_resident, buffers
+        self.link_rate = link_rate
         self._sources: dict[str, Tensor] = {}
 
     def prepare(self, model: CausalModel) -> None:
@@ -191,8 +200,8 @@ class Streamed:
         self._units = {u.name: u for u in model.units}
         self._residents = Residents([self._units[name] for name in self._blocks if name not in self._streamed])
         self._in_store = in_store
-        nbytes = sum(rounded(self._units[name].frozen.layout.nbytes) for name in in_store)
-        self._stores = [HostStore(nbytes, self.world)] if nbytes else []
+        pieces = [unit.frozen.layout.nbytes for unit in model.units if unit.name in in_store]  # as `store` takes them
+        self._stores = [HostStore(sum(map(rounded, pieces)), self.world, pieces=pieces)] if pieces else []
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         if unit.name in self._residents.names:
@@ -255,17 +264,20 @@ class Streamed:
     def _stream(self) -> None:
         """Bring what is in host memory when it is needed, from now on."""
         stops = [Stop(self._units[name].frozen, self._sources.get(name)) for name in self._order]
-        streamer = Streamer(stops, len(self._blocks), self.buffers, self.world.device)
+        streamer = Streamer(stops, len(self._blocks), self.buffers, self.world.device, self.link_rate)
         for position, stop in enumerate(stops):
             stop.frozen.bring = partial(streamer.need, position)
 
 
-def choose_placement(plan: Plan, options: MemoryOptions, world: World) -> Placement:
-    """The placement that `plan` says, in the form of `--sharding_strategy`."""
+def choose_placement(plan: Plan, options: MemoryOptions, world: World, link_rate: float | None = None) -> Placement:
+    """The placement that `plan` says, in the form of `--sharding_strategy`.
+
+    link_rate: bytes per second from host memory to this rank's device, if that was measured."""
     if plan.placement == "replicate":
         return Replicated()
     if plan.placement == "stream":
-        return Streamed(world, [block.resident for block in plan.blocks], plan.head_resident, plan.staging)
+        resident = [block.resident for block in plan.blocks]
+        return Streamed(world, resident, plan.head_resident, plan.staging, link_rate)
     reshard, offload = not options.sharding_strategy.endswith("shard_grad_op"), plan.placement == "shard_offload"
     return Sharded(world, reshard, shard_count(options, world), offload)
 

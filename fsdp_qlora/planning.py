@@ -4,7 +4,7 @@ The plan itself (plan.py and its neighbours) is arithmetic; here are its inputs 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from fsdp_qlora.arena import Arena
 from fsdp_qlora.config import Config, MemoryOptions
 from fsdp_qlora.environment import allocator_grows
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.exchange import through_host
 from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.fusing import Fusion
@@ -34,7 +34,7 @@ from fsdp_qlora.world import World
 
 # Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
 # are first used, tables of the host memory that the GPU reads.
-LATER = 256 << 20
+LATER, BY_NCCL = 208 << 20, 224 << 20  # (0.16 GiB on one rank, 0.35 to 0.40 on two: H100, H200)
 # Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
 # beyond the share that every plan leaves.
 PIECES = 0.06
@@ -61,18 +61,44 @@ class Planned:
     def schedule(self) -> Schedule | None:
         return None if self.layout is None else self.layout.of(self.plan.blocks)
 
+    @property
+    def link_rate(self) -> float | None:
+        """Bytes per second from host memory to each rank's device, all at once; None where it was not measured."""
+        return None if self.rates is None else self.rates.h2d
+
 
 def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
     """The plan for rows of at most `longest` tokens. A collective. Raises UserError where nothing fits."""
     world.together(lambda: shard_count(config.memory, world))  # what cannot be divided need not be planned
-    budget, refused = find_budget(config.memory, world), None
-    found: list[tuple[Plan, Facts, Rates | None, Budget, Config]] = []
-    for sized in micro_batches(config):
+    optimizer = state_bytes(config.training.optimizer, world.device.type)
+
+    def known(sized: Config) -> tuple[Facts, Rates | None]:
         at_length = replace(sized, data=replace(config.data, context_length=longest))
-        optimizer = state_bytes(config.training.optimizer, world.device.type)
         here = facts_of(model, at_length, world, fusion, optimizer)
         facts = sending(agreed(replace(here, exchange_by_host=through_host(config.memory, world)), world))
-        rates = calibrate(facts, model, world)
+        return facts, calibrate(facts, model, world)
+
+    def layouts(sized: Config, facts: Facts) -> Layouts:
+        return Layouts(model, sized, longest, facts.exchange_by_host, world)
+
+    return fastest_of(config, find_budget(config.memory, world), world, known, layouts)
+
+
+def fastest_of(
+    config: Config,
+    budget: Budget,
+    world: World,
+    known: Callable[[Config], tuple[Facts, Rates | None]],
+    layouts: "Callable[[Config, Facts], Layouts] | None" = None,
+) -> Planned:
+    """The plan of the fastest micro-batch that fits. known: facts and rates of the options with one of them. layouts:
+    where the tensors of a step with these lie; without, they are taken to need no more than is alive at once.
+
+    Raises UserError where none fits."""
+    refused = None
+    found: list[tuple[Plan, Facts, Rates | None, Budget, Config]] = []
+    for sized in micro_batches(config):
+        facts, rates = known(sized)
         pages = paged_bytes(config.training.optimizer) * facts.all_adapters * facts.local_ranks // facts.ranks
         left = replace(budget, host_bytes=budget.host_bytes - pages)
         try:
@@ -85,21 +111,22 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
         assert refused is not None
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
-    _, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
-    layout = Layouts(model, sized, longest, facts.exchange_by_host, world)
-    try:
-        plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
-    except UserError as error:
-        raise error.on_every_rank(world.rank) from None
+    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
+    layout = layouts(sized, facts) if layouts is not None and facts.fused else None
+    if layout is not None:
+        try:
+            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
+        except UserError as error:
+            raise error.on_every_rank(world.rank) from None
     lines, record = table(plan, facts, rates, left), plan_record(plan, facts, rates)
-    return Planned(plan, lines, record, sized, facts, rates, left, layout if facts.fused else None)
+    return Planned(plan, lines, record, sized, facts, rates, left, layout)
 
 
 def refit_run(planned: Planned, world: World) -> Planned | None:
     """Return the plan for what is free now, which takes less of the GPUs than the one before; None where the options or
     that plan leave nothing to give. A collective."""
     memory, layout = planned.config.memory, planned.layout
-    device = device_bytes(memory, world.device)
+    device = device_bytes(memory, world)
     host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
     least_device, least_host = (min(column) for column in zip(*world.gather([device, host]), strict=True))
     budget = Budget(least_device, min(least_host, planned.budget.host_bytes))
@@ -116,13 +143,20 @@ class Layouts:
 
     def __init__(self, model: CausalModel, config: Config, longest: int, widens: bool, world: World) -> None:
         self.model, self.config, self.longest, self.widens, self.world = model, config, longest, widens, world
-        self._known: dict[tuple[tuple[str, bool], ...], Schedule] = {}
+        self._known: dict[tuple[tuple[str, bool], ...], tuple[Schedule, list[list[int]]]] = {}
 
     def of(self, blocks: Sequence[BlockPlan]) -> Schedule:
+        return self._of(blocks)[0]
+
+    def parked(self, blocks: Sequence[BlockPlan]) -> list[list[int]]:
+        """For each block that parks what it keeps, the bytes per token of each tensor (`ActivationOffload.reserve`)."""
+        return self._of(blocks)[1]
+
+    def _of(self, blocks: Sequence[BlockPlan]) -> tuple[Schedule, list[list[int]]]:
         kinds = tuple((block.keep, block.offloaded) for block in blocks)
         if kinds not in self._known:
-            lives = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
-            self._known[kinds] = place(lives)
+            done = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
+            self._known[kinds] = place(done.lives), done.parked
         return self._known[kinds]
 
     def nbytes(self, blocks: Sequence[BlockPlan]) -> int:
@@ -191,30 +225,44 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     Raises UserError for a limit that limits nothing."""
     if memory.host_memory_gib is not None and world.device.type != "cuda":
         raise UserError(
-            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away"
+            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}"
         ).on_every_rank(world.rank)
-    device = device_bytes(memory, world.device)
+    device = device_bytes(memory, world)
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
     everyone = world.gather([device, host])
     return Budget(*(min(column) for column in zip(*everyone, strict=True)))
 
 
-def device_bytes(memory: MemoryOptions, device: torch.device) -> float:
+def device_bytes(memory: MemoryOptions, world: World) -> float:
     """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
     without a GPU."""
+    device = world.device
     if device.type != "cuda":
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
-    nbytes: float = free + torch.cuda.memory_reserved(device) - LATER
+    nbytes: float = free + torch.cuda.memory_reserved(device)
     if memory.gpu_memory_gib is not None:
-        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device) - LATER)
+        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device))
+    nbytes -= LATER + (BY_NCCL if world.size > 1 else 0)
     return nbytes * (1 if allocator_grows() else 1 - PIECES)
 
 
-def keep_activations(model: CausalModel, blocks: Sequence[BlockPlan], most_tokens: int, device: torch.device) -> None:
-    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included."""
-    offload = ActivationOffload(device, most_tokens) if any(plan.offloaded for plan in blocks) else None
+def keep_activations(
+    model: CausalModel,
+    blocks: Sequence[BlockPlan],
+    most_tokens: int,
+    device: torch.device,
+    link_rate: float | None = None,
+    parked: Sequence[Sequence[int]] = (),
+) -> None:
+    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included.
+    link_rate: bytes per second between host memory and the device, if that was measured. parked: see `Layouts`; host
+    memory for it is made from now on, beside what follows."""
+    parks = any(plan.offloaded for plan in blocks)
+    offload = ActivationOffload(device, most_tokens, link_rate=link_rate) if parks else None
+    if offload is not None and parked:
+        offload.reserve(parked)
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
             block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)

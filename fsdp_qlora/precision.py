@@ -35,13 +35,13 @@ MODES = {
 def precision_of(mode: str, device: torch.device) -> Precision:
     """The dtypes of `mode`. Raises UserError where the card has no bfloat16 (before Ampere)."""
     precision = MODES[mode]
-    if (
-        device.type == "cuda"
-        and precision.compute is torch.bfloat16
-        and torch.cuda.get_device_capability(device) < (8, 0)
-    ):
+    if device.type == "cuda" and needs_bf16(mode) and torch.cuda.get_device_capability(device) < (8, 0):
         raise UserError(
             f"precision: {mode} needs bfloat16, which {torch.cuda.get_device_name(device)} does not have; "
             "use --precision fp16_autocast or --precision fp32"
         )
     return precision
+
+
+def needs_bf16(mode: str) -> bool:
+    return MODES[mode].compute is torch.bfloat16

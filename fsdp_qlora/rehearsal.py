@@ -6,6 +6,7 @@ Nothing is computed and nothing allocated; the model is the one that will train,
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,10 +51,18 @@ class _Nowhere:
         pass
 
 
+class Rehearsed(NamedTuple):
+    """lives: of a step's tensors. parked: for each block that parks what it keeps in host memory, in the order of
+    forward, the bytes per token of each tensor."""
+
+    lives: list[Life]
+    parked: list[list[int]]
+
+
 def rehearse(
     model: CausalModel, blocks: Sequence[BlockPlan], config: Config, context: int, world: World, widens: bool
-) -> list[Life]:
-    """Return the lives of a step's tensors, for rows of `context` tokens that are all labels.
+) -> Rehearsed:
+    """Run a step for rows of `context` tokens that are all labels.
 
     model: assembled and fused, still on the meta device. blocks: what each keeps. widens: as the exchange's."""
     training = config.training
@@ -62,8 +71,8 @@ def rehearse(
     ids = torch.zeros(training.batch_size, context, dtype=torch.int64, device=META)
     places, labels = (torch.zeros(tokens, dtype=torch.int64, device=META) for _ in range(2))
     recorder = Recorder()
-    with _on_meta(model, blocks, tokens):
-        adapters = ShardedAdapters(model, there, config)
+    with _on_meta(model, blocks, tokens) as offload:
+        adapters = ShardedAdapters(model, there, config, draw=False)
         adapters.exchange = _Nowhere(widens)
         take_from(recorder)
         try:
@@ -73,13 +82,13 @@ def rehearse(
             adapters.update(int)  # an optimizer's step takes nothing
             adapters.publish()
             adapters.zero_grad()
-            return recorder.lives()
+            return Rehearsed(recorder.lives(), [] if offload is None else offload.parked_sizes)
         finally:
             take_from(None)
 
 
 @contextmanager
-def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> Iterator[None]:
+def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> Iterator[ActivationOffload | None]:
     """All of the model on the meta device, its blocks keeping what the plan says; afterwards as it was."""
     rotary = {(m, name): b for m in model.backbone.modules() for name, b in m.named_buffers(recurse=False)}
     before = {block: (block.fused, block.before_forward) for block in model.blocks.values()}
@@ -97,7 +106,7 @@ def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> It
                 assert isinstance(block.fused, FusedBlock)
                 fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
                 block.fused, block.before_forward = replace(fused, scratch=scratch), []
-            yield
+            yield offload
         finally:
             for (module, name), buffer in rotary.items():
                 setattr(module, name, buffer)

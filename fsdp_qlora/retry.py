@@ -112,7 +112,9 @@ class Refit:
         self.planned = planned
 
     def _apply(self) -> None:
-        keep_activations(self.model, self.planned.plan.blocks, self.most_tokens, self.world.device)
+        planned, blocks = self.planned, self.planned.plan.blocks
+        parked = [] if planned.layout is None else planned.layout.parked(blocks)
+        keep_activations(self.model, blocks, self.most_tokens, self.world.device, planned.link_rate, parked)
 
     def _note(self) -> None:
         try:

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from fsdp_qlora.background import beside
 from fsdp_qlora.codecs import Codec, Plain
 from fsdp_qlora.config import Config, DataOptions, MemoryOptions
 from fsdp_qlora.config_file import save as save_config
 from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.details import Stages, machine_lines, rates_line
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.exchange import check_exchange, choose_exchange
 from fsdp_qlora.export import check_space, prepare_output
 from fsdp_qlora.folders import writing_to
@@ -78,7 +79,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         metrics = world.together(lambda: Metrics(config, world, steps))
         world.main_only(lambda: note_run(config, folder, adapter_count(model), planned.record))
 
-        placement = world.together(lambda: choose_placement(plan, config.memory, world))
+        placement = world.together(lambda: choose_placement(plan, config.memory, world, planned.link_rate))
         refit = Refit(planned, model, placement, config.training.batch_size * longest, world, folder)
         adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
@@ -104,7 +105,7 @@ def cap_gpu_memory(gib: float | None, world: World) -> None:
     if gib is None:
         return
     if world.device.type != "cuda":
-        raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; leave it away")
+        raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}")
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
     if gib > total:
         raise UserError(
@@ -194,11 +195,13 @@ def load_model(
 
     Raises UserError on every rank alike, before anything is read, where the checkpoint is not this model's."""
     world.first_on_node(lambda: check_names(model, weights))
-    adapters = ShardedAdapters(model, world, config)
+    adapters = ShardedAdapters(model, world, config, draw=False)
+    placement.prepare(model)  # page-locks host memory from here on
+    drawn = beside(adapters.draw, world.device)
     adapters.exchange = choose_exchange(adapters.largest, config.memory, world)
-    placement.prepare(model)
     load(model, weights, placement, world)
     check_bytes(model, placement)
+    drawn.result()
     return adapters
 
 

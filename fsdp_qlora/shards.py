@@ -10,6 +10,7 @@ and backward) this moves a third of the bytes, and the optimizer sees plain tens
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +19,10 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from fsdp_qlora.adapters import initial_values
+from fsdp_qlora.adapters import draw_
 from fsdp_qlora.block import Block, FrozenLinear
 from fsdp_qlora.config import Config
+from fsdp_qlora.environment import usable_cores
 from fsdp_qlora.exchange import Collectives, Exchange, Pending
 from fsdp_qlora.kernels.device import empty
 from fsdp_qlora.masters import Masters
@@ -31,6 +33,7 @@ IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's
 GATHERS_AHEAD = 8  # that `publish` starts itself; each block's forward starts one more, while the GPU has work
 ARRIVAL_SECONDS = 1.0  # after which new values that are not here never come (1.7 GB at 70B and rank 64: 0.1 s)
 TOGETHER = 4  # blocks that are updated at a time
+DRAWERS = 8  # threads that draw first values, at most
 MATRICES = ("lora_A", "lora_B")
 
 
@@ -75,10 +78,12 @@ class ShardedAdapters:
     `publish` starts goes on behind the next forward: each block waits for its own adapters before it computes.
     """
 
-    def __init__(self, model: CausalModel, world: World, config: Config) -> None:
+    def __init__(self, model: CausalModel, world: World, config: Config, draw: bool = True) -> None:
+        """draw: give them their first values. Without, all are zero until `draw` is called."""
         self.exchange: Exchange = Collectives()
         self.world, self.no_sync = world, config.memory.no_sync
         self._accumulates = config.training.gradient_accumulation_steps > 1
+        self._seed = config.training.seed
         self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
         self.groups: list[Group] = []
         self._flying: deque[tuple[Pending, Group, Tensor, Tensor]] = deque()
@@ -97,10 +102,12 @@ class ShardedAdapters:
         rooms = self._rooms(numbers, model.precision.compute)
         for (path, linears), (working, masters, index) in zip(adapted.items(), rooms, strict=True):
             group = Group(working, masters.mine[index], masters, index)
-            self._make(group, linears, config, len(self.groups))
+            self._make(group, linears, len(self.groups))
             self.groups.append(group)
             if world.size > 1:
                 model.blocks[path].before_forward.append(partial(self._before_forward, group))
+        if draw:
+            self.draw()
 
     @property
     def largest(self) -> int:
@@ -317,26 +324,35 @@ class ShardedAdapters:
                 masters = Masters(working.view(count, self.world.size, -1)[:, self.world.rank])
                 yield from ((row, masters, i) for i, row in enumerate(working))
 
-    def _make(self, group: Group, linears: dict[str, FrozenLinear], config: Config, index: int) -> None:
-        """The linears' adapters are pieces of the group's working copy, with their first values."""
-        rank, seed, offset, values = config.adapter.lora_rank, config.training.seed, 0, []
+    def _make(self, group: Group, linears: dict[str, FrozenLinear], index: int) -> None:
+        """The linears' adapters are pieces of the group's working copy."""
+        offset = 0
         for path, linear in linears.items():
-            initial = self._initial(path, linear, rank, seed)
-            for matrix in MATRICES:
-                value = initial[matrix]
-                parameter = nn.Parameter(group.working[offset : offset + value.numel()].view(value.shape))
+            for matrix, meta in zip(MATRICES, _matrices(linear), strict=True):
+                parameter = nn.Parameter(group.working[offset : offset + meta.numel()].view(meta.shape))
                 setattr(linear, matrix, parameter)
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, index))
                 group.names.append(f"{path}.{matrix}")
                 group.params.append(parameter)
-                values.append(value.reshape(-1))
-                offset += value.numel()
-        self._fill(group, torch.cat([*values, values[0].new_zeros(group.working.numel() - offset)]))
+                offset += meta.numel()
 
-    def _initial(self, path: str, linear: FrozenLinear, rank: int, seed: int) -> dict[str, Tensor]:
-        if self.world.device.type != "meta":
-            return initial_values(path, linear.out_features, linear.in_features, rank, seed)
-        return {matrix: torch.empty(getattr(linear, matrix).shape, device="meta") for matrix in MATRICES}
+    def draw(self) -> None:
+        """Give every adapter its first values. From any thread; others draw for it, a few blocks at a time."""
+        count = max(1, min(DRAWERS, usable_cores(None) // self.world.local_size))
+        with ThreadPoolExecutor(count) as pool:
+            for first in range(0, len(self.groups), count):
+                some = self.groups[first : first + count]
+                for group, flat in zip(some, pool.map(self._drawn, some), strict=True):
+                    self._fill(group, flat)
+
+    def _drawn(self, group: Group) -> Tensor:
+        """First values of a block, float32 [padded] on the CPU."""
+        flat = torch.zeros(group.working.numel())
+        for name, view in zip(group.names, _split(flat, group.params), strict=True):
+            path, _, matrix = name.rpartition(".")
+            if matrix == "lora_A":
+                draw_(view, path, self._seed)
+        return flat
 
     def _fill(self, group: Group, flat: Tensor) -> None:
         """All of a block's adapters, from float32 [padded] on the CPU."""

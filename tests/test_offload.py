@@ -7,7 +7,7 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -17,6 +17,7 @@ import torch
 from fsdp_qlora import host_link, host_pool
 from fsdp_qlora.fused import AttentionState, Kept, MLPState
 from fsdp_qlora.host_buffers import page_lock
+from fsdp_qlora.kernels.device import take_from
 from fsdp_qlora.offload import ActivationOffload
 from tests.slow_gpu import CUDA, slow_gpu
 
@@ -36,7 +37,7 @@ def kept_of_a_block(seed: int, width: int = 3) -> Kept:
 
 
 def contents(kept: Kept) -> list[torch.Tensor]:
-    return [owner[key].clone() for owner, key in kept._slots()]
+    return [kept._owner(name)[key].clone() for name, key in kept._slots()]
 
 
 def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
@@ -66,7 +67,7 @@ def test_what_was_parked_last_is_on_its_way_before_its_block_asks() -> None:
     assert not parked[0].back
     offload.ahead()
     blocks[1].fetch(offload, parked[1])
-    assert [id(owner[key]) for owner, key in blocks[1]._slots()] == ahead, "copied once"
+    assert [id(blocks[1]._owner(name)[key]) for name, key in blocks[1]._slots()] == ahead, "copied once"
     blocks[0].fetch(offload, parked[0])
     for kept, was in zip(blocks, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
@@ -91,6 +92,12 @@ def test_nothing_stays_on_the_device_longer_than_needed(fetched: bool) -> None:
         gc.enable()
 
 
+@pytest.fixture(autouse=True)
+def _given_back() -> Iterator[None]:
+    yield
+    take_from(None)
+
+
 class Memory:
     """Device memory in a few places: a place is free as soon as the host lets go of its tensor, as with PyTorch's.
 
@@ -101,6 +108,7 @@ class Memory:
         self._free: list[int] = []
         self._places: list[torch.Tensor] = []
         self._born = 0
+        take_from(lambda shape, dtype, _: self.empty(torch.Size(shape), dtype))
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         if not self._free:
@@ -168,7 +176,7 @@ def test_copies_beside_the_arithmetic_change_no_number(monkeypatch, seed: int) -
     monkeypatch.setattr(host_link, "PIECE", 50)
     with slow_gpu(monkeypatch, seed) as gpu:
         memory = Memory(torch.device("cpu"))
-        offload = ActivationOffload(CUDA, 4, memory.empty)
+        offload = ActivationOffload(CUDA, 4)
 
         def compute(do: Callable) -> None:
             gpu.compute(do)
@@ -186,7 +194,7 @@ def test_tensors_live_on_meta_as_long_as_on_a_gpu(monkeypatch) -> None:
     for device in (CUDA, META, torch.device("cpu")):
         memory = Memory(META if device == META else torch.device("cpu"))
         with slow_gpu(monkeypatch) if device == CUDA else nullcontext():
-            offload = ActivationOffload(device, 4, memory.empty)
+            offload = ActivationOffload(device, 4)
             run_steps(offload, memory, lambda do: None, BLOCKS)
         logs.append(memory.log)
         sizes.append(offload.parked_sizes)
@@ -196,16 +204,16 @@ def test_tensors_live_on_meta_as_long_as_on_a_gpu(monkeypatch) -> None:
 
 
 def test_a_step_that_was_given_up_leaves_nothing_behind(monkeypatch) -> None:
-    def out_of_memory(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def out_of_memory(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("no more")
 
     with slow_gpu(monkeypatch) as gpu:
         memory = Memory(torch.device("cpu"))
-        offload = ActivationOffload(CUDA, 4, memory.empty)
+        offload = ActivationOffload(CUDA, 4)
         tensors = [[memory.empty(torch.Size((4, 8)), torch.bfloat16)] for _ in range(3)]
         parked = [offload.park(some, 4) for some in tensors]
         back = offload.fetch(parked.pop())
-        offload._empty = out_of_memory
+        take_from(out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             offload.fetch(parked.pop())  # it is there; the one before it has no room
         alive = [weakref.ref(some[0]) for some in tensors]
@@ -215,7 +223,7 @@ def test_a_step_that_was_given_up_leaves_nothing_behind(monkeypatch) -> None:
         assert not any(ref() is not None for ref in alive)
         assert offload._pool is not None
         assert offload._pool.free == 3
-        offload._empty = memory.empty
+        take_from(lambda shape, dtype, _: memory.empty(torch.Size(shape), dtype))
         wrong = run_steps(offload, memory, gpu.compute, BLOCKS)
         gpu.run()
     assert not wrong

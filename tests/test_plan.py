@@ -11,7 +11,7 @@ import pytest
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan import BlockPlan, Budget, Plan, Wishes, _best, climb, make_plan, plan_record, table
-from fsdp_qlora.plan.climb import Cost, blend, corners
+from fsdp_qlora.plan.climb import Cost, blend, corners, edges
 from fsdp_qlora.plan.clock import Clock, Rates
 from fsdp_qlora.plan.facts import KEEP, Facts
 from fsdp_qlora.plan.memory import Memory
@@ -307,6 +307,16 @@ def test_corners_use_up_both_memories_and_no_more() -> None:
     assert 1000 - 110 < sum(costs[k].gpu * n for k, n in counts.items()) <= 1000
     assert 100 - 10 < sum(costs[k].host * n for k, n in counts.items()) <= 100
     assert corners(costs, 80, 100, 0) == []
+
+
+def test_edges_use_up_one_memory_and_leave_room_in_the_other() -> None:
+    costs = {("input", False): Cost(9.0, 10, 0), ("input", True): Cost(9.0, 1, 9), ("all", False): Cost(5.0, 100, 0)}
+    plenty = 10**9
+    by_gpu = [{("input", True): 71, ("all", False): 9}, {("input", False): 78, ("all", False): 2}]  # 971 and 980
+    assert [dict(counts) for counts in edges(costs, 80, 1000, plenty)] == by_gpu
+    by_host = [{("input", True): 11, ("all", False): 69}, {("input", False): 69, ("input", True): 11}]  # 99 and 99
+    assert [dict(counts) for counts in edges(costs, 80, plenty, 100)] == by_host
+    assert edges(costs, 80, plenty, plenty) == []
 
 
 def test_a_little_host_memory_is_worth_a_third_kind(monkeypatch: pytest.MonkeyPatch) -> None:

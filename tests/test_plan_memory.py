@@ -99,7 +99,7 @@ def test_a_step_needs_as_much_at_once_as_is_counted(ranks: int, vocabulary: int)
         BlockPlan(True, keep, away) for keep, away in zip((*KEEP, "all"), [True] * 3 + [False] * 3, strict=True)
     ]
     for name, blocks in mixes.items():
-        lives = rehearse(model, blocks, config, known.context, world, widens=True)
+        lives = rehearse(model, blocks, config, known.context, world, widens=True).lives
         counted = Memory(known).arena(Candidate("replicate", tuple(blocks), True, 0))
         assert most_alive(lives) == pytest.approx(counted, rel=0.03), name
         assert place(lives).nbytes <= 1.06 * most_alive(lives), name

@@ -1,6 +1,8 @@
 """Streaming: the right bytes at every stop of any walk, no more copies than are needed, nothing left over."""
 
+import gc
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +164,48 @@ def test_memory_that_cannot_be_page_locked_still_serves(monkeypatch):
         torch.cuda.synchronize()
         assert store.refused != 0
         assert piece.tolist() == [i % 256 for i in range(1000)]
+
+
+def test_pieces_that_are_known_are_page_locked_ahead(monkeypatch):
+    locked, go_on = [], threading.Semaphore(0)
+
+    def slowly(address: int, nbytes: int) -> int:
+        go_on.acquire()
+        locked.append((address, nbytes))
+        return 0 if len(locked) < 3 else 801
+
+    monkeypatch.setattr(host_store, "register", slowly)
+    monkeypatch.setattr(host_store, "unregister", lambda address: locked.remove((address, locked_bytes[address])))
+    monkeypatch.setattr(host_store, "LOCKERS", 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with open_world(LaunchOptions(), 0) as world:
+        sizes = [5000, 1, 9000]
+        store = HostStore(sum(map(rounded, [*sizes, 7])), replace(world, device=CUDA), pieces=sizes)
+        threading.Timer(0.1, go_on.release).start()
+        pieces = [store.take(5000)]  # waits for its own
+        assert locked == [(pieces[0].data_ptr(), 5000)]
+        go_on.release(2)
+        pieces += [store.take(1), store.take(9000)]
+        assert [address for address, _ in locked] == [piece.data_ptr() for piece in pieces]
+        assert store.refused == 801
+        pieces.append(store.take(7))  # nobody spoke of it; after a refusal none is tried
+        assert len(locked) == 3
+        with pytest.raises(AssertionError, match="too small"):
+            store.take(1)
+        locked_bytes = dict(locked)
+        del store, pieces
+        gc.collect()
+        assert [nbytes for _, nbytes in locked] == [9000], "the refused one alone has nothing to be taken back"
+
+
+def test_another_piece_than_was_foreseen_is_our_mistake(monkeypatch):
+    monkeypatch.setattr(host_store, "register", lambda address, nbytes: 0)
+    monkeypatch.setattr(host_store, "unregister", lambda address: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with open_world(LaunchOptions(), 0) as world:
+        store = HostStore(1 << 20, replace(world, device=CUDA), pieces=[10])
+        with pytest.raises(AssertionError, match="another piece"):
+            store.take(11)
 
 
 SHARED = """

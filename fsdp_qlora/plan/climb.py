@@ -49,6 +49,23 @@ def corners(costs: Mapping[Kind, Cost], layers: int, gpu: int, host: int) -> lis
     return [counts for _, counts in sorted(found, key=lambda one: one[0])]
 
 
+def edges(costs: Mapping[Kind, Cost], layers: int, gpu: int, host: int) -> list[Counter[Kind]]:
+    """Counts of two kinds that use up one of the memories but for less than a block's, the other having room, fastest
+    first: corners where more memory of the other sort would help nobody."""
+    found = []
+    for first, second in combinations(costs, 2):
+        a, b = costs[first], costs[second]
+        for left, more in ((gpu - layers * a.gpu, b.gpu - a.gpu), (host - layers * a.host, b.host - a.host)):
+            if more == 0:
+                continue
+            # As many of the second kind as there is room for, or as few as bring the rest under the limit.
+            n_b = left // more if more > 0 else -(left // -more)
+            n_a = layers - n_b
+            if n_a > 0 and n_b > 0 and n_a * a.gpu + n_b * b.gpu <= gpu and n_a * a.host + n_b * b.host <= host:
+                found.append((n_a * a.seconds + n_b * b.seconds, Counter({first: n_a, second: n_b})))
+    return [counts for _, counts in sorted(found, key=lambda one: one[0])]
+
+
 def climb(
     start: Candidate,
     seconds: float,

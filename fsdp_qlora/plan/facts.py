@@ -138,8 +138,16 @@ def pitch(columns: int) -> int:
     return -(-columns // LINE) * LINE
 
 
-def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fusion", state_bytes: float) -> Facts:
-    """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter."""
+def facts_of(
+    model: "CausalModel",
+    config: "Config",
+    world: "World",
+    fusion: "Fusion",
+    state_bytes: float,
+    capability: tuple[int, int] | None = None,
+) -> Facts:
+    """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter.
+    capability: CUDA's, of a card that is not here."""
     from fsdp_qlora.kernels.masters import master_bytes
 
     blocks = list(model.blocks.values())
@@ -180,20 +188,21 @@ def facts_of(model: "CausalModel", config: "Config", world: "World", fusion: "Fu
         fused=bool(fusion.blocks),
         remat=memory.use_gradient_checkpointing,
         attention=fusion.attention[0] if fusion.attention else "",
-        workspace_bytes=workspace(world.device),
+        workspace_bytes=workspace(world.device, capability),
         dummy=config.model.dummy_weights,
         master_bytes=master_bytes(model.precision.compute),
         **(_fused(model, config.data.context_length) if fusion.blocks else _generic(model, config)),
     )
 
 
-def workspace(device: Any) -> int:
+def workspace(device: Any, capability: tuple[int, int] | None = None) -> int:
     """Bytes that PyTorch lends cuBLAS: 32 MiB from Hopper on, else 8 MiB and 128 KiB (CUDABlas's chosen sizes)."""
     import torch
 
     if device.type != "cuda":
         return 0
-    return 32 << 20 if torch.cuda.get_device_capability(device) >= (9, 0) else (8 << 20) + (128 << 10)
+    capability = capability or torch.cuda.get_device_capability(device)
+    return 32 << 20 if capability >= (9, 0) else (8 << 20) + (128 << 10)
 
 
 def keys_seen(context: int, window: int | None) -> float:

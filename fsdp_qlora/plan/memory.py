@@ -25,7 +25,7 @@ HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is r
 THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autograd's
 # What the allocator reserves over what is allocated. With an arena the last page of a segment and the ends of blocks;
 # under FSDP2, whose gathers allocate as they go on streams of their own, and around Hugging Face's own layers a share.
-ENDS = 128 << 20
+ENDS = 48 << 20
 UNPLACED = {"replicate": 1.05, "stream": 1.03, "shard": 1.10, "shard_offload": 1.10}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
-from fsdp_qlora.plan.climb import Cost, Kind, blend, climb, corners
+from fsdp_qlora.plan.climb import Cost, Kind, blend, climb, corners, edges
 from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.facts import KEEP, Facts
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
@@ -126,7 +126,10 @@ class Search:
         away = facts.layers * costs[kinds[0]].host
         gpu = self.limit - self.memory.device_bytes(nothing) + facts.layers * costs[kinds[0]].gpu
         host = self.budget.host_bytes - self.memory.host_bytes(nothing) + away
-        for counts in corners(costs, facts.layers, gpu, host)[:CORNERS]:
+        for counts in (
+            *corners(costs, facts.layers, gpu, host)[:CORNERS],
+            *edges(costs, facts.layers, gpu, host)[:CORNERS],
+        ):
             yield replace(like, blocks=blend(counts, kinds))
 
     def _timed(self, candidate: Candidate) -> tuple[Candidate, float] | None:

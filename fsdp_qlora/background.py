@@ -1,0 +1,53 @@
+"""Threads that do a list of jobs beside the main thread, and that a run which ends early does not wait for."""
+
+import atexit
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def do_in_order(jobs: Sequence[Callable[[], T]], threads: int, device: torch.device) -> list[Future[T]]:
+    """Start the jobs, in their order, on so many threads at once; one future for each.
+
+    A job may call CUDA: the threads are on `device`, not on the first card, where a call would open a context. At exit
+    the jobs that have been begun are waited for, and no others."""
+    futures: list[Future[T]] = [Future() for _ in jobs]
+    left: deque[tuple[Callable[[], Any], Future[Any]]] = deque(zip(jobs, futures, strict=True))
+    # Those of an executor would do all jobs first.
+    workers = [threading.Thread(target=_work, args=(left, device), daemon=True) for _ in range(min(threads, len(jobs)))]
+    atexit.register(_end, left, workers)
+    for worker in workers:
+        worker.start()
+    return futures
+
+
+def _work(left: deque[tuple[Callable[[], Any], Future[Any]]], device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    while left:
+        try:
+            job, future = left.popleft()
+        except IndexError:  # another thread was faster
+            return
+        try:
+            future.set_result(job())
+        except BaseException as error:  # whoever asks for the result shall have it
+            future.set_exception(error)
+        del job, future
+
+
+def _end(left: deque[tuple[Callable[[], Any], Future[Any]]], workers: Sequence[threading.Thread]) -> None:
+    left.clear()
+    for worker in workers:
+        worker.join()
+
+
+def beside(job: Callable[[], T], device: torch.device) -> Future[T]:
+    """Start one job on a thread of its own."""
+    return do_in_order([job], 1, device)[0]
