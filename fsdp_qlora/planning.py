@@ -4,6 +4,7 @@ The plan itself (plan.py and its neighbours) is arithmetic; here are its inputs 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,8 +129,7 @@ def refit_run(planned: Planned, world: World) -> Planned | None:
     memory, layout = planned.config.memory, planned.layout
     device = device_bytes(memory, world)
     host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
-    least_device, least_host = (min(column) for column in zip(*world.gather([device, host]), strict=True))
-    budget = Budget(least_device, min(least_host, planned.budget.host_bytes))
+    budget = agreed_budget(device, min(host, planned.budget.host_bytes), world)
     wishes, nbytes = wishes_of(memory, world.size), None if layout is None else layout.nbytes
     plan = refit_plan(planned.plan, planned.facts, planned.rates, wishes, budget, nbytes)
     if plan is None:
@@ -230,8 +230,13 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     device = device_bytes(memory, world)
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
-    everyone = world.gather([device, host])
-    return Budget(*(min(column) for column in zip(*everyone, strict=True)))
+    return agreed_budget(device, host, world)
+
+
+def agreed_budget(device: float, host: float, world: World) -> Budget:
+    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective."""
+    least = [min(column) for column in zip(*world.gather([device, host]), strict=True)]
+    return Budget(*(nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least))
 
 
 def device_bytes(memory: MemoryOptions, world: World) -> float:
