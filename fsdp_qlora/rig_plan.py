@@ -17,6 +17,7 @@ from fsdp_qlora.details import rates_line
 from fsdp_qlora.environment import read_launch
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.exchange import check_exchange
+from fsdp_qlora.fitting import fit, has_its_own_head
 from fsdp_qlora.fusing import Chooser, Fusion, fuse
 from fsdp_qlora.kernels.attention import Masking, possible
 from fsdp_qlora.model import CausalModel, assemble
@@ -144,8 +145,11 @@ def build_for(config: Config, rig: Rig, hf_config: PretrainedConfig) -> Built:
     shard_count(config.memory, world)
     check_exchange(config.memory, world)
     attention = attention_there(config.model.attention, hf_config, precision, card)
-    recipe = make_recipe(config, hf_config, weights_of(config, hf_config, precision), precision, world)
-    model = assemble(build(hf_config, precision, attention.name), recipe, config.adapter)
+    skeleton = build(hf_config, precision, attention.name)
+    fitted = fit(skeleton, weights_of(config, hf_config, precision))
+    own_head = has_its_own_head(skeleton, fitted)
+    recipe = make_recipe(config, hf_config, fitted, precision, own_head, world)
+    model = assemble(skeleton, recipe, config.adapter)
     return Built(model, fuse(model, micro_batches(config)[0], META, chooser(card)), attention)
 
 
