@@ -85,5 +85,5 @@ class Batches:
             part = slice(self.rows.offsets[row], self.rows.offsets[row + 1])
             ids = torch.from_numpy(self.rows.ids[part].astype(np.int64))
             input_ids[place, : len(ids)] = ids
-            labels[place, : len(ids)] = torch.where(torch.from_numpy(self.rows.trains[part]), ids, IGNORE)
+            labels[place, : len(ids)] = torch.where(torch.tensor(self.rows.trains[part]), ids, IGNORE)
         return Batch(input_ids, labels, self.rows.index[chosen].tolist(), int(lengths.sum()))
