@@ -19,6 +19,8 @@ from fsdp_qlora.environment import choose_allocator, rank_from_environment
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.hub import go_offline_if_unreachable
 from fsdp_qlora.quiet import silence
+from fsdp_qlora.sources import is_local
+from fsdp_qlora.terminal import prepare_streams
 
 # Torchrun ends all ranks as soon as one has ended, so the one that tells the user what is wrong gets a head start.
 HEAD_START_SECONDS = 2.0
@@ -46,8 +48,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def needs_hub(config: Config) -> bool:
     """Whether anything that the run reads may be on the hub rather than on this machine."""
-    dataset = config.data.dataset
-    return not Path(config.model.model_name).is_dir() or not (dataset == "dummy" or Path(dataset).exists())
+    return not Path(config.model.model_name).is_dir() or not is_local(config.data.dataset)
 
 
 def _tell(ended: RunEnded) -> int:
@@ -70,4 +71,5 @@ def _leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    prepare_streams()
     _leave(main(sys.argv[1:]))

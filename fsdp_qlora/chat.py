@@ -5,8 +5,10 @@ the place of the words. Where nothing is certain the row is refused: labels are 
 of templates' habits.
 """
 
+import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,7 @@ class ChatTemplate:
         """Return the row as text and what of it is learnt. Raises BadRow where that is not certain."""
         talk = self.reader.read(row, place)
         try:
-            whole = self.render(talk.messages, False, talk)
+            whole = self._whole(talk)
             if self.whole_row:
                 return Example([Piece(whole, True)], complete=True, notes=talk.notes)
             spans = self._spans(talk, whole)
@@ -123,6 +125,16 @@ class ChatTemplate:
                 **talk.settings,
             )
         )
+
+    def _whole(self, talk: Talk) -> str:
+        """Render a conversation. Templates want the arguments of tool calls as objects; a few as their JSON text."""
+        try:
+            return self.render(talk.messages, False, talk)
+        except TypeError:
+            if not any("tool_calls" in message for message in talk.messages):
+                raise
+            talk.messages = [_with_arguments_as_text(message) for message in talk.messages]
+            return self.render(talk.messages, False, talk)
 
     def _spans(self, talk: Talk, whole: str) -> list[Span]:
         if not any(talk.learn):
@@ -165,13 +177,14 @@ class ChatTemplate:
             if len(answers) != len(spans):
                 return None
             spans = [span for span, learn in zip(spans, answers, strict=True) if learn]
-        return [(start, self._through_end(whole, end)) for start, end in spans if start < end]
+        ended = [(start, self._through_end(whole, end)) for start, end in spans if start < end]
+        return [(max(start, before), end) for (_, before), (start, end) in pairwise([(0, 0), *ended]) if end > before]
 
     def _through_end(self, whole: str, end: int) -> int:
         """Include the token that ends a turn where the template's mark stops short of it.
 
         The turn would never be learnt to end otherwise."""
-        if whole.endswith(self.specials, 0, end):
+        if whole[:end].rstrip().endswith(self.specials):
             return end
         at = end + len(whole[end:]) - len(whole[end:].lstrip())
         return next((at + len(token) for token in self._end_tokens() if whole.startswith(token, at)), end)
@@ -193,7 +206,7 @@ class ChatTemplate:
             pieces += [Piece(whole[done:start], False), Piece(whole[start:end], True)]
             done = end
         last = spans and talk.learn[-1] and not whole[done:].strip()
-        if last and not whole[:done].endswith(self.specials):
+        if last and not whole[:done].rstrip().endswith(self.specials):
             pieces[-1].text += self.eos  # the template leaves the answer open: without this it would not learn to stop
         else:
             pieces.append(Piece(whole[done:], False))
@@ -214,6 +227,14 @@ class ChatTemplate:
             except Exception:
                 continue
         return False
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", [])
+    ]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:

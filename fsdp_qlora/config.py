@@ -360,7 +360,6 @@ class TrainingOptions:
         "none",
         at_least=0,
         at_most=1,
-        known_as=("warmup_steps",),
     )
     wd: float = option(
         0.0,

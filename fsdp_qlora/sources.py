@@ -77,6 +77,8 @@ def parts_of(dataset: str) -> list[Part]:
         raise UserError(f"dataset {dataset!r}: give every dataset a weight (a.jsonl:0.7,b.jsonl:0.3), or none")
     if len(parts) == 1 and weighted:
         raise UserError(f"dataset {dataset!r}: a weight says nothing about one dataset alone; leave it out")
+    if len(parts) > 1 and "dummy" in [part.name for part in parts]:
+        raise UserError(f"dataset {dataset!r}: dummy has no rows to mix with others; give it alone")
     if len({part.name for part in parts}) < len(parts):
         raise UserError(f"dataset {dataset!r}: names a dataset twice; name each once")
     return parts
@@ -118,7 +120,11 @@ def open_source(dataset: str, samples: int | None) -> Source:
 
 def is_local(dataset: str) -> bool:
     """Whether all datasets of --dataset are read without the hub."""
-    return all(part.name in ("dummy", STDIN) or Path(part.name).expanduser().exists() for part in parts_of(dataset))
+    try:
+        parts = parts_of(dataset)
+    except UserError:
+        return True  # told when the rows are read
+    return all(part.name in ("dummy", STDIN) or Path(part.name).expanduser().exists() for part in parts)
 
 
 def digest(files: Iterable[Path]) -> str:

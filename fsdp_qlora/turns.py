@@ -133,22 +133,33 @@ class TurnFinder:
         return plan
 
     def _edges(self, talk: Talk, made: list[Message], words: list[Word], plan: Plan, number: int) -> Edge | None:
-        own = [spot for spot, stand_in in enumerate(plan.numbers) if words[stand_in].message == number]
+        places = [spot for spot, stand_in in enumerate(plan.numbers) if words[stand_in].message == number]
+        own: list[int] = []  # places of the turn itself: they follow each other
+        for spot in places:
+            if own and (spot != own[-1] + 1 or plan.numbers[spot] in [plan.numbers[held] for held in own]):
+                break
+            own.append(spot)
         shown = [plan.numbers[spot] for spot in own]
+        again = [plan.numbers[spot] for spot in places[len(own) :]]  # a call's name, where the tool's answer repeats it
         if not own:
             if any(word.message == number and not word.is_call for word in words):
                 raise Unclear(f"message {number} is not in what it renders")
             return self._wordless(talk, made, plan, number)
-        if own != list(range(own[0], own[-1] + 1)) or len(set(shown)) < len(shown):
+        if any(n not in shown or not words[n].is_call for n in again):
             raise Unclear(f"message {number} is scattered over what it renders, or repeated in it")
         before, after = plan.between[own[0]], plan.between[own[-1] + 1]
         previous = plan.numbers[own[0] - 1] if own[0] else None
         start = self._start(before, self._tail(made[:number], True, talk, previous), talk)
+        if start is None and words[shown[0]].is_call:
+            start = self._start_of_call(before, made[:number], talk, previous)
+        if start is None:  # the first word itself; its token holds the space before it, where no header ends there
+            start = len(before) if self._header(talk) else len(before.rstrip(" "))
         following = plan.numbers[own[-1] + 1] if own[-1] + 1 < len(plan.numbers) else None
         if number == len(made) - 1:
             end = self._last_end(after, bool(made[number].get("tool_calls")))
         else:
-            role = made[words[following].message]["role"] if following is not None else ""
+            next_one = words[following].message if following is not None else number
+            role = made[next_one]["role"] if next_one != number else ""
             end = self._end(after, self._tail(made[: number + 1], False, talk, shown[-1]), role, number, talk)
         return Edge(own[0], own[-1], start, end)
 
@@ -175,8 +186,8 @@ class TurnFinder:
             return None
         return between[-1] if (numbers[-1] if numbers else None) == behind else None
 
-    def _start(self, before: str, asked: str | None, talk: Talk) -> int:
-        """Where the turn begins in the text before its first word.
+    def _start(self, before: str, asked: str | None, talk: Talk) -> int | None:
+        """Where the turn begins in the text before its first word; None where it is not known to begin before it.
 
         asked: what the template puts there when it asks for the answer."""
         header = self._header(talk)
@@ -185,9 +196,21 @@ class TurnFinder:
                 return len(asked)
         elif header and before.count(header) == 1:
             return before.index(header) + len(header)
-        if header:
-            return len(before)
-        return len(before.rstrip(" "))  # the token of the first word holds the space before it
+        return None
+
+    def _start_of_call(self, before: str, earlier: list[Message], talk: Talk, previous: int | None) -> int:
+        """Where a turn begins that begins with a tool call: where words would stand in the call's place."""
+        stand_in = 10**6
+        try:
+            said = [*earlier, {"role": ASSISTANT, "content": f"{NONCE}{stand_in}k"}]
+            between, numbers = take_apart(self.render(said, False, talk))
+        except Exception:
+            between, numbers = [], []
+        if stand_in in numbers:
+            spot = numbers.index(stand_in)
+            if (numbers[spot - 1] if spot else None) == previous and before.startswith(between[spot]):
+                return len(between[spot])
+        raise Unclear("where a tool call begins is not certain")
 
     def _is_border(self, text: str, at: int) -> bool:
         return not any(match.start() < at < match.end() for match in self.special.finditer(text))
@@ -245,6 +268,9 @@ class TurnFinder:
         """Whether `token`, at the beginning of `rest`, ends a turn rather than beginning the next, of `role`."""
         if token == self.eos:
             return True
+        header = self.special.match(self._header(talk))
+        if header is not None and token != header[0] and rest[len(token) :].lstrip().startswith(header[0]):
+            return True  # behind it begins what every turn begins with
         if role not in self.headers:
             try:
                 between, numbers = take_apart(
@@ -253,10 +279,8 @@ class TurnFinder:
                 self.headers[role] = between[0] if numbers else None
             except Exception:
                 self.headers[role] = None
-        header = self.headers[role]
-        if not header:
-            return None
-        return not header.endswith(rest)
+        begins = self.headers[role]
+        return not begins.endswith(rest) if begins else None
 
     def _header(self, talk: Talk) -> str:
         """What the template puts at the end when it asks for an answer, '' where it has no such thing."""
