@@ -213,7 +213,8 @@ def _gathered(chunks: list[Chunk], context: int) -> dict:
         told.append(f"{_count(n_truncated, 'row')} cut at context_length {context} ({_count(n_cut, 'token')} lost)")
     told += [f"{_count(n, 'row')} left out: {why.format(context=context)}" for why, n in dropped.most_common()]
     if n_bad:
-        told.append(f"{_count(n_bad, 'bad row')} left out ({'; '.join(bad[:3])}{'; ...' if n_bad > 3 else ''})")
+        some = "; ".join([*(line[:120] for line in bad[:3]), *(["..."] if n_bad > 3 else [])])
+        told.append(f"{_count(n_bad, 'bad row')} left out ({some})")
     told += [f"{note} ({_count(n, 'row')})" for note, n in notes.most_common()]
     return {
         "ids": np.concatenate([chunk.ids for chunk in chunks] or [np.empty(0, np.int32)]),
@@ -239,7 +240,9 @@ def _nothing_left(name: str, chunks: list[Chunk], context: int) -> str:
     beyond = BEYOND in dropped
     says = "" if beyond and len(dropped) == 1 else "; ".join(f"{n:,}: {why}" for why, n in dropped.most_common())
     says = f" ({says.format(context=context)})" if says else f" within context_length {context}"
-    advice = "raise context_length, or check that answers are not empty" if beyond else "--dataset_format or --columns"
+    advice = (
+        "raise context_length, or check that answers are not empty" if beyond else "see --dataset_format and --columns"
+    )
     return f"dataset {name!r}: none of its {n_read:,} rows has an answer token{says}; {advice}"
 
 

@@ -8,7 +8,7 @@ who wrote it.
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,11 @@ class Word:
     is_call: bool = False  # the name of a tool call
 
     @property
-    def spellings(self) -> tuple[str, ...]:
+    def spellings(self) -> Iterator[str]:
         """As it may stand in a rendering: as it is, or inside JSON."""
-        return tuple(dict.fromkeys((self.text, _inside_json(self.text, False), _inside_json(self.text, True))))
+        yield self.text
+        yield _inside_json(self.text, False)
+        yield _inside_json(self.text, True)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class Work:
             except BadRow as error:
                 if not self.skip_bad:
                     raise
-                bad.append(str(error))
+                bad.append(str(error).removeprefix(f"dataset {self.name!r}: "))
         return self._collect(numbers, examples, bad, len(rows))
 
     def _example(self, place: str, raw: object) -> Example:

@@ -230,7 +230,7 @@ def test_a_row_that_is_refused_is_left_out_and_counted_if_asked(tmp_path: Path) 
     tokenizer = tokenizer_for(LLAMA2_SYS, "</s>")
     rows = load(tmp_path, [TWO, TWO[1:], TWO], tokenizer, bad_rows="skip")
     assert rows.index.tolist() == [0, 2]
-    assert "1 bad row left out (dataset" in rows.summary
+    assert "1 bad row left out (line 2: " in rows.summary
     assert "line 2: the model's chat template does not take these messages (must alternate)" in rows.summary
 
 
