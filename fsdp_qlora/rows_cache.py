@@ -26,7 +26,7 @@ OPTIONS = (
     "dataset_format", "columns", "context_length", "text_overflow", "train_on_prompt", "bad_rows",
 )  # fmt: skip
 SOURCES = ("chat", "forms", "messages", "prompts", "readers", "rows", "rows_cache", "sources", "stand_ins", "templates",
-           "tokenizing", "tokens", "turns")  # fmt: skip
+           "tokenizing", "tokens", "turn_edges", "turns")  # fmt: skip
 PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets")
 
 

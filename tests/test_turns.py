@@ -104,6 +104,14 @@ EMPTY_THOUGHT = (
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
+ALWAYS_ASKS = (  # whether or not it is asked to
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+ALWAYS_ASKS_TOKEN = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}{{ '<|assistant|>\n' }}"
+)
+CALL_TEXT = {"role": "assistant", "content": "<call>"}
 CALL = {"role": "assistant", "content": None, "tool_calls": [
     {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}]}  # fmt: skip
 RESULT = {"role": "tool", "content": "rain"}
@@ -151,6 +159,13 @@ HABITS: dict[str, tuple[str, str, list[dict[str, Any]], list[str]]] = {
     ),
     "the prompt opens a thought that is not there": (
         EMPTY_THOUGHT, IM, [U1, CALL, {**U2}, A2], ["\n<call=weather>" + IM, "fellow" + IM],
+    ),
+    "a header is put at the end unasked": (ALWAYS_ASKS, IM, TWO, ["mellow user" + IM, "fellow" + IM]),
+    "a header is put at the end unasked, EOS being another": (
+        ALWAYS_ASKS, "</s>", [U1, CALL_TEXT, U2, A2], ["<call>" + IM, "fellow" + IM],
+    ),
+    "a header of one token is put at the end unasked": (
+        ALWAYS_ASKS_TOKEN, "</s>", TWO, ["mellow user<|end|>", "fellow<|end|>"],
     ),
     "two answers in a row": (CHATML, IM, [U1, A1, A2], ["mellow user" + IM, "fellow" + IM]),
 }  # fmt: skip
