@@ -7,6 +7,7 @@ cut before and after the turn.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -126,9 +127,7 @@ class TurnFinder:
 
     def _edges(self, talk: Talk, made: list[Message], words: list[Word], plan: Plan, number: int) -> Edge | None:
         places = [spot for spot, stand_in in enumerate(plan.numbers) if words[stand_in].message == number]
-        own = places[
-            : self._times(talk, made, words, number)
-        ]  # later ones: a call's name that the tool's answer repeats
+        own = self._own(talk, made, plan, places, number)
         shown = [plan.numbers[spot] for spot in own]
         if not own:
             if any(word.message == number and not word.is_call for word in words):
@@ -155,15 +154,23 @@ class TurnFinder:
             end = template.end(after, template.tail(made[: number + 1], False, talk, shown[-1]), role, number, talk)
         return Edge(own[0], own[-1], start, end)
 
-    def _times(self, talk: Talk, made: list[Message], words: list[Word], number: int) -> int | None:
-        """How many stand-ins of message `number` are rendered where it is the last; None (all) where that is unknown."""
+    def _own(self, talk: Talk, made: list[Message], plan: Plan, places: list[int], number: int) -> list[int]:
+        """The places of a turn's words in the turn itself: a tool's answer may repeat the name of a call.
+
+        They are as many as where the turn is the last."""
         if number == len(made) - 1 or not made[number].get("tool_calls"):
-            return None
+            return places
         try:
-            _, numbers = take_apart(self.render(made[: number + 1], False, talk))
+            left = Counter(take_apart(self.render(made[: number + 1], False, talk))[1])
         except Exception:
-            return None
-        return sum(words[stand_in].message == number for stand_in in numbers)
+            return places
+        own = []
+        for place in places:
+            left[plan.numbers[place]] -= 1
+            if left[plan.numbers[place]] < 0:
+                break
+            own.append(place)
+        return own
 
     def _wordless(self, talk: Talk, made: list[Message], plan: Plan, number: int) -> Edge | None:
         """A turn without a word, of which the end alone is learnt: if it is found for certain."""
