@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fsdp_qlora.rows import PAD_TO, Rows, load_rows
+from fsdp_qlora.row_set import PAD_TO, Rows
+from fsdp_qlora.rows import load_rows
 from fsdp_qlora.tokens import load_tokenizer
 
 __all__ = ["IGNORE", "Batch", "Batches", "Rows", "load_rows", "load_tokenizer"]

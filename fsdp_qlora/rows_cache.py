@@ -25,8 +25,10 @@ MANY_ROWS, MANY_TOKENS = 2048, 500_000  # fewer are tokenized again in no time
 OPTIONS = (
     "dataset_format", "columns", "context_length", "text_overflow", "train_on_prompt", "bad_rows",
 )  # fmt: skip
-SOURCES = ("chat", "forms", "messages", "prompts", "readers", "rows", "rows_cache", "sources", "stand_ins", "templates",
-           "tokenizing", "tokens", "turn_edges", "turns")  # fmt: skip
+SOURCES = (
+    "chat", "forms", "messages", "prompts", "readers", "row_set", "rows", "rows_cache", "sources", "stand_ins",
+    "templates", "tokenizing", "tokens", "turn_edges", "turns",
+)  # fmt: skip
 PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets")
 
 

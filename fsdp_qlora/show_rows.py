@@ -6,7 +6,7 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.rows import Rows
+from fsdp_qlora.row_set import Rows
 
 GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"
 MARKS = ("«", "»")

@@ -48,6 +48,7 @@ class Chunk:
     n_read: int = 0
     n_truncated: int = 0
     n_cut: int = 0  # tokens
+    n_split: int = 0
     n_bad: int = 0
     bad: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
@@ -104,6 +105,7 @@ class Work:
         for number, example, row in zip(numbers, examples, self.encoder.encode(examples), strict=True):
             made.notes.update(set(example.notes))
             parts = self._parts(row)
+            made.n_split += len(parts) > 1
             if len(row.ids) > self.context_length and not self.split:
                 made.n_truncated += 1
                 made.n_cut += len(row.ids) - self.context_length

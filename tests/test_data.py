@@ -31,6 +31,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def load(dataset: str, tokenizer: Any, context_length: int = 512, vocab_size: int = 50_000, **options: Any) -> Rows:
+    options = {"rows_cache": None} | options
     return load_rows(
         DataOptions(dataset=dataset, context_length=context_length, **options), tokenizer, None, vocab_size
     )

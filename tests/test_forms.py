@@ -220,6 +220,7 @@ def test_long_texts_are_split_and_every_token_is_learnt_once(tmp_path: Path) -> 
     assert rows.lengths.max() == 64
     assert all(row(rows, n)[0][0] == 1 for n in range(len(rows))), "each part begins as a text does"
     assert "cut" not in rows.summary
+    assert "1 long text split at context_length 64" in rows.summary
     cut = load(path, tokenizer, context_length=64, text_overflow="cut")
     whole = len(tokenizer(text)["input_ids"]) + 1
     assert (len(cut), cut.n_truncated) == (2, 1)
