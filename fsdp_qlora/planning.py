@@ -274,10 +274,11 @@ def keep_activations(
 
 
 def make_arena(schedule: Schedule | None, world: World) -> Arena | None:
-    """The memory of a step's tensors, when all that loading took has been given back."""
+    """The memory of a step's tensors, when all that loading took has been given back. Peaks are counted from here."""
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
     return None if schedule is None else Arena(schedule, world.device)
 
 

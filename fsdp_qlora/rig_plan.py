@@ -39,8 +39,8 @@ from fsdp_qlora.world import World
 META = torch.device("meta")
 # Before Ampere, as `precision_of` tells the user.
 WITHOUT_BF16: Literal["fp16_autocast"] = "fp16_autocast"
-# Of a card, beside what PyTorch gives out: contexts, cuDNN, cuBLAS, NCCL, tables of page-locked memory. nvidia-smi counts
-# 23.42 GiB of a process in which PyTorch has 22.17 (70B with 92 GiB of host memory on one of two H200s, torch 2.11).
+# Of a card, beside what PyTorch gives out: contexts, cuDNN, cuBLAS, NCCL, tables of page-locked memory. nvidia-smi
+# counts 23.42 GiB of a process in which PyTorch has 22.17 (70B with 92 GiB of host memory, two H200s, torch 2.11).
 OUTSIDE_GIB = 1.25
 HOST_GIB = 64  # of the machine, where nothing is said: what a desktop with two such cards has at least
 SYSTEM_GIB = 4  # of it, that the system has for itself
