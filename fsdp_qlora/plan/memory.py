@@ -122,7 +122,7 @@ class Memory:
         }
 
     def device_bytes(self, candidate: Candidate, peak: int | None = None) -> int:
-        """The larger sum of `step_parts` and `loading_parts`. peak: what `peak` says of such blocks, where that is known."""
+        """The larger sum of `step_parts` and `loading_parts`. peak: what `peak` says of such blocks, if known."""
         first = self.adapters + self.masters + self.loading.first
         return max(first, self.with_residents(candidate, self.peak(candidate) if peak is None else peak))
 
