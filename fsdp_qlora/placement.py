@@ -64,7 +64,8 @@ class Residents:
         if self._pieces is None:
             made = {name: torch.empty(n, dtype=torch.uint8, device=whole.device) for name, n in self._nbytes.items()}
             self._pieces = made
-        piece = self._pieces.pop(unit.name).copy_(whole)
+        piece = self._pieces.pop(unit.name, None)
+        piece = whole if piece is None else piece.copy_(whole)  # stored before: it keeps what it is given
         unit.frozen.flat = nn.Parameter(piece.view(torch.float32), requires_grad=False)
 
 

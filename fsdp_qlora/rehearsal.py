@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsdp_qlora.arena import Recorder
 from fsdp_qlora.config import Config
@@ -51,6 +51,18 @@ class _Nowhere:
         pass
 
 
+class _Tables(nn.Module):
+    """Stands for a rotary embedding, whose tables may depend on numbers that meta tensors have not."""
+
+    def __init__(self, block: object) -> None:
+        super().__init__()
+        assert isinstance(block, FusedBlock)
+        self.half = block.anatomy.head_dim // 2
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> list[Tensor]:
+        return [torch.empty(position_ids.shape[-1], self.half, device=META) for _ in range(2)]
+
+
 class Rehearsed(NamedTuple):
     """lives: of a step's tensors. parked: for each block that parks what it keeps in host memory, in the order of
     forward, the bytes per token of each tensor."""
@@ -90,7 +102,9 @@ def rehearse(
 @contextmanager
 def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> Iterator[ActivationOffload | None]:
     """All of the model on the meta device, its blocks keeping what the plan says; afterwards as it was."""
-    rotary = {(m, name): b for m in model.backbone.modules() for name, b in m.named_buffers(recurse=False)}
+    rotary = model.backbone.rotary_emb
+    model.backbone.rotary_emb = _Tables(next(iter(model.blocks.values())).fused)
+    buffers = {(m, name): b for m in model.backbone.modules() for name, b in m.named_buffers(recurse=False)}
     before = {block: (block.fused, block.before_forward) for block in model.blocks.values()}
     adapters = {linear: (linear.lora_A, linear.lora_B) for linear in model.linears().values()}
     scratch = Scratch(model.precision.compute, META)
@@ -100,7 +114,7 @@ def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> It
         for unit in {unit.frozen for unit in model.units}:
             stack.enter_context(unit.on_meta())
         try:
-            for (module, name), buffer in rotary.items():
+            for (module, name), buffer in buffers.items():
                 setattr(module, name, buffer.to(META))
             for block, plan in zip(model.blocks.values(), blocks, strict=True):
                 assert isinstance(block.fused, FusedBlock)
@@ -108,7 +122,8 @@ def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> It
                 block.fused, block.before_forward = replace(fused, scratch=scratch), []
             yield offload
         finally:
-            for (module, name), buffer in rotary.items():
+            model.backbone.rotary_emb = rotary
+            for (module, name), buffer in buffers.items():
                 setattr(module, name, buffer)
             for block, (passes, calls) in before.items():
                 block.fused, block.before_forward = passes, calls

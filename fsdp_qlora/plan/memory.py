@@ -6,6 +6,7 @@ update; and what operators allocate by themselves meanwhile. Or they are those o
 Sizes are read off the program's own passes (`costs.py`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -107,7 +108,7 @@ class Memory:
         """What PyTorch reserves where so much is allocated."""
         if self.facts.fused and not placement.startswith("shard"):
             return allocated + ENDS
-        return int(allocated * UNPLACED[placement])
+        return math.ceil(allocated * UNPLACED[placement])
 
     def loading_parts(self, candidate: Candidate) -> dict[str, int]:
         """What is on a GPU when the unit is encoded that takes most, those before it being where they stay."""
