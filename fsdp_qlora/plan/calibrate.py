@@ -50,6 +50,7 @@ def slowest(by_rank: Sequence[Sequence[float]]) -> Rates:
 def key_of(facts: Facts, world: World) -> dict[str, Any]:
     """All that rates depend on."""
     shape = ("hidden", "inner", "heads", "kv_heads", "head_dim", "codec", "compute_bytes", "attention", "fused")
+    shape += ("multiprocessors",)
     return {name: getattr(facts, name) for name in shape} | {
         "version": VERSION,
         "machine": platform.node(),
