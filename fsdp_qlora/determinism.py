@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -14,23 +15,20 @@ def deterministic_algorithms(asked: bool) -> Iterator[None]:
     """Let PyTorch, and the kernels that ask it (`kernels.device.deterministic`), sum in fixed orders inside, if asked.
 
     An operator of PyTorch that has no such form raises RuntimeError. Memory that nobody has written stays as it is:
-    filling it, as PyTorch does by itself then, would take a pass over every tensor that an operator makes."""
+    filling it, as PyTorch then does by itself, is a pass over every tensor that an operator makes."""
     if not asked:
         yield
         return
-    flags = torch.utils.deterministic
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    filled = flags.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    flags.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        flags.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        memory.fill_uninitialized_memory = filled
 
 
 def check_deterministic(options: TrainingOptions, device: torch.device) -> None:
