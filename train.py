@@ -24,6 +24,8 @@ from fsdp_qlora.environment import (
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.hub import go_offline_if_unreachable
 from fsdp_qlora.quiet import silence
+from fsdp_qlora.sources import is_local
+from fsdp_qlora.terminal import prepare_streams
 
 # Torchrun ends all ranks as soon as one has ended, so the one that tells the user what is wrong gets a head start.
 HEAD_START_SECONDS = 2.0
@@ -59,9 +61,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def needs_hub(config: Config) -> bool:
     """Whether anything that the run reads may be on the hub rather than on this machine."""
-    dataset = config.data.dataset
-    no_rows = config.memory.plan_only or dataset == "dummy"
-    return not Path(config.model.model_name).is_dir() or not (no_rows or Path(dataset).exists())
+    no_rows = config.memory.plan_only and not config.data.show_rows
+    return not Path(config.model.model_name).is_dir() or not (no_rows or is_local(config.data.dataset))
 
 
 def _tell(ended: RunEnded) -> int:
@@ -84,4 +85,5 @@ def _leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    prepare_streams()
     _leave(main(sys.argv[1:]))

@@ -64,12 +64,13 @@ class FrozenLinear(nn.Module):
 
 
 class FrozenViews:
-    """Parameters of no linear (norm weights, ...): taken off their modules and bound as views before each forward."""
+    """Parameters of no linear (norm weights, ...) and buffers: taken off their modules, bound as views before each
+    forward."""
 
     def __init__(self, bindings: list[tuple[nn.Module, str, FrozenTensor]]) -> None:
         self.bindings = bindings
         for module, attribute, _ in bindings:
-            del module._parameters[attribute]
+            del (module._parameters if attribute in module._parameters else module._buffers)[attribute]
 
     def bind(self) -> None:
         for module, attribute, tensor in self.bindings:

@@ -200,6 +200,15 @@ class NF4:
         return {part: _fit(name, part, found[part], *want) for part, want in self.parts(shape).items()}
 
 
+def decode_quantized(
+    name: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """Return a weight that bitsandbytes quantized, in float32 [shape] on `device`. Raises as `NF4.from_checkpoint`."""
+    codec = NF4(double_quant="nested_blocksize" in _quant_state(name, tensors))
+    parts = {part: tensor.to(device) for part, tensor in codec.from_checkpoint(name, tensors, shape).items()}
+    return codec.decode(parts, shape, torch.float32)
+
+
 def _get(name: str, suffix: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if name + suffix not in tensors:
         raise UserError(f"{name + suffix} is missing from the checkpoint: {name} cannot be read without it")

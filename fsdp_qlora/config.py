@@ -33,6 +33,7 @@ class ModelOptions:
         safetensors.""",
         "",
         "a hub model is downloaded once into the Hugging Face cache",
+        is_path=True,
         known_as=("model", "model_name_or_path", "base_model", "model_id"),
     )
     revision: str | None = option(
@@ -82,6 +83,12 @@ class ModelOptions:
         optimizer state are float32 in every mode.""",
         "the smallest and fastest on cards that have it (Ampere and later)",
         "fp32 and autocast take twice the activation memory, fp32 is many times slower; older cards need fp16_autocast",
+        aliases={"bfloat16": "bf16", "float32": "fp32"},
+        refused={
+            half: f"{half} alone is not built (float16 overflows); use fp16_autocast, which cards without bfloat16 "
+            "(T4, V100) can run"
+            for half in ("fp16", "float16", "half", "16")
+        },
         known_as=("dtype", "torch_dtype", "mixed_precision"),
     )
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = option(
@@ -126,6 +133,7 @@ class ModelOptions:
         "Checkpoint expanded with new blocks, for the Llama-Pro train types. Not built yet: only null is accepted.",
         "no train type reads it yet",
         "none",
+        is_path=True,
     )
 
 
@@ -180,19 +188,50 @@ class DataOptions:
     dataset: str = option(
         "alpaca_sample",
         """Training rows: alpaca, alpaca_sample (its first 512 rows), dummy (synthetic rows, nothing read), guanaco,
-        sql, orca_math, any hub dataset id, or a local .json, .jsonl, .parquet or .csv file.""",
+        sql, orca_math, any hub dataset (id, id:config or id:config:split), a local .json, .jsonl, .parquet, .csv, .tsv
+        or .arrow file, also .gz, .zst, .bz2, .xz, a folder of such files or one of save_to_disk, - for JSON lines from
+        standard input. Several with commas: a.jsonl,b.jsonl is all rows of both, a.jsonl:0.7,b.jsonl:0.3 as many as
+        these shares allow, none twice.""",
         "a small download that shows whether everything works",
         "a hub dataset is downloaded once into the Hugging Face cache",
         known_as=("data", "data_path", "dataset_name", "train_file", "datasets"),
+        is_path=True,
     )
     dataset_format: Literal["auto", "alpaca", "prompt_completion", "text", "messages"] = option(
         "auto",
-        """Form of a row. alpaca: instruction, input, output. prompt_completion: prompt, completion. text: one text,
-        learnt whole. messages: role and content turns, put through the tokenizer's chat template. auto: recognised from
-        the columns.""",
+        """Form of a row. alpaca: instruction, input, output (system, history). prompt_completion: prompt, completion.
+        text: one text, learnt whole. messages: role and content turns (also ShareGPT's conversations), put through the
+        chat template. auto: recognised from the columns. docs/rows.md has all forms.""",
         "it is right wherever the columns have their usual names; what it chose is told at start",
         "none",
-        known_as=("data_format", "template", "prompt_template"),
+        aliases={"sharegpt": "messages", "chat": "messages", "chatml": "messages", "openai": "messages"},
+        known_as=("data_format", "template"),
+    )
+    columns: list[str] | None = option(  # noqa: RUF009 (a dataclasses.field)
+        None,
+        "Columns of other names, FIELD=COLUMN: instruction=q,output=a. Fields are those of the forms in docs/rows.md.",
+        "the usual names are recognised",
+        "none",
+        known_as=("column_mapping", "field_mapping", "prompt_column", "response_column"),
+    )
+    prompt_template: str | None = option(
+        None,
+        """Jinja file that puts a row's columns into words. What stands between {% generation %} and {% endgeneration %}
+        is learnt; without these marks it renders the prompt, and the answer is the row's completion, response, answer
+        or output.""",
+        "each form has its usual words",
+        "none",
+        is_path=True,
+        known_as=("prompt_format", "instruction_template"),
+    )
+    chat_template: str | None = option(
+        None,
+        """Jinja file in the place of the tokenizer's chat template, or the name of one where the tokenizer has several;
+        saved with the tokenizer.""",
+        "the tokenizer's own is what the model knows",
+        "none",
+        is_path=True,
+        known_as=("chat_template_path", "chat_template_file", "custom_chat_template"),
     )
     dataset_samples: int | None = option(
         None,
@@ -211,6 +250,40 @@ class DataOptions:
         unit="tokens",
         at_least=2,
         known_as=("max_seq_length", "max_length", "cutoff_len", "sequence_len", "block_size"),
+    )
+    text_overflow: Literal["auto", "split", "cut"] = option(
+        "auto",
+        """Rows of the form text that are longer than the context. split: into rows of context_length. cut: the rest is
+        lost. auto: split.""",
+        "a long text is mostly beyond one context",
+        "split makes more rows",
+        known_as=("overflow", "truncation", "group_texts"),
+    )
+    bad_rows: Literal["stop", "skip"] = option(
+        "stop",
+        """Rows that cannot be taken (malformed, no text, a role that nobody knows, a turn whose place in the chat
+        template's text is not certain). stop: end with the first one's line. skip: leave them out and count them.""",
+        "a mistake in the rows is seen",
+        "skip loses rows",
+        known_as=("on_bad_rows", "skip_errors", "ignore_errors"),
+    )
+    show_rows: int = option(
+        0,
+        "Print so many of the first rows before training, what is learnt of them marked. With --plan_only too.",
+        "the summary's counts are enough to see that all is well",
+        "none",
+        unit="rows",
+        at_least=0,
+        known_as=("debug_rows", "preview", "print_rows"),
+    )
+    rows_cache: str | None = option(
+        "auto",
+        """Folder where tokenized rows are kept by content, for the node's other ranks and the next run. auto:
+        fsdp_qlora/rows in the user's cache folder. null: none. Entries that nobody has read for 30 days go.""",
+        "a million rows are tokenized once",
+        "5 bytes a token on disk; without it every rank tokenizes",
+        is_path=True,
+        known_as=("dataset_prepared_path", "tokenized_path", "preprocessing_cache"),
     )
     train_on_prompt: bool = option(
         False,
@@ -288,7 +361,6 @@ class TrainingOptions:
         "none",
         at_least=0,
         at_most=1,
-        known_as=("warmup_steps",),
     )
     wd: float = option(
         0.0,
@@ -504,6 +576,7 @@ class OutputOptions:
         "Folder for the adapter in PEFT's format, the tokenizer, config.yaml, metrics.jsonl and loss.png.",
         "under the current folder",
         "adapters take 2 or 4 bytes a parameter",
+        is_path=True,
     )
     overwrite_output_dir: bool = option(
         False,
@@ -558,7 +631,7 @@ class ProfileOptions:
         "the steps recorded are slower",
     )
     profiling_output: str = option(
-        "profiles", "Folder for what the profiler writes.", "apart from the adapter's folder", "none"
+        "profiles", "Folder for what the profiler writes.", "apart from the adapter's folder", "none", is_path=True
     )
     with_stack: bool = option(
         False,

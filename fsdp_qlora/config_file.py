@@ -27,7 +27,7 @@ def read_file(path: str) -> tuple[list[Given], list[str]]:
     if not path:
         return [], ["--config: needs a value; give a YAML or JSON file"]
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         return [], [f"--config {path}: cannot be read ({error.strerror}); give a YAML or JSON file"]
     except UnicodeDecodeError as error:

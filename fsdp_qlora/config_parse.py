@@ -8,12 +8,14 @@ from typing import Any
 from fsdp_qlora.config import OPTIONS, Config
 from fsdp_qlora.config_file import Given, read_file
 from fsdp_qlora.config_help import help_text
+from fsdp_qlora.config_hints import HINTS
 from fsdp_qlora.config_rules import broken_rules
 from fsdp_qlora.environment import rank_from_environment
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.option import REQUIRED, nearest, show
 
 CONFIG = "config"
+CLOSE = 0.72  # how alike an unknown name must be to be taken for a misspelling; below it a hint leads astray
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -121,7 +123,9 @@ def _resolve(in_file: Iterable[Given], flags: Iterable[Given], file_is_lost: boo
 
 def _did_you_mean(name: str) -> str:
     meant = {alias: option.name for option in OPTIONS.values() for alias in (option.name, *option.spec.known_as)}
-    near = nearest(name, list(meant))
+    if name in HINTS and name not in meant:
+        return HINTS[name]
+    near = name if name in meant else nearest(name, list(meant), CLOSE)
     return f"did you mean {meant[near]}?" if near else "--help lists all"
 
 

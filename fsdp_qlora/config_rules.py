@@ -1,10 +1,11 @@
 """Rules between options: which need another to have any effect, and which contradict each other."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fsdp_qlora.config import Config
+from fsdp_qlora.forms import FIELDS, read_columns
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,18 @@ NEEDS = (
         "set gradient_accumulation_steps above 1",
     ),
     Needs(
+        ("columns", "prompt_template", "chat_template", "text_overflow", "bad_rows"),
+        "dataset",
+        lambda c: c.data.dataset != "dummy",
+        "set dataset to one with rows",
+    ),
+    Needs(
+        ("dataset_format", "chat_template", "text_overflow"),
+        "prompt_template",
+        lambda c: c.data.prompt_template is None,
+        "leave prompt_template out",
+    ),
+    Needs(
         ("project_name", "name", "group", "entity"),
         "log_to",
         lambda c: "wandb" in c.output.log_to,
@@ -109,6 +122,11 @@ NEEDS = (
 )
 
 CONFLICTS = (
+    Conflict(
+        ("columns",),
+        lambda c: not _are_columns(c.data.columns or []),
+        f"write FIELD=COLUMN,..., each field once; fields are {', '.join(FIELDS)}",
+    ),
     Conflict(
         ("llama_pro_path",),
         lambda c: c.model.llama_pro_path is not None,
@@ -153,6 +171,14 @@ CONFLICTS = (
         "all already includes every other name; give all alone, or the names without it",
     ),
 )
+
+
+def _are_columns(items: Sequence[str]) -> bool:
+    try:
+        read_columns(items)
+    except ValueError:
+        return False
+    return True
 
 
 def without_effect(config: Config) -> dict[str, Needs]:

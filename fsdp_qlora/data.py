@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fsdp_qlora.rows import PAD_TO, Rows, load_rows
+from fsdp_qlora.row_set import PAD_TO, Rows
+from fsdp_qlora.rows import load_rows
 from fsdp_qlora.tokens import load_tokenizer
 
 __all__ = ["IGNORE", "Batch", "Batches", "Rows", "load_rows", "load_tokenizer"]
@@ -85,5 +86,5 @@ class Batches:
             part = slice(self.rows.offsets[row], self.rows.offsets[row + 1])
             ids = torch.from_numpy(self.rows.ids[part].astype(np.int64))
             input_ids[place, : len(ids)] = ids
-            labels[place, : len(ids)] = torch.where(torch.from_numpy(self.rows.trains[part]), ids, IGNORE)
+            labels[place, : len(ids)] = torch.where(torch.tensor(self.rows.trains[part]), ids, IGNORE)
         return Batch(input_ids, labels, self.rows.index[chosen].tolist(), int(lengths.sum()))

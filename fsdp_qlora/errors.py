@@ -24,6 +24,10 @@ class UserError(RunEnded, ValueError):
     """A mistake of the user's: one line saying what, its value, what is allowed and what to do. Exit code 2."""
 
 
+class BadRow(UserError):
+    """One row of a dataset that cannot be taken, with its place: the run ends, or --bad_rows skip leaves it out."""
+
+
 class TrainingStopped(RunEnded, RuntimeError):
     """A run that had begun cannot go on: one line saying where, why, and what to do. Exit code 1."""
 

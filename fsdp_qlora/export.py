@@ -15,23 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.adapters import peft_config, peft_key, peft_targets
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import TrainingStopped, UserError
-from fsdp_qlora.folders import writing_to
 from fsdp_qlora.units import GIB
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def prepare_output(folder: Path, overwrite: bool) -> None:
-    """Make `output_dir` and prove that it can be written. Raises UserError where it cannot, or is not empty."""
-    with writing_to(folder, "output_dir"):
-        if any(folder.iterdir()) and not overwrite:
-            raise UserError(
-                f"output_dir: {folder} is not empty; choose another folder, or --overwrite_output_dir true "
-                "to replace what an earlier run left there"
-            )
-        probe = folder / f".writable-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+class TokenizerNotSaved(TrainingStopped):
+    """The adapter is where it should be; only the tokenizer beside it is not."""
 
 
 def check_space(folder: Path, adapter_parameters: int) -> None:
@@ -56,6 +46,8 @@ def save_adapter_somewhere(
     Raises TrainingStopped in that case too, saying where the adapter is."""
     try:
         save_adapter(folder, tensors, linears, config, tokenizer)
+    except TokenizerNotSaved:
+        raise
     except TrainingStopped as stopped:
         elsewhere = Path(tempfile.mkdtemp(prefix="fsdp_qlora_adapter_"))
         try:
@@ -90,13 +82,36 @@ def save_adapter(
         _whole(
             folder / ADAPTER_CONFIG, lambda file: file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         )
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
     except Exception as error:  # safetensors raises its own kind for a full disk
         raise TrainingStopped(
             f"output_dir: the adapter could not be saved in {folder} ({error}); free some space there"
         ) from error
+    if tokenizer is not None:
+        save_tokenizer(folder, tokenizer)
     return folder / ADAPTER
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's files, each whole or not at all. Raises TokenizerNotSaved where that cannot be done."""
+    part = folder / f".tokenizer.{os.getpid()}"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        tokenizer.save_pretrained(part)
+        for file in sorted(part.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        for file in sorted(part.rglob("*")):  # all of them are complete
+            if file.is_file():
+                (folder / file.relative_to(part)).parent.mkdir(parents=True, exist_ok=True)
+                file.replace(folder / file.relative_to(part))
+    except Exception as error:  # the tokenizers library raises its own kind for a full disk
+        raise TokenizerNotSaved(
+            f"output_dir: the adapter is saved in {folder}, but its tokenizer could not be ({error}); the model's own "
+            "tokenizer does as well"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def saved_since(folder: Path, moment: float) -> bool:

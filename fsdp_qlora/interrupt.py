@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks all ranks to stop after the same step and save, a second one ends the process."""
+"""Ctrl-C, SIGTERM and their kin: the first asks all ranks to stop after a step and save, a second ends the process."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import torch
@@ -13,7 +14,10 @@ import torch.distributed as dist
 
 from fsdp_qlora.world import World
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP: the terminal or the connection was closed. SIGUSR1: what batch systems are often told to send before they end
+# a job. SIGQUIT: Ctrl-backslash.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
+HURRY = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)  # a second one of these means: at once
 # Batch systems signal torchrun and its ranks, and torchrun passes on what it got: that is one wish, not two.
 SAME_REQUEST_SECONDS = 1.0
 # Torchrun kills its ranks 30 s after it has passed a signal on. A rank that waits on a dead peer inside CUDA would
@@ -57,14 +61,15 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + (self.agreed_signal or self.signal_number or signal.SIGINT)
 
     def __enter__(self) -> "Interrupt":
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        self._old_handlers = {number: signal.signal(number, self._handle) for number in handled}
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="signals")
         self._watcher.start()
         return self
@@ -85,7 +90,7 @@ class Interrupt:
         """Runs in the main thread between two bytecodes of whatever it was doing: so it takes no lock, nor prints."""
         if self.signal_number is None:
             self.signal_number, self._asked_at = number, time.monotonic()
-        elif time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
+        elif number in HURRY and time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
@@ -110,7 +115,7 @@ class Interrupt:
                 if first is None:
                     first = time.monotonic()
                     self._announce(number)
-                elif time.monotonic() - first > SAME_REQUEST_SECONDS:
+                elif number in HURRY and time.monotonic() - first > SAME_REQUEST_SECONDS:
                     # The handler raises KeyboardInterrupt as soon as the main thread runs Python again.
                     self._left.wait(UNWIND_SECONDS)
                     if not self._left.is_set():
@@ -121,6 +126,10 @@ class Interrupt:
             return
         if number == signal.SIGINT:
             how = "Ctrl-C again to leave at once without saving"
+        elif number == signal.SIGHUP:
+            how = "the terminal or connection was closed"
+        elif number in (signal.SIGUSR1, signal.SIGQUIT):
+            how = "Ctrl-C to leave at once without saving"
         else:
             how = "torchrun also sends this when another rank has ended"
         _write(f"{signal.Signals(number).name}: stopping after this step, then saving ({how})")
@@ -150,4 +159,5 @@ class Interrupt:
 
 def _write(line: str) -> None:
     """To standard error past Python's buffers and tqdm's lock, which the main thread may be holding."""
-    os.write(2, f"\n{line}\n".encode())
+    with suppress(OSError):  # the terminal is gone
+        os.write(2, f"\n{line}\n".encode())

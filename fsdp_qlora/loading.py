@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4, Parts
+from fsdp_qlora.codecs import CHECKPOINT_SUFFIXES, NF4, Parts, decode_quantized
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.frozen import Entry, checksum
 from fsdp_qlora.model import CausalModel, Unit
@@ -43,11 +43,8 @@ def expected_tensors(unit: Unit, weights: Weights) -> dict[str, Shape]:
 
 
 def check_names(model: CausalModel, weights: Weights) -> None:
-    """Raises UserError, before anything is read, naming tensors that are missing, extra or of another shape."""
-    expected = {name: shape for unit in model.units for name, shape in expected_tensors(unit, weights).items()}
-    # Old checkpoints carry rotary tables, and some repeat a tied head.
-    known = {name for name in weights.names() or () if name.endswith("rotary_emb.inv_freq")}
-    weights.check(expected, ignored=known | ({model.head_name} if model.is_tied() else set()))
+    """Raises UserError, before anything is read, naming tensors that are missing or of another shape."""
+    weights.check({name: shape for unit in model.units for name, shape in expected_tensors(unit, weights).items()})
 
 
 def load(model: CausalModel, weights: Weights, placement: Placement, world: World) -> None:
@@ -89,8 +86,10 @@ def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> T
 
 
 def _encoded(form: Entry, source: str, tensors: Mapping[str, Tensor], device: torch.device) -> Parts:
-    if isinstance(form.codec, NF4) and f"{source}.absmax" in tensors:
-        return form.codec.from_checkpoint(source, tensors, form.shape)
+    if f"{source}.absmax" in tensors:
+        if isinstance(form.codec, NF4):
+            return form.codec.from_checkpoint(source, tensors, form.shape)
+        return form.codec.encode(decode_quantized(source, tensors, form.shape, device))  # a head in 4 bits
     weight = tensors[source].to(device)
     if isinstance(form.codec, NF4) and not _all_finite(weight):  # on a GPU some 4-bit number would hide it
         raise UserError(

@@ -103,7 +103,7 @@ class Loop:
         return self.folder
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
-        linears = list(self.stepper.model.linears())
+        linears = self.stepper.model.linear_paths
         save_adapter_somewhere(self.folder, tensors, linears, self.config, self.tokenizer)
 
     def _save_what_there_is(self) -> str:

@@ -22,7 +22,15 @@ from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.device import empty, no_autocast
 from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.precision import Precision
-from fsdp_qlora.skeleton import decoder_layers, logit_shape
+from fsdp_qlora.skeleton import (
+    backbone_of,
+    decoder_layers,
+    head_of,
+    is_linear,
+    logit_shape,
+    path_of,
+    persistent_buffers,
+)
 
 
 @dataclass(frozen=True)
@@ -118,14 +126,14 @@ class CausalModel(nn.Module):
         units: list[Unit],
         rest: FrozenViews,
         precision: Precision,
-        head_name: str,
+        linear_paths: list[str],
     ) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.final_norm: nn.Module = nn.Identity()  # of labelled rows, where the backbone's last module is not the norm
         self.embedding, self.blocks, self.units, self.rest = (embedding,), blocks, units, rest
         self.precision = precision
-        self.head_name = head_name  # of its weight in a checkpoint, whether the model reads it or is tied
+        self.linear_paths = linear_paths  # of every linear in the Hugging Face model, those that do not train included
 
     def forward(self, input_ids: Tensor, places_L: Tensor, labels_L: Tensor, divisor: float) -> Tensor:
         """The sum of the L cross-entropies over `divisor`, float32.
@@ -156,7 +164,8 @@ class Recipe:
 
     codec_of: checkpoint name of a decoder linear's weight -> how it is stored. remat: see `Block`. shards: number of
     ranks among which each unit's bytes must divide evenly. host_embedding: whether an embedding that is not also the
-    head stays in host memory.
+    head stays in host memory. own_head: whether the head has its own weights whatever the config says. has: whether
+    the checkpoint has a tensor of that name. buffers: whether persistent buffers are in it, or keep their first values.
     """
 
     precision: Precision
@@ -164,6 +173,9 @@ class Recipe:
     remat: str | None
     shards: int
     host_embedding: bool = False
+    own_head: bool = False
+    has: Callable[[str], bool] = lambda name: False
+    buffers: bool = False
 
 
 def assemble(model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions) -> CausalModel:
@@ -173,19 +185,13 @@ def assemble(model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions) ->
     """
     path, layers = decoder_layers(model)
     names = [
-        f"{path}.{i}.{name}"
-        for i, layer in enumerate(layers)
-        for name, m in layer.named_modules()
-        if type(m) is nn.Linear
+        f"{path}.{i}.{name}" for i, layer in enumerate(layers) for name, m in layer.named_modules() if is_linear(m)
     ]
     targets = set(choose_targets(adapter.lora_target_modules, names))
-    embedding, embedding_unit = _embedding(model, recipe)
-    if type(model.get_output_embeddings()) is not nn.Linear:
-        raise UserError(
-            f"model_name: {type(model).__name__} has no head that is a plain linear; only causal LMs are trained"
-        )
-    head_name = f"{_path_of(model, model.get_output_embeddings())}.weight"
-    head, head_unit = _head(model, recipe, embedding)
+    linear_paths = [name for name, m in model.named_modules() if is_linear(m)]
+    tied = f"{path_of(model, head_of(model))}.weight" in model.all_tied_weights_keys and not recipe.own_head
+    embedding, embedding_unit = _embedding(model, recipe, tied)
+    head, head_unit = _head(model, recipe, embedding, tied)
     blocks, units = {}, [embedding_unit]
     for i, layer in enumerate(layers):
         blocks[f"{path}.{i}"], unit = _block(f"{path}.{i}", layer, recipe, adapter, targets)
@@ -195,19 +201,21 @@ def assemble(model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions) ->
         layers[i] = block
     rest, rest_unit = _rest(model, recipe)
     units += [u for u in (head_unit, rest_unit) if u is not None]
-    return CausalModel(model.base_model, embedding, blocks, head, units, rest, recipe.precision, head_name)
+    return CausalModel(backbone_of(model), embedding, blocks, head, units, rest, recipe.precision, linear_paths)
 
 
 def _block(
     path: str, layer: nn.Module, recipe: Recipe, adapter: AdapterOptions, targets: set[str]
 ) -> tuple[Block, Unit]:
-    linears = {name: m for name, m in layer.named_modules() if type(m) is nn.Linear}
+    linears = {name: m for name, m in layer.named_modules() if is_linear(m)}
     tensors: dict[str, tuple[Codec, tuple[int, ...]]] = {}
     for name, parameter in layer.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner in linears and leaf == "weight":
-            tensors[name] = (recipe.codec_of(f"{path}.{name}"), tuple(parameter.shape))
-        elif parameter.ndim < 2:
+            quantizes = type(linears[owner]) is nn.Linear or recipe.has(f"{path}.{name}.absmax")
+            codec = recipe.codec_of(f"{path}.{name}") if quantizes else Plain(recipe.precision.compute)
+            tensors[name] = (codec, tuple(parameter.shape))
+        elif parameter.ndim < 2 or "Norm" in type(layer.get_submodule(owner)).__name__:  # Cohere's has a row a head
             tensors[name] = (Plain(recipe.precision.stream), tuple(parameter.shape))
         else:
             raise UserError(
@@ -215,54 +223,82 @@ def _block(
                 f"({type(layer.get_submodule(owner)).__name__}); only decoder layers of plain linears are trained "
                 "(no mixture of experts, no convolutions)"
             )
+    tensors |= _buffers(layer, recipe)
     frozen = FrozenBytes(Layout(tensors, recipe.shards))
     for name, linear in linears.items():
-        bias = None if linear.bias is None else FrozenTensor(frozen, f"{name}.bias")
-        ours = FrozenLinear(FrozenTensor(frozen, f"{name}.weight"), bias, recipe.precision.compute)
+        ours = _frozen_linear(name, linear, frozen, recipe)
         if f"{path}.{name}" in targets:
             ours.add_lora(adapter.lora_rank, lora_scale(adapter), adapter.lora_dropout)
         layer.set_submodule(name, ours)
     return Block(layer, frozen, _take_views(layer, frozen), recipe.remat), _unit(path, frozen)
 
 
-def _embedding(model: PreTrainedModel, recipe: Recipe) -> tuple[FrozenEmbedding, Unit]:
+def _frozen_linear(name: str, linear: nn.Module, frozen: FrozenBytes, recipe: Recipe) -> FrozenLinear:
+    bias = None if linear.bias is None else FrozenTensor(frozen, f"{name}.bias")
+    return FrozenLinear(FrozenTensor(frozen, f"{name}.weight"), bias, recipe.precision.compute)
+
+
+def _embedding(model: PreTrainedModel, recipe: Recipe, tied: bool) -> tuple[FrozenEmbedding, Unit]:
     inner = model.get_input_embeddings()
-    path = _path_of(model, inner)
+    path = path_of(model, inner)
     frozen = FrozenBytes(Layout({"weight": (Plain(recipe.precision.stream), tuple(inner.weight.shape))}, recipe.shards))
-    on_host = recipe.host_embedding and type(inner) is nn.Embedding and not model.config.tie_word_embeddings
+    on_host = recipe.host_embedding and type(inner) is nn.Embedding and not tied
     unit = replace(_unit(path, frozen), home="host" if on_host else "shared")
     return FrozenEmbedding(inner, frozen, _take_views(inner, frozen), on_host), unit
 
 
-def _head(model: PreTrainedModel, recipe: Recipe, embedding: FrozenEmbedding) -> tuple[Head, Unit | None]:
+def _head(model: PreTrainedModel, recipe: Recipe, embedding: FrozenEmbedding, tied: bool) -> tuple[Head, Unit | None]:
     """The head over its own bytes, or over the embedding's where the two are tied (no unit of its own then)."""
-    inner = model.get_output_embeddings()
+    inner = head_of(model)
     factor, softcap = logit_shape(model.config)
     dtype = recipe.precision.compute
-    if model.config.tie_word_embeddings:
+    if tied:
         if inner.bias is not None:
             raise UserError(
                 f"model_name: {type(model).__name__} ties its head to its embedding and gives it a bias as well"
             )
         return Head(FrozenTensor(embedding.frozen, "weight"), None, dtype, factor, softcap), None
-    tensors = {name: (Plain(recipe.precision.stream), tuple(p.shape)) for name, p in inner.named_parameters()}
+    shapes = {"weight": (inner.out_features, inner.in_features), "bias": (inner.out_features,)}  # not the embedding's
+    tensors = {name: (Plain(recipe.precision.stream), shapes[name]) for name, _ in inner.named_parameters()}
     frozen = FrozenBytes(Layout(tensors, recipe.shards))
     bias = None if inner.bias is None else FrozenTensor(frozen, "bias")
-    unit = _unit(_path_of(model, inner), frozen)
+    unit = _unit(path_of(model, inner), frozen)
     return Head(FrozenTensor(frozen, "weight"), bias, dtype, factor, softcap), unit
 
 
 def _rest(model: PreTrainedModel, recipe: Recipe) -> tuple[FrozenViews, Unit | None]:
-    """The backbone's other parameters (final norm, learned positions): small, so every rank has them."""
-    backbone = model.base_model
-    ours = {p for m in backbone.modules() if isinstance(m, Block | FrozenEmbedding) for p in m.parameters()}
+    """The backbone's other parameters and buffers (final norm, learned positions): small, so every rank has them."""
+    backbone = backbone_of(model)
+    prefix = path_of(model, backbone)
+    ours = {
+        tensor
+        for m in backbone.modules()
+        if isinstance(m, Block | FrozenEmbedding)
+        for tensor in (*m.parameters(), *m.buffers())
+    }
     others = {name: p for name, p in backbone.named_parameters() if p not in ours}
-    if not others:
+    # Linears that project what a few families put in or take out beside the layers: stored as those inside.
+    linears = {name: m for name, m in backbone.named_modules() if is_linear(m)}
+    codecs = {f"{name}.weight": recipe.codec_of(f"{prefix}.{name}.weight".lstrip(".")) for name in linears}
+    plain = Plain(recipe.precision.stream)
+    tensors: dict[str, tuple[Codec, tuple[int, ...]]] = {
+        name: (codecs.get(name, plain), tuple(p.shape)) for name, p in others.items()
+    }
+    buffers = _buffers(backbone, recipe)
+    tensors |= {name: buffers[name] for name in buffers if backbone.get_buffer(name) not in ours}
+    if not tensors:
         return FrozenViews([]), None
-    frozen = FrozenBytes(Layout({n: (Plain(recipe.precision.stream), tuple(p.shape)) for n, p in others.items()}))
-    prefix = _path_of(model, backbone)
-    unit = Unit("rest", frozen, {name: f"{prefix}.{name}".lstrip(".") for name in others}, home="device")
-    return _take_views(backbone, frozen, set(others)), unit
+    frozen = FrozenBytes(Layout(tensors))
+    for name, linear in linears.items():
+        backbone.set_submodule(name, _frozen_linear(name, linear, frozen, recipe))
+    unit = Unit("rest", frozen, {name: f"{prefix}.{name}".lstrip(".") for name in tensors}, home="device")
+    return _take_views(backbone, frozen, set(tensors)), unit
+
+
+def _buffers(root: nn.Module, recipe: Recipe) -> dict[str, tuple[Codec, tuple[int, ...]]]:
+    """The persistent buffers below `root`, where they are read."""
+    found = persistent_buffers(root) if recipe.buffers else {}
+    return {name: (Plain(buffer.dtype), tuple(buffer.shape)) for name, buffer in found.items()}
 
 
 def _take_views(root: nn.Module, frozen: FrozenBytes, names: set[str] | None = None) -> FrozenViews:
@@ -278,7 +314,3 @@ def _take_views(root: nn.Module, frozen: FrozenBytes, names: set[str] | None = N
 
 def _unit(path: str, frozen: FrozenBytes) -> Unit:
     return Unit(path, frozen, {name: f"{path}.{name}" for name in frozen.layout.entries})
-
-
-def _path_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +36,7 @@ class Spec:
     special: Mapping[int, str] = field(default_factory=dict)  # values outside the range, and what they mean
     aliases: Mapping[str, str] = field(default_factory=dict)  # another spelling of an allowed value -> the value
     refused: Mapping[object, str] = field(default_factory=dict)  # a value whose feature is not built -> what to do
+    is_path: bool = False  # a beginning ~ is the user's home, which a shell has not seen in a file or after `=`
     known_as: Sequence[str] = ()  # what other programs call it: only for "did you mean"
     check: Callable[[str], object] | None = None  # reads a text that has a form; raises ValueError where it has not
 
@@ -49,9 +52,9 @@ def option(default: Any, meaning: str, why: str, price: str, **limits: Any) -> A
     return field(default=default, metadata=metadata)
 
 
-def nearest(word: str, words: Sequence[str]) -> str | None:
-    """The one of `words` that `word` most likely meant, or None."""
-    close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.6)
+def nearest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """The one of `words` that `word` most likely meant, or None: at least as alike as `cutoff`, of 1."""
+    close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
@@ -120,6 +123,8 @@ class Option:
         value = self.spec.aliases.get(text, self._convert(text))
         if self.spec.check is not None:
             self.spec.check(text)
+        if self.spec.is_path:
+            value = ",".join(os.path.expanduser(part) for part in value.split(","))
         if value in self.spec.refused:
             raise ValueError(self.spec.refused[value])
         if self.choices and value not in self.choices:
@@ -140,7 +145,8 @@ class Option:
                 return text.lower() in TRUE_WORDS
             raise ValueError(self._bad(text))
         try:
-            return self.kind(text)
+            whole = re.fullmatch(r"([+-]?\d+)\.0*", text) if self.kind is int else None
+            return self.kind(whole[1] if whole else text)
         except ValueError:
             raise ValueError(self._bad(text)) from None
 

@@ -4,6 +4,7 @@ The plan itself (plan.py and its neighbours) is arithmetic; here are its inputs 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from fsdp_qlora.world import World
 
 # Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
 # are first used, tables of the host memory that the GPU reads.
-LATER = 256 << 20
+LATER, BY_NCCL = 208 << 20, 224 << 20  # (0.16 GiB on one rank, 0.35 to 0.40 on two: H100, H200)
 # Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
 # beyond the share that every plan leaves.
 PIECES = 0.06
@@ -127,10 +128,9 @@ def refit_run(planned: Planned, world: World) -> Planned | None:
     """Return the plan for what is free now, which takes less of the GPUs than the one before; None where the options or
     that plan leave nothing to give. A collective."""
     memory, layout = planned.config.memory, planned.layout
-    device = device_bytes(memory, world.device)
+    device = device_bytes(memory, world)
     host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
-    least_device, least_host = (min(column) for column in zip(*world.gather([device, host]), strict=True))
-    budget = Budget(least_device, min(least_host, planned.budget.host_bytes))
+    budget = agreed_budget(device, min(host, planned.budget.host_bytes), world)
     wishes, nbytes = wishes_of(memory, world.size), None if layout is None else layout.nbytes
     plan = refit_plan(planned.plan, planned.facts, planned.rates, wishes, budget, nbytes)
     if plan is None:
@@ -237,22 +237,29 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         raise UserError(
             f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}"
         ).on_every_rank(world.rank)
-    device = device_bytes(memory, world.device)
+    device = device_bytes(memory, world)
     given = memory.host_memory_gib
     host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
-    everyone = world.gather([device, host])
-    return Budget(*(min(column) for column in zip(*everyone, strict=True)))
+    return agreed_budget(device, host, world)
 
 
-def device_bytes(memory: MemoryOptions, device: torch.device) -> float:
+def agreed_budget(device: float, host: float, world: World) -> Budget:
+    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective."""
+    least = [min(column) for column in zip(*world.gather([device, host]), strict=True)]
+    return Budget(*(nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least))
+
+
+def device_bytes(memory: MemoryOptions, world: World) -> float:
     """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
     without a GPU."""
+    device = world.device
     if device.type != "cuda":
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
-    nbytes: float = free + torch.cuda.memory_reserved(device) - LATER
+    nbytes: float = free + torch.cuda.memory_reserved(device)
     if memory.gpu_memory_gib is not None:
-        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device) - LATER)
+        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device))
+    nbytes -= LATER + (BY_NCCL if world.size > 1 else 0)
     return nbytes * (1 if allocator_grows() else 1 - PIECES)
 
 
@@ -277,10 +284,11 @@ def keep_activations(
 
 
 def make_arena(schedule: Schedule | None, world: World) -> Arena | None:
-    """The memory of a step's tensors, when all that loading took has been given back."""
+    """The memory of a step's tensors, when all that loading took has been given back. Peaks are counted from here."""
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
     return None if schedule is None else Arena(schedule, world.device)
 
 

@@ -6,10 +6,12 @@ the blocks keep from then on, and what the user is told. `step.py` says when.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.arena import Arena
 from fsdp_qlora.errors import TrainingStopped, UserError, first_line, is_out_of_memory, release_frames
@@ -97,6 +99,8 @@ class Refit:
             return None, first_line(error)
 
     def _plan_less(self, step: int, ran_out: Mapping[int, str]) -> None:
+        if isinstance(self.model, FSDPModule):  # whose hooks know no meta device: no rehearsal, so no arena from now on
+            self.planned = replace(self.planned, layout=None)
         planned = refit_run(self.planned, self.world)
         if planned is None:
             raise TrainingStopped(out_of_memory(step, ran_out)).on_every_rank(self.world.rank)

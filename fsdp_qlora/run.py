@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fsdp_qlora.background import beside
+from fsdp_qlora.claim import Claim
 from fsdp_qlora.codecs import Codec, Plain
 from fsdp_qlora.config import Config, DataOptions, MemoryOptions
 from fsdp_qlora.config_file import save as save_config
@@ -15,7 +16,8 @@ from fsdp_qlora.details import Stages, machine_lines, rates_line
 from fsdp_qlora.determinism import check_deterministic, deterministic_algorithms
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.exchange import check_exchange, choose_exchange
-from fsdp_qlora.export import check_space, prepare_output
+from fsdp_qlora.export import check_space
+from fsdp_qlora.fitting import fit, has_its_own_head, left_over
 from fsdp_qlora.folders import writing_to
 from fsdp_qlora.fusing import Fusion, fuse
 from fsdp_qlora.gpu_memory import outside_bytes
@@ -30,7 +32,17 @@ from fsdp_qlora.planning import make_arena, micro_batches, plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.retry import Refit
 from fsdp_qlora.shards import ShardedAdapters
-from fsdp_qlora.skeleton import Attention, build, choose_attention, linear_codec, max_positions, read_config
+from fsdp_qlora.show_rows import lines_of
+from fsdp_qlora.skeleton import (
+    Attention,
+    build,
+    choose_attention,
+    linear_codec,
+    max_positions,
+    read_config,
+    text_config,
+)
+from fsdp_qlora.sources import forget_stdin
 from fsdp_qlora.step import Stepper
 from fsdp_qlora.summary import adapter_count, describe, describe_rows
 from fsdp_qlora.units import GIB
@@ -47,34 +59,37 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
     with (
         open_world(config.launch, config.training.seed) as world,
         HostMemory() as host,
+        Claim() as claim,
         deterministic_algorithms(config.training.deterministic),
     ):
         stages.done("ranks")
         world.together(lambda: check_deterministic(config.training, world.device))
         folder, only_plan = Path(config.output.output_dir), config.memory.plan_only
         if not only_plan:
-            world.main_only(lambda: prepare_output(folder, config.output.overwrite_output_dir))
+            world.main_only(lambda: claim.take(folder, config.output.overwrite_output_dir))
         model_name, revision = config.model.model_name, config.model.revision
         hf_config = world.first_on_node(lambda: read_config(model_name, revision))
         precision, attention = world.together(lambda: choose_compute(config, hf_config, world))
         world.together(lambda: check_optimizer(config.training, world.device))
         world.together(lambda: check_exchange(config.memory, world))
         longest = config.data.context_length
-        if not only_plan:
-            tokenizer, rows = world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config))
+        if not only_plan or config.data.show_rows:
+            tokenizer, rows = read_rows(config, hf_config, world)
             longest = rows.widest
         stages.done("config and data")
         weights = world.together(lambda: open_weights(config, precision.stream))
-        model, fusion = build_model(micro_batches(config)[0], hf_config, weights, precision, attention, world)
+        model, fusion, weights = build_model(micro_batches(config)[0], hf_config, weights, precision, attention, world)
         stages.done("model")
         planned = plan_run(model, config, fusion, longest, world)
         plan, config = planned.plan, planned.config
         stages.done("plan")
         described = describe(model, hf_config, config, attention, fusion, world)
-        if not only_plan:
+        if not only_plan or config.data.show_rows:
             batches = make_batches(config, rows, world)
             steps = count_steps(config, batches)
             described += describe_rows(config, batches, steps, world)
+        if config.data.show_rows:
+            described += lines_of(rows, tokenizer, config.data.show_rows)
         if config.output.verbose:
             described = [*machine_lines(world), *described]
         rates = [rates_line(planned.record["rates"])] if config.output.verbose and planned.record["rates"] else []
@@ -128,8 +143,18 @@ def hold_to_card(gib: float | None, world: World) -> None:
         torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, allowed / total)), world.device)
 
 
+def read_rows(config: Config, hf_config: PretrainedConfig, world: World) -> tuple[PreTrainedTokenizerBase | None, Rows]:
+    """The tokenizer and the tokenized rows, which a node's first rank makes and its others find in the cache."""
+    model_name, revision = config.model.model_name, config.model.revision
+    try:
+        return world.first_on_node(lambda: read_data(config.data, model_name, revision, hf_config, world.is_main))
+    finally:
+        if world.local_rank == 0:
+            forget_stdin()
+
+
 def read_data(
-    options: DataOptions, model_name: str, revision: str | None, hf_config: PretrainedConfig
+    options: DataOptions, model_name: str, revision: str | None, hf_config: PretrainedConfig, progress: bool = False
 ) -> tuple[PreTrainedTokenizerBase | None, Rows]:
     """The tokenizer and the tokenized rows. The dummy dataset needs none, and does without where there is none."""
     try:
@@ -138,7 +163,9 @@ def read_data(
         if options.dataset != "dummy":
             raise
         tokenizer = None
-    return tokenizer, load_rows(options, tokenizer, max_positions(hf_config), hf_config.vocab_size)
+    return tokenizer, load_rows(
+        options, tokenizer, max_positions(hf_config), text_config(hf_config).vocab_size, progress
+    )
 
 
 def note_run(config: Config, folder: Path, adapter_parameters: int, plan: dict) -> None:
@@ -180,18 +207,23 @@ def build_model(
     precision: Precision,
     attention: Attention,
     world: World,
-) -> tuple[CausalModel, Fusion]:
-    """The model without its weights, and what came of fusing its blocks. A collective.
+) -> tuple[CausalModel, Fusion, Weights]:
+    """The model without its weights, what came of fusing its blocks, and the weights by its own names. A collective.
 
     Raises UserError on every rank alike."""
-    recipe = world.together(lambda: make_recipe(config, hf_config, weights, precision, world))
-    model = world.together(lambda: assemble(build(hf_config, precision, attention.name), recipe, config.adapter))
+    skeleton = world.together(lambda: build(hf_config, precision, attention.name))
+    fitted = world.first_on_node(lambda: fit(skeleton, weights))
+    own_head = world.agree(lambda: has_its_own_head(skeleton, fitted))
+    recipe = world.together(lambda: make_recipe(config, hf_config, fitted, precision, own_head, world))
+    for line in left_over(skeleton, fitted, own_head):
+        world.say(line)
+    model = world.together(lambda: assemble(skeleton, recipe, config.adapter))
     for module in model.backbone.modules():  # rotary tables, which not every family moves to where their input is
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(world.device))
     if not isinstance(weights, OnHub):  # a download waits until all else is known to be right
-        world.together(lambda: check_names(model, weights))
-    return model, world.together(lambda: fuse(model, config, world.device))
+        world.together(lambda: check_names(model, fitted))
+    return model, world.together(lambda: fuse(model, config, world.device)), fitted
 
 
 def load_model(
@@ -212,7 +244,12 @@ def load_model(
 
 
 def make_recipe(
-    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision, world: World
+    config: Config,
+    hf_config: PretrainedConfig,
+    weights: Weights,
+    precision: Precision,
+    own_head: bool,
+    world: World,
 ) -> Recipe:
     remat = rematerialisation(config.memory)
     return Recipe(
@@ -221,6 +258,9 @@ def make_recipe(
         remat,
         shards=world.size,  # whatever the placement: the padding is a few hundred bytes
         host_embedding=world.device.type == "cuda",
+        own_head=own_head,
+        has=lambda name: name in (weights.names() or ()),
+        buffers=weights.names() is not None,
     )
 
 

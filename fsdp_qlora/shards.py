@@ -400,7 +400,12 @@ class ShardedAdapters:
 
     def _send(self, group: Group, whole: Tensor) -> None:
         """Start a reduction."""
-        mine = empty(group.mine.shape, group.mine, self.reduce_dtype)
+        if (
+            self.no_sync and self._accumulates
+        ):  # once a step, where all that has a place is asked for in each micro-batch
+            mine = torch.empty(group.mine.shape, dtype=self.reduce_dtype, device=group.mine.device)
+        else:
+            mine = empty(group.mine.shape, group.mine, self.reduce_dtype)
         work = self.exchange.reduce_scatter(mine, whole)
         self._flying.append((work, group, mine, whole))
 

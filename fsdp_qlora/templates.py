@@ -1,65 +1,103 @@
-"""What a row says: which columns are the prompt, which the answer, and the words around them."""
+"""Prompts and answers: what each form of row is put into words as, which of the text is learnt."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fsdp_qlora.errors import UserError
-from fsdp_qlora.sources import Row
+from fsdp_qlora.errors import BadRow
+
+Row = dict[str, Any]
 
 
 @dataclass
 class Piece:
-    """A stretch of text that is tokenized on its own, so that no token crosses from a prompt into an answer."""
+    """A stretch of a row's text. `ends`: EOS follows it, learnt as the piece is."""
 
     text: str
     is_answer: bool
+    ends: bool = False
 
 
 @dataclass
 class Example:
-    """A row as text: pieces in order. `complete`: the text has its own BOS and end-of-turn tokens (chat templates)."""
+    """A row as text: pieces in order.
+
+    complete: the text has its own BOS and end-of-turn tokens (chat templates), and is tokenized as one. Otherwise each
+    piece is tokenized on its own, so that no token crosses from a prompt into an answer. notes: what the user should
+    know, counted over the dataset. empty: why nothing of it is learnt, where that is known.
+    """
 
     pieces: list[Piece] = field(default_factory=list)
     complete: bool = False
+    notes: list[str] = field(default_factory=list)
+    empty: str = ""
 
 
-Template = Callable[[Row, str], Example]  # (row, place for messages) -> Example
+Template = Callable[[Row, str], Example]  # (row by field names, place for messages) -> Example
 
 # Stanford Alpaca's two prompts, and fsdp_qlora's two for question/answer rows: programs that serve such adapters use
 # these words.
-ALPACA = (
+ALPACA_SYSTEM = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    "Write a response that appropriately completes the request."
 )
-ALPACA_NO_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+ALPACA_SYSTEM_NO_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
+ALPACA = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+ALPACA_NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:"
 QUESTION = "###Question:\n{question}\n###Answer:\n"
 CONTEXT_QUESTION = "###Context:\n{context}\n" + QUESTION
 TURN = re.compile(r"(### (?:Human|Assistant):)")
 
 
 def text_of(row: Row, key: str, place: str, optional: bool = False) -> str:
-    """The row's text under `key`; numbers are written out, an absent or null optional one is ''."""
+    """Return the row's text under `key`; numbers are written out, an absent or null optional one is ''.
+
+    Raises BadRow for all else, NaN and the infinities among it: written out they would be words.
+    """
     value: Any = row.get(key)
     if value is None and optional:
         return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f'{place}: {key!r} is {value}, which is no text; write null or ""')
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        found = "missing" if value is None else type(value).__name__
-        raise UserError(f"{place}: {key!r} must be text, but is {found}; the row has {', '.join(map(str, row))}")
+        found = "missing" if key not in row else "null" if value is None else type(value).__name__
+        raise BadRow(f"{place}: {key!r} must be text, but is {found}; the row has {', '.join(map(str, row))}")
     return str(value)
 
 
 def alpaca(row: Row, place: str) -> Example:
-    """instruction, input (may be empty), output; prompt as Stanford Alpaca's."""
+    """instruction, input (may be empty), output; prompt as Stanford Alpaca's.
+
+    LLaMA-Factory's two columns: `system` takes the place of the first sentences, `history` holds earlier rounds of
+    [instruction, answer], whose answers are learnt too.
+    """
     given = text_of(row, "input", place, optional=True)
-    prompt = (ALPACA if given else ALPACA_NO_INPUT).format(instruction=text_of(row, "instruction", place), input=given)
-    return Example([Piece(prompt, False), Piece(text_of(row, "output", place), True)])
+    asked = ALPACA if given else ALPACA_NO_INPUT
+    system = text_of(row, "system", place, optional=True) or (ALPACA_SYSTEM if given else ALPACA_SYSTEM_NO_INPUT)
+    example, lead = Example(), system + "\n\n"
+    for question, answer in _history(row, place):
+        example.pieces.append(Piece(lead + ALPACA_NO_INPUT.format(instruction=question), False))
+        example.pieces.append(Piece(answer, True, ends=True))
+        lead = "\n\n"
+    prompt = lead + asked.format(instruction=text_of(row, "instruction", place), input=given)
+    example.pieces += [Piece(prompt, False), Piece(text_of(row, "output", place), True)]
+    return example
+
+
+def _history(row: Row, place: str) -> Iterator[tuple[str, str]]:
+    rounds = row.get("history") or []
+    if not isinstance(rounds, list):
+        raise BadRow(f"{place}: 'history' must be a list of [instruction, answer], but is {type(rounds).__name__}")
+    for number, pair in enumerate(rounds):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow(f"{place}: round {number} of 'history' must be [instruction, answer], but is {pair!r:.80}")
+        both = {"instruction": pair[0], "answer": pair[1]}
+        where = f"{place}, round {number} of 'history'"
+        yield text_of(both, "instruction", where), text_of(both, "answer", where)
 
 
 def question_answer(row: Row, place: str) -> Example:
@@ -91,37 +129,3 @@ def guanaco(row: Row, place: str) -> Example:
         elif part:
             example.pieces.append(Piece(part, "Assistant" in speaker))
     return example
-
-
-# What is recognised, in order: a row that fits several (alpaca rows often carry a ready-made `text` too) takes the
-# first. (form, columns, template, the value of dataset_format it belongs to); messages need the tokenizer, see chat.py.
-FORMS: list[tuple[str, tuple[str, ...], str]] = [
-    ("messages", ("messages",), "messages"),
-    ("prompt_completion", ("prompt", "completion"), "prompt_completion"),
-    ("alpaca", ("instruction", "output"), "alpaca"),
-    ("question_answer", ("question", "answer"), "alpaca"),
-    ("text", ("text",), "text"),
-]
-TEMPLATES: dict[str, Template] = {
-    "prompt_completion": prompt_completion,
-    "alpaca": alpaca,
-    "question_answer": question_answer,
-    "text": text,
-    "guanaco": guanaco,
-}
-
-
-def form_of(row: Row, dataset_format: str, dataset: str) -> str:
-    """The form of a dataset from its first row's columns, among those `dataset_format` allows ('auto': all).
-
-    Raises UserError naming the columns there are and the columns that would do.
-    """
-    allowed = [(form, columns) for form, columns, option in FORMS if dataset_format in ("auto", option)]
-    for form, columns in allowed:
-        if all(column in row for column in columns):
-            return form
-    wanted = "; or ".join(f"{' + '.join(columns)} ({form})" for form, columns in allowed)
-    raise UserError(
-        f"dataset {dataset!r}: dataset_format {dataset_format!r} does not fit its columns "
-        f"{', '.join(map(str, row)) or '(none)'}; wanted: {wanted}"
-    )

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: safetensors in a folder or on the hub, or random numbers of the same shapes."""
+"""Sources of a model's weights: files in a folder or on the hub, or random numbers of the same shapes."""
 
 import json
 import math
@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fsdp_qlora.checkpoint_files import PICKLED_INDEX, TensorFile, files_of, open_file, some
 from fsdp_qlora.errors import UserError, first_line
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 READERS = 4  # threads: enough to keep a disk busy; each holds one tensor in memory
+ROWS_COMPARED = 4096  # of an embedding and a head at a time
 
-Shape = tuple[int, ...] | None  # None: whatever it is, the reader checks it
+Shape = tuple[int, ...] | None  # None: the reader checks it
 
 
 class Weights(Protocol):
@@ -26,56 +26,60 @@ class Weights(Protocol):
     def names(self) -> Set[str] | None:
         """Every tensor there is, or None where the source makes whatever is asked for."""
 
-    def check(self, expected: Mapping[str, Shape], ignored: Iterable[str]) -> None:
-        """Raise UserError naming every tensor that is missing, extra or of another shape."""
+    def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
+        """Raise UserError naming every tensor that is missing or of another shape, and with them the unknown ones."""
+
+    def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        """Return whether two tensors are known to have the same numbers in `dtype`, without a download."""
 
     def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
         """The tensors of those names (with the shapes they have), on the CPU or on `device`, in their own dtypes."""
 
 
 class Checkpoint:
-    """safetensors files of one folder: a single file or a sharded index. Only headers are read until `read`."""
+    """Weight files of one folder. Only headers are read until `read`."""
 
     def __init__(self, folder: Path, workers: int = -1) -> None:
         self.folder = folder
         self.workers = workers if workers > 0 else READERS
-        self._file_of: dict[str, Path] = {}
+        self._file_of: dict[str, TensorFile] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
-        for file in _files(folder):
-            with _open(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                    self._file_of[name] = file
-                    self._shape_of[name] = tuple(tensors.get_slice(name).get_shape())
+        for file in map(open_file, files_of(folder)):
+            shapes = file.shapes()
+            self._shape_of |= shapes
+            self._file_of |= dict.fromkeys(shapes, file)
 
     def names(self) -> Set[str]:
         return self._file_of.keys()
 
-    def check(self, expected: Mapping[str, Shape], ignored: Iterable[str] = ()) -> None:
+    def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
         missing = [name for name in expected if name not in self._shape_of]
-        extra = sorted(self._shape_of.keys() - expected.keys() - set(ignored))
         wrong = [
             f"{name} is {list(self._shape_of[name])} and should be {list(shape)}"
             for name, shape in expected.items()
             if name in self._shape_of and shape is not None and self._shape_of[name] != tuple(shape)
         ]
-        found = [
-            f"{what}: {_some(names)}"
-            for what, names in (("missing", missing), ("unknown", extra), ("mis-shaped", wrong))
-            if names
-        ]
-        if found:
+        if missing or wrong:
+            kinds = (("missing", missing), ("unknown", sorted(unknown)), ("mis-shaped", wrong))
             raise UserError(
-                f"model_name: the tensors in {self.folder} do not fit its config.json; {'; '.join(found)}. "
+                f"model_name: the tensors in {self.folder} do not fit its config.json; "
+                f"{'; '.join(f'{kind}: {some(names)}' for kind, names in kinds if names)}. "
                 "Is the download complete, and is the config of this model?"
             )
 
+    def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        if self._shape_of[one] != self._shape_of[other]:
+            return False
+        first, second = (self._file_of[name].tensor(name) for name in (one, other))
+        rows = zip(first.split(ROWS_COMPARED), second.split(ROWS_COMPARED), strict=True)
+        return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in rows)
+
     def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
         def one(name: str) -> Tensor:
-            with _open(self._file_of[name]) as tensors:
-                try:
-                    return tensors.get_tensor(name).clone()  # the clone is the read: until then it is a mapped file
-                except (SafetensorError, OSError) as error:
-                    raise UserError(f"model_name: {name} of {self._file_of[name]} cannot be read ({error})") from error
+            try:
+                return self._file_of[name].tensor(name).clone()  # the clone is the read: until then it is a mapped file
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"model_name: {name} in {self.folder} cannot be read ({error})") from error
 
         with ThreadPoolExecutor(self.workers) as pool:
             return dict(zip(wanted, pool.map(one, wanted), strict=True))
@@ -96,8 +100,11 @@ class OnHub:
             self._names = names_on_hub(self.model_name, self.revision)
         return self._open().names() if self._names is None else self._names
 
-    def check(self, expected: Mapping[str, Shape], ignored: Iterable[str] = ()) -> None:
-        self._open().check(expected, ignored)
+    def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
+        self._open().check(expected, unknown)
+
+    def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        return self._checkpoint is not None and self._checkpoint.equal(one, other, dtype)
 
     def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
         return self._open().read(wanted, device)
@@ -120,8 +127,11 @@ class Dummy:
     def names(self) -> None:
         return None
 
-    def check(self, expected: Mapping[str, Shape], ignored: Iterable[str] = ()) -> None:
+    def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
         """Nothing can be missing."""
+
+    def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        return False
 
     def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
         return {name: self._make(name, shape, device) for name, shape in wanted.items() if shape is not None}
@@ -134,12 +144,18 @@ class Dummy:
 
 
 def names_on_hub(model_name: str, revision: str | None) -> Set[str] | None:
-    """Every tensor of a hub model, read from the headers of its files; None where the hub does not tell (offline)."""
-    from huggingface_hub import get_safetensors_metadata
+    """Every tensor of a hub model, from the headers or the index of its files; None where the hub does not tell."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
     try:
         return get_safetensors_metadata(model_name, revision=revision).weight_map.keys()
     except Exception:  # whatever it is, the download that follows meets it too, and says it
+        pass
+    try:
+        index = hf_hub_download(model_name, PICKLED_INDEX, revision=revision)
+        names: Set[str] = json.loads(Path(index).read_text())["weight_map"].keys()
+        return names
+    except Exception:
         return None
 
 
@@ -148,47 +164,20 @@ def fetch(model_name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    def download(*patterns: str) -> Path:
         # Some models hold their weights a second time in another layout: `consolidated*`, or a folder.
-        wanted, unwanted = ["*.safetensors", "*.json"], ["consolidated*", "*/*"]
-        return Path(snapshot_download(model_name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
+        unwanted = ["consolidated*", "*/*"]
+        return Path(
+            snapshot_download(model_name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted)
+        )
+
+    try:
+        folder = download("*.safetensors", "*.json")
+        # Only where there is nothing better.
+        return folder if any(folder.glob("*.safetensors")) else download("pytorch_model*.bin", "*.json")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model_name: {model_name} is neither a local folder nor a model the hub gives "
             f"({type(error).__name__}: {first_line(error)}); check the name, the network, "
             "and `hf auth login` for a gated model"
         ) from error
-
-
-def _files(folder: Path) -> list[Path]:
-    index, single = folder / INDEX, folder / SINGLE
-    if index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError, OSError) as error:
-            raise UserError(
-                f"model_name: {index} is damaged ({type(error).__name__}: {error}); download it again"
-            ) from error
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise UserError(
-                f"model_name: {folder} lacks {_some(absent)}, which its {INDEX} names; download the rest of the model"
-            )
-        return files
-    if single.is_file():
-        return [single]
-    raise UserError(
-        f"model_name: {folder} holds neither {SINGLE} nor {INDEX}; weights are read from safetensors only "
-        "(save_pretrained of Hugging Face writes them), or try the machine with --dummy_weights true"
-    )
-
-
-def _open(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"model_name: {file} cannot be read ({error}); download it again") from error
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -82,6 +82,12 @@ class World:
         """Runs `do` on rank 0 while the others wait. A collective: what is wrong there ends every rank alike."""
         self._agree(self._try(do).error if self.is_main else None)
 
+    def agree(self, do: Callable[[], bool]) -> bool:
+        """Rank 0's answer, on every rank. A collective: what is wrong there ends every rank alike."""
+        done = self._try(do) if self.is_main else None
+        self._agree(done.error if done is not None else None)
+        return bool(self.gather([float(done is not None and done.value)])[0][0])
+
     def first_on_node(self, do: Callable[[], T]) -> T:
         """Runs `do` on one rank of each node and then on its others, which find what it has cached. A collective."""
         first = self.local_rank == 0

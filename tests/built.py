@@ -75,7 +75,7 @@ def build_in(world: World, options: Options, change: Callable[[Plan], Plan] = la
     hf_config = read_config(config.model.model_name, config.model.revision)
     precision, attention = choose_compute(config, hf_config, world)
     weights = open_weights(config, precision.stream)
-    model, fusion = build_model(config, hf_config, weights, precision, attention, world)
+    model, fusion, weights = build_model(config, hf_config, weights, precision, attention, world)
     plan = change(plan_run(model, config, fusion, config.data.context_length, world).plan)
     placement = choose_placement(plan, config.memory, world)
     keep_activations(model, plan.blocks, config.training.batch_size * config.data.context_length, world.device)

@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from fsdp_qlora.adapters import initial_values
 from tests.truth import DEVICE
@@ -58,13 +66,19 @@ def load_base(
     folder: Path, recipe: Recipe, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> PreTrainedModel:
     """The Hugging Face model of a folder, its decoder linears as bitsandbytes' NF4 has them, everything in `dtype`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = auto_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     if recipe.quantized:
         for name, linear in load_quantized(folder, recipe).named_modules():
             if isinstance(linear, bnb.nn.Linear4bit):
                 weight = model.get_submodule(name).weight
                 weight.data.copy_(decoded(linear).view_as(weight))
     return model
+
+
+def auto_class(folder: Path) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """Return what a user opens the folder with: causal LMs where transformers has one for it, else wrappers of one."""
+    causal = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
 def decoded(linear: bnb.nn.Linear4bit) -> Tensor:
@@ -82,7 +96,7 @@ def load_quantized(folder: Path, recipe: Recipe) -> PreTrainedModel:
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=recipe.double_quant
     )
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class(folder).from_pretrained(
         folder, dtype=torch.float32, device_map=str(DEVICE), quantization_config=settings
     )
 

@@ -98,7 +98,10 @@ def planned(keep: str, offloaded: bool) -> Callable[..., Plan]:
 
     def otherwise(*arguments: Any) -> Plan:
         plan = make(*arguments)
-        return replace(plan, blocks=tuple(replace(b, keep=keep, offloaded=offloaded) for b in plan.blocks))
+        blocks = tuple(replace(block, keep=keep, offloaded=offloaded) for block in plan.blocks)
+        for layout in arguments[4:]:
+            layout(blocks)  # before anything is loaded
+        return replace(plan, blocks=blocks)
 
     return otherwise
 

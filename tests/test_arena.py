@@ -124,6 +124,7 @@ CASES: dict[str, tuple[str, Options]] = {
     "four norms": ("four norms", {"keep_activations": "attention"}),
     "dropout": ("llama", {"lora_dropout": 0.1}),
     "micro-batches": ("llama", {"gradient_accumulation_steps": 2}),
+    "micro-batches summed up first": ("llama", {"gradient_accumulation_steps": 2, "no_sync": True}),
     "sums in bf16": ("llama", {"reduce_dtype": "bf16"}),
     "no update ahead": ("llama", {"optimizer": "sgd"}),
     "queries and values": ("llama", {"lora_target_modules": "q_proj,v_proj"}),

@@ -101,11 +101,8 @@ def test_train_on_prompt_learns_every_turn(tmp_path: Path) -> None:
         (LLAMA2, TALK[1:], r"line 1: the model's chat template does not take these messages \(roles must alternate\)"),
         (CHATML, "hello", "line 1: 'messages' must be a list of {role, content}, but is str"),
         (CHATML, [{"role": "user"}], "line 1: message 0 must be an object with 'role' and 'content'"),
-        (
-            CHATML,
-            [*TALK[:1], {"role": "assistant", "content": ["x"]}],
-            "does not take these messages .can only concatenate str",
-        ),
+        (CHATML, [*TALK[:1], {"role": "assistant", "content": [{"type": "image"}]}], "has a part of type 'image'"),
+        (CHATML, [], "'messages' is an empty list"),
         ("{{ 'hello' }}", TALK, "message 1 is not in what it renders"),
     ],
 )

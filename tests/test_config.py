@@ -101,6 +101,34 @@ def test_a_text_option_takes_what_yaml_would_turn_into_something_else(tmp_path):
     assert (values["model_name"], values["name"], values["group"]) == ("2024", "off", "null")
 
 
+def test_a_home_folder_is_found_in_files_and_behind_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = file(
+        tmp_path, "model_name: ~/model\noutput_dir: ~/out\ndataset: ~/a.jsonl,~/b.jsonl\nprofiling_output: x~y\n"
+    )
+    values = parse(["--config", path, "--profile", "--rows_cache=~/cache"]).to_flat()
+    names = ("model_name", "output_dir", "dataset", "profiling_output", "rows_cache")
+    asked = ["/home/me/model", "/home/me/out", "/home/me/a.jsonl,/home/me/b.jsonl", "x~y", "/home/me/cache"]
+    assert [values[name] for name in names] == asked
+
+
+@pytest.mark.parametrize(("name", "text"), [("run.json", '{"seed": 7}'), ("run.yaml", "seed: 7\n")])
+def test_a_byte_order_mark_is_no_mistake(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert parse(["--config", str(path), *MODEL]).training.seed == 7
+
+
+def test_a_whole_number_may_be_written_with_a_point_and_zeros():
+    assert flat("--num_epochs", "3.0")["num_epochs"] == 3
+    assert flat("--max_steps", "-1.")["max_steps"] == -1
+
+
+def test_other_names_of_precisions():
+    assert flat("--precision", "bfloat16")["precision"] == "bf16"
+    assert flat("--precision", "float32")["precision"] == "fp32"
+
+
 def test_an_empty_file_gives_nothing(tmp_path):
     assert parse(["--config", file(tmp_path, "# nothing\n"), *MODEL]) == parse(MODEL)
 
@@ -109,6 +137,15 @@ def test_an_empty_file_gives_nothing(tmp_path):
 REFUSED = [
     ("--lora_rnk 8", ["--lora_rnk 8", "no such option", "lora_rank"]),
     ("--learning-rate 1", ["--learning-rate 1", "no such option", "mean lr?"]),
+    ("--resume_from_checkpoint x", ["no such option", "resuming an interrupted run is not built yet"]),
+    ("--val_set_size 0.1", ["no such option", "evaluation on held-out rows is not built yet"]),
+    ("--local-rank 0", ["--local-rank 0", "no such option", "torchrun tells each process who it is"]),
+    ("--fp16 true", ["no such option", "use --precision fp16_autocast"]),
+    ("--save_steps 10", ["no such option", "the adapter is saved at the end"]),
+    ("--warmup_steps 10", ["no such option", "use --warmup_ratio"]),
+    ("--precision fp16", ["--precision fp16", "use fp16_autocast, which cards without bfloat16 (T4, V100) can run"]),
+    ("--precision float16", ["use fp16_autocast"]),
+    ("--num_epochs 2.5", ["--num_epochs 2.5", "a whole number"]),
     ("--zzzzzz", ["--zzzzzz", "no such option", "--help"]),
     ("--target_modules q k v", ["--target_modules q k v", "lora_target_modules"]),
     ("--lr fast", ["--lr fast", "a number above 0"]),
@@ -160,6 +197,11 @@ REFUSED = [
     ("--export_memory_timeline", ["no effect", "profile"]),
     ("--profile_memory", ["no effect", "profile"]),
     ("--profiling_output x", ["--profiling_output x", "no effect", "profile"]),
+    ("--columns q", ["--columns q", "write FIELD=COLUMN", "instruction"]),
+    ("--columns instructions=q", ["--columns instructions=q", "write FIELD=COLUMN"]),
+    ("--text_overflow cut --dataset dummy", ["--text_overflow cut", "no effect", "--dataset dummy"]),
+    ("--chat_template a --prompt_template b", ["--chat_template a", "no effect", "--prompt_template b"]),
+    ("--bad_rows skipp", ["--bad_rows skipp", "did you mean skip?"]),
     ("--no_sync", ["--no_sync", "no effect", "gradient_accumulation_steps 1"]),
     ("--warmup_ratio 0.1 --lr_scheduler constant", ["--warmup_ratio 0.1", "no effect", "constant"]),
     (

@@ -31,6 +31,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def load(dataset: str, tokenizer: Any, context_length: int = 512, vocab_size: int = 50_000, **options: Any) -> Rows:
+    options = {"rows_cache": None} | options
     return load_rows(
         DataOptions(dataset=dataset, context_length=context_length, **options), tokenizer, None, vocab_size
     )
@@ -154,7 +155,7 @@ def test_cut_and_dropped_rows_are_counted(tmp_path: Path) -> None:
     assert rows.index.tolist() == [1, 2]
     assert rows.lengths.tolist()[0] == 16
     assert row(rows, 0)[0][-1] != tokenizer.eos_token_id  # only cutting may lose EOS
-    assert "1 rows left out" in rows.summary
+    assert "1 row left out" in rows.summary
     assert "2 rows cut at context_length 16" in rows.summary
     with pytest.raises(UserError, match="none of its 1 rows has an answer token within context_length 16"):
         load(write(tmp_path / "b.jsonl", given[:1]), tokenizer, context_length=16)

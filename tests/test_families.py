@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 
 from fsdp_qlora.block import _drops
 from fsdp_qlora.errors import UserError
-from tests import plain, tiny
+from tests import tiny
+from tests.as_peft import assert_trains_as_peft
 from tests.built import built
 
 SLIDING = {"sliding_window": 16}  # shorter than the rows, so that a mask too many or too few is seen
@@ -56,39 +57,8 @@ def family(request, tmp_path_factory) -> tuple[str, Path]:
 @pytest.mark.parametrize(("train_type", "fused"), [("lora", "false"), ("qlora", "false"), ("qlora", "auto")])
 def test_loss_and_gradients_are_those_of_hugging_face_and_peft(family, train_type, fused):
     name, folder = family
-    draw = torch.Generator().manual_seed(0)
-    rows = [torch.randint(3, 259, (length,), generator=draw).tolist() for length in (40, 23)]
-    count = 37 + 20  # a label everywhere but on the first three tokens of a row
-    recipe = plain.Recipe(quantized=train_type == "qlora")
-    theirs = plain.with_adapters(plain.load_base(folder, recipe, attention="eager"), recipe)
-    values = {path: p for path, p in theirs.named_parameters() if p.requires_grad}
-    for path, p in values.items():
-        if "lora_B" in path:  # zero at the start, where A has no gradient
-            torch.nn.init.normal_(p, std=0.1, generator=draw)
-    wanted = sum(plain.summed_loss(theirs, ids, [-100] * 3 + ids[3:]) for ids in rows) / count
-    wanted.backward()
-
-    options = {"model_name": folder, "train_type": train_type, "fused": fused, "dataset": "dummy", "lora_rank": 8}
-    with built(options | {"precision": "fp32"}) as ours:
-        assert ours.fusion.blocks == (3 if fused == "auto" and name not in GENERIC else 0), str(ours.fusion)
-        paths = [path for group in ours.adapters.groups for path in group.names]
-        assert {peft_name(path) for path in paths} == values.keys()
-        ours.adapters.load({path: values[peft_name(path)].detach() for path in paths})
-        ids = torch.zeros(2, 40, dtype=torch.int64)
-        labels = torch.full_like(ids, -100)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            labels[i, 3 : len(row)] = torch.tensor(row[3:])
-        loss = ours.loss(ids, labels, count)
-        gradients = ours.backward(loss)
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    for path, gradient in gradients.items():
-        truth = values[peft_name(path)].grad
-        assert (gradient - truth).abs().max() < 1e-4 * truth.abs().max(), path
-
-
-def peft_name(path: str) -> str:
-    return f"base_model.model.{path}.default.weight"
+    fusion = assert_trains_as_peft(folder, train_type, fused=fused)
+    assert fusion.blocks == (3 if fused == "auto" and name not in GENERIC else 0), str(fusion)
 
 
 @pytest.mark.parametrize("refused", REFUSED)

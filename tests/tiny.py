@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -28,7 +34,8 @@ SHAPE: dict[str, Any] = {
 def save_model(config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.float32, **saving: Any) -> Path:
     """A random model of `config` with its byte tokenizer, saved as Hugging Face does; the folder."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases start as ones and zeros, which hide a mix-up
             if parameter.ndim == 1:

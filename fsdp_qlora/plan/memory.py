@@ -25,7 +25,7 @@ HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is r
 THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autograd's
 # What the allocator reserves over what is allocated. With an arena the last page of a segment and the ends of blocks;
 # under FSDP2, whose gathers allocate as they go on streams of their own, and around Hugging Face's own layers a share.
-ENDS = 128 << 20
+ENDS = 48 << 20
 UNPLACED = {"replicate": 1.05, "stream": 1.03, "shard": 1.10, "shard_offload": 1.10}
 
 
@@ -79,11 +79,6 @@ class Memory:
         self.workspace = THREADS * facts.workspace_bytes
         self.always = self.adapters + self.owned + self.scratch + self.workspace
 
-    def device_parts(self, candidate: Candidate, arena: int | None = None) -> dict[str, int]:
-        """What is on a GPU at the peak, by name; the sum is the peak. arena: its bytes, where they are known."""
-        step, loading = self.step_parts(candidate, arena), self.loading_parts(candidate)
-        return max(step, loading, key=lambda parts: sum(parts.values()))
-
     def step_parts(self, candidate: Candidate, arena: int | None = None) -> dict[str, int]:
         """What is on a GPU at the worst moment of a step. arena: its bytes, where they are known."""
         kept, working, gradients = self._peak(candidate.blocks, self._head_gathered(candidate))
@@ -127,7 +122,7 @@ class Memory:
         }
 
     def device_bytes(self, candidate: Candidate, peak: int | None = None) -> int:
-        """The sum of `device_parts`. peak: what `peak` says of such blocks, where that is known."""
+        """The larger sum of `step_parts` and `loading_parts`. peak: what `peak` says of such blocks, if known."""
         first = self.adapters + self.masters + self.loading.first
         return max(first, self.with_residents(candidate, self.peak(candidate) if peak is None else peak))
 

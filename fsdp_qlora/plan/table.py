@@ -111,6 +111,7 @@ def size(nbytes: float) -> str:
 def lines(
     candidate: Candidate,
     parts: Mapping[str, int],
+    loading: int,
     seconds: float | None,
     facts: Facts,
     rates: Rates | None,
@@ -123,6 +124,8 @@ def lines(
     table += [exchange_line(facts)] if gpus and facts.ranks > 1 else []
     reserved = memory.reserved(candidate.placement, sum(parts.values()))
     table += memory_lines(parts, reserved, memory.host_parts(candidate), limits)
+    if gpus and loading > sum(parts.values()):
+        table.append(f"          {size(loading)} on each GPU while it loads, which is more")
     if rates is not None and seconds is not None:
         table.append(time_line(Clock(facts, rates), candidate, seconds))
         table += alternative_lines(facts, candidate.placement, found)

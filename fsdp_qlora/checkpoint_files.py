@@ -1,0 +1,174 @@
+"""Files of a checkpoint: which of them hold weights, their tensors by name, and what only looks like one."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fsdp_qlora.errors import UserError, first_line
+
+# In transformers' order: the first that is there is read.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_LONGEST = 1024  # bytes of a pointer file
+LFS_KINDS = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
+
+
+class TensorFile(Protocol):
+    """One file of a checkpoint, open."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of every tensor, without reading them."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor whose numbers are read from the file when they are first used."""
+
+
+class SafetensorsFile:
+    """A .safetensors file. Opened anew for each tensor: a handle is not for several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        with self._open() as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+    def tensor(self, name: str) -> Tensor:
+        with self._open() as tensors:
+            return tensors.get_tensor(name)
+
+    def _open(self) -> safe_open:
+        try:
+            return safe_open(self.path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model_name: {self.path} cannot be read ({error}); download it again") from error
+
+
+class PickledFile:
+    """A PyTorch .bin file: mapped, and unpickled as tensors alone. Files from before PyTorch 1.6 are read whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors: dict[str, Tensor] | None = None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._open().items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._open()[name]
+
+    def _open(self) -> dict[str, Tensor]:
+        if self._tensors is None:
+            self._tensors = self._unpickle()
+        return self._tensors
+
+    def _unpickle(self) -> dict[str, Tensor]:
+        try:
+            mapped = zipfile.is_zipfile(self.path)
+            found: Any = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"model_name: {self.path} holds Python objects beside tensors ({first_line(error)}); they are not run "
+                "here: save the model anew with save_pretrained of transformers, which writes safetensors"
+            ) from error
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            raise UserError(
+                f"model_name: {self.path} cannot be read ({first_line(error)}); download it again"
+            ) from error
+        if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+            raise UserError(
+                f"model_name: {self.path} is no table of tensors by name; save the model with save_pretrained of "
+                "transformers"
+            )
+        return found
+
+
+def open_file(path: Path) -> TensorFile:
+    """Open a file of `files_of`."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the files that hold a folder's weights. Raises UserError where some or all of them are not there."""
+    for single, index in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return _listed(folder, index)
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf", ".pth"))
+    raise UserError(
+        f"model_name: {folder} holds none of {SINGLE}, {INDEX}, {PICKLED} and {PICKLED_INDEX}"
+        + (f", only {some(others)}" if others else "")
+        + "; save_pretrained of transformers writes the first two, or try the machine with --dummy_weights true"
+    )
+
+
+def _listed(folder: Path, index: str) -> list[Path]:
+    try:
+        names = sorted({str(name) for name in json.loads((folder / index).read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, OSError) as error:
+        raise UserError(
+            f"model_name: {folder / index} is damaged ({type(error).__name__}: {error}); download it again"
+        ) from error
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise UserError(
+            f"model_name: {folder / index} names files outside its folder ({some(outside)}), which are not read; "
+            "download the model again"
+        )
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise UserError(
+            f"model_name: {folder} lacks {some(absent)}, which its {index} names; download the rest of the model"
+        )
+    return [folder / name for name in names]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where a folder holds an adapter or git-lfs pointers instead of a model."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = _base_of(folder / ADAPTER_CONFIG)
+        if (folder / "config.json").is_file():
+            raise UserError(
+                f"model_name: {folder} holds an adapter ({ADAPTER_CONFIG}) beside a model, and transformers would load "
+                "both; merge them with merge_and_unload of PEFT, or move the adapter away to train the model alone"
+            )
+        raise UserError(
+            f"model_name: {folder} holds an adapter ({ADAPTER_CONFIG}), not a model; set model_name to its base{base}, "
+            "or merge the two with merge_and_unload of PEFT and save that"
+        )
+    pointers = sorted(file.name for file in folder.iterdir() if file.suffix in LFS_KINDS and _is_lfs_pointer(file))
+    if pointers:
+        raise UserError(
+            f"model_name: {some(pointers)} in {folder} {'is a' if len(pointers) == 1 else 'are'} git-lfs "
+            f"pointer{'s' * (len(pointers) > 1)}, not the file{'s' * (len(pointers) > 1)}: run `git lfs pull` there, "
+            "or download the model with `hf download`"
+        )
+
+
+def _base_of(adapter_config: Path) -> str:
+    try:
+        name = json.loads(adapter_config.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return ""
+    return f" ({name})" if name else ""
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    if not file.is_file() or file.stat().st_size > LFS_LONGEST:
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def some(names: list[str], most: int = 8) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
