@@ -144,7 +144,7 @@ class Kept:
     def fetch(self, offload: ActivationOffload, parked: Parked) -> None:
         slots, self._away = self._away, []
         for (name, key, columns), tensor in zip(slots, offload.fetch(parked), strict=True):
-            self._owner(name)[key] = tensor[..., :columns]
+            self._owner(name)[key] = tensor if tensor.shape[-1] == columns else tensor[..., :columns]
 
     def _slots(self) -> list[tuple[str, str]]:
         """(owner, key) of each large tensor."""
