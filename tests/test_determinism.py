@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 import train
@@ -21,14 +19,12 @@ from fsdp_qlora import environment
 from fsdp_qlora.config_parse import parse
 from fsdp_qlora.determinism import deterministic_algorithms
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.fused import FusedBlock
 from fsdp_qlora.kernels import attention
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward, fastest, possible
 from fsdp_qlora.kernels.device import deterministic
-from fsdp_qlora.plan import costs
 from fsdp_qlora.plan.calibrate import key_of
-from fsdp_qlora.plan.costs import Shape, block_bytes
-from fsdp_qlora.plan.facts import KEEP, workspace
+from fsdp_qlora.plan.costs import block_bytes
+from fsdp_qlora.plan.facts import workspace
 from tests import tiny
 from tests.known_runs import facts
 from tests.metered import WORLD
@@ -249,71 +245,6 @@ def test_rates_of_the_default_are_not_those_of_deterministic_kernels(monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     known = facts("llama3_8b", 1, 4096, 16)
     assert key_of(known, WORLD) != key_of(replace(known, multiprocessors=132), WORLD)
-
-
-# ---- a block's products
-
-
-class Products(TorchDispatchMode):
-    """How often matrices of which shapes, strides and alignment are multiplied, and attended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[tuple[Any, ...]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "mm" in str(func) or "attention" in str(func):
-            tensors = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
-            layout = [(x.shape, x.stride(), x.storage_offset() * x.element_size() % 256) for x in tensors]
-            self.seen[(str(func), *layout)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Elsewhere:
-    """Stands for host memory: gives back tensors of the shapes that it was given."""
-
-    def park(self, tensors: list[Tensor], tokens: int) -> list[Tensor]:
-        assert all(tensor.is_contiguous() for tensor in tensors), "what the copy engines can move"
-        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
-
-    def fetch(self, parked: list[Tensor]) -> list[Tensor]:
-        return parked
-
-    def ahead(self) -> None:
-        pass
-
-
-def products(block: FusedBlock) -> tuple[Counter[tuple[Any, ...]], Counter[tuple[Any, ...]]]:
-    """Of a block's forward and of its backward, on the meta device."""
-    forward, backward = Products(), Products()
-    with costs._metered(block) as meter:
-        h, tables = costs._inputs(block, 2, 256, meter)
-        with forward:
-            out = block(h, *tables)
-        d_out = costs._gradient(block, out)
-        with backward:
-            out.backward(d_out[:, : h.shape[-1]].view(out.shape))
-        costs._let_go(block)
-    return forward.seen, backward.seen
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("rank", [20, 64])
-def test_what_a_block_keeps_and_where_changes_no_matrix_that_it_multiplies(
-    strict: None, rank: int, dropout: float
-) -> None:
-    """Backward multiplies the same matrices, laid out alike, and beside them some of forward's once more: whichever
-    kernels cuBLAS takes, they are the same. Rank 20 leaves rows that are no whole cache lines."""
-    block = costs._block(Shape(1024, 3584, 16, 4, 64, 3, 2, rank, "", False, False, "nf4", 2, dropout, "flash", 0))
-    forward, least = products(replace(block, keep="all"))
-    assert sum(least.values()) > 10
-    for keep in KEEP:
-        for away in (False, True):
-            offload: Any = Elsewhere() if away else None
-            ours, backward = products(replace(block, keep=keep, offload=offload, parks=away))
-            assert ours == forward, (keep, away)
-            assert not least - backward, (keep, away)
-            assert not (backward - least) - forward, (keep, away)
 
 
 # ---- the benchmark's words
