@@ -1,4 +1,4 @@
-"""Which matrices a fused block multiplies: the same ones, laid out alike, whatever it keeps and wherever it keeps it."""
+"""Which matrices a fused block multiplies: the same ones, laid out alike, whatever it keeps and wherever that waits."""
 
 from collections import Counter
 from collections.abc import Iterator
