@@ -15,7 +15,12 @@ from typing import NoReturn
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.config_parse import parse
-from fsdp_qlora.environment import choose_allocator, keep_cpu_products_inside, rank_from_environment
+from fsdp_qlora.environment import (
+    choose_allocator,
+    keep_cpu_products_inside,
+    make_libraries_repeatable,
+    rank_from_environment,
+)
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.hub import go_offline_if_unreachable
 from fsdp_qlora.quiet import silence
@@ -29,6 +34,8 @@ HEAD_START_SECONDS = 2.0
 def main(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
+        if config.training.deterministic:
+            make_libraries_repeatable()
     except UserError as error:
         return _tell(error.on_every_rank(rank_from_environment()))
     silence()

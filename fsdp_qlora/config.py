@@ -406,6 +406,16 @@ class TrainingOptions:
         at_most=2**32 - 1,
         known_as=("random_seed",),
     )
+    deterministic: bool = option(
+        False,
+        """Sum in a fixed order everywhere: on a GPU, runs of one command give the same losses to the last bit, whatever
+        the plan keeps, streams or offloads. For one machine, number of ranks and version of every library. Without a
+        GPU that is so anyway, and the option is an error.""",
+        "cuDNN's attention, the fastest on many cards, sums the queries' gradient in the order that its parts end",
+        """attention's backward is slower and takes more memory: FlashAttention-2 in a form that keeps one float32 sum
+        for each part of the keys; cuBLAS takes 32 MiB for each thread that multiplies""",
+        known_as=("full_determinism", "use_deterministic_algorithms"),
+    )
 
 
 @dataclass

@@ -156,6 +156,11 @@ CONFLICTS = (
         "world_size must be a multiple of hybrid_shard_size; change one of them",
     ),
     Conflict(
+        ("deterministic", "batch_size"),
+        lambda c: c.training.deterministic and c.training.batch_size == -1,
+        "the plan chooses the micro-batch by what it measures, and sums of other rows have other bits; set batch_size",
+    ),
+    Conflict(
         ("attention", "precision"),
         lambda c: c.model.attention == "flash_attention_2" and c.model.precision == "fp32",
         "flash-attn computes in 16 bits only; take another precision, or attention auto or sdpa",

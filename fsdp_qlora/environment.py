@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from fsdp_qlora.config import LaunchOptions
 from fsdp_qlora.errors import UserError
 
+# Workspaces, SIZE in KiB and how many, with which PyTorch counts cuBLAS as deterministic: 32 MiB, and 128 KiB.
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -139,6 +142,26 @@ def keep_cpu_products_inside() -> None:
     In bfloat16 oneDNN's (PyTorch 2.11 to 2.13) read the left matrix's rows beyond their end where their length is no
     multiple of 32, and multiply what they find there by 0: NaN, where the memory has an infinity or a NaN."""
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+
+def make_libraries_repeatable() -> None:
+    """Before torch is imported: have cuBLAS work in workspaces of its own for each stream, where several streams that
+    multiply would else share them, and flash-attn, as transformers calls it, sum in a fixed order.
+
+    Raises UserError where the user has set workspaces that PyTorch does not count as deterministic."""
+    wanted = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", REPEATABLE_WORKSPACES[0])
+    if wanted not in REPEATABLE_WORKSPACES:
+        raise UserError(
+            f"deterministic: true needs CUBLAS_WORKSPACE_CONFIG to be {' or '.join(REPEATABLE_WORKSPACES)}, and it is "
+            f"{wanted!r}; unset it"
+        )
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+
+
+def cublas_workspace_bytes() -> int | None:
+    """Return the bytes of the workspace that CUBLAS_WORKSPACE_CONFIG gives each stream; None where it is not set."""
+    pieces = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    return sum(int(size) * int(count) for size, count in pieces) * 1024 if pieces else None
 
 
 def _kernel() -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.frozen import decode_rows
 from fsdp_qlora.kernels.attention import attend, attend_backward
-from fsdp_qlora.kernels.device import empty, empty_like, no_autocast
+from fsdp_qlora.kernels.device import deterministic, empty, empty_like, no_autocast
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import Adapter, Gradients, Projection, project
 from fsdp_qlora.kernels.lora_wide import (
@@ -129,22 +129,22 @@ class Kept:
     h2: Tensor | None
     attention: AttentionState | None
     mlp: MLPState
-    _away: list[tuple[str, str]] = field(default_factory=list)  # where what is parked belongs: names, not the owners,
-    # which would be a circle that keeps tensors alive
+    # Where what is parked belongs, and its columns: names, not the owners, a circle that would keep tensors alive.
+    _away: list[tuple[str, str, int]] = field(default_factory=list)
 
     def park(self, offload: ActivationOffload) -> Parked:
         """Send everything that has a row of at least H numbers per token to host memory."""
-        self._away = self._slots()
-        tokens = self.h.shape[0] * self.h.shape[1]
-        parked = offload.park([_contiguous(self._owner(name)[key]) for name, key in self._away], tokens)
-        for name, key in self._away:
+        slots, tokens = self._slots(), self.h.shape[0] * self.h.shape[1]
+        self._away = [(name, key, self._owner(name)[key].shape[-1]) for name, key in slots]
+        parked = offload.park([_whole_rows(self._owner(name)[key]) for name, key in slots], tokens)
+        for name, key in slots:
             self._owner(name)[key] = None
         return parked
 
     def fetch(self, offload: ActivationOffload, parked: Parked) -> None:
         slots, self._away = self._away, []
-        for (name, key), tensor in zip(slots, offload.fetch(parked), strict=True):
-            self._owner(name)[key] = tensor
+        for (name, key, columns), tensor in zip(slots, offload.fetch(parked), strict=True):
+            self._owner(name)[key] = tensor if tensor.shape[-1] == columns else tensor[..., :columns]
 
     def _slots(self) -> list[tuple[str, str]]:
         """(owner, key) of each large tensor."""
@@ -236,6 +236,7 @@ class FusedBlock:
         y_wide = self._normed(h, anatomy.attention_norm, qkv)
         rotated = state.qkv is not None
         laid = self._lay(anatomy.qkv, qkv) if rotated else self._project_qkv(state, y_wide, qkv, drop)
+        state.xs = state.xs if rotated else _as_kept(state.xs)
         q, k, v = self._heads(state, shape, rotary, rotate=not rotated)
         if state.out is None or state.stats is None:
             state.out, state.stats = attend(q, k, v, anatomy.masking, self.backend)
@@ -342,12 +343,13 @@ class FusedBlock:
         laid, d_ha = self._lay((anatomy.down,), down), d_wide[:, features:]
         d_b = gradients_of_b_wide(d_wide[:, :features], d_ha, state.hs, down, laid)
         middle = gradient_of_input_wide(d_wide, down, laid, p=p, seed=seed + 3)
-        d_ha = _own(d_ha) if taken is None else d_ha
+        d_ha = _own(d_ha) if taken is None else _as_kept(d_ha)
         del d_wide
         gate_up = self.projection(*anatomy.gate_up)
         n_wide = self._normed(h2, anatomy.mlp_norm, gate_up)
         again = state.gate_up is None
         laid = self._project_gate_up(state, n_wide, gate_up, drop) if again else self._lay(anatomy.gate_up, gate_up)
+        state.xs = _as_kept(state.xs) if again else state.xs
         assert state.gate_up is not None
         assert state.xs is not None
         d_gate_up = state.gate_up[:, : 2 * inner]  # what gate and up become
@@ -453,8 +455,15 @@ def _owned(stats: Any) -> Any:
     return tuple(_owned(stat) for stat in stats) if isinstance(stats, list | tuple) else stats
 
 
-def _contiguous(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else empty_like(x).copy_(x)
+def _as_kept(x: Tensor | None) -> Tensor | None:
+    """Return x with the strides that it has where it was kept, if bits shall not depend on that: for matrices of other
+    strides cuBLAS may take another kernel, which sums in another order."""
+    return _own(x) if deterministic() else x
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    """Return what lies in one piece: x, or x [T, C] with what follows each row (`lora_wide.wide`)."""
+    return x if x.is_contiguous() else x.as_strided((x.shape[0], x.stride(0)), (x.stride(0), 1))
 
 
 class _Fused(torch.autograd.Function):

@@ -76,7 +76,8 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, w
     def known(sized: Config) -> tuple[Facts, Rates | None]:
         at_length = replace(sized, data=replace(config.data, context_length=longest))
         here = facts_of(model, at_length, world, fusion, optimizer)
-        facts = sending(agreed(replace(here, exchange_by_host=through_host(config.memory, world)), world))
+        here = replace(here, exchange_by_host=through_host(config.memory, world), multiprocessors=splits(config, world))
+        facts = sending(agreed(here, world))
         return facts, calibrate(facts, model, world)
 
     def layouts(sized: Config, facts: Facts) -> Layouts:
@@ -166,14 +167,23 @@ class Layouts:
 def agreed(facts: Facts, world: World) -> Facts:
     """What may differ from rank to rank (cards, nodes), as the one that needs most has it: all must find one plan."""
     here = [facts.workspace_bytes, facts.local_ranks, ATTENTION.index(facts.attention), not facts.exchange_by_host]
-    workspace, ranks, attention, by_nccl = (int(max(column)) for column in zip(*world.gather(here), strict=True))
+    here.append(facts.multiprocessors)
+    workspace, ranks, attention, by_nccl, most = (int(max(column)) for column in zip(*world.gather(here), strict=True))
     return replace(
         facts,
         workspace_bytes=workspace,
         local_ranks=ranks,
         attention=ATTENTION[attention],
         exchange_by_host=not by_nccl,
+        multiprocessors=most,
     )
+
+
+def splits(config: Config, world: World) -> int:
+    """Return `Facts.multiprocessors` of this rank's card."""
+    if not config.training.deterministic or world.device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(world.device).multi_processor_count)
 
 
 def sending(facts: Facts) -> Facts:

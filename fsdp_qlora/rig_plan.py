@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from fsdp_qlora.cards import Card, Rig, rig_of
 from fsdp_qlora.config import Config, MemoryOptions
 from fsdp_qlora.details import rates_line
+from fsdp_qlora.determinism import deterministic_algorithms
 from fsdp_qlora.environment import read_launch
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.exchange import check_exchange
@@ -67,7 +68,9 @@ def plan_for_rig(config: Config, notes: Sequence[str] = ()) -> int:
     Raises UserError where the options do not go with that rig, or nothing fits it."""
     rig = check_rig(config)
     hf_config = read_config(config.model.model_name, config.model.revision)
-    for line in [*notes, *rig_lines(config, rig, hf_config)]:
+    with deterministic_algorithms(config.training.deterministic):
+        lines = [*notes, *rig_lines(config, rig, hf_config)]
+    for line in lines:
         print(line, flush=True)
     return 0
 
@@ -161,7 +164,10 @@ def plan_built(built: Built, config: Config, rig: Rig) -> Planned:
 
     def known(sized: Config) -> tuple[Facts, Rates | None]:
         there = facts_of(built.model, sized, world, built.fusion, optimizer, card.capability)
-        facts = sending(replace(there, exchange_by_host=by_host))
+        there = replace(there, exchange_by_host=by_host)
+        if config.training.deterministic:
+            there = replace(there, multiprocessors=card.multiprocessors)
+        facts = sending(there)
         return facts, expected_rates(card, facts, link_of(memory, card), card.peers)
 
     try:

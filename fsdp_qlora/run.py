@@ -13,6 +13,7 @@ from fsdp_qlora.config import Config, DataOptions, MemoryOptions
 from fsdp_qlora.config_file import save as save_config
 from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.details import Stages, machine_lines, rates_line
+from fsdp_qlora.determinism import check_deterministic, deterministic_algorithms
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.exchange import check_exchange, choose_exchange
 from fsdp_qlora.export import check_space
@@ -55,8 +56,14 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
     notes: lines that the user shall see along with what the run is about to do."""
     stages = Stages()
     stages.done("imports")
-    with open_world(config.launch, config.training.seed) as world, HostMemory() as host, Claim() as claim:
+    with (
+        open_world(config.launch, config.training.seed) as world,
+        HostMemory() as host,
+        Claim() as claim,
+        deterministic_algorithms(config.training.deterministic),
+    ):
         stages.done("ranks")
+        world.together(lambda: check_deterministic(config.training, world.device))
         folder, only_plan = Path(config.output.output_dir), config.memory.plan_only
         if not only_plan:
             world.main_only(lambda: claim.take(folder, config.output.overwrite_output_dir))

@@ -12,6 +12,10 @@ PyTorch's fused attention for CPUs, 3 to 8 times faster (and the one that does r
 FlashAttention-2 inside PyTorch, `cudnn` cuDNN's fused attention, `flash_attn` the package of that name (the only fused
 one with a softcap). Which is fastest differs by card and shape, so `fastest` measures.
 
+cuDNN's backward adds to the gradient of the queries in the order in which its parts end, and so do both others of
+FlashAttention unless they are told otherwise. PyTorch (2.11, 2.13) tells its own where deterministic algorithms are
+asked for, and cuDNN in no case. So `DETERMINISTIC` has what is possible there.
+
 B batch, S sequence, N query heads, K key/value heads, D head dim.
 """
 
@@ -24,7 +28,11 @@ import torch
 
 from fsdp_qlora.kernels.attention_on_meta import backward as backward_on_meta
 from fsdp_qlora.kernels.attention_on_meta import forward as forward_on_meta
+from fsdp_qlora.kernels.device import deterministic
 
+# Backends whose two passes can give the same bits each time, the one to be taken first: of `flash_attn` a block keeps
+# nothing, and which of the two is faster cannot be asked, since the answer may differ from run to run.
+DETERMINISTIC = ("cpu", "flash", "flash_attn", "math")
 _PIECE = 512  # queries at a time in the math backend
 
 
@@ -67,7 +75,7 @@ def _able(backend: str, q: torch.Tensor) -> str:
 
 
 def possible(device: torch.device, dtype: torch.dtype, sequence: int, head_dim: int, masking: Masking) -> list[str]:
-    """The backends that can do it, `math` last."""
+    """The backends that can do it, `math` last; where PyTorch is to be deterministic those of `DETERMINISTIC`."""
     fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0
     windowed = masking.window is not None and masking.window < sequence
     names = []
@@ -79,14 +87,26 @@ def possible(device: torch.device, dtype: torch.dtype, sequence: int, head_dim: 
         names.append("flash")
     if fits and masking.softcap is None and not windowed and head_dim <= 128:
         names.append("cudnn")
-    return [*names, "math"]
+    names.append("math")
+    return [name for name in DETERMINISTIC if name in names] if deterministic() else names
+
+
+def fastest(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int, int], masking: Masking) -> str:
+    """The backend with the least forward + backward time at shape (B, S, N, K, D), measured once; the first that runs
+    where deterministic algorithms are asked for.
+
+    A backend that fails on this card or shape is left out; `math` is what remains where all do."""
+    return _chosen(device, dtype, shape, masking, deterministic())
 
 
 @functools.cache
-def fastest(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int, int], masking: Masking) -> str:
-    """The backend with the least forward + backward time at shape (B, S, N, K, D), measured once.
-
-    A backend that fails on this card or shape is left out; `math` is what remains where all do."""
+def _chosen(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int, int],
+    masking: Masking,
+    first_that_runs: bool,
+) -> str:
     b, s, n, kv, d = shape
     names = possible(device, dtype, s, d, masking)
     if device.type == "cpu" or len(names) == 1:
@@ -99,6 +119,8 @@ def fastest(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int
             times[name] = _time(q, k, v, d_out, masking, name)
         except RuntimeError:  # this card or shape after all not supported by that library
             continue
+        if first_that_runs:
+            return name
     return min(times, key=times.__getitem__) if times else "math"
 
 
@@ -259,8 +281,9 @@ def _package_forward(q, k, v, masking: Masking):
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = flash_attn_func(
-            *leaves, softmax_scale=masking.scale, causal=True, window_size=window, softcap=masking.softcap or 0.0
-        )
+            *leaves, softmax_scale=masking.scale, causal=True, window_size=window, softcap=masking.softcap or 0.0,
+            deterministic=deterministic(),
+        )  # fmt: skip
     return out.detach(), (leaves, out)
 
 

@@ -6,13 +6,19 @@ is a tensor that lives as long as the call.
 B batch, S sequence, N query heads, K key/value heads, D head dim.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.device import cdiv
+
 FLOAT = 4  # bytes of float32
 QUERIES = 512  # at a time in the math backend (`attention._PIECE`)
 SCORES = 5  # score matrices of a piece alive at once in its backward: scores, p, d_p, d_scores, mask
+PADDING = 128  # rows beside each sequence's in FlashAttention's sums
+_multiprocessors = 0  # of the card that is counted for, where its backward is deterministic
 
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> tuple[torch.Tensor, Any]:
@@ -32,6 +38,20 @@ def backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) ->
     return gradients
 
 
+@contextmanager
+def splitting_over(multiprocessors: int) -> Iterator[None]:
+    """Count FlashAttention's backward as its deterministic form on a card with so many; 0: as it is by default.
+
+    That form gives every multiprocessor something to do by splitting the keys where sequences and heads are fewer, and
+    keeps a sum of d_q for each part."""
+    global _multiprocessors
+    before, _multiprocessors = _multiprocessors, multiprocessors
+    try:
+        yield
+    finally:
+        _multiprocessors = before
+
+
 def workspace(backend: str, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
     """Bytes that a backend takes beside its outputs, forward and backward: float32 sums of d_q, and keys' gradients for
     each query head; in the math backend score matrices and float32 copies."""
@@ -42,7 +62,10 @@ def workspace(backend: str, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]
         wide = (queries + 2 * k.numel()) * FLOAT
         return wide + 3 * scores + queries * FLOAT, 2 * wide + SCORES * scores + queries * FLOAT
     shared = 2 * queries * q.element_size() if k.shape[2] < heads else 0
-    return 0, queries * FLOAT + tokens * heads * FLOAT + shared
+    sums = queries
+    if _multiprocessors and backend in ("flash", "flash_attn"):
+        sums = cdiv(_multiprocessors, batch * heads) * (queries + PADDING * batch * heads * q.shape[3])
+    return 0, sums * FLOAT + tokens * heads * FLOAT + shared
 
 
 def _scratch(q: torch.Tensor, nbytes: int) -> torch.Tensor:

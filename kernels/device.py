@@ -36,6 +36,7 @@ __all__ = [
     "Source",
     "allocate",
     "cdiv",
+    "deterministic",
     "empty",
     "empty_like",
     "interpreting",
@@ -60,6 +61,11 @@ _source: Source | None = None
 def on_triton(tensor: torch.Tensor) -> bool:
     """Whether ops on this tensor run as Triton kernels."""
     return tensor.is_cuda or _interpreting or tensor.is_meta
+
+
+def deterministic() -> bool:
+    """Tell whether PyTorch was told to use deterministic algorithms, and not only to warn of others."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:

@@ -148,9 +148,10 @@ def subject(
     precision = Precision(dtype, dtype)
     skeleton = build(hf_config, precision, "eager")
     model = assemble(skeleton, Recipe(precision, lambda name: codec, remat=None, shards=1), adapter)
-    weights = {}
+    weights, placement = {}, Replicated()
+    placement.prepare(model)
     for unit in model.units:
-        Replicated().store(unit, encode(unit, state, device))
+        placement.store(unit, encode(unit, state, device))
         weights |= {source: unit.frozen.decode(entry, dtype).clone() for entry, source in unit.sources.items()}
     for linear in model.linears().values():
         if linear.lora_A is not None and linear.lora_B is not None:

@@ -54,6 +54,18 @@ def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
     assert offload._pool.free == 4 * 5, "host buffers are made once, whatever the width"
 
 
+def test_rows_with_room_beside_them_come_back_with_it() -> None:
+    """Products of matrices with other strides may have other bits."""
+    offload, kept = ActivationOffload(DEVICE, 6), kept_of_a_block(0)
+    gate_up = torch.full((6, 64), torch.nan, device=DEVICE)[:, :40].copy_(torch.arange(240.0).view(6, 40))
+    kept.mlp.gate_up = gate_up
+    kept.fetch(offload, kept.park(offload))
+    back = kept.mlp.gate_up
+    assert torch.equal(back, torch.arange(240.0, device=DEVICE).view(6, 40))
+    assert back.stride() == gate_up.stride() == (64, 1)
+    assert back.data_ptr() != gate_up.data_ptr()
+
+
 def test_what_was_parked_last_is_on_its_way_before_its_block_asks() -> None:
     offload = ActivationOffload(DEVICE, 6)
     offload.ahead()  # nothing is parked: nothing to do
@@ -62,12 +74,13 @@ def test_what_was_parked_last_is_on_its_way_before_its_block_asks() -> None:
     parked = [kept.park(offload) for kept in blocks]
     assert not any(place.back for place in parked)
     offload.ahead()
-    ahead = [id(tensor) for tensor in parked[1].back]
+    ahead = [tensor.data_ptr() for tensor in parked[1].back]
     assert len(ahead) == 5
     assert not parked[0].back
     offload.ahead()
     blocks[1].fetch(offload, parked[1])
-    assert [id(blocks[1]._owner(name)[key]) for name, key in blocks[1]._slots()] == ahead, "copied once"
+    came = [blocks[1]._owner(name)[key].data_ptr() for name, key in blocks[1]._slots()]
+    assert came == ahead, "copied once"
     blocks[0].fetch(offload, parked[0])
     for kept, was in zip(blocks, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))

@@ -85,11 +85,12 @@ def test_ranks_with_different_cards_plan_for_the_one_that_needs_most(monkeypatch
         local_ranks: int
         attention: str
         exchange_by_host: bool
+        multiprocessors: int
 
-    theirs = [32.0, 2.0, planning.ATTENTION.index("math"), 1.0]
+    theirs = [32.0, 2.0, planning.ATTENTION.index("math"), 1.0, 128.0]
     with open_world(parse(["--model_name", "m"]).launch, 0) as world:
         monkeypatch.setattr(type(world), "gather", lambda self, numbers: [list(map(float, numbers)), theirs])
-        assert agreed(Known(8, 4, "flash", True), world) == Known(32, 4, "math", False)
+        assert agreed(Known(8, 4, "flash", True, 82), world) == Known(32, 4, "math", False, 128)
 
 
 @pytest.mark.parametrize(

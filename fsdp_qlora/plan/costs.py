@@ -22,6 +22,7 @@ from fsdp_qlora.codecs import NF4, Codec, Plain
 from fsdp_qlora.frozen import FrozenBytes, FrozenTensor, Layout
 from fsdp_qlora.fused import FusedBlock, Scratch
 from fsdp_qlora.kernels.attention import Masking
+from fsdp_qlora.kernels.attention_on_meta import splitting_over
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.device import take_from
 from fsdp_qlora.kernels.lora_wide import extra, wide
@@ -66,6 +67,7 @@ class Shape(NamedTuple):
     compute_bytes: int
     dropout: float
     attention: str
+    multiprocessors: int
 
 
 def block_bytes(facts: Facts, keep: str, offloaded: bool) -> BlockBytes:
@@ -80,7 +82,8 @@ def _traced(shape: Shape, batch: int, context: int, keep: str, offloaded: bool) 
     block = replace(_block(shape), keep=keep)
     if offloaded:
         return trace_parked(block, batch, context, _traced(shape, batch, context, keep, False))
-    return trace(block, batch, context)
+    with splitting_over(shape.multiprocessors):
+        return trace(block, batch, context)
 
 
 def trace(block: FusedBlock, batch: int, context: int) -> BlockBytes:

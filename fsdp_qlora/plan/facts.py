@@ -36,7 +36,8 @@ class Facts:
     adapters cross between ranks by copy engines through host memory. master_bytes: of an adapter parameter's master
     copy, between updates, beside its working copy. sent_bytes: of a gradient's number on its way between ranks
     (`planning.sending` knows). adapted: "1" or "0" for each linear of a block in order of use, by whether it has an
-    adapter in any block; "" for all.
+    adapter in any block; "" for all. multiprocessors: of the card, over which attention's backward splits the keys in
+    its deterministic form; 0 for its default.
     """
 
     layers: int
@@ -87,6 +88,7 @@ class Facts:
     master_bytes: int = 4  # this and the next as they were until 2026-11-25: rows of the grid from before do not say
     sent_bytes: int = 4
     adapted: str = ""
+    multiprocessors: int = 0
 
     @property
     def tokens(self) -> int:
@@ -196,11 +198,17 @@ def facts_of(
 
 
 def workspace(device: Any, capability: tuple[int, int] | None = None) -> int:
-    """Bytes that PyTorch lends cuBLAS: 32 MiB from Hopper on, else 8 MiB and 128 KiB (CUDABlas's chosen sizes)."""
+    """Bytes that PyTorch lends cuBLAS: 32 MiB from Hopper on, else 8 MiB and 128 KiB (CUDABlas's chosen sizes), unless
+    the environment has others."""
     import torch
+
+    from fsdp_qlora.environment import cublas_workspace_bytes
 
     if device.type != "cuda":
         return 0
+    told = cublas_workspace_bytes()
+    if told is not None:
+        return told
     capability = capability or torch.cuda.get_device_capability(device)
     return 32 << 20 if capability >= (9, 0) else (8 << 20) + (128 << 10)
 
