@@ -57,10 +57,10 @@ class _Tables(nn.Module):
     def __init__(self, block: object) -> None:
         super().__init__()
         assert isinstance(block, FusedBlock)
-        self.half = block.anatomy.head_dim // 2
+        self.width = block.anatomy.head_dim // 2
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> list[Tensor]:
-        return [torch.empty(position_ids.shape[-1], self.half, device=META) for _ in range(2)]
+        return [torch.empty(position_ids.shape[-1], self.width, device=META) for _ in range(2)]
 
 
 class Rehearsed(NamedTuple):

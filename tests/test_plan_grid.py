@@ -20,11 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = sorted(RESULTS.glob("*-grid.jsonl"))  # what was measured of the grid, by date and device
 ROWS = [json.loads(line) | {"file": file.stem} for file in FILES for line in file.read_text().splitlines()]
+SWEEP = [
+    row
+    for file in sorted(RESULTS.glob("*-sweep.jsonl"))
+    for row in map(json.loads, file.read_text().splitlines())
+    if row["run"]["link"] == "turns"
+]
+# Bound by the host, which several runs shared; four cards that share their host memory's rate.
+UNMET_SWEEP = {"8b-8x152-r16-24-20", "8b-8x512-r16-12-10", "70b-512-38", "70b-2048-4-92"}
 NAMES = [f"{row['file']}:{row['name']}" for row in ROWS]
 # 26 % short: bound by the host's launches, of which the arithmetic knows too little (docs/LOG.md). And 24 % long: its
 # attention was measured at 4,096 tokens, where it is slower than at 78,592.
 UNMET = {"2026-11-24-h200-grid:8b-stream", "2026-11-25-h100-grid:8b-78k"}
-each = pytest.mark.parametrize("row", ROWS, ids=NAMES)
 timed = pytest.mark.parametrize(
     "row",
     [pytest.param(r, marks=[pytest.mark.xfail(strict=True)] if n in UNMET else [], id=n)
@@ -38,10 +45,24 @@ def candidate_of(row: dict[str, Any]) -> Candidate:
     return Candidate(plan["placement"], blocks, plan["head_resident"], plan["staging"])
 
 
-@each
-def test_memory_is_met_within_5_percent(row: dict[str, Any]) -> None:
-    predicted = Memory(Facts(**row["facts"])).device_bytes(candidate_of(row))
-    assert predicted == pytest.approx(row["measured"]["allocated_gib"] * GIB, rel=0.05)
+@pytest.mark.parametrize("row", SWEEP, ids=[row["name"] for row in SWEEP])
+def test_memory_is_met_within_3_percent(row: dict[str, Any]) -> None:
+    """Of rows since a step's tensors have places, before they are laid out; but where loading is the peak, which
+    PyTorch's allocator gives. Gate and up that were parked at rank 16 were copied for that then, and are not now."""
+    if row["facts"]["rank"] == 16 and any(b["keep"] == "all" and b["offloaded"] for b in row["plan"]["blocks"]):
+        pytest.skip("measured with a copy that is not made any more")
+    memory, candidate = Memory(Facts(**row["facts"])), candidate_of(row)
+    step, loading = (sum(parts(candidate).values()) for parts in (memory.step_parts, memory.loading_parts))
+    bound = 0.03 if step > loading else 0.05
+    assert max(step, loading) == pytest.approx(row["measured"]["allocated_gib"] * GIB, rel=bound)
+
+
+@pytest.mark.parametrize("row", SWEEP, ids=[row["name"] for row in SWEEP])
+def test_a_planned_runs_time_is_met_within_8_percent(row: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    if row["name"] in UNMET_SWEEP:
+        request.applymarker(pytest.mark.xfail(strict=True))
+    predicted = Clock(Facts(**row["facts"]), Rates(**row["rates"])).seconds(candidate_of(row))
+    assert predicted == pytest.approx(row["measured"]["seconds"], rel=0.08)
 
 
 @timed
