@@ -217,22 +217,20 @@ def linear_codec(
     config: PretrainedConfig, train_type: str, double_quant: bool, precision: Precision
 ) -> tuple[Codec, bool]:
     """(how the decoder's linears are stored, whether the checkpoint has them in that form already)."""
-    if train_type != "qlora":
-        if hasattr(config, "quantization_config"):
-            raise UserError(
-                f"train_type: {train_type} trains over an unquantized base and this checkpoint is quantized; "
-                "use --train_type qlora"
-            )
-        return Plain(precision.compute), False
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
-        return NF4(double_quant), False
+        return (NF4(double_quant), False) if train_type == "qlora" else (Plain(precision.compute), False)
     settings: dict[str, Any] = quantized if isinstance(quantized, dict) else quantized.to_dict()
     if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
         method = settings.get("quant_method", "an unknown method")
         raise UserError(
             f"model_name: the checkpoint is quantized by {method} in another form than bitsandbytes' NF4, which alone "
             "is read as it is; use the unquantized model, or one of the *-bnb-4bit kind"
+        )
+    if train_type != "qlora":
+        raise UserError(
+            f"train_type: {train_type} trains over an unquantized base and this checkpoint is quantized; "
+            "use --train_type qlora"
         )
     return NF4(bool(settings.get("bnb_4bit_use_double_quant"))), True
 

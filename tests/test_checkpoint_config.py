@@ -9,7 +9,9 @@ import transformers
 from safetensors.torch import load_file
 
 import train
-from fsdp_qlora.skeleton import max_positions, read_config
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.precision import Precision
+from fsdp_qlora.skeleton import linear_codec, max_positions, read_config
 from tests import tiny
 from tests.as_peft import assert_trains_as_peft
 from tests.checkpoint_forms import (
@@ -116,3 +118,23 @@ def test_a_pad_token_outside_the_embedding_changes_nothing(pad, tmp_path):
     before, after = ((tmp_path / run / "metrics.jsonl").read_text() for run in ("before", "after"))
     losses = re.compile(r'"loss": [0-9.e-]+')
     assert losses.findall(before) == losses.findall(after) != []
+
+
+@pytest.mark.parametrize(
+    ("method", "train_type", "told"),
+    [
+        ({"quant_method": "fp8"}, "lora", "use the unquantized model"),
+        ({"quant_method": "fp8"}, "qlora", "use the unquantized model"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "lora", "use the unquantized model"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "lora",
+            "use --train_type qlora",
+        ),
+    ],
+    ids=["fp8, lora", "fp8, qlora", "8 bits, lora", "nf4, lora"],
+)
+def test_a_hint_for_a_quantized_checkpoint_leads_to_what_works(method, train_type, told) -> None:
+    config = transformers.LlamaConfig(**tiny.SHAPE, quantization_config=method)
+    with pytest.raises(UserError, match=told):
+        linear_codec(config, train_type, True, Precision(torch.float32, torch.float32))
