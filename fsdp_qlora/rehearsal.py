@@ -88,7 +88,9 @@ def rehearse(
         adapters.exchange = _Nowhere(widens)
         take_from(recorder)
         try:
-            adapters.begin_micro_batch(last=True)
+            # Where gradients are summed up over micro-batches first, what is reduced after the last has no place.
+            summed = config.memory.no_sync and training.gradient_accumulation_steps > 1
+            adapters.begin_micro_batch(last=not summed)
             model(ids, places, labels, 1.0).backward()
             adapters.finish()
             adapters.update(int)  # an optimizer's step takes nothing

@@ -209,7 +209,7 @@ def kept_numbers(of: Subject, keep: str, shape: tuple[int, int]) -> float:
     """Numbers per token that one block keeps, tables left out."""
     of.fuse(keep_activations=keep)
     of.set_backend("math")
-    block = next(iter(of.model.blocks.values()))
+    block = list(of.model.blocks.values())[-1]  # the first may copy its input
     h, _ = inputs(of.hf_config, shape, torch.float32, DEVICE)
     tables = of.model.backbone.rotary_emb(h, torch.arange(shape[1], device=DEVICE)[None])
     out = block(h.requires_grad_(), position_embeddings=tables)
