@@ -9,5 +9,7 @@ echo "environment ready after $((SECONDS - started)) s"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest --durations=15 "$@"
+workers=()
+command -v nvidia-smi >/dev/null || workers=(-n 2 --dist loadfile)  # two files at a time, where they share no GPU
+.venv/bin/python -m pytest "${workers[@]}" --durations=15 "$@"
 echo "all checks passed in $((SECONDS - started)) s"
