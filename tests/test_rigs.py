@@ -80,7 +80,7 @@ def test_a_smaller_card_and_less_host_memory_can_be_asked_for(model: Path, capsy
     assert ask(model, "--plan_for", "2x4090", "--gpu_memory_gib", "12", "--host_memory_gib", "7.5") == 0
     said = capsys.readouterr().out
     assert "GPU 12.0 GiB" in said
-    assert "of 11.0 GiB" in said  # what CUDA leaves of it
+    assert "of 10.8 GiB" in said  # what CUDA leaves of it
     assert "host memory 7.5 GiB for the plan;" in said
 
 
@@ -190,8 +190,8 @@ def speeds(gpu_gib: str, rigs: list[str], *options: list[str]) -> list[float]:
     return [rig_of(rig).count / plan.seconds for rig, plan in plans if plan.seconds is not None]
 
 
-# At 5.2 GiB a search that only went from mixes that use up both memories was 3 % slower with 8 GiB than with 6.
-@pytest.mark.parametrize(("context", "gpu_gib"), [("2048", "5.2"), ("2048", "5.9"), ("512", "4.8")])
+# At 5.4 GiB a search that only went from mixes that use up both memories was 3 % slower with 8 GiB than with 6.
+@pytest.mark.parametrize(("context", "gpu_gib"), [("2048", "5.4"), ("2048", "5.9"), ("512", "4.8")])
 @pytest.mark.usefixtures("bare_memory")
 def test_more_of_anything_is_never_slower(context: str, gpu_gib: str) -> None:
     tokens = ["--context_length", context]
