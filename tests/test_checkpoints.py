@@ -65,6 +65,8 @@ def test_a_checkpoint_quantized_otherwise_than_asked_is_refused(model, tmp_path)
         built(OPTIONS | {"model_name": tmp_path}),
     ):
         pass
+    config["quantization_config"]["bnb_4bit_quant_type"] = "nf4"  # of which alone that is true
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with (
         pytest.raises(UserError, match="use --train_type qlora"),
         built(OPTIONS | {"model_name": tmp_path, "train_type": "lora"}),
