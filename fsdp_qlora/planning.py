@@ -1,6 +1,6 @@
 """From a model, the options and this machine to the plan: what the user fixed, what there is, what it will be.
 
-The plan itself (plan.py and its neighbours) is arithmetic; here are its inputs read and its words told.
+The plan itself (`plan/`) is arithmetic; here are its inputs read and its words told.
 """
 
 import json
@@ -162,6 +162,12 @@ class Layouts:
 
     def nbytes(self, blocks: Sequence[BlockPlan]) -> int:
         return self.of(blocks).nbytes
+
+    def exchanged(self, widens: bool) -> None:
+        """Follow the exchange that came to be, which may not be the one that was planned for."""
+        if widens != self.widens:
+            self.widens = widens
+            self._known.clear()
 
 
 def agreed(facts: Facts, world: World) -> Facts:

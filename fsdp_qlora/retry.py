@@ -89,6 +89,20 @@ class Refit:
             self._note()
         return arena
 
+    def first_arena(self, widens: bool) -> Arena | None:
+        """Return the memory for the tensors of the first step. widens: as of the exchange that was chosen."""
+        layout = self.planned.layout
+        if layout is not None and layout.widens != widens:
+            if isinstance(self.model, FSDPModule):
+                self._no_layout()
+            else:
+                layout.exchanged(widens)
+        return make_arena(self.planned.schedule, self.world)
+
+    def _no_layout(self) -> None:
+        """Plan without places from now on: the hooks of FSDP know no meta device, so nothing can be rehearsed."""
+        self.planned = replace(self.planned, layout=None)
+
     def _arena(self) -> tuple[Arena | None, str]:
         """(the arena, ""), or (None, why there is none)."""
         try:
@@ -99,8 +113,8 @@ class Refit:
             return None, first_line(error)
 
     def _plan_less(self, step: int, ran_out: Mapping[int, str]) -> None:
-        if isinstance(self.model, FSDPModule):  # whose hooks know no meta device: no rehearsal, so no arena from now on
-            self.planned = replace(self.planned, layout=None)
+        if isinstance(self.model, FSDPModule):
+            self._no_layout()
         planned = refit_run(self.planned, self.world)
         if planned is None:
             raise TrainingStopped(out_of_memory(step, ran_out)).on_every_rank(self.world.rank)

@@ -28,7 +28,7 @@ from fsdp_qlora.metrics import Metrics
 from fsdp_qlora.model import CausalModel, Recipe, assemble
 from fsdp_qlora.optim import check_optimizer
 from fsdp_qlora.placement import Placement, check_bytes, choose_placement
-from fsdp_qlora.planning import make_arena, micro_batches, plan_run, write_plan
+from fsdp_qlora.planning import micro_batches, plan_run, write_plan
 from fsdp_qlora.precision import Precision, precision_of
 from fsdp_qlora.retry import Refit
 from fsdp_qlora.shards import ShardedAdapters
@@ -105,7 +105,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         adapters = load_model(config, model, weights, placement, world)
         give_back_freed()
         hold_to_card(config.memory.gpu_memory_gib, world)
-        arena = make_arena(planned.schedule, world)
+        arena = refit.first_arena(adapters.exchange.widens)
         stages.done("loading")
         if config.output.verbose:
             world.say(stages.line())

@@ -112,7 +112,7 @@ class Stepper:
         self._begun = self._updated
         self.adapters.zero_grad()
         self._drop_arena()
-        gc.collect()  # blocks that have offloaded and fetched nothing are circles
+        gc.collect()  # of what failed, frames and errors may hold one another
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
             torch.cuda.empty_cache()

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
-from fsdp_qlora import run as run_module
+from fsdp_qlora import retry
 from fsdp_qlora.arena import Arena, Recorder
 from fsdp_qlora.fused import KEEP
 from fsdp_qlora.kernels import device
 from fsdp_qlora.layout import ALIGN, Life, most_alive, place
 from tests import tiny
-from tests.runs import Options, run_alone
+from tests.runs import Options, flags, run_alone
+from tests.torchrun import run_torchrun
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 FAMILIES = {
@@ -139,18 +140,36 @@ def test_a_run_in_an_arena_is_the_run_without(
     """To the last bit, in rows of unequal lengths."""
     family, more = CASES[name]
     made: list[Arena] = []
-    make = run_module.make_arena
+    make = retry.make_arena
 
     def noted(*args: Any) -> Any:
         made.append(make(*args))
         return made[-1]
 
-    monkeypatch.setattr(run_module, "make_arena", noted)
+    monkeypatch.setattr(retry, "make_arena", noted)
     inside = run_alone(options(folder, family, more), tmp_path / "inside")
-    monkeypatch.setattr(run_module, "make_arena", lambda *_: None)
+    monkeypatch.setattr(retry, "make_arena", lambda *_: None)
     outside = run_alone(options(folder, family, more), tmp_path / "outside")
     assert made[0].nbytes > 0
     assert not made[0].strayed, capsys.readouterr().out
     assert inside.losses == outside.losses
     for key, value in outside.tensors.items():
         assert torch.equal(inside.tensors[key], value), key
+
+
+PLANNED_OTHERWISE = """
+    import sys
+    from fsdp_qlora import planning
+    from train import main
+
+    planning.through_host = lambda *_: True  # what the machine promises, and the exchange then refuses
+    sys.stdout.write(f"ended with {main(sys.argv[1:])}\\n")
+    """
+
+
+def test_the_arena_is_of_the_exchange_that_came_to_be(folder: Path, tmp_path: Path) -> None:
+    """Copies through host memory were planned for, whose gradients are narrower than those that NCCL sums."""
+    case = options(folder, "llama", {"output_dir": tmp_path / "out", "precision": "bf16"})
+    done = run_torchrun(PLANNED_OTHERWISE, 2, flags(case))
+    assert done.stdout.count("ended with 0") == 2, f"{done.stdout}\n{done.stderr}"
+    assert "was not planned" not in done.stdout, done.stdout
