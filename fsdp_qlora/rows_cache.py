@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -19,6 +20,8 @@ from fsdp_qlora.sources import Source
 
 ARRAYS = ("ids", "trains", "offsets", "index")
 NOTE = "rows.json"
+PART = ".rows-"  # begins the name of an entry that is being written
+ENTRY = re.compile(r"[0-9a-f]{32}")
 KEPT_DAYS = 30  # after which an entry that nobody has read is removed
 MANY_ROWS, MANY_TOKENS = 2048, 500_000  # fewer are tokenized again in no time
 # What decides how rows become tokens; dataset stands for its content, the rest has its effect later.
@@ -56,10 +59,11 @@ class Cache:
             for name in ARRAYS:
                 held[name] = np.load(self.path / f"{name}.npy", mmap_mode="r")
                 if len(held[name]) != lengths[name]:
-                    return None
+                    raise ValueError(name)
             os.utime(self.path / NOTE)
-        except (OSError, ValueError, KeyError):
-            return None  # another process has removed it, or the disk has cut it short
+        except (OSError, ValueError, KeyError):  # another process has removed it, or the disk has cut it short
+            shutil.rmtree(self.path, ignore_errors=True)  # or nothing whole would ever take its place
+            return None
         self.notes.append(f"tokenized before, read from {self.path}")
         return held
 
@@ -69,7 +73,7 @@ class Cache:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=".", dir=self.path.parent))
+            part = Path(tempfile.mkdtemp(prefix=PART, dir=self.path.parent))
         except OSError as error:
             self.notes.append(f"not kept in rows_cache {self.path.parent} ({error.strerror})")
             return
@@ -99,11 +103,14 @@ def cache_folder(option: str | None) -> Path | None:
 
 
 def _remove_old(folder: Path) -> None:
+    """Remove entries that nobody has read for long, whole or begun; what else a folder of the user's holds stays."""
     oldest = time.time() - KEPT_DAYS * 86400
     for entry in folder.iterdir():
         with suppress(OSError):
-            file = entry / NOTE
-            if (file if file.is_file() else entry).stat().st_mtime < oldest:
+            whole = ENTRY.fullmatch(entry.name) and (entry / NOTE).is_file()
+            if not whole and not entry.name.startswith(PART):
+                continue
+            if (entry / NOTE if whole else entry).stat().st_mtime < oldest:
                 shutil.rmtree(entry, ignore_errors=True)
 
 

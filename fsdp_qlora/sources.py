@@ -159,9 +159,19 @@ def keep_stdin() -> Path:
 
 
 def stdin_file() -> Path:
-    """Return where standard input is kept during the run: named after the process that all ranks of a node share."""
+    """Return where standard input is kept during the run: named after the process that all ranks of a node share.
+
+    Its start is in the name too: a restarted container has its numbers again, and what a killed run left there."""
     shared = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    return Path(tempfile.gettempdir()) / f"fsdp_qlora-stdin-{os.getuid()}-{shared}"
+    return Path(tempfile.gettempdir()) / f"fsdp_qlora-stdin-{os.getuid()}-{shared}-{_start_of(shared)}"
+
+
+def _start_of(process: int) -> str:
+    """Return when a process was started, in ticks since the system was; '' where the system does not tell."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def forget_stdin() -> None:

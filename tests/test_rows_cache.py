@@ -93,9 +93,15 @@ def test_damaged_old_and_small_entries(tmp_path: Path, monkeypatch: pytest.Monke
     (entry,) = cache.iterdir()
     (entry / "ids.npy").write_bytes((entry / "ids.npy").read_bytes()[:-100])
     assert same(made, load(path, cache=cache)), "cut short by a full disk: made anew"
+    assert isinstance(load(path, cache=cache).ids, np.memmap), "and kept again"
     monkeypatch.setattr(rows_cache, "KEPT_DAYS", -1)
     load(write(tmp_path / "b.jsonl", word="b"), cache=cache)
     assert not entries(cache), "old ones go"
+    for name in ("photos", ".git", "0" * 32):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    (tmp_path / "mine" / ".rows-begun").mkdir()
+    load(path, cache=tmp_path / "mine")
+    assert entries(tmp_path / "mine") == {"photos", ".git", "0" * 32}, "what the user keeps there stays"
     load(write(tmp_path / "c.jsonl", 10), cache=tmp_path / "small")
     assert not (tmp_path / "small").exists(), "few rows are not worth it"
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from pathlib import Path
 
 import datasets
@@ -193,6 +194,12 @@ def test_standard_input_is_read_once_for_all_ranks(tmp_path: Path, monkeypatch: 
         assert np.array_equal(load("-", tokenizer).ids, want.ids)
     sources.forget_stdin()
     assert [file.name for file in tmp_path.iterdir()] == ["plain.jsonl"]
+    start_of = sources._start_of
+    started = start_of(os.getpid())
+    assert started.isdigit()
+    monkeypatch.setattr(sources, "_start_of", lambda _: "1")  # another process had this number, and was killed
+    sources.stdin_file().write_text('{"text": "of another run"}\n')
+    monkeypatch.setattr(sources, "_start_of", start_of)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"[\n" + INDENTED.encode()[1:])))
     assert len(load("-", tokenizer)) == 2
     sources.forget_stdin()
