@@ -61,9 +61,10 @@ class HostMemory:
 
     def read(self) -> float:
         """A fresh reading, GiB; counts for the peak too."""
-        self.now = host_memory_gib()
-        self.peak = max(self.peak, self.now)
-        return self.now
+        now = host_memory_gib()  # not by way of `self.now`: the thread may write an older reading there meanwhile
+        self.now = now
+        self.peak = max(self.peak, now)
+        return now
 
     def __enter__(self) -> "HostMemory":
         self.read()

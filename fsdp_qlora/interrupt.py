@@ -37,9 +37,10 @@ class Interrupt:
         self.world, self.rescue = world, rescue
         self.signal_number: int | None = None  # that this rank got
         self.agreed_signal: int | None = None  # that the ranks stop for
-        self._asked_at = 0.0
         self._polled = False
+        self._hurry = False  # decided by the watcher alone, which hears of a signal when it comes
         self._left = threading.Event()
+        self._main_thread = threading.get_ident()
 
     @property
     def requested(self) -> bool:
@@ -88,10 +89,10 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Runs in the main thread between two bytecodes of whatever it was doing: so it takes no lock, nor prints."""
-        if self.signal_number is None:
-            self.signal_number, self._asked_at = number, time.monotonic()
-        elif number in HURRY and time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
+        if self._hurry:
             raise KeyboardInterrupt
+        if self.signal_number is None:
+            self.signal_number = number
 
     def _watch(self) -> None:
         first: float | None = None
@@ -116,7 +117,9 @@ class Interrupt:
                     first = time.monotonic()
                     self._announce(number)
                 elif number in HURRY and time.monotonic() - first > SAME_REQUEST_SECONDS:
-                    # The handler raises KeyboardInterrupt as soon as the main thread runs Python again.
+                    if not self._hurry:  # its handler raises as soon as the main thread runs Python again
+                        self._hurry = True
+                        signal.pthread_kill(self._main_thread, signal.SIGINT)
                     self._left.wait(UNWIND_SECONDS)
                     if not self._left.is_set():
                         self._leave(128 + number, f"rank {self.world.rank}: left at once, without saving")
