@@ -56,7 +56,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_TI = x.to(self.dtype).flatten(0, -2)
-        y_TO = _FrozenMatmul.apply(x_TI, self.weight, self.bias)
+        y_TO: Tensor = _FrozenMatmul.apply(x_TI, self.weight, self.bias)
         if self.lora_A is not None and self.lora_B is not None:
             dropped_TI = F.dropout(x_TI, self.dropout, self.training) if self.dropout else x_TI
             y_TO = y_TO.addmm_(dropped_TI @ self.lora_A.T, self.lora_B.T, alpha=self.scale)

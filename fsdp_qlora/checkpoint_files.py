@@ -43,7 +43,8 @@ class SafetensorsFile:
 
     def tensor(self, name: str) -> Tensor:
         with self._open() as tensors:
-            return tensors.get_tensor(name)
+            tensor: Tensor = tensors.get_tensor(name)
+        return tensor
 
     def _open(self) -> safe_open:
         try:

@@ -124,7 +124,8 @@ def _quantizer() -> Callable[..., Any]:
             del os.environ["TORCHDYNAMO_DISABLE"]
         else:
             os.environ["TORCHDYNAMO_DISABLE"] = before
-    return quantize_4bit
+    quantize: Callable[..., Any] = quantize_4bit
+    return quantize
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,12 @@ class Collectives:
     widens = False
 
     def all_gather(self, whole: Tensor, mine: Tensor) -> Pending:
-        return all_gather(whole, mine, async_op=True)
+        work: Pending = all_gather(whole, mine, async_op=True)
+        return work
 
     def reduce_scatter(self, mine: Tensor, whole: Tensor) -> Pending:
-        return reduce_scatter(mine, whole, async_op=True)
+        work: Pending = reduce_scatter(mine, whole, async_op=True)
+        return work
 
     def let_go(self) -> None:
         pass
@@ -93,7 +95,7 @@ class _Recorded:
         torch.cuda.current_stream(self.device).wait_event(self.event)
 
     def is_completed(self) -> bool:
-        return self.event.query()
+        return bool(self.event.query())
 
 
 class ThroughHost:

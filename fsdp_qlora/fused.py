@@ -10,14 +10,14 @@ T tokens (B*S), H hidden, N query heads, K key/value heads, D head dim, I interm
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fsdp_qlora.block import FrozenLinear
 from fsdp_qlora.frozen import decode_rows
-from fsdp_qlora.kernels.attention import attend, attend_backward
+from fsdp_qlora.kernels.attention import Stats, attend, attend_backward
 from fsdp_qlora.kernels.device import deterministic, empty, empty_like, no_autocast
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import Adapter, Gradients, Projection, project
@@ -49,6 +49,10 @@ from fsdp_qlora.recognise import Anatomy, Norm
 # all: + gate, up [2I].  Where norms follow o and down (Gemma 2, 3), what down gave is kept at each level as well [H],
 # and what o gave from halves on [H]. The adapters' x A^T, R numbers each, hardly count.
 KEEP = ("input", "halves", "attention", "qkv", "all")
+
+Tables = tuple[Tensor, Tensor]  # float32 cos and sin [S, D/2]
+Dropout = tuple[float, int]  # the adapters' probability, and the seed of the block's pass
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 class Scratch:
@@ -98,7 +102,7 @@ class AttentionState:
     qkv: Tensor | None = None  # [T, (N + 2K)*D], as projected where the heads are normalised, else rotated already
     xs: Tensor | None = None  # see kernels/lora_wide.py
     out: Tensor | None = None  # [B, S, N, D]
-    stats: Any = None
+    stats: Stats = None
     oa: Tensor | None = None  # xs of o
     projected: Tensor | None = None  # o's output, where a norm follows it
 
@@ -181,7 +185,8 @@ class FusedBlock:
         seed = int(torch.randint(1 << 62, ()).item()) if p else 0
         block = self if torch.is_grad_enabled() else replace(self, parks=False)  # no backward would fetch it
         with no_autocast(h):  # as in backward, which recomputes: a product stays float32
-            return _Fused.apply(h, block, cos, sin, (p, seed), *matrices)
+            out: Tensor = _Fused.apply(h, block, cos, sin, (p, seed), *matrices)
+        return out
 
     def forget(self) -> None:
         """Let go of what a pass that failed has left behind, in this block and in what it shares with the others."""
@@ -192,7 +197,7 @@ class FusedBlock:
     # ---- the attention half
 
     def attention_forward(
-        self, h: Tensor, shape: tuple[int, int], rotary: Any, drop: Any
+        self, h: Tensor, shape: tuple[int, int], rotary: Tables, drop: Dropout
     ) -> tuple[Tensor, AttentionState]:
         """(what is added to h [T, H], everything backward can use)."""
         state, qkv = AttentionState(), self.projection(*self.anatomy.qkv)
@@ -213,8 +218,8 @@ class FusedBlock:
         h: Tensor,
         state: AttentionState,
         shape: tuple[int, int],
-        rotary: Any,
-        drop: Any,
+        rotary: Tables,
+        drop: Dropout,
         room: int | None,
     ) -> tuple[Tensor | None, Gradients]:
         """(d_h [T, H], gradients of qkv's and o's adapters) from d_h2 [T, H + R], the whole gradient reaching h2 with
@@ -277,7 +282,7 @@ class FusedBlock:
         self.scratch.hand(d_h_wide)
         return d_h, gradients
 
-    def _project_qkv(self, state: AttentionState, y_wide: Tensor, qkv: Projection, drop: Any) -> Tensor:
+    def _project_qkv(self, state: AttentionState, y_wide: Tensor, qkv: Projection, drop: Dropout) -> Tensor:
         """Fills the state's qkv and xs; the weights as `lay` has them."""
         laid = self._lay(self.anatomy.qkv, qkv)
         state.xs = adapt_(y_wide, qkv, laid, p=drop[0], seed=drop[1])
@@ -286,7 +291,7 @@ class FusedBlock:
         return laid
 
     def _heads(
-        self, state: AttentionState, shape: tuple[int, int], rotary: Any, rotate: bool
+        self, state: AttentionState, shape: tuple[int, int], rotary: Tables, rotate: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, S, heads, D] as attention takes them; rotates what is kept, in place, unless heads have norms."""
         q, k, v = self._split(state.qkv, shape)
@@ -305,7 +310,7 @@ class FusedBlock:
 
     # ---- the MLP half
 
-    def mlp_forward(self, n_wide: Tensor, gate_up: Projection, h2: Tensor, h3: Tensor, drop: Any) -> MLPState:
+    def mlp_forward(self, n_wide: Tensor, gate_up: Projection, h2: Tensor, h3: Tensor, drop: Dropout) -> MLPState:
         """Writes h3 [T, H], from n, h2 normalised with room beside it; returns everything backward can use."""
         state, (p, seed) = MLPState(), drop
         self._project_gate_up(state, n_wide, gate_up, drop)
@@ -327,7 +332,7 @@ class FusedBlock:
         return state
 
     def mlp_backward(
-        self, d_h3: Tensor, h2: Tensor, state: MLPState, down: Projection, o: Projection, drop: Any
+        self, d_h3: Tensor, h2: Tensor, state: MLPState, down: Projection, o: Projection, drop: Dropout
     ) -> tuple[Tensor, Gradients]:
         """(d_h2 [T, H + R] with room for o's adapter, gradients of gate's, up's and down's adapters). down first: gate
         and up, if they are computed again, are then decoded once for that and for their gradients."""
@@ -376,7 +381,7 @@ class FusedBlock:
         self._norm_backward(d_n, h2, anatomy.mlp_norm, skip=d_h3, out=d_h2[:, :features])
         return d_h2, [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
 
-    def _project_gate_up(self, state: MLPState, n_wide: Tensor, gate_up: Projection, drop: Any) -> Tensor:
+    def _project_gate_up(self, state: MLPState, n_wide: Tensor, gate_up: Projection, drop: Dropout) -> Tensor:
         """Fills the state's gate_up and xs; the weights as `lay` has them."""
         laid, inner = self._lay(self.anatomy.gate_up, gate_up), self.anatomy.down.in_features
         state.xs = adapt_(n_wide, gate_up, laid, p=drop[0], seed=drop[1] + 2)
@@ -422,17 +427,17 @@ class FusedBlock:
         out_features = sum(linear.out_features for linear in linears)
         return lay(projection, out_features, linears[0].in_features, self.scratch.room)
 
-    def _normed(self, x: Tensor, norm: Norm, consumer: Projection, **options: Any) -> Tensor:
+    def _normed(self, x: Tensor, norm: Norm, consumer: Projection, **options: Tensor | None) -> Tensor:
         """[T, H + R]: x normalised, and room beside it for the adapters of the linears that read it."""
         rows, features = x.shape
         normed = wide(rows, features + extra(consumer), x)
         self._norm(x, norm, out=normed[:, :features], **options)
         return normed
 
-    def _norm(self, x: Tensor, norm: Norm, **options: Any) -> Tensor:
+    def _norm(self, x: Tensor, norm: Norm, **options: Tensor | None) -> Tensor:
         return rms_norm_forward(x, norm.weight.decode(self.dtype), norm.eps, norm.shift, **options)
 
-    def _norm_backward(self, d_y: Tensor, x: Tensor | None, norm: Norm, **options: Any) -> Tensor:
+    def _norm_backward(self, d_y: Tensor, x: Tensor | None, norm: Norm, **options: Tensor | None) -> Tensor:
         assert x is not None
         return rms_norm_backward(d_y, x, norm.weight.decode(self.dtype), norm.eps, norm.shift, **options)
 
@@ -441,12 +446,12 @@ class FusedBlock:
         return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
-def _own(x: Tensor | None) -> Tensor | None:
+def _own(x: MaybeTensor) -> MaybeTensor:
     """A contiguous copy, so that what it lies beside can go."""
     return None if x is None else empty_like(x).copy_(x)
 
 
-def _owned(stats: Any) -> Any:
+def _owned(stats: Stats) -> Stats:
     """Attention's statistics with copies of its sums by rows; the few integers beside them stay as they are."""
     if isinstance(stats, Tensor):
         if not stats.is_floating_point():
@@ -455,7 +460,7 @@ def _owned(stats: Any) -> Any:
     return tuple(_owned(stat) for stat in stats) if isinstance(stats, list | tuple) else stats
 
 
-def _as_kept(x: Tensor | None) -> Tensor | None:
+def _as_kept(x: MaybeTensor) -> MaybeTensor:
     """Return x with the strides that it has where it was kept, if bits shall not depend on that: for matrices of other
     strides cuBLAS may take another kernel, which sums in another order."""
     return _own(x) if deterministic() else x
@@ -469,7 +474,7 @@ def _whole_rows(x: Tensor) -> Tensor:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, block: FusedBlock, cos: Tensor, sin: Tensor, drop: Any, *matrices: Tensor
+        ctx: Any, h: Tensor, block: FusedBlock, cos: Tensor, sin: Tensor, drop: Dropout, *matrices: Tensor
     ) -> Tensor:
         h = empty_like(h).copy_(h) if block.copies_input else h
         shape, rows = (h.shape[0], h.shape[1]), h.reshape(-1, h.shape[-1])

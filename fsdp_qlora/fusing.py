@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class FinalNorm(nn.Module):
         self.inner, self.eps, self.shift = inner, eps_of(inner), shift
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self.inner.weight, self.eps, shift=self.shift)
+        return rms_norm(hidden, cast(Tensor, self.inner.weight), self.eps, shift=self.shift)
 
 
 @dataclass(frozen=True)

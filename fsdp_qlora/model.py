@@ -147,7 +147,8 @@ class CausalModel(nn.Module):
         with torch.autocast(kind, self.precision.compute) if mixed else no_autocast(input_ids):
             hidden_TH = self.backbone(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)
             hidden_LH = Picked.apply(hidden_TH, places_L)
-            return self.head(self.final_norm(hidden_LH), labels_L, divisor)
+            loss: Tensor = self.head(self.final_norm(hidden_LH), labels_L, divisor)
+        return loss
 
     def is_tied(self) -> bool:
         """Whether the head reads the embedding's bytes."""

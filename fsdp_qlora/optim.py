@@ -33,7 +33,8 @@ def make_optimizer(options: TrainingOptions, parameters: Iterable[nn.Parameter],
 
         settings |= BITSANDBYTES[options.optimizer]
         settings["is_paged"] = settings.get("is_paged", False) and device.type == "cuda"
-        return bitsandbytes.AdamW(parameters, **settings)
+        made: Optimizer = bitsandbytes.AdamW(parameters, **settings)
+        return made
     makers: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "adadelta": Adadelta}
     kind = options.optimizer.removeprefix("fused_")
     if kind in ("adam", "adamw"):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class Planned:
 
     plan: Plan
     lines: list[str]
-    record: dict
+    record: dict[str, Any]
     config: Config
     facts: Facts
     rates: Rates | None
@@ -298,6 +299,6 @@ def make_arena(schedule: Schedule | None, world: World) -> Arena | None:
     return None if schedule is None else Arena(schedule, world.device)
 
 
-def write_plan(folder: Path, record: dict) -> None:
+def write_plan(folder: Path, record: dict[str, Any]) -> None:
     """Beside the run's results, for who compares it with what came."""
     (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")

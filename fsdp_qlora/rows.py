@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def _part_rows(part: Part, options: DataOptions, tokenizer: PreTrainedTokenizerB
 
 def _tokenized(
     source: Source, options: DataOptions, prompt: str, tokenizer: PreTrainedTokenizerBase, progress: bool
-) -> dict:
+) -> dict[str, Any]:
     context, named = options.context_length, read_columns(options.columns or [])
     first, form, bad = _first(source, options, named)
     template = _template(form, options, prompt, tokenizer, source.name)
@@ -138,7 +139,7 @@ def _template(form: Form, options: DataOptions, prompt: str, tokenizer: PreTrain
     return form.template
 
 
-def _gathered(chunks: list[Chunk], context: int) -> dict:
+def _gathered(chunks: list[Chunk], context: int) -> dict[str, Any]:
     dropped, notes = Counter[str](), Counter[str]()
     seen, used, bad = set[str](), set[str](), list[str]()
     for chunk in chunks:

@@ -54,7 +54,7 @@ class Cache:
         if self.path is None or not (self.path / NOTE).is_file():
             return None
         try:
-            held = json.loads((self.path / NOTE).read_text())
+            held: dict[str, Any] = json.loads((self.path / NOTE).read_text())
             lengths = held.pop("lengths")
             for name in ARRAYS:
                 held[name] = np.load(self.path / f"{name}.npy", mmap_mode="r")

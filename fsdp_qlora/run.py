@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -168,7 +169,7 @@ def read_data(
     )
 
 
-def note_run(config: Config, folder: Path, adapter_parameters: int, plan: dict) -> None:
+def note_run(config: Config, folder: Path, adapter_parameters: int, plan: dict[str, Any]) -> None:
     """Write the run's options and plan beside what it will leave, once it is sure that there is room for that."""
     if config.output.save_model:
         check_space(folder, adapter_parameters)

@@ -253,7 +253,8 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
     """The path of a module in the model, '' of the model itself."""
-    return next(name for name, module in model.named_modules() if module is wanted)
+    path: str = next(name for name, module in model.named_modules() if module is wanted)
+    return path
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -211,7 +211,7 @@ class _Bar:
     def __init__(self, shown: bool):
         self.shown, self.rows = shown, 0
         self.started = self.told = time.monotonic()
-        self.bar: tqdm | None = None
+        self.bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> "_Bar":
         if self.shown and sys.stderr.isatty():

@@ -22,7 +22,8 @@ B batch, S sequence, N query heads, K key/value heads, D head dim.
 import functools
 import importlib.util
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -35,6 +36,10 @@ from fsdp_qlora.kernels.device import deterministic
 DETERMINISTIC = ("cpu", "flash", "flash_attn", "math")
 _PIECE = 512  # queries at a time in the math backend
 
+# What a backend's backward needs beside q, k, v and out: a tensor, or tensors and integers as its library groups them.
+Stats: TypeAlias = torch.Tensor | int | Sequence["Stats"] | None
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # d_q, d_k, d_v
+
 
 class Masking(NamedTuple):
     """What shapes the scores. scale: of q k^T. window: how many keys a query sees, itself included; None for all."""
@@ -46,7 +51,7 @@ class Masking(NamedTuple):
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking, backend: str
-) -> tuple[torch.Tensor, Any]:
+) -> tuple[torch.Tensor, Stats]:
     """(out [B, S, N, D], stats) from q [B, S, N, D], k and v [B, S, K, D], outside autograd."""
     if q.is_meta:
         return forward_on_meta(q, k, v, backend)
@@ -59,10 +64,10 @@ def attend_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    stats: Any,
+    stats: Stats,
     masking: Masking,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Gradients:
     """(d_q, d_k, d_v), shaped as q, k, v, from what `attend` was given and returned."""
     if q.is_meta:
         return backward_on_meta(q, k, v, backend)
@@ -124,7 +129,15 @@ def _chosen(
     return min(times, key=times.__getitem__) if times else "math"
 
 
-def _time(q, k, v, d_out, masking: Masking, backend: str, repeats: int = 5) -> float:
+def _time(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    d_out: torch.Tensor,
+    masking: Masking,
+    backend: str,
+    repeats: int = 5,
+) -> float:
     """ms of forward and backward together, the best of `repeats`."""
     best = math.inf
     for _ in range(repeats + 2):
@@ -141,7 +154,7 @@ def _time(q, k, v, d_out, masking: Masking, backend: str, repeats: int = 5) -> f
 # ---- math: the meaning
 
 
-def _scores(q, k, masking: Masking, first: int):
+def _scores(q: torch.Tensor, k: torch.Tensor, masking: Masking, first: int) -> torch.Tensor:
     """Softcapped and masked scores of queries q [B, K, G, s, D], the first at position `first`, and k [B, K, S, D]."""
     scores = torch.einsum("bkgsd,bktd->bkgst", q, k) * masking.scale
     if masking.softcap is not None:
@@ -154,19 +167,21 @@ def _scores(q, k, masking: Masking, first: int):
     return scores.masked_fill(hidden, -math.inf)
 
 
-def _grouped(x, kv_heads: int):
+def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[B, S, N, D] -> [B, K, G, S, D] in at least float32."""
     b, s, n, d = x.shape
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide.view(b, s, kv_heads, n // kv_heads, d).permute(0, 2, 3, 1, 4)
 
 
-def _ungrouped(x, like):
+def _ungrouped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     b, k, g, s, d = x.shape
     return x.permute(0, 3, 1, 2, 4).reshape(b, s, k * g, d).to(like.dtype)
 
 
-def _math_forward(q, k, v, masking: Masking):
+def _math_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking
+) -> tuple[torch.Tensor, torch.Tensor]:
     queries, keys, values = _grouped(q, k.shape[2]), _grouped(k, k.shape[2])[:, :, 0], _grouped(v, v.shape[2])[:, :, 0]
     outs, sums = [], []
     for first in range(0, q.shape[1], _PIECE):
@@ -176,7 +191,15 @@ def _math_forward(q, k, v, masking: Masking):
     return _ungrouped(torch.cat(outs, 3), q), torch.cat(sums, 3)
 
 
-def _math_backward(d_out, q, k, v, out, lse, masking: Masking):
+def _math_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    masking: Masking,
+) -> Gradients:
     kv_heads = k.shape[2]
     queries, keys, values = _grouped(q, kv_heads), _grouped(k, kv_heads)[:, :, 0], _grouped(v, kv_heads)[:, :, 0]
     d_outs = _grouped(d_out, kv_heads)
@@ -204,19 +227,29 @@ def _math_backward(d_out, q, k, v, out, lse, masking: Masking):
 # ---- PyTorch's for CPUs
 
 
-def _heads_first(q, *keys_and_values):
+def _heads_first(q: torch.Tensor, *keys_and_values: torch.Tensor) -> list[torch.Tensor]:
     """[B, N, S, D] of each, the keys and values repeated for the heads that share them."""
     return [x.transpose(1, 2).repeat_interleave(q.shape[2] // x.shape[2], dim=1) for x in (q, *keys_and_values)]
 
 
-def _cpu_forward(q, k, v, masking: Masking):
+def _cpu_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking
+) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_heads_first(q, k, v), 0.0, True, scale=masking.scale
     )
     return out.transpose(1, 2), lse
 
 
-def _cpu_backward(d_out, q, k, v, out, lse, masking: Masking):
+def _cpu_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    masking: Masking,
+) -> Gradients:
     d_q, *d_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         d_out.transpose(1, 2), *_heads_first(q, k, v), out.transpose(1, 2), lse, 0.0, True, scale=masking.scale
     )
@@ -231,7 +264,9 @@ def _flash_window(masking: Masking) -> dict[str, int]:
     return {} if masking.window is None else {"window_size_left": masking.window - 1, "window_size_right": 0}
 
 
-def _flash_forward(q, k, v, masking: Masking):
+def _flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     b, s, n, d = q.shape
     starts = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -241,20 +276,31 @@ def _flash_forward(q, k, v, masking: Masking):
     return out.view(b, s, n, d), (lse, starts, rng, unused)
 
 
-def _flash_backward(d_out, q, k, v, out, stats, masking: Masking):
+def _flash_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    stats: tuple[torch.Tensor, ...],
+    masking: Masking,
+) -> Gradients:
     b, s, _, d = q.shape
     lse, starts, rng, unused = stats
     grads = torch.ops.aten._flash_attention_backward(
         *(x.reshape(b * s, -1, d) for x in (d_out, q, k, v, out)), lse, starts, starts, s, s, 0.0, True, rng, unused,
         scale=masking.scale, **_flash_window(masking),
     )  # fmt: skip
-    return tuple(grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
+    d_q, d_k, d_v = (grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
+    return d_q, d_k, d_v
 
 
 # ---- cuDNN
 
 
-def _cudnn_forward(q, k, v, masking: Masking):
+def _cudnn_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking
+) -> tuple[torch.Tensor, list[Stats]]:
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     out, *stats, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *heads_first, None, True, 0.0, True, False, scale=masking.scale
@@ -262,19 +308,30 @@ def _cudnn_forward(q, k, v, masking: Masking):
     return out.transpose(1, 2), stats
 
 
-def _cudnn_backward(d_out, q, k, v, out, stats, masking: Masking):
+def _cudnn_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    stats: Sequence[Stats],
+    masking: Masking,
+) -> Gradients:
     lse, starts_q, starts_k, max_q, max_k, seed, offset = stats
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *(x.transpose(1, 2) for x in (d_out, q, k, v, out)), lse, seed, offset, None, starts_q, starts_k,
         max_q, max_k, 0.0, True, scale=masking.scale,
     )  # fmt: skip
-    return tuple(grad.transpose(1, 2) for grad in grads)
+    d_q, d_k, d_v = (grad.transpose(1, 2) for grad in grads)
+    return d_q, d_k, d_v
 
 
 # ---- the flash-attn package: through its public, differentiable function; stats is the small graph it leaves
 
 
-def _package_forward(q, k, v, masking: Masking):
+def _package_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking
+) -> tuple[torch.Tensor, tuple[list[torch.Tensor], torch.Tensor]]:
     from flash_attn import flash_attn_func
 
     window = (-1, -1) if masking.window is None else (masking.window - 1, 0)
@@ -287,19 +344,28 @@ def _package_forward(q, k, v, masking: Masking):
     return out.detach(), (leaves, out)
 
 
-def _package_backward(d_out, q, k, v, out, stats, masking: Masking):
+def _package_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    stats: tuple[list[torch.Tensor], torch.Tensor],
+    masking: Masking,
+) -> Gradients:
     leaves, graph = stats
-    return torch.autograd.grad(graph, leaves, d_out)
+    d_q, d_k, d_v = torch.autograd.grad(graph, leaves, d_out)
+    return d_q, d_k, d_v
 
 
-_FORWARD = {
+_FORWARD: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Masking], tuple[torch.Tensor, Stats]]] = {
     "math": _math_forward,
     "cpu": _cpu_forward,
     "flash": _flash_forward,
     "cudnn": _cudnn_forward,
     "flash_attn": _package_forward,
 }
-_BACKWARD = {
+_BACKWARD: dict[str, Callable[..., Gradients]] = {  # each takes the stats that its own forward returned
     "math": _math_backward,
     "cpu": _cpu_backward,
     "flash": _flash_backward,

@@ -8,7 +8,6 @@ B batch, S sequence, N query heads, K key/value heads, D head dim.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -21,7 +20,9 @@ PADDING = 128  # rows beside each sequence's in FlashAttention's sums
 _multiprocessors = 0  # of the card that is counted for, where its backward is deterministic
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> tuple[torch.Tensor, Any]:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]]:
     """(out [B, S, N, D], stats) as `attention.attend` returns them."""
     scratch = _scratch(q, workspace(backend, q, k)[0])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -30,12 +31,14 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> 
     return out, ((q, k, v), out, sums) if backend == "flash_attn" else (sums,)  # that package's graph holds its inputs
 
 
-def backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> tuple[torch.Tensor, ...]:
+def backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(d_q, d_k, d_v) as `attention.attend_backward` returns them."""
     scratch = _scratch(q, workspace(backend, q, k)[1])
-    gradients = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     del scratch
-    return gradients
+    return d_q, d_k, d_v
 
 
 @contextmanager

@@ -19,12 +19,15 @@ Cohere's and Granite's), done in float32 as the softmax is.
 T tokens, H hidden, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 
 from fsdp_qlora.kernels.device import empty, empty_like, launch, next_power_of_2, no_autocast, on_triton, tl, triton
 from fsdp_qlora.kernels.tanh import tanh
 
 IGNORE = -100
+Head = tuple[float | None, float, float, int]  # softcap, logit scale, divisor, ignored label
 _CHUNK_LOGITS = 1 << 27  # logits held at a time, at most: 256 MiB in bf16; 1,024 tokens at vocabulary 128,256
 _CHUNK_TOKENS = 2048  # at a time, at most: at vocabulary 32,000 tiles enough for 15 rounds of a large GPU
 
@@ -77,10 +80,11 @@ def linear_cross_entropy(
         rows = torch.argsort((labels_T == ignore_index).to(torch.uint8), stable=True)[:label_count]
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden_TH, weight_VH, bias)]
     with no_autocast(hidden_TH):
-        return _LinearCrossEntropy.apply(
+        loss: torch.Tensor = _LinearCrossEntropy.apply(
             hidden_TH, weight_VH, bias, labels_T, rows, wanted, min(chunk, max(n_tokens, 1)),
             (softcap, logit_scale, float(divisor), ignore_index),
         )  # fmt: skip
+    return loss
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -96,7 +100,17 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bia
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, rows, wanted, chunk, head):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        rows: torch.Tensor | None,
+        wanted: list[bool],
+        chunk: int,
+        head: Head,
+    ) -> torch.Tensor:
         # softmax and sums in float32, in float64 for float64
         wide = torch.promote_types(hidden.dtype, torch.float32)
         if rows is not None:
@@ -108,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden = empty_like(hidden) if rows is None else empty_like(hidden).zero_()
         if wanted[1]:
             d_weight = torch.zeros_like(weight, dtype=wide)
-        if wanted[2]:
+        if wanted[2] and bias is not None:
             d_bias = torch.zeros_like(bias, dtype=wide)
         width = -(-vocabulary // 16) * 16  # rows start aligned whatever the vocabulary
         buffer = empty((min(chunk, n_rows), width), hidden)
@@ -122,10 +136,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 torch.addmm(bias, x, weight.t(), out=logits)
             _losses_and_gradient(logits, labels[part], losses[part], any(wanted), *head)
-            if d_hidden is not None and rows is None:
-                torch.mm(logits, weight, out=d_hidden[part])
-            elif d_hidden is not None:
-                d_hidden[rows[part]] = logits @ weight
+            if d_hidden is not None:
+                if rows is None:
+                    torch.mm(logits, weight, out=d_hidden[part])
+                else:
+                    d_hidden[rows[part]] = logits @ weight
             if d_weight is not None:
                 d_weight.add_(_unrounded(logits.t(), x, wide))
             if d_bias is not None:
@@ -136,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() / head[2]
 
     @staticmethod
-    def backward(ctx, d_loss):
+    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy's gradient was already taken: it cannot be differentiated twice")
         gradients, ctx.gradients = ctx.gradients, None
@@ -149,7 +164,16 @@ def _unrounded(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and a.dtype != dtype else a @ b
 
 
-def _losses_and_gradient(logits, labels, losses, gradient: bool, softcap, scale, divisor, ignore) -> None:
+def _losses_and_gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    gradient: bool,
+    softcap: float | None,
+    scale: float,
+    divisor: float,
+    ignore: int,
+) -> None:
     """losses[t] = the loss of row t, 0 where its label is `ignore`; if `gradient`, its gradient over the logits."""
     if on_triton(logits):
         _launch(logits, labels, losses, gradient, softcap, scale, divisor, ignore)
@@ -160,7 +184,16 @@ def _losses_and_gradient(logits, labels, losses, gradient: bool, softcap, scale,
 # ---- meaning, and the path on a CPU
 
 
-def _plain(logits, labels, losses, gradient: bool, softcap, scale, divisor, ignore) -> None:
+def _plain(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    gradient: bool,
+    softcap: float | None,
+    scale: float,
+    divisor: float,
+    ignore: int,
+) -> None:
     z = logits.to(losses.dtype) if scale == 1.0 else logits.to(losses.dtype) * scale
     if softcap is not None:
         bent = torch.tanh(z / softcap)
@@ -250,7 +283,16 @@ def _row_kernel(
                 tl.store(logits_ptr + start + column, d_x, mask=live)
 
 
-def _launch(logits, labels, losses, gradient: bool, softcap, scale, divisor, ignore) -> None:
+def _launch(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    gradient: bool,
+    softcap: float | None,
+    scale: float,
+    divisor: float,
+    ignore: int,
+) -> None:
     vocabulary = logits.shape[1]
     tile = min(8192, next_power_of_2(vocabulary))
     launch(

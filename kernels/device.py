@@ -26,7 +26,7 @@ except ImportError:
 
         constexpr = Any
 
-        def jit(self, kernel):
+        def jit(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
             return kernel
 
     triton = tl = _Absent()
@@ -68,7 +68,7 @@ def deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start a Triton kernel; on the meta device only count it. args: its arguments, a tensor first."""
     global _launched
     if args[0].is_meta:

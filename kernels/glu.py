@@ -12,6 +12,7 @@ T tokens, I intermediate.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -25,18 +26,19 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
 
     activation: "silu", "gelu_tanh" (the tanh formula), "gelu" (exact). Raises ValueError on anything else, or if
     gate's and up's shapes differ."""
-    return _GLU.apply(gate, up, activation)
+    h: torch.Tensor = _GLU.apply(gate, up, activation)
+    return h
 
 
 class _GLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, activation):
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return glu_forward(_rows(gate), _rows(up), activation).view(gate.shape)
 
     @staticmethod
-    def backward(ctx, d_h):
+    def backward(ctx: Any, d_h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         # Copies: autograd's tensors are not ours to overwrite. A fused MLP calls glu_backward_ on its own buffers.
         gate, up = (t.clone(memory_format=torch.contiguous_format) for t in ctx.saved_tensors)
         glu_backward_(_rows(d_h).clone(), _rows(gate), _rows(up), ctx.activation)
@@ -161,7 +163,7 @@ def _backward_kernel(
     tl.store(up_ptr + column, (d_h * act).to(dtype), mask=live)
 
 
-def _launch(kernel, activation: str, gate: torch.Tensor, up: torch.Tensor, third: torch.Tensor) -> None:
+def _launch(kernel: Any, activation: str, gate: torch.Tensor, up: torch.Tensor, third: torch.Tensor) -> None:
     n_rows, width = gate.shape
     if not gate.numel():
         return

@@ -120,7 +120,9 @@ def _kernel(
 COLUMNS, ROWS, WARPS, STAGES = 64, 32, 4, 3  # of 84 tilings the best over three shapes, bfloat16 on an H100
 
 
-def _launch(d_h, gate, up, activation, pairs):
+def _launch(
+    d_h: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, pairs: tuple[Pair | None, ...]
+) -> None:
     tokens, width = gate.shape
     ranks = [0 if pair is None else pair[0].shape[1] for pair in pairs]
     given, out = zip(*((gate, gate) if pair is None else pair for pair in pairs), strict=True)

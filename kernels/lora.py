@@ -17,7 +17,7 @@ T tokens, H in features, O out features, R rank.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,12 +63,15 @@ def lora_projections(
     check(x, projections)
     bare, matrices = take_apart(projections)
     with no_autocast(x):
-        return _Projections.apply(x, bare, p, seed, *matrices)
+        outs: tuple[torch.Tensor, ...] = _Projections.apply(x, bare, p, seed, *matrices)
+    return outs
 
 
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bare, p, seed, *matrices):
+    def forward(
+        ctx: Any, x: torch.Tensor, bare: list[Projection], p: float, seed: int, *matrices: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         outs, xa = project(rows, put_together(bare, matrices), p=p, seed=seed)
         ctx.save_for_backward(x, xa, *matrices)
@@ -76,7 +79,7 @@ class _Projections(torch.autograd.Function):
         return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in outs)
 
     @staticmethod
-    def backward(ctx, *d_outs):
+    def backward(ctx: Any, *d_outs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, xa, *matrices = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         d_rows = [d.reshape(-1, d.shape[-1]) for d in d_outs]

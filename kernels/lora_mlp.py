@@ -9,6 +9,7 @@ T tokens, H hidden, I intermediate.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -47,7 +48,8 @@ def lora_mlp(
         check(x, [down], features=adapter.a.shape[1])
     bare, matrices = take_apart([*inner, down])
     with torch.autocast(x.device.type, enabled=False):
-        return _MLP.apply(x, bare, activation, keep, p, seed, *matrices)
+        y: torch.Tensor = _MLP.apply(x, bare, activation, keep, p, seed, *matrices)
+    return y
 
 
 def _gate_up(outs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +59,16 @@ def _gate_up(outs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bare, activation, keep, p, seed, *matrices):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bare: list[Projection],
+        activation: str,
+        keep: bool,
+        p: float,
+        seed: int,
+        *matrices: torch.Tensor,
+    ) -> torch.Tensor:
         *inner, down = put_together(bare, matrices)
         rows = x.reshape(-1, x.shape[-1])
         outs, xa = project(rows, inner, p=p, seed=seed)
@@ -70,7 +81,7 @@ class _MLP(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError("lora_mlp's gate and up were overwritten by their gradients: it runs backward once")
         ctx.spent = True

@@ -101,7 +101,7 @@ def project_wide(
 
 
 def gradients_of_b_wide(
-    d_out: torch.Tensor, d_xa: torch.Tensor, xs: torch.Tensor, projection: Projection, laid: torch.Tensor
+    d_out: torch.Tensor, d_xa: torch.Tensor, xs: torch.Tensor | None, projection: Projection, laid: torch.Tensor
 ) -> list[torch.Tensor]:
     """[d_b of each adapter], from d_out [T, O]; writes d_xa [T, R], the gradient of x A^T, on the way."""
     gradient_of_xa_wide(d_out, d_xa, projection, laid)
@@ -115,10 +115,11 @@ def gradient_of_xa_wide(d_out: torch.Tensor, d_xa: torch.Tensor, projection: Pro
         torch.addmm(d_xa, d_out, b_OR, beta=0, alpha=_scale(projection), out=d_xa)
 
 
-def products_of_b(d_out: torch.Tensor, xs: torch.Tensor, projection: Projection) -> list[torch.Tensor]:
-    """[d_b of each adapter] from d_out [T, O] and xs [T, R]."""
+def products_of_b(d_out: torch.Tensor, xs: torch.Tensor | None, projection: Projection) -> list[torch.Tensor]:
+    """[d_b of each adapter] from d_out [T, O] and xs [T, R], which may be None where there is no adapter."""
     d_bs, at = [], 0
     for adapter, rank in zip(projection.adapters, _ranks(projection), strict=True):
+        assert xs is not None
         d_b = empty(adapter.b.shape, d_out)
         torch.mm(d_out[:, adapter.rows].t(), xs[:, at : at + rank], out=d_b)
         d_bs.append(d_b)
@@ -203,7 +204,7 @@ def glu_backward_wide_(
         at += rank
     d_as = [empty((rank, width), d_h) for rank in _ranks(down)]
     of_down = (d_ha[:, : len(d_as[0])], d_as[0]) if d_as else None
-    glu_backward_lora_(d_h, gate_up[:, :width], gate_up[:, width:], activation, *halves, of_down)
+    glu_backward_lora_(d_h, gate_up[:, :width], gate_up[:, width:], activation, halves[0], halves[1], of_down)
     return d_bs, d_as
 
 

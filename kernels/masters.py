@@ -7,6 +7,8 @@ bfloat16 that rounds down has a `low` of 2^15, one more than 16 bits hold, and c
 float32's last place. `high` is exact always.
 """
 
+from typing import Any
+
 import torch
 
 from fsdp_qlora.kernels.device import cdiv, empty, launch, on_triton, tl, triton
@@ -56,7 +58,7 @@ def _check(high: torch.Tensor, low: torch.Tensor) -> None:
     assert low.is_contiguous()
 
 
-def _launch(kernel, value, high, low):
+def _launch(kernel: Any, value: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
     rows, length = high.shape
     bits, high = value.view(torch.int32), high.view(torch.int16)
     launch(kernel, (cdiv(length, TILE), rows), bits, high, low, high.stride(0), length, TILE)

@@ -13,6 +13,8 @@ reduction; short rows (a head's, in Qwen3's and Gemma 3's q and k norms) share a
 T rows, H row length.
 """
 
+from typing import Any
+
 import torch
 
 from fsdp_qlora.kernels.device import cdiv, empty_like, launch, next_power_of_2, on_triton, tl, triton
@@ -23,7 +25,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, shift: float 
 
     Raises ValueError if the shapes do not fit or the weight wants a gradient."""
     _check(x, weight)
-    return _RMSNorm.apply(x.contiguous(), weight, eps, shift)
+    y: torch.Tensor = _RMSNorm.apply(x.contiguous(), weight, eps, shift)
+    return y
 
 
 def add_rms_norm(
@@ -33,7 +36,10 @@ def add_rms_norm(
     _check(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(f"residual must be {x.dtype} {tuple(x.shape)}, got {residual.dtype} {tuple(residual.shape)}")
-    return _AddRMSNorm.apply(x.contiguous(), residual.contiguous(), weight, eps, shift)
+    h_and_y: tuple[torch.Tensor, torch.Tensor] = _AddRMSNorm.apply(
+        x.contiguous(), residual.contiguous(), weight, eps, shift
+    )
+    return h_and_y
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -45,20 +51,22 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, shift):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, shift: float) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.shift = eps, shift
         return rms_norm_forward(x, weight, eps, shift)
 
     @staticmethod
-    def backward(ctx, d_y):
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
         return rms_norm_backward(d_y.contiguous(), x, weight, ctx.eps, ctx.shift), None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, eps, shift):
+    def forward(
+        ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, shift: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         h = torch.empty_like(x)
         y = rms_norm_forward(x, weight, eps, shift, residual=residual, sum_out=h)
         ctx.save_for_backward(h, weight)
@@ -66,7 +74,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return h, y
 
     @staticmethod
-    def backward(ctx, d_h, d_y):
+    def backward(ctx: Any, d_h: torch.Tensor, d_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         h, weight = ctx.saved_tensors
         d = rms_norm_backward(d_y.contiguous(), h, weight, ctx.eps, ctx.shift, skip=d_h.contiguous())
         return d, d, None, None, None
@@ -152,7 +160,15 @@ def _apart(x: torch.Tensor) -> tuple[int, int]:
 # ---- meaning, and the path on a CPU
 
 
-def _plain_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
+def _plain_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    shift: float,
+    residual: torch.Tensor | None,
+    sum_out: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     if residual is not None:
         x = torch.add(residual, x, out=sum_out)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -160,7 +176,15 @@ def _plain_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
     out.copy_(normed.mul_(weight.to(wide.dtype) + shift).view(out.shape))
 
 
-def _plain_backward(d_y, h, weight, eps, shift, skip, out) -> None:
+def _plain_backward(
+    d_y: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    shift: float,
+    skip: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     n = wide * r
@@ -224,7 +248,7 @@ def _backward_kernel(
 _TILE = 2048  # numbers a program holds at least
 
 
-def _grid(x: torch.Tensor) -> tuple[tuple[int], int, dict]:
+def _grid(x: torch.Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     H = x.shape[-1]
     n_rows = x.numel() // H
     columns = next_power_of_2(H)
@@ -233,7 +257,15 @@ def _grid(x: torch.Tensor) -> tuple[tuple[int], int, dict]:
     return (cdiv(n_rows, rows),), n_rows, {"H": H, "ROWS": rows, "COLUMNS": columns, "num_warps": warps}
 
 
-def _launch_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
+def _launch_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    shift: float,
+    residual: torch.Tensor | None,
+    sum_out: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     grid, n_rows, tiling = _grid(x)
     if n_rows:
         given = residual is not None
@@ -245,7 +277,15 @@ def _launch_forward(x, weight, eps, shift, residual, sum_out, out) -> None:
         )  # fmt: skip
 
 
-def _launch_backward(d_y, h, weight, eps, shift, skip, out) -> None:
+def _launch_backward(
+    d_y: torch.Tensor,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    shift: float,
+    skip: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
     grid, n_rows, tiling = _grid(h)
     if n_rows:
         heads, stride = _apart(h)

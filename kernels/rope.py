@@ -13,6 +13,8 @@ and a rounded cosine turns every key by the same small wrong amount for good.
 B batch, S sequence, N heads, K kv heads, D head dim, R rotated features, P table rows.
 """
 
+from typing import Any
+
 import torch
 
 from fsdp_qlora.kernels.device import cdiv, launch, next_power_of_2, on_triton, tl, triton
@@ -41,7 +43,8 @@ def rope(
 
     cos, sin: float32 [P, R/2], R <= D even. positions: int64 [B, S] rows of the tables, None for 0 .. S - 1.
     Raises ValueError on wrong shapes. The caller sees to it that positions are below P."""
-    return _Rope.apply(q, k, cos, sin, positions)
+    turned: tuple[torch.Tensor, torch.Tensor] = _Rope.apply(q, k, cos, sin, positions)
+    return turned
 
 
 def rope_(
@@ -72,7 +75,9 @@ def rope_(
             _plain(heads, cos, sin, positions, backward, place)
 
 
-def _check(q, k, cos, sin, positions) -> None:
+def _check(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor | None
+) -> None:
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.dtype != k.dtype:
         raise ValueError(f"q and k must be [B, S, heads, D] of one dtype, got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.stride(3) != 1 or k.stride(3) != 1:
@@ -89,14 +94,21 @@ def _check(q, k, cos, sin, positions) -> None:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.tables = cos, sin, positions
         q, k = _copy(q), _copy(k)
         rope_(q, k, cos, sin, positions)
         return q, k
 
     @staticmethod
-    def backward(ctx, d_q, d_k):
+    def backward(ctx: Any, d_q: torch.Tensor, d_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         d_q, d_k = _copy(d_q), _copy(d_k)
         rope_(d_q, d_k, *ctx.tables, backward=True)
         return d_q, d_k, None, None, None
@@ -110,7 +122,14 @@ def _copy(x: torch.Tensor) -> torch.Tensor:
 # ---- meaning, and the path on a CPU
 
 
-def _plain(heads, cos, sin, positions, backward: bool, out) -> None:
+def _plain(
+    heads: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    backward: bool,
+    out: torch.Tensor,
+) -> None:
     half = cos.shape[1]
     rows = slice(0, heads.shape[1]) if positions is None else positions
     cos, sin = cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)  # [(B,) S, 1, R/2]
@@ -183,7 +202,15 @@ def _rope_kernel(
         tl.store(heads_out + feature[None, :], same, mask=live)
 
 
-def _launch(q, k, cos, sin, positions, backward: bool, out) -> None:
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    backward: bool,
+    out: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     batch, sequence, n_q, _ = q.shape
     n_k = k.shape[2]
     heads = min(16, next_power_of_2(max(n_q, n_k)))

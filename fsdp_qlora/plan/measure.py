@@ -49,7 +49,8 @@ def _events(call: Callable[[], object], repeats: int) -> float:
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3 / repeats
 
 
 def products(facts: Facts, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -130,7 +131,8 @@ def memory(model: CausalModel, device: torch.device) -> dict[str, float]:
         else torch.ones(part.shape, dtype=part.dtype, device=device)
         for name, part in entry.parts.items()
     }
-    out = wide(*entry.shape, torch.empty(0, dtype=dtype, device=device))
+    rows, columns = entry.shape
+    out = wide(rows, columns, torch.empty(0, dtype=dtype, device=device))
     moved = sum(part.nbytes for part in entry.parts.values()) + out.numel() * dtype.itemsize
     return {"copy": copy, "dequantize": moved / seconds(lambda: entry.codec.decode(parts, entry.shape, dtype, out))}
 
