@@ -23,13 +23,13 @@ import torch.nn.functional as F
 
 from benchmarks.ops_gate import BF16, DEVICE, ON_GPU, gate, random, size
 from benchmarks.timing import copies, copy_bandwidth, environment, matmul_rate, milliseconds
-from fsdp_qlora.codecs import NF4
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import Adapter, Projection, project, project_backward
 from fsdp_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from fsdp_qlora.kernels.rope import rope_, rope_tables
+from fsdp_qlora.weights.codecs import NF4
 
 
 class Table:

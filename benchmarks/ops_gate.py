@@ -6,12 +6,12 @@ import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 
-from fsdp_qlora.codecs import NF4
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.kernels.glu import glu
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.kernels.rope import rope, rope_tables
+from fsdp_qlora.weights.codecs import NF4
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

@@ -166,7 +166,7 @@ def write_checkpoint(shape: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
     from benchmarks.rig import SHAPES
-    from tests.tiny import save_tokenizer
+    from tests.support.tiny import save_tokenizer
 
     method = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,

@@ -3,9 +3,9 @@
     python -m benchmarks.plan_grid --out plan_grid.jsonl [--only 8b-all,70b-512] [--gpus 2] [--list] [-- ...]
 
 Each configuration is one run of a few steps, as benchmarks/rig.py makes it, and one line: the facts and rates that its
-plan was made from, the plan, and the measured peak and seconds. tests/test_plan_grid.py predicts again from the facts
-and rates kept here, with the arithmetic as it then is, and fails where that is off by more than 5 % or 15 %. Most use
-few layers of a large model's width: what a layer takes does not depend on how many there are, and loading does.
+plan was made from, the plan, and the measured peak and seconds. tests/plan/test_plan_grid.py predicts again from the
+facts and rates kept here, with the arithmetic as it then is, and fails where that is off by more than 5 % or 15 %. Most
+use few layers of a large model's width: what a layer takes does not depend on how many there are, and loading does.
 """
 
 import argparse

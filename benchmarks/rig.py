@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from fsdp_qlora.gpu_memory import used_by_card
+from fsdp_qlora.runtime.gpu_memory import used_by_card
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {

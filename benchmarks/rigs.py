@@ -2,7 +2,7 @@
 
     python -m benchmarks.rigs > docs/rigs.md        some ten minutes, no GPU, no network
 
-Nothing in it is measured. tests/test_rigs.py types one row's command again and compares.
+Nothing in it is measured. tests/plan/test_rigs.py types one row's command again and compares.
 """
 
 import sys
@@ -12,11 +12,11 @@ from functools import cache
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
-from fsdp_qlora.cards import Rig, rig_of
-from fsdp_qlora.config_parse import parse
+from fsdp_qlora.config.cards import Rig, rig_of
+from fsdp_qlora.config.parse import parse
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan import Plan
 from fsdp_qlora.plan.expected import COPY, link_rate
+from fsdp_qlora.plan.plan import Plan
 from fsdp_qlora.rig_plan import SYSTEM_GIB, Built, build_for, host_share, plan_built
 from fsdp_qlora.units import GIB
 
@@ -66,10 +66,11 @@ HEAD = """# What to expect of a rig
 
 <!-- Written by `python -m benchmarks.rigs > docs/rigs.md`. -->
 
-**Expected, not measured**: none of these cards was asked. Rates are published ones of each card (`fsdp_qlora/cards.py`,
-with sources) times what measured H100s and H200s reach of theirs (`fsdp_qlora/plan/expected.py`, with derivations).
+**Expected, not measured**: none of these cards was asked. Rates are published ones of each card
+(`fsdp_qlora/config/cards.py`, with sources) times what measured H100s and H200s reach of theirs
+(`fsdp_qlora/plan/expected.py`, with derivations).
 Rates so made for H100s and H200s predict their recorded runs within 15 % where the GPU or the link binds
-(`tests/test_expected.py`). For any other rig, on any machine, without a GPU:
+(`tests/plan/test_expected.py`). For any other rig, on any machine, without a GPU:
 
     python train.py --model_name meta-llama/Llama-3.3-70B-Instruct --batch_size 2 --context_length 2048 \\
       --plan_only true --plan_for 2x4090 --link_gbps {half} --host_memory_gib {host}

@@ -11,31 +11,31 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig
 
-from fsdp_qlora.cards import Card, Rig, rig_of
-from fsdp_qlora.config import Config, MemoryOptions
-from fsdp_qlora.details import rates_line
-from fsdp_qlora.determinism import deterministic_algorithms
-from fsdp_qlora.environment import read_launch
+from fsdp_qlora.config.cards import Card, Rig, rig_of
+from fsdp_qlora.config.options import Config, MemoryOptions
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RunEnded, UserError
-from fsdp_qlora.exchange import check_exchange
-from fsdp_qlora.fitting import fit, has_its_own_head
-from fsdp_qlora.fusing import Chooser, Fusion, fuse
+from fsdp_qlora.exchange.exchange import check_exchange
 from fsdp_qlora.kernels.attention import Masking, possible
-from fsdp_qlora.model import CausalModel, assemble
-from fsdp_qlora.optim import state_bytes
-from fsdp_qlora.placement import shard_count
-from fsdp_qlora.plan import Budget
+from fsdp_qlora.models.causal_lm import CausalModel, assemble
+from fsdp_qlora.models.fitting import fit, has_its_own_head
+from fsdp_qlora.models.fuse import Chooser, Fusion, fuse
+from fsdp_qlora.models.precision import MODES, Precision, needs_bf16
+from fsdp_qlora.models.skeleton import Attention, build, choose_attention, read_config
+from fsdp_qlora.optim.optimizers import state_bytes
+from fsdp_qlora.placement.base import shard_count
 from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.expected import expected_rates, link_rate
-from fsdp_qlora.plan.facts import Facts, facts_of
-from fsdp_qlora.planning import HOST_SHARE, Planned, fastest_of, micro_batches, sending
-from fsdp_qlora.precision import MODES, Precision, needs_bf16
+from fsdp_qlora.plan.inputs import Facts, facts_of
+from fsdp_qlora.plan.plan import Budget
+from fsdp_qlora.plan.planning import HOST_SHARE, Planned, fastest_of, micro_batches, sending
+from fsdp_qlora.report.machine import rates_line
+from fsdp_qlora.report.startup import describe
 from fsdp_qlora.run import make_recipe, open_weights
-from fsdp_qlora.skeleton import Attention, build, choose_attention, read_config
-from fsdp_qlora.summary import describe
+from fsdp_qlora.runtime.determinism import deterministic_algorithms
+from fsdp_qlora.runtime.launcher import read_launch
 from fsdp_qlora.units import GIB
-from fsdp_qlora.weights import Dummy, Weights
-from fsdp_qlora.world import World
+from fsdp_qlora.weights.sources import Dummy, Weights
 
 META = torch.device("meta")
 # Before Ampere, as `precision_of` tells the user.

@@ -7,34 +7,20 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from fsdp_qlora.background import beside
-from fsdp_qlora.claim import Claim
-from fsdp_qlora.codecs import Codec, Plain
-from fsdp_qlora.config import Config, DataOptions, MemoryOptions
-from fsdp_qlora.config_file import save as save_config
-from fsdp_qlora.data import Batches, Rows, load_rows, load_tokenizer
-from fsdp_qlora.details import Stages, machine_lines, rates_line
-from fsdp_qlora.determinism import check_deterministic, deterministic_algorithms
+from fsdp_qlora.config.files import save as save_config
+from fsdp_qlora.config.options import Config, DataOptions, MemoryOptions
+from fsdp_qlora.data.batches import Batches, Rows, load_rows, load_tokenizer
+from fsdp_qlora.data.show_rows import lines_of
+from fsdp_qlora.data.sources import forget_stdin
+from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
-from fsdp_qlora.exchange import check_exchange, choose_exchange
-from fsdp_qlora.export import check_space
-from fsdp_qlora.fitting import fit, has_its_own_head, left_over
-from fsdp_qlora.folders import writing_to
-from fsdp_qlora.fusing import Fusion, fuse
-from fsdp_qlora.gpu_memory import outside_bytes
-from fsdp_qlora.host_memory import HostMemory, give_back_freed
-from fsdp_qlora.loading import check_names, is_quantized, load
-from fsdp_qlora.loop import Loop
-from fsdp_qlora.metrics import Metrics
-from fsdp_qlora.model import CausalModel, Recipe, assemble
-from fsdp_qlora.optim import check_optimizer
-from fsdp_qlora.placement import Placement, check_bytes, choose_placement
-from fsdp_qlora.planning import micro_batches, plan_run, write_plan
-from fsdp_qlora.precision import Precision, precision_of
-from fsdp_qlora.retry import Refit
-from fsdp_qlora.shards import ShardedAdapters
-from fsdp_qlora.show_rows import lines_of
-from fsdp_qlora.skeleton import (
+from fsdp_qlora.exchange.exchange import check_exchange, choose_exchange
+from fsdp_qlora.export.peft import check_space
+from fsdp_qlora.models.causal_lm import CausalModel, Recipe, assemble
+from fsdp_qlora.models.fitting import fit, has_its_own_head, left_over
+from fsdp_qlora.models.fuse import Fusion, fuse
+from fsdp_qlora.models.precision import Precision, precision_of
+from fsdp_qlora.models.skeleton import (
     Attention,
     build,
     choose_attention,
@@ -43,12 +29,26 @@ from fsdp_qlora.skeleton import (
     read_config,
     text_config,
 )
-from fsdp_qlora.sources import forget_stdin
-from fsdp_qlora.step import Stepper
-from fsdp_qlora.summary import adapter_count, describe, describe_rows
+from fsdp_qlora.optim.optimizers import check_optimizer
+from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
+from fsdp_qlora.placement.base import Placement, check_bytes, choose_placement
+from fsdp_qlora.placement.load import check_names, is_quantized, load
+from fsdp_qlora.plan.planning import micro_batches, plan_run, write_plan
+from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
+from fsdp_qlora.report.metrics import Metrics
+from fsdp_qlora.report.startup import adapter_count, describe, describe_rows
+from fsdp_qlora.runtime.background import beside
+from fsdp_qlora.runtime.claim import Claim
+from fsdp_qlora.runtime.determinism import check_deterministic, deterministic_algorithms
+from fsdp_qlora.runtime.files import writing_to
+from fsdp_qlora.runtime.gpu_memory import outside_bytes
+from fsdp_qlora.runtime.host_memory import HostMemory, give_back_freed
+from fsdp_qlora.training.loop import Loop
+from fsdp_qlora.training.retry import Refit
+from fsdp_qlora.training.step import Stepper
 from fsdp_qlora.units import GIB
-from fsdp_qlora.weights import Checkpoint, Dummy, OnHub, Weights
-from fsdp_qlora.world import World, open_world
+from fsdp_qlora.weights.codecs import Codec, Plain
+from fsdp_qlora.weights.sources import Checkpoint, Dummy, OnHub, Weights
 
 
 def run(config: Config, notes: Sequence[str] = ()) -> int:

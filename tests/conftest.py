@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from fsdp_qlora.environment import keep_cpu_products_inside
+from fsdp_qlora.runtime.launcher import keep_cpu_products_inside
 
 keep_cpu_products_inside()
 if not torch.cuda.is_available():

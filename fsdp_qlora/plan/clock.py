@@ -8,7 +8,7 @@ not depend on the candidate is computed once, so that the search can afford thou
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fsdp_qlora.plan.facts import KEEP, Facts
+from fsdp_qlora.plan.inputs import KEEP, Facts
 from fsdp_qlora.plan.memory import Candidate, Memory
 from fsdp_qlora.plan.work import BlockWork, Work, head_work, update_bytes
 

@@ -17,19 +17,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fsdp_qlora.block import FrozenLinear
-from fsdp_qlora.codecs import NF4, Codec, Plain
-from fsdp_qlora.frozen import FrozenBytes, FrozenTensor, Layout
-from fsdp_qlora.fused import FusedBlock, Scratch
 from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.kernels.attention_on_meta import splitting_over
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.device import take_from
 from fsdp_qlora.kernels.lora_wide import extra, wide
 from fsdp_qlora.kernels.rms_norm import rms_norm
-from fsdp_qlora.model import Picked
-from fsdp_qlora.plan.facts import Facts
-from fsdp_qlora.recognise import Anatomy, Norm
+from fsdp_qlora.models.causal_lm import Picked
+from fsdp_qlora.models.families import Anatomy, Norm
+from fsdp_qlora.models.fused.block import FusedBlock, Scratch
+from fsdp_qlora.models.generic_block import FrozenLinear
+from fsdp_qlora.plan.inputs import Facts
+from fsdp_qlora.weights.codecs import NF4, Codec, Plain
+from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor, Layout
 
 META = torch.device("meta")
 ROUND = 512  # bytes: what a tensor's place is a multiple of, in the arena and in PyTorch's allocator

@@ -1,13 +1,13 @@
-"""Rates of a card that is not here: its figures (`cards.py`) times what the measured cards reach of theirs.
+"""Rates of a card that is not here: its figures (`config/cards.py`) times what the measured cards reach of theirs.
 
 The shares are medians over the 36 runs of benchmarks/results/*-grid.jsonl (H100s and H200s, November 2026), with the
-range in brackets; tests/test_expected.py computes them again from these rows, and holds rates made so against the
+range in brackets; tests/plan/test_expected.py computes them again from these rows, and holds rates made so against the
 measured seconds. That other cards reach the same shares is an assumption: such a plan is expected, never measured.
 """
 
-from fsdp_qlora.cards import Card
+from fsdp_qlora.config.cards import Card
 from fsdp_qlora.plan.clock import Rates
-from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.inputs import Facts
 
 TERA, GIGA = 1e12, 1e9
 PRODUCTS = 0.936  # of `reached`, forward [0.88, 0.99] and backward [0.89, 1.00]; 0.92 at 512 to 1,024 tokens

@@ -2,7 +2,7 @@
 
 from fsdp_qlora.kernels.cross_entropy import chunk_tokens
 from fsdp_qlora.plan.costs import BlockBytes
-from fsdp_qlora.plan.facts import FLOAT, Facts
+from fsdp_qlora.plan.inputs import FLOAT, Facts
 
 
 def layer_bytes(facts: Facts) -> BlockBytes:

@@ -1,6 +1,6 @@
 """Bytes on a GPU while weights are loaded and encoded."""
 
-from fsdp_qlora.plan.facts import Facts
+from fsdp_qlora.plan.inputs import Facts
 
 
 class Loading:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from fsdp_qlora.plan import generic
 from fsdp_qlora.plan.costs import block_bytes, head_bytes
-from fsdp_qlora.plan.facts import FLOAT, KEEP, Facts, beside, pitch
+from fsdp_qlora.plan.inputs import FLOAT, KEEP, Facts, beside, pitch
 from fsdp_qlora.plan.loading import Loading
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]

@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import replace
 
 from fsdp_qlora.plan.clock import Clock, Rates
-from fsdp_qlora.plan.facts import KEEP, Facts
+from fsdp_qlora.plan.inputs import KEEP, Facts
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory
 from fsdp_qlora.plan.search import Budget, Search, Wishes, spread
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
-from fsdp_qlora.plan.climb import Cost, Kind, blend, climb, corners, edges
 from fsdp_qlora.plan.clock import Clock
-from fsdp_qlora.plan.facts import KEEP, Facts
+from fsdp_qlora.plan.inputs import KEEP, Facts
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.mixes import Cost, Kind, blend, climb, corners, edges
 
 STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so that the link need not wait for a block
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one

@@ -1,16 +1,18 @@
 """The work of a fused block, the head and the optimizer: FLOPs, bytes through the GPU's memory, kernels launched.
 
-Counted as `fused.py` and the kernels do it, per micro-batch of one rank. N * D queries, K * D keys, I intermediate.
+Counted as `models/fused/block.py` and the kernels do it, per micro-batch of one rank. N * D queries, K * D keys,
+I intermediate.
 """
 
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.kernels.cross_entropy import chunk_tokens
 from fsdp_qlora.kernels.glu_lora import MOST_RANK
-from fsdp_qlora.plan.facts import FLOAT, KEEP, Facts
+from fsdp_qlora.plan.inputs import FLOAT, KEEP, Facts
 
 # Kernels that the host launches for a Llama block, forward, and backward at each keep level, counted by running it on
-# the meta device (tests/test_plan_time.py). What else the host does is in the seconds a launch is measured to take.
+# the meta device (tests/plan/test_plan_time.py). What else the host does is in
+# the seconds a launch is measured to take.
 LAUNCHES_FORWARD = 21
 LAUNCHES_BACKWARD = (47, 38, 38, 35, 33)
 MIDDLE_BANDWIDTH = 0.75  # of copy bandwidth that a middle's backward reaches with its adapters' gradients (glu_lora.py)

@@ -11,9 +11,9 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
-from tests import tiny
 from tests.golden.environment import environment
-from tests.torchrun import run_torchrun
+from tests.support import tiny
+from tests.support.torchrun import run_torchrun
 
 Record = dict[str, Any]  # {"environment": {...}, "inputs": {name: checksum}, "cases": {name: {...}}}, as in runs.json
 
@@ -141,7 +141,7 @@ WORKER = """
     import json, sys
     import torch
     from tests.golden.origin import strangers
-    from tests.meeting import RANK, meet_at
+    from tests.support.meeting import RANK, meet_at
     from train import main
 
     torch.use_deterministic_algorithms(True, warn_only=True)

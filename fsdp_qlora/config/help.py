@@ -1,0 +1,83 @@
+"""The options as text: `--help` for a terminal, and docs/options.md (`python -m fsdp_qlora.config.help` prints it)."""
+
+import shutil
+import textwrap
+
+from fsdp_qlora.config.option import REQUIRED, Option, show
+from fsdp_qlora.config.options import GROUPS, OPTIONS
+
+USAGE = "torchrun --nproc_per_node GPUS train.py --model_name MODEL [--config FILE] [--option value ...]"
+INTRO = """Fine-tunes a causal language model with LoRA over a frozen base, in 4 bits by default, divided among the
+GPUs. Without torchrun, `python train.py ...` runs one process. Names may be written with underscores or hyphens;
+--option=value works too; an option of true or false given alone means true; the items of a list are separated by commas
+or spaces. --config reads the same names from a YAML or JSON file, written flat; flags go over the file. An option that
+could have no effect in the run is refused, as is a name that does not exist; all mistakes are shown together, before
+anything is loaded."""
+
+
+def help_text(width: int | None = None) -> str:
+    """All options by group, wrapped to `width` columns (the terminal's, within 50 and 110)."""
+    width = width or min(max(shutil.get_terminal_size((100, 24)).columns, 50), 110)
+    lines = [f"usage: {USAGE}", "", *_wrap(INTRO, width), ""]
+    lines += [
+        "  -h, --help",
+        "      Show this and stop.",
+        "  --config FILE",
+        "      Read options from a YAML or JSON file.",
+    ]
+    for group, kind in GROUPS.items():
+        lines += ["", *_wrap(_title(kind), width)]
+        for option in _options(group):
+            head = f"--{option.name} {_metavar(option)}  ({_facts(option)})"
+            lines += _wrap(head, width, "  ", " " * 8)
+            for text in (option.spec.meaning, _reasons(option)):
+                lines += _wrap(text, width, " " * 6, " " * 6)
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The contents of docs/options.md."""
+    parts = [
+        "# Options",
+        "<!-- Written by `python -m fsdp_qlora.config.help > docs/options.md`; "
+        "the source is fsdp_qlora/config/options.py. -->",
+        f"`{USAGE}`",
+        " ".join(INTRO.replace("--config", "`--config`").replace("--option=value", "`--option=value`").split()),
+    ]
+    for group, kind in GROUPS.items():
+        parts.append(f"## {_title(kind).rstrip('.')}")
+        parts += [f"**`{o.name}`** ({_facts(o)}): {o.spec.meaning} {_reasons(o)}".rstrip() for o in _options(group)]
+    return "\n\n".join(part.replace("hybrid_*", "`hybrid_*`") for part in parts)
+
+
+def _wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    text = " ".join(text.split())
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def _options(group: str) -> list[Option]:
+    return [option for option in OPTIONS.values() if option.group == group]
+
+
+def _title(kind: type) -> str:
+    return (kind.__doc__ or "").strip()
+
+
+def _metavar(option: Option) -> str:
+    return {str: "TEXT", int: "N", float: "X", bool: "BOOL"}[option.kind] + (",..." if option.many else "")
+
+
+def _facts(option: Option) -> str:
+    """`default 512; a whole number of tokens, at least 2`."""
+    default = "required" if option.default is REQUIRED else f"default {show(option.default)}"
+    return f"{default}; {option.allowed()}"
+
+
+def _reasons(option: Option) -> str:
+    spec = option.spec
+    why = f"Why {show(option.default)}: {spec.why}." if spec.why else ""
+    return f"{why} {'' if spec.price == 'none' else f'Price: {spec.price}.'}".strip()
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -1,0 +1,133 @@
+"""Flags and a config file become a checked Config; every mistake in them is found before the first is reported."""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fsdp_qlora.config.files import Given, read_file
+from fsdp_qlora.config.help import help_text
+from fsdp_qlora.config.hints import HINTS
+from fsdp_qlora.config.option import REQUIRED, nearest, show
+from fsdp_qlora.config.options import OPTIONS, Config
+from fsdp_qlora.config.rules import broken_rules
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.runtime.launcher import rank_from_environment
+
+CONFIG = "config"
+CLOSE = 0.72  # how alike an unknown name must be to be taken for a misspelling; below it a hint leads astray
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The Config that `argv` (without the program's name) asks for: defaults, then --config's file, then flags.
+
+    Prints the help and exits 0 where --help is asked for. Raises UserError that holds all mistakes, one a line, each
+    with what was written, what is allowed and what to do.
+    """
+    if _wants_help(argv):
+        if rank_from_environment() == 0:
+            _print_to_pager(help_text())
+        raise SystemExit(0)
+    flags, mistakes = read_flags(argv)
+    in_file: list[Given] = []
+    lost = False  # of a file that cannot be read nothing is known, not even that it lacks a required option
+    for flag in flags:
+        if flag.name == CONFIG:
+            in_file, wrong = read_file(str(flag.raw))
+            mistakes += wrong
+            lost = bool(wrong) and not in_file
+    in_file, wrong = _once(in_file)
+    config, mistaken = _resolve(in_file, [flag for flag in flags if flag.name != CONFIG], lost)
+    mistakes += wrong + mistaken
+    if mistakes:
+        raise UserError("\n".join(" ".join(mistake.split()) for mistake in mistakes))
+    return config
+
+
+def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
+    """(flags with values, mistakes of form). No value begins with `--`: a flag alone is true, or lacks its value."""
+    given, mistakes, rest = [], [], list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or token == "--":
+            hint = f"; did you mean --config {token}?" if token.endswith((".yaml", ".yml", ".json")) else ""
+            mistakes.append(f"{token}: belongs to no option; options are written --name value{hint}")
+            continue
+        flag, equals, text = token.partition("=")
+        name = flag[2:].replace("-", "_")
+        option = OPTIONS.get(name)
+        takes_many = not equals and (option.many if option else name != CONFIG)
+        values = [text] if equals else []
+        while rest and not rest[0].startswith("--") and (takes_many or not values):
+            values.append(rest.pop(0))
+        raw: str | None = ",".join(values)
+        if option and not values and option.kind is bool:
+            raw = "true"
+        if option and option.nullable and raw in ("null", "none"):
+            raw = None
+        given.append(Given(name, raw, " ".join([flag, *values])))
+    once, twice = _once(given)
+    return once, mistakes + twice
+
+
+def _print_to_pager(text: str) -> None:
+    """Print, and stay silent where the reader (`| head`) has gone before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return any(token in ("-h", "--help") for token in argv)
+
+
+def _once(given: Iterable[Given]) -> tuple[list[Given], list[str]]:
+    """`given` with each name as first given, and a mistake for each repetition."""
+    seen: dict[str, Given] = {}
+    mistakes = []
+    for item in given:
+        first = seen.setdefault(item.name, item)
+        if first is not item:
+            mistakes.append(f"{item.written}: {item.name} is given twice (before: {first.written}); give it once")
+    return list(seen.values()), mistakes
+
+
+def _resolve(in_file: Iterable[Given], flags: Iterable[Given], file_is_lost: bool) -> tuple[Config, list[str]]:
+    """The Config of the values that can be read, and the mistakes in all of them."""
+    values: dict[str, Any] = {}
+    written: dict[str, str] = {}
+    unread: set[str] = set()
+    mistakes = []
+    for item in [*in_file, *flags]:
+        if item.name not in OPTIONS:
+            mistakes.append(f"{item.written}: there is no such option; {_did_you_mean(item.name)}")
+            continue
+        written[item.name] = item.written
+        unread.discard(item.name)
+        try:
+            values[item.name] = OPTIONS[item.name].read(item.raw)
+        except ValueError as error:
+            mistakes.append(f"{item.written}: {error}")
+            unread.add(item.name)
+    for name, option in OPTIONS.items():
+        if option.default is REQUIRED and name not in values:
+            if name not in unread and not file_is_lost:
+                mistakes.append(f"{name}: is required and not given; add --{name}. {option.spec.meaning}")
+            unread.add(name)
+            values[name] = ""
+    config = Config.from_flat(values)
+    mistakes += broken_rules(config, values.keys(), unread, lambda name: written.get(name) or _default(name))
+    return config, mistakes
+
+
+def _did_you_mean(name: str) -> str:
+    meant = {alias: option.name for option in OPTIONS.values() for alias in (option.name, *option.spec.known_as)}
+    if name in HINTS and name not in meant:
+        return HINTS[name]
+    near = name if name in meant else nearest(name, list(meant), CLOSE)
+    return f"did you mean {meant[near]}?" if near else "--help lists all"
+
+
+def _default(name: str) -> str:
+    return f"{name} {show(OPTIONS[name].default)} (its default)"

@@ -1,0 +1,204 @@
+"""Rules between options: which need another to have any effect, and which contradict each other."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fsdp_qlora.config.options import Config
+from fsdp_qlora.data.forms import FIELDS, read_columns
+
+
+@dataclass(frozen=True)
+class Needs:
+    """`options` do nothing unless `holds`; what decides is the option `decider`, to be set as `remedy` says."""
+
+    options: tuple[str, ...]
+    decider: str
+    holds: Callable[[Config], bool]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """`options` cannot go together while `broken`; the text says why and what to do."""
+
+    options: tuple[str, ...]
+    broken: Callable[[Config], bool]
+    text: str
+
+
+NEEDS = (
+    Needs(("plan_for",), "plan_only", lambda c: c.memory.plan_only, "set plan_only to true"),
+    Needs(("link_gbps",), "plan_for", lambda c: c.memory.plan_for is not None, "set plan_for to a rig, as 2x4090"),
+    Needs(("n_bits", "double_quant"), "train_type", lambda c: c.model.train_type == "qlora", "set train_type to qlora"),
+    Needs(("revision",), "model_name", lambda c: not Path(c.model.model_name).is_dir(), "set model_name to a hub id"),
+    Needs(
+        ("warmup_ratio",),
+        "lr_scheduler",
+        lambda c: c.training.lr_scheduler != "constant",
+        "set lr_scheduler to cosine or linear",
+    ),
+    Needs(
+        ("grad_norm",),
+        "apply_gradient_clipping",
+        lambda c: c.training.apply_gradient_clipping,
+        "set apply_gradient_clipping to true",
+    ),
+    Needs(
+        ("hybrid_shard_size",),
+        "sharding_strategy",
+        lambda c: c.memory.sharding_strategy.startswith("hybrid_"),
+        "set sharding_strategy to hybrid_full_shard or hybrid_shard_grad_op",
+    ),
+    Needs(
+        ("cpu_offload_by",),
+        "use_cpu_offload",
+        lambda c: c.memory.use_cpu_offload is True,
+        "set use_cpu_offload to true",
+    ),
+    Needs(
+        ("resident_blocks",),
+        "use_cpu_offload",
+        lambda c: c.memory.use_cpu_offload is True,
+        "set use_cpu_offload to true",
+    ),
+    Needs(
+        ("resident_blocks",),
+        "cpu_offload_by",
+        lambda c: c.memory.cpu_offload_by == "stream",
+        "set cpu_offload_by to stream",
+    ),
+    Needs(
+        ("reentrant_checkpointing",),
+        "use_gradient_checkpointing",
+        lambda c: c.memory.use_gradient_checkpointing,
+        "set use_gradient_checkpointing to true",
+    ),
+    Needs(
+        ("keep_activations",),
+        "use_gradient_checkpointing",
+        lambda c: c.memory.use_gradient_checkpointing,
+        "set use_gradient_checkpointing to true",
+    ),
+    Needs(("use_activation_cpu_offload",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
+    Needs(("keep_activations",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
+    Needs(
+        ("no_sync",),
+        "gradient_accumulation_steps",
+        lambda c: c.training.gradient_accumulation_steps > 1,
+        "set gradient_accumulation_steps above 1",
+    ),
+    Needs(
+        ("columns", "prompt_template", "chat_template", "text_overflow", "bad_rows"),
+        "dataset",
+        lambda c: c.data.dataset != "dummy",
+        "set dataset to one with rows",
+    ),
+    Needs(
+        ("dataset_format", "chat_template", "text_overflow"),
+        "prompt_template",
+        lambda c: c.data.prompt_template is None,
+        "leave prompt_template out",
+    ),
+    Needs(
+        ("project_name", "name", "group", "entity"),
+        "log_to",
+        lambda c: "wandb" in c.output.log_to,
+        "add wandb to log_to",
+    ),
+    Needs(
+        (
+            "profiling_output",
+            "with_stack",
+            "with_shapes",
+            "profile_memory",
+            "export_trace",
+            "export_memory_timeline",
+        ),
+        "profile",
+        lambda c: c.profile.profile,
+        "set profile to true",
+    ),
+)
+
+CONFLICTS = (
+    Conflict(
+        ("columns",),
+        lambda c: not _are_columns(c.data.columns or []),
+        f"write FIELD=COLUMN,..., each field once; fields are {', '.join(FIELDS)}",
+    ),
+    Conflict(
+        ("llama_pro_path",),
+        lambda c: c.model.llama_pro_path is not None,
+        "block expansion (Llama-Pro) is known but not built yet; leave it out",
+    ),
+    Conflict(
+        ("use_cpu_offload", "sharding_strategy"),
+        lambda c: c.memory.use_cpu_offload is True and c.memory.sharding_strategy == "ddp",
+        "ddp keeps the whole model on every GPU, so nothing is offloaded; take full_shard, or drop use_cpu_offload",
+    ),
+    Conflict(
+        ("use_cpu_offload", "sharding_strategy"),
+        lambda c: (
+            c.memory.use_cpu_offload is True
+            and c.memory.cpu_offload_by == "stream"
+            and c.memory.sharding_strategy not in ("auto", "full_shard", "ddp")
+        ),
+        "blocks streamed from the node's one copy are never gathered; take auto or full_shard, or cpu_offload_by fsdp2",
+    ),
+    Conflict(
+        ("hybrid_shard_size", "world_size"),
+        lambda c: (
+            c.launch.world_size > 0
+            and c.memory.hybrid_shard_size > 0
+            and c.launch.world_size % c.memory.hybrid_shard_size != 0
+        ),
+        "world_size must be a multiple of hybrid_shard_size; change one of them",
+    ),
+    Conflict(
+        ("deterministic", "batch_size"),
+        lambda c: c.training.deterministic and c.training.batch_size == -1,
+        "the plan chooses the micro-batch by what it measures, and sums of other rows have other bits; set batch_size",
+    ),
+    Conflict(
+        ("attention", "precision"),
+        lambda c: c.model.attention == "flash_attention_2" and c.model.precision == "fp32",
+        "flash-attn computes in 16 bits only; take another precision, or attention auto or sdpa",
+    ),
+    Conflict(
+        ("lora_target_modules",),
+        lambda c: "all" in c.adapter.lora_target_modules and len(c.adapter.lora_target_modules) > 1,
+        "all already includes every other name; give all alone, or the names without it",
+    ),
+)
+
+
+def _are_columns(items: Sequence[str]) -> bool:
+    try:
+        read_columns(items)
+    except ValueError:
+        return False
+    return True
+
+
+def without_effect(config: Config) -> dict[str, Needs]:
+    """{option: the rule} of the options that do nothing in `config` and ask for something (not false, not null)."""
+    values = config.to_flat()
+    unmet = [rule for rule in NEEDS if not rule.holds(config)]
+    return {name: rule for rule in unmet for name in rule.options if values[name] not in (False, None)}
+
+
+def broken_rules(
+    config: Config, given: Collection[str], unknown: Collection[str], written: Callable[[str], str]
+) -> Iterator[str]:
+    """One line for each broken rule.
+
+    given: the options that the user set. unknown: those whose value could not be read; rules about them stay silent.
+    written: option -> how the user wrote it, or its default.
+    """
+    for name, rule in without_effect(config).items():
+        if name in given and not {name, rule.decider} & set(unknown):
+            yield f"{written(name)}: has no effect with {written(rule.decider)}; leave {name} out, or {rule.remedy}"
+    for conflict in CONFLICTS:
+        if conflict.broken(config) and not set(conflict.options) & set(unknown):
+            yield f"{' with '.join(map(written, conflict.options))}: {conflict.text}"

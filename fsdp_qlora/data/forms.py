@@ -1,0 +1,168 @@
+"""Forms of rows: recognised from the columns, and the columns that each form reads under its own field names."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fsdp_qlora.data.templates import Row, Template, alpaca, guanaco, prompt_completion, question_answer, text
+from fsdp_qlora.errors import BadRow, UserError
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of row. Fields map to the columns that may hold them, the first that is there is taken."""
+
+    name: str
+    option: str  # the value of dataset_format that allows it
+    needs: Mapping[str, tuple[str, ...]]
+    takes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # optional fields
+    template: Template | None = None  # None: made with the tokenizer (messages), or with a template of the user's
+    takes_all: bool = False  # every column, under its own name
+
+    def fields(self, row: Mapping[str, Any]) -> dict[str, str] | None:
+        """{field: column} of a row, None if a column that it needs is not there."""
+        found: dict[str, str] = {}
+        for name, columns in {**self.needs, **self.takes}.items():
+            column = next((column for column in columns if column in row and column not in found.values()), None)
+            if column is not None:
+                found[name] = column
+            elif name in self.needs:
+                return None
+        return found
+
+    @property
+    def words(self) -> str:
+        return f"{' + '.join(columns[0] for columns in self.needs.values())} ({self.name})"
+
+
+TALK = ("messages", "conversations", "conversation")
+TALK_EXTRAS = {
+    "system": ("system",),
+    "tools": ("tools",),
+    "functions": ("functions",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+}
+ANSWERS = ("completion", "response", "answer", "output")
+CHAT = ("messages", "prompt_messages")  # names of the forms that go through the chat template
+# In order: a row that fits several (alpaca rows often carry a ready-made `text` too) takes the first.
+FORMS = (
+    Form("messages", "messages", {"messages": TALK}, TALK_EXTRAS),
+    Form(
+        "prompt_completion",
+        "prompt_completion",
+        {"prompt": ("prompt",), "completion": ANSWERS},
+        {},
+        prompt_completion,
+    ),
+    Form(
+        "alpaca",
+        "alpaca",
+        {"instruction": ("instruction",), "output": ("output", "response", "answer", "completion")},
+        {"input": ("input", "context"), "system": ("system",), "history": ("history",)},
+        alpaca,
+    ),
+    Form(
+        "question_answer",
+        "alpaca",
+        {"question": ("question", "query"), "answer": ("answer", "response", "output", "completion")},
+        {"context": ("context",)},
+        question_answer,
+    ),
+    Form("text", "text", {"text": ("text",)}, {}, text),
+)  # fmt: skip
+PROMPT_MESSAGES = Form(
+    "prompt_messages", "messages", {"prompt": ("prompt",), "completion": ("completion", "response")}, TALK_EXTRAS
+)
+GUANACO = Form("guanaco", "guanaco", {"text": ("text",)}, {}, guanaco)
+FIELDS = tuple(dict.fromkeys(name for form in FORMS for name in {**form.needs, **form.takes}))
+
+
+def form_of(row: Mapping[str, Any], dataset_format: str, dataset: str) -> Form:
+    """Return the form of a dataset from its first row, among those `dataset_format` allows ('auto': all).
+
+    Raises UserError naming the columns there are and the columns that would do, and for rows of preference training.
+    """
+    allowed = [form for form in FORMS if dataset_format in ("auto", form.option)]
+    if dataset_format == "auto":
+        _refuse_preferences(row, dataset)
+    for form in allowed:
+        fields = form.fields(row)
+        if fields is not None:
+            return PROMPT_MESSAGES if form.name == "prompt_completion" and isinstance(row["prompt"], list) else form
+    wanted = "; or ".join(form.words for form in allowed)
+    raise UserError(
+        f"dataset {dataset!r}: dataset_format {dataset_format!r} does not fit its columns "
+        f"{', '.join(map(str, row)) or '(none)'}; wanted: {wanted}; --columns FIELD=COLUMN,... names others"
+    )
+
+
+def _refuse_preferences(row: Mapping[str, Any], dataset: str) -> None:
+    """Rows that say which answers are worse must not be learnt as if all were good."""
+    if "chosen" in row and "rejected" in row:
+        to = "prompt=prompt,completion=chosen" if isinstance(row["chosen"], str) and "prompt" in row else ""
+        to = to or ("messages=chosen" if isinstance(row["chosen"], list) else "text=chosen")
+        raise UserError(
+            f"dataset {dataset!r}: has pairs of chosen and rejected answers, for preference training (DPO), which is "
+            f"not built yet; to learn the chosen ones alone, --columns {to}"
+        )
+    if isinstance(row.get("label"), bool) and {"prompt", "completion"} <= set(row):
+        raise UserError(
+            f"dataset {dataset!r}: its label column says which completions are wanted, for preference training (KTO), "
+            "which is not built yet; keep the wanted rows alone and take label away"
+        )
+
+
+class Columns:
+    """Rows under field names: columns that --columns names first, the rest as the form finds them."""
+
+    def __init__(self, form: Form, named: Mapping[str, str]):
+        self.form, self.named = form, named
+        self.seen: set[str] = set()
+        self.used: set[str] = set(named.values())
+
+    def fields(self, row: Row, place: str) -> Row:
+        """Return the row's values by field; where a needed one is missing, the row as it is: its template says which.
+
+        Raises BadRow where a column that the user has named is not there.
+        """
+        self.seen.update(map(str, row))
+        named = renamed(row, self.named, place)
+        if self.form.takes_all:
+            self.used.update(map(str, row))
+            return named
+        found = self.form.fields(named)
+        if found is None:
+            return named
+        self.used.update(column for name, column in found.items() if name not in self.named)
+        return {name: named[column] for name, column in found.items()}
+
+    @property
+    def unused(self) -> list[str]:
+        """Columns that no field took, of all rows so far."""
+        return sorted(self.seen - self.used)
+
+
+def renamed(row: Row, named: Mapping[str, str], place: str) -> Row:
+    """Return the row with the columns of `named` ({field: column}) under their fields' names."""
+    if not named:
+        return row
+    for name, column in named.items():
+        if column not in row:
+            raise BadRow(f"{place}: columns: {name}={column}, but the row has only {', '.join(map(str, row))}")
+    rest = {column: value for column, value in row.items() if column not in named.values()}
+    return rest | {name: row[column] for name, column in named.items()}
+
+
+def read_columns(items: Sequence[str]) -> dict[str, str]:
+    """Return {field: column} of --columns. Raises ValueError with what is wrong and what to do."""
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, column = item.partition("=")
+        if not equals or not name or not column:
+            raise ValueError(f"{item!r} is not FIELD=COLUMN")
+        if name not in FIELDS:
+            raise ValueError(f"{name!r} is no field of a form; fields are {', '.join(FIELDS)}")
+        if name in found:
+            raise ValueError(f"names {name} twice")
+        found[name] = column
+    return found

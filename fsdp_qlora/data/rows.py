@@ -1,0 +1,204 @@
+"""The rows of a run: read, recognised, put into words, tokenized; from the cache where they have been before."""
+
+from collections import Counter
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.config.options import DataOptions
+from fsdp_qlora.data import rows_cache
+from fsdp_qlora.data.chat import ChatTemplate, choose_chat_template, read_template
+from fsdp_qlora.data.forms import CHAT, GUANACO, Columns, Form, form_of, read_columns, renamed
+from fsdp_qlora.data.prompts import PromptTemplate
+from fsdp_qlora.data.readers import Placed, parse_line
+from fsdp_qlora.data.row_set import Rows, count_of, merged
+from fsdp_qlora.data.sources import Part, Source, open_source, parts_of
+from fsdp_qlora.data.templates import Template
+from fsdp_qlora.data.tokenizing import BEYOND, Chunk, Work, tokenize
+from fsdp_qlora.data.tokens import Encoder
+from fsdp_qlora.errors import BadRow, UserError
+
+DUMMY_SAMPLES = 512
+
+
+def load_rows(
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_positions: int | None,
+    vocab_size: int,
+    progress: bool = False,
+) -> Rows:
+    """Reads, recognises, tokenizes and truncates the dataset of `options`. `dummy` needs no tokenizer.
+
+    max_positions: the longest sequence the model was made for, None if it has no limit. vocab_size: rows of its
+    embedding. progress: show how far it is. Raises UserError: context_length beyond the model, missing or malformed
+    file (with the line), columns that fit no form, no rows at all, no row with a label left, a token the model has no
+    embedding for.
+    """
+    context = options.context_length
+    if max_positions is not None and context > max_positions:
+        raise UserError(f"context_length {context}: the model takes at most {max_positions} tokens")
+    if options.dataset == "dummy":
+        return _dummy(options.dataset_samples or DUMMY_SAMPLES, context, vocab_size)
+    assert tokenizer is not None, "only the dummy dataset needs no tokenizer"
+    choose_chat_template(tokenizer, options.chat_template)
+    parts = parts_of(options.dataset)
+    rows = merged([_part_rows(part, options, tokenizer, progress) for part in parts], parts, options.dataset_samples)
+    if rows.pad_id >= vocab_size:  # which one does not matter: padding is masked by its position
+        rows.pad_id = 0
+    if int(rows.ids.max()) >= vocab_size:
+        top = int(rows.ids.max())
+        raise UserError(
+            f"the tokenizer makes token {top}, but the model has {vocab_size} embeddings: they do not match"
+        )
+    return rows
+
+
+def _part_rows(part: Part, options: DataOptions, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Rows:
+    """The rows of one dataset: from the cache, or tokenized and kept there."""
+    samples = options.dataset_samples if part.weight is None else None
+    prompt = read_template(options.prompt_template, "prompt_template") if options.prompt_template is not None else ""
+    source = open_source(part.name, samples)
+    cache = rows_cache.Cache(options, tokenizer, source, samples, prompt)
+    held = cache.load()
+    if held is None:
+        held = _tokenized(source, options, prompt, tokenizer, progress)
+        cache.save(held)
+    rows = Rows(**{**held, "name": source.name})
+    rows.notes = [*source.notes, *rows.notes, *cache.notes]
+    return rows
+
+
+def _tokenized(
+    source: Source, options: DataOptions, prompt: str, tokenizer: PreTrainedTokenizerBase, progress: bool
+) -> dict[str, Any]:
+    context, named = options.context_length, read_columns(options.columns or [])
+    first, form, bad = _first(source, options, named)
+    template = _template(form, options, prompt, tokenizer, source.name)
+    split = form.name == "text" and options.text_overflow != "cut"
+    encoder = Encoder(tokenizer, options.train_on_prompt)
+    work = Work(
+        source.name, Columns(form, named), template, encoder, context, split,
+        options.bad_rows == "skip",
+    )  # fmt: skip
+    chunks = tokenize(work, chain(bad, first, source.rows), progress)
+    held = _gathered(chunks, context)
+    labels = held["offsets"][-1]
+    if not labels:
+        raise UserError(_nothing_left(source.name, chunks, context))
+    return {"name": source.name, "form": form.name, "pad_id": int(tokenizer.pad_token_id or 0), **held}
+
+
+def _first(source: Source, options: DataOptions, named: dict[str, str]) -> tuple[list[Placed], Form, list[Placed]]:
+    """The first row that can be read, the form that it shows, and the rows before it."""
+    bad: list[Placed] = []
+    for place, raw in source.rows:
+        where = f"dataset {source.name!r}: {place}"
+        try:
+            row = renamed(parse_line(where, raw), named, where)
+        except BadRow:
+            if options.bad_rows != "skip":
+                raise
+            bad.append((place, raw))
+            continue
+        if options.prompt_template is not None:
+            form = PromptTemplate.FORM
+        elif options.dataset_format == "auto" and source.form == "guanaco":
+            form = GUANACO
+        else:
+            form = form_of(row, options.dataset_format, source.name)
+        _check_effect(form, options, source.name)
+        return [(place, raw)], form, bad
+    if bad:
+        raise UserError(f"dataset {source.name!r}: none of its {len(bad):,} rows can be read")
+    raise UserError(f"dataset {source.name!r}: has no rows")
+
+
+def _check_effect(form: Form, options: DataOptions, name: str) -> None:
+    """An option that does nothing for rows of this form is refused, not ignored."""
+    if options.chat_template is not None and form.name not in CHAT:
+        raise UserError(
+            f"chat_template {options.chat_template}: has no effect on rows of the form {form.name} (dataset {name!r}); "
+            "leave it out"
+        )
+    if options.text_overflow != "auto" and form.name != "text":
+        raise UserError(
+            f"text_overflow {options.text_overflow}: has no effect on rows of the form {form.name} (dataset {name!r}), "
+            "which are cut; leave it out"
+        )
+
+
+def _template(form: Form, options: DataOptions, prompt: str, tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
+    if options.prompt_template is not None:
+        return PromptTemplate(prompt, options.prompt_template)
+    if form.name in CHAT:
+        return ChatTemplate(tokenizer, name, options.train_on_prompt)
+    assert form.template is not None
+    return form.template
+
+
+def _gathered(chunks: list[Chunk], context: int) -> dict[str, Any]:
+    dropped, notes = Counter[str](), Counter[str]()
+    seen, used, bad = set[str](), set[str](), list[str]()
+    for chunk in chunks:
+        dropped += chunk.dropped
+        notes += chunk.notes
+        seen |= chunk.seen
+        used |= chunk.used
+        bad += chunk.bad
+    lengths = np.concatenate([chunk.lengths for chunk in chunks] or [np.empty(0, np.int64)])
+    n_read, n_truncated = sum(c.n_read for c in chunks), sum(c.n_truncated for c in chunks)
+    n_bad, n_cut = sum(c.n_bad for c in chunks), sum(c.n_cut for c in chunks)
+    told = []
+    if unused := sorted(seen - used):
+        told.append(f"columns not used: {', '.join(unused)}")
+    if n_split := sum(chunk.n_split for chunk in chunks):
+        told.append(f"{count_of(n_split, 'long text')} split at context_length {context}")
+    if n_truncated:
+        told.append(f"{count_of(n_truncated, 'row')} cut at context_length {context} ({count_of(n_cut, 'token')} lost)")
+    told += [f"{count_of(n, 'row')} left out: {why.format(context=context)}" for why, n in dropped.most_common()]
+    if n_bad:
+        some = "; ".join([*(line[:120] for line in bad[:3]), *(["..."] if n_bad > 3 else [])])
+        told.append(f"{count_of(n_bad, 'bad row')} left out ({some})")
+    told += [f"{note} ({count_of(n, 'row')})" for note, n in notes.most_common()]
+    return {
+        "ids": np.concatenate([chunk.ids for chunk in chunks] or [np.empty(0, np.int32)]),
+        "trains": np.concatenate([chunk.trains for chunk in chunks] or [np.empty(0, np.bool_)]),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "index": np.concatenate([chunk.index for chunk in chunks] or [np.empty(0, np.int64)]),
+        "context_length": context,
+        "n_read": n_read,
+        "n_dropped": sum(dropped.values()),
+        "n_truncated": n_truncated,
+        "notes": told,
+    }
+
+
+def _nothing_left(name: str, chunks: list[Chunk], context: int) -> str:
+    n_read, n_bad = sum(chunk.n_read for chunk in chunks), sum(chunk.n_bad for chunk in chunks)
+    dropped = sum((chunk.dropped for chunk in chunks), Counter[str]())
+    if not n_read:
+        return f"dataset {name!r}: has no rows"
+    if n_bad == n_read:
+        bad = next(line for chunk in chunks for line in chunk.bad)
+        return f"dataset {name!r}: none of its {n_read:,} rows can be taken; the first: {bad}"
+    beyond = BEYOND in dropped
+    says = "" if beyond and len(dropped) == 1 else "; ".join(f"{n:,}: {why}" for why, n in dropped.most_common())
+    says = f" ({says.format(context=context)})" if says else f" within context_length {context}"
+    advice = (
+        "raise context_length, or check that answers are not empty" if beyond else "see --dataset_format and --columns"
+    )
+    return f"dataset {name!r}: none of its {n_read:,} rows has an answer token{says}; {advice}"
+
+
+def _dummy(samples: int, context_length: int, vocab_size: int) -> Rows:
+    """Random tokens that fill the context, each a label: for measuring speed and memory."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, samples * context_length, dtype=np.int32)
+    trains = np.ones((samples, context_length), dtype=np.bool_)
+    trains[:, 0] = False
+    offsets = np.arange(samples + 1, dtype=np.int64) * context_length
+    return Rows(
+        "dummy", "random tokens", ids, trains.reshape(-1), offsets, np.arange(samples), context_length, 0, samples, 0, 0
+    )

@@ -1,0 +1,164 @@
+"""The tokenizer, and pieces of text -> ids and what trains of them: BOS once, EOS learnt, no token over a border."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fsdp_qlora.data.templates import Example
+from fsdp_qlora.errors import UserError, first_line
+
+SENTINELS = ("\n", ")")  # put before a text that continues another; the ids they make are taken off again
+
+
+def load_tokenizer(model_name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id, with a pad token. Raises UserError where there is none to load.
+
+    A missing pad token becomes the unknown token, else EOS: no embedding row is added, and which token it is does not
+    matter, since padding is masked by its position.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the hub's client and every tokenizer library raise kinds of their own
+        raise UserError(
+            f"model_name {model_name!r}: its tokenizer could not be loaded ({first_line(error)}); "
+            "are tokenizer.json (or tokenizer.model) and tokenizer_config.json with the model?"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One row. ids [S] int32; trains [S] bool: whether the token is learnt (never the first: nothing predicts it)."""
+
+    ids: npt.NDArray[np.int32]
+    trains: npt.NDArray[np.bool_]
+
+
+class Encoder:
+    """Examples -> Tokens with one tokenizer, many at a time."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool):
+        """Raises UserError if the tokenizer has no EOS token."""
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the model's tokenizer has no EOS token, so answers would never end; set eos_token in its folder"
+            )
+        self.tokenizer, self.train_on_prompt, self.eos = tokenizer, train_on_prompt, int(tokenizer.eos_token_id)
+        self.start = _start_ids(tokenizer)
+        # The Rust tokenizer itself: half the time of transformers' call, which makes Python lists of all it knows.
+        self.fast: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        if self.fast is not None:
+            self.fast.no_truncation()
+            self.fast.no_padding()
+        self.sentinels = {sentinel: self._plain([sentinel])[0] for sentinel in SENTINELS}
+        # SentencePiece tokenizers put a space before whatever they are given. An answer that follows a prompt has none.
+        self.adds_space = self._plain(["x"])[0] != self._plain(["\nx"])[0][len(self.sentinels["\n"]) :]
+
+    def encode(self, examples: Sequence[Example]) -> list[Tokens]:
+        """Tokenize complete examples as one text, whose characters tell what of it is learnt.
+
+        Pieces of the others are tokenized apart, so that the ids of a prompt alone begin the ids of its row."""
+        done: list[Tokens | None] = [None] * len(examples)
+        if self.fast is not None:
+            whole = [number for number, example in enumerate(examples) if example.complete and example.pieces]
+            texts = ["".join(piece.text for piece in examples[number].pieces) for number in whole]
+            encodings = self.fast.encode_batch(texts, add_special_tokens=False) if texts else []
+            for number, text, encoding in zip(whole, texts, encodings, strict=True):
+                done[number] = self._by_characters(examples[number], text, encoding)
+        rest = iter(self._by_pieces([example for example, row in zip(examples, done, strict=True) if row is None]))
+        return [row if row is not None else next(rest) for row in done]
+
+    def _by_characters(self, example: Example, text: str, encoding: Any) -> Tokens | None:
+        """The row's tokens; None where one lies across a border between pieces."""
+        trains = np.zeros(len(encoding.ids), dtype=np.bool_)
+        edges = list(accumulate((len(piece.text) for piece in example.pieces), initial=0))
+        tokens = [_token_at(encoding, edge, len(text)) for edge in edges]
+        if None in tokens:
+            return None
+        for piece, start, end in zip(example.pieces, tokens, tokens[1:], strict=False):
+            trains[start:end] = piece.is_answer
+        return self._tokens(encoding.ids, trains)
+
+    def _by_pieces(self, examples: Sequence[Example]) -> list[Tokens]:
+        firsts = iter(self._plain([example.pieces[0].text for example in examples if example.pieces]))
+        rests = iter(self._continued([piece.text for example in examples for piece in example.pieces[1:]]))
+        return [
+            self._row(example, [next(firsts), *(next(rests) for _ in example.pieces[1:])] if example.pieces else [])
+            for example in examples
+        ]
+
+    def _row(self, example: Example, parts: list[list[int]]) -> Tokens:
+        ids: list[int] = []
+        trains: list[bool] = []
+        for piece, part in zip(example.pieces, parts, strict=True):
+            ended = [*part, self.eos] if piece.ends and part[-1:] != [self.eos] else part
+            ids += ended
+            trains += [piece.is_answer] * len(ended)
+        if not example.complete:
+            if ids[: len(self.start)] != self.start:
+                ids, trains = self.start + ids, [False] * len(self.start) + trains
+            if ids[-1:] != [self.eos]:
+                ids.append(self.eos)
+                trains.append(bool(example.pieces) and example.pieces[-1].is_answer)
+        return self._tokens(ids, np.array(trains, dtype=np.bool_))
+
+    def _tokens(self, ids: Sequence[int], trains: npt.NDArray[np.bool_]) -> Tokens:
+        trained = np.ones(len(ids), dtype=np.bool_) if self.train_on_prompt else trains
+        trained[:1] = False
+        return Tokens(np.array(ids, dtype=np.int32), trained)
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self.fast is not None:
+            return [encoding.ids for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def _continued(self, texts: list[str]) -> list[list[int]]:
+        """As _plain, but as the text would be tokenized after another, without the space that a beginning gets."""
+        if not self.adds_space:
+            return self._plain(texts)
+        done: dict[int, list[int]] = {}
+        for sentinel, lead in self.sentinels.items():
+            left = [number for number in range(len(texts)) if number not in done]
+            for number, ids in zip(left, self._plain([sentinel + texts[number] for number in left]), strict=True):
+                if ids[: len(lead)] == lead:  # else the sentinel has merged with the text: try the next
+                    done[number] = ids[len(lead) :]
+        return [done[number] if number in done else self._plain([text])[0] for number, text in enumerate(texts)]
+
+
+def _token_at(encoding: Any, edge: int, length: int) -> int | None:
+    """The first token that begins at character `edge` or behind it; None where one lies across it.
+
+    Space that a tokenizer takes for no token's is passed over."""
+    if edge == 0:
+        return 0
+    for place in range(edge, length):
+        token = encoding.char_to_token(place)
+        if token is not None:
+            if encoding.token_to_chars(token)[0] < edge:
+                return None
+            while token and encoding.token_to_chars(token - 1)[0] > edge:  # a token of spaces that were cut off it
+                token -= 1
+            return int(token)
+    return len(encoding.ids)
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text (BOS for Llama and Gemma, nothing for Qwen and SmolLM2)."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    for count in range(len(whole) - len(bare) + 1):
+        if whole[count : count + len(bare)] == bare:
+            return list(whole[:count])
+    return []

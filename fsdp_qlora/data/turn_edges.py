@@ -1,0 +1,180 @@
+"""The edges of an assistant's turn in a chat template's own text: where it begins, and which token ends it."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+
+from fsdp_qlora.data.messages import ASSISTANT, Message, Talk
+from fsdp_qlora.data.stand_ins import NONCE, take_apart
+
+Render = Callable[[list[Message], bool, Talk], str]  # (messages, ask for an answer, the talk they are of)
+PLACE = 10**6  # number of a stand-in that no word has
+
+
+class Unclear(Exception):
+    """Where a turn begins or ends cannot be proved."""
+
+
+class Template:
+    """A chat template by what it renders; all texts here are its own, words being stand-ins."""
+
+    def __init__(self, render: Render, specials: set[str], eos: str):
+        self.render, self.eos = render, eos
+        self.special = re.compile("|".join(sorted(map(re.escape, specials), key=len, reverse=True)) or r"(?!)")
+        self.beginnings: dict[str, str | None] = {}
+        self.headers: dict[str, str] = {}
+
+    def tail(self, messages: list[Message], answer_next: bool, talk: Talk, behind: int | None) -> str | None:
+        """What `messages` alone render behind stand-in `behind` (None: from the beginning); None if that is not last.
+
+        Its text is the template's alone."""
+        try:
+            between, numbers = take_apart(self.render(messages, answer_next, talk)) if messages else ([""], [])
+        except Exception:
+            return None
+        if not messages:
+            return None
+        return between[-1] if (numbers[-1] if numbers else None) == behind else None
+
+    def until_next(self, messages: list[Message], talk: Talk, behind: int) -> str | None:
+        """What lies between stand-in `behind`, the last of `messages`, and a question that follows; None if unknown."""
+        question: Message = {"role": "user", "content": f"{NONCE}{PLACE}k"}
+        try:
+            between, numbers = take_apart(self.render([*messages, question], False, talk))
+        except Exception:
+            return None
+        return between[-2] if numbers[-2:] == [behind, PLACE] else None
+
+    def start(self, before: str, asked: str | None, talk: Talk) -> int | None:
+        """Where the turn begins in the text before its first word; None where it is not known to begin before it.
+
+        asked: what the template puts there when it asks for the answer."""
+        header = self.header(talk)
+        if asked is not None and before.startswith(asked) and self._is_border(before, len(asked)):
+            if header and header in before[len(asked) :]:  # asked for where another turn goes on
+                return before.rindex(header) + len(header)
+            if header or not before[len(asked) :].strip():
+                return len(asked)
+        elif header and before.count(header) == 1:
+            return before.index(header) + len(header)
+        return None
+
+    def start_of_call(self, before: str, earlier: list[Message], talk: Talk, previous: int | None) -> int:
+        """Where a turn begins that begins with a tool call: where words would stand in the call's place."""
+        try:
+            said = [*earlier, {"role": ASSISTANT, "content": f"{NONCE}{PLACE}k"}]
+            between, numbers = take_apart(self.render(said, False, talk))
+        except Exception:
+            between, numbers = [], []
+        if PLACE in numbers:
+            spot = numbers.index(PLACE)
+            if (numbers[spot - 1] if spot else None) == previous and before.startswith(between[spot]):
+                return len(between[spot])
+        raise Unclear("where a tool call begins is not certain")
+
+    def _is_border(self, text: str, at: int) -> bool:
+        return not any(match.start() < at < match.end() for match in self.special.finditer(text))
+
+    def last_end(self, before: str, after: str, continued: str | None, holds_arguments: bool = False) -> int:
+        """End of the last turn, in the text after its last word; all text up to the token that ends it included.
+
+        before: the text before its first word. continued: what follows its last word where a question comes next: what
+        both have is not of a header. holds_arguments: `after` begins in a tool call, whose arguments may hold anything.
+        """
+        every = list(self.special.finditer(after))
+        if not every:
+            return len(after) if continued is None or continued.startswith(after) or not after.strip() else 0
+        last = every[-1].start() if holds_arguments else every[0].start()
+        while holds_arguments and (earlier := next((m for m in every if self._joins(after, m.end(), last)), None)):
+            last = earlier.start()
+        run = list(self._run(after, last))
+        same = len(after) if continued is None else self._same(after, continued)
+        ends = self._without_beginnings(after, [end for end in run if end <= same])
+        if not ends:
+            token = after[last : run[0]]
+            if token != self.eos and before.endswith(after[last:]):
+                return 0  # a header that is put at the end whether or not an answer is asked for
+            ends = run[:1]
+        return next((end for end in reversed(run) if end > ends[-1] and after.endswith(self.eos, 0, end)), ends[-1])
+
+    def _joins(self, text: str, end: int, start: int) -> bool:
+        return end <= start and not text[end:start].strip()
+
+    def _without_beginnings(self, text: str, ends: list[int]) -> list[int]:
+        """Ends of special tokens without those that text follows at once: these begin a header."""
+        while ends and text[ends[-1] : ends[-1] + 1].strip() and not text.endswith(self.eos, 0, ends[-1]):
+            if self.special.match(text, ends[-1]):
+                break
+            ends = ends[:-1]
+        return ends
+
+    def _run(self, text: str, at: int) -> Iterator[int]:
+        """Ends of the special tokens that follow each other from `at` on, with nothing but space between."""
+        while True:
+            at += len(text[at:]) - len(text[at:].lstrip())
+            match = self.special.match(text, at)
+            if match is None:
+                return
+            yield match.end()
+            at = match.end()
+
+    def end(self, after: str, alone: str | None, role: str, number: int, talk: Talk) -> int:
+        """End of a turn that others follow, in the text up to the next word.
+
+        alone: what follows it where it is the last. What both have, and the token that ends it here, is its own."""
+        same = self._same(after, alone) if alone is not None else 0
+        if alone is not None and same == len(alone) and self.special.search(alone):
+            return list(self.special.finditer(alone))[-1].end()
+        matched = self._without_beginnings(after, [match.end() for match in self.special.finditer(after[:same])])
+        next_one = self.special.match(after, same + len(after[same:]) - len(after[same:].lstrip()))
+        if next_one is not None and (alone is None or self.special.search(alone[same:]) or next_one[0] == self.eos):
+            ends = self._is_end(next_one[0], after[next_one.start() :], role, talk)
+            if ends:
+                return next_one.end()
+            if ends is None and not matched:
+                raise Unclear(f"message {number} is followed by {next_one[0]!r}, which may or may not be its end")
+        if matched:
+            return matched[-1]
+        return same if alone is not None and same == len(alone) else 0
+
+    def _same(self, one: str, other: str) -> int:
+        """Length of the common beginning, with no special token cut in two."""
+        length = next(
+            (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other))
+        )
+        for text in (one, other):
+            for match in self.special.finditer(text):
+                if match.start() < length < match.end():
+                    length = match.start()
+        return length
+
+    def _is_end(self, token: str, rest: str, role: str, talk: Talk) -> bool | None:
+        """Whether `token`, at the beginning of `rest`, ends a turn rather than beginning the next, of `role`."""
+        if token == self.eos:
+            return True
+        header = self.special.match(self.header(talk))
+        if header is not None and token != header[0] and rest[len(token) :].lstrip().startswith(header[0]):
+            return True  # behind it begins what every turn begins with
+        if role not in self.beginnings:
+            try:
+                between, numbers = take_apart(
+                    self.render([{"role": role, "content": f"{NONCE}0k"}], False, Talk([], []))
+                )
+                self.beginnings[role] = between[0] if numbers else None
+            except Exception:
+                self.beginnings[role] = None
+        begins = self.beginnings[role]
+        return not begins.endswith(rest) if begins else None
+
+    def header(self, talk: Talk) -> str:
+        """What the template puts at the end when it asks for an answer, '' where it has no such thing."""
+        key = json.dumps(talk.settings, default=str)
+        if key not in self.headers:
+            question: list[Message] = [{"role": "user", "content": f"{NONCE}0k"}]
+            try:
+                asked = take_apart(self.render(question, True, talk))[0][-1]
+                plain = take_apart(self.render(question, False, talk))[0][-1]
+                self.headers[key] = asked[self._same(asked, plain) :]
+            except Exception:
+                self.headers[key] = ""
+        return self.headers[key]

@@ -1,0 +1,166 @@
+"""Ctrl-C, SIGTERM and their kin: the first asks all ranks to stop after a step and save, a second ends the process."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from fsdp_qlora.distributed.world import World
+
+# SIGHUP: the terminal or the connection was closed. SIGUSR1: what batch systems are often told to send before they end
+# a job. SIGQUIT: Ctrl-backslash.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
+HURRY = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)  # a second one of these means: at once
+# Batch systems signal torchrun and its ranks, and torchrun passes on what it got: that is one wish, not two.
+SAME_REQUEST_SECONDS = 1.0
+# Torchrun kills its ranks 30 s after it has passed a signal on. A rank that waits on a dead peer inside CUDA would
+# vanish without a word then; it leaves a little earlier, saying why, with what it can save alone.
+STUCK_SECONDS = 20.0
+RESCUE_SECONDS = 8.0
+UNWIND_SECONDS = 5.0
+
+
+class Interrupt:
+    """A context manager around training and saving; the loop asks `agreed()` between steps.
+
+    A thread reads the signals' numbers from Python's wake-up descriptor, which the C-level handler writes: so the
+    user is answered, and a second signal obeyed, also while the main thread is deep inside a CUDA or gloo call."""
+
+    def __init__(self, world: World, rescue: Callable[[], str] | None = None) -> None:
+        self.world, self.rescue = world, rescue
+        self.signal_number: int | None = None  # that this rank got
+        self.agreed_signal: int | None = None  # that the ranks stop for
+        self._polled = False
+        self._hurry = False  # decided by the watcher alone, which hears of a signal when it comes
+        self._left = threading.Event()
+        self._main_thread = threading.get_ident()
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank has been asked to stop. The ranks may learn it at different steps: see `agreed`."""
+        if self.signal_number is None:
+            return False
+        self._polled = True
+        return True
+
+    def agreed(self) -> bool:
+        """Whether any rank has been asked to stop: a collective (one number, on the host), the same on every rank."""
+        asked = torch.tensor((self.signal_number or 0) if self.requested else 0, dtype=torch.int32)
+        if self.world.size > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if not asked:
+            return False
+        self.agreed_signal, self._polled = int(asked), True
+        return True
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        return 128 + (self.agreed_signal or self.signal_number or signal.SIGINT)
+
+    def __enter__(self) -> "Interrupt":
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        self._old_handlers = {number: signal.signal(number, self._handle) for number in handled}
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="signals")
+        self._watcher.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        if kind is not None and issubclass(kind, Exception) and "TORCHELASTIC_RUN_ID" in os.environ:
+            # This rank is ending. Torchrun, which has seen another one end, would cut it off before it has said why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.set_wakeup_fd(self._old_wakeup)
+        self._left.set()
+        self._writer.close()  # the watcher reads the end of the stream and returns
+        self._watcher.join()
+        self._reader.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Runs in the main thread between two bytecodes of whatever it was doing: so it takes no lock, nor prints."""
+        if self._hurry:
+            raise KeyboardInterrupt
+        if self.signal_number is None:
+            self.signal_number = number
+
+    def _watch(self) -> None:
+        first: float | None = None
+        while True:
+            self._reader.settimeout(None if first is None or self._polled else 0.5)
+            try:
+                numbers = self._reader.recv(64)
+            except TimeoutError:
+                if first is not None and time.monotonic() - first > STUCK_SECONDS and self._would_be_killed():
+                    _write(
+                        f"rank {self.world.rank}: no step ended within {STUCK_SECONDS:.0f} s of being told to stop, so "
+                        "another rank has probably ended (its messages say why)"
+                    )
+                    self._leave(1, f"rank {self.world.rank}: left{self._rescued() or ' without saving'}")
+                continue
+            if not numbers:
+                return
+            for number in numbers:
+                if number not in SIGNALS:
+                    continue
+                if first is None:
+                    first = time.monotonic()
+                    self._announce(number)
+                elif number in HURRY and time.monotonic() - first > SAME_REQUEST_SECONDS:
+                    if not self._hurry:  # its handler raises as soon as the main thread runs Python again
+                        self._hurry = True
+                        signal.pthread_kill(self._main_thread, signal.SIGINT)
+                    self._left.wait(UNWIND_SECONDS)
+                    if not self._left.is_set():
+                        self._leave(128 + number, f"rank {self.world.rank}: left at once, without saving")
+
+    def _announce(self, number: int) -> None:
+        if not self.world.is_main:
+            return
+        if number == signal.SIGINT:
+            how = "Ctrl-C again to leave at once without saving"
+        elif number == signal.SIGHUP:
+            how = "the terminal or connection was closed"
+        elif number in (signal.SIGUSR1, signal.SIGQUIT):
+            how = "Ctrl-C to leave at once without saving"
+        else:
+            how = "torchrun also sends this when another rank has ended"
+        _write(f"{signal.Signals(number).name}: stopping after this step, then saving ({how})")
+
+    def _would_be_killed(self) -> bool:
+        return not self._polled and self.world.size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+
+    def _rescued(self) -> str:
+        """What could be saved, in words. Bounded in time: a copy from a GPU that waits on a dead peer never ends."""
+        said: list[str] = []
+
+        def attempt() -> None:
+            try:
+                said.append(self.rescue() if self.rescue is not None else "")
+            except Exception as error:
+                said.append(f" without saving ({error})")
+
+        saving = threading.Thread(target=attempt, daemon=True, name="rescue")
+        saving.start()
+        saving.join(RESCUE_SECONDS)
+        return said[0] if said else ""
+
+    def _leave(self, code: int, why: str) -> None:
+        _write(why)
+        os._exit(code)
+
+
+def _write(line: str) -> None:
+    """To standard error past Python's buffers and tqdm's lock, which the main thread may be holding."""
+    with suppress(OSError):  # the terminal is gone
+        os.write(2, f"\n{line}\n".encode())

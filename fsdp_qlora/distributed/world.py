@@ -1,0 +1,265 @@
+"""The ranks of a run: who this process is, its device, and a process group that is closed however the run ends."""
+
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Generic, TypeVar
+
+import numpy
+import psutil
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore  # torch.distributed hands it on without saying so
+from tqdm import tqdm
+
+from fsdp_qlora.config.options import LaunchOptions
+from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line
+from fsdp_qlora.runtime.gpu_memory import note_others
+from fsdp_qlora.runtime.launcher import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
+from fsdp_qlora.runtime.launcher import rank_from_environment as rank_from_environment
+
+# A rank that dies is noticed by torchrun in a second, so this only bounds real deadlocks. It must outlast what ranks
+# lawfully wait for: rank 0 tokenising a large dataset, or its turn at encoding a block on a slow disk.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+TEARDOWN_SECONDS = 10.0
+
+# What gloo, NCCL and the store say when the other end of a connection is gone, across torch 2.11 to 2.13.
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "remote process exited",
+    "nccl communicator was aborted",
+    "socket timeout",
+    "timed out waiting",
+    "failed to recv",
+    "recvvalue failed",
+    "sendbytes failed",
+    "gloo connectfullmesh failed",
+)
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    value: T
+    error: RunEnded | None
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks. A process group exists as long as this does, also for one rank."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints a line on rank 0, above the progress bar where one is up; nothing on other ranks."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it. Over gloo, so that a dead peer is an error and not a hang."""
+        dist.all_reduce(torch.zeros(1))
+
+    def main_only(self, do: Callable[[], object]) -> None:
+        """Runs `do` on rank 0 while the others wait. A collective: what is wrong there ends every rank alike."""
+        self._agree(self._try(do).error if self.is_main else None)
+
+    def agree(self, do: Callable[[], bool]) -> bool:
+        """Rank 0's answer, on every rank. A collective: what is wrong there ends every rank alike."""
+        done = self._try(do) if self.is_main else None
+        self._agree(done.error if done is not None else None)
+        return bool(self.gather([float(done is not None and done.value)])[0][0])
+
+    def first_on_node(self, do: Callable[[], T]) -> T:
+        """Runs `do` on one rank of each node and then on its others, which find what it has cached. A collective."""
+        first = self.local_rank == 0
+        done = self._try(do) if first else None
+        self._agree(done.error if done is not None else None)
+        done = done if done is not None else self._try(do)
+        self._agree(done.error)
+        return done.value
+
+    def together(self, do: Callable[[], T]) -> T:
+        """Runs `do`, which is no collective, on every rank. A collective: what is wrong on one ends all alike."""
+        done = self._try(do)
+        self._agree(done.error)
+        return done.value
+
+    def _try(self, do: Callable[[], T]) -> "_Outcome[T]":
+        try:
+            return _Outcome(do(), None)
+        except RunEnded as error:
+            return _Outcome(None, error)  # type: ignore[arg-type]
+
+    def _agree(self, error: RunEnded | None) -> None:
+        """Every rank raises what some rank met, so that all leave with the same exit code; rank 0 tells the user."""
+        failed = [rank for rank, (flag,) in enumerate(self.gather([float(error is not None)])) if flag]
+        if not failed:
+            return
+        met: list[tuple[type[RunEnded], str]] = [(type(error or RunEnded()), str(error))]
+        dist.broadcast_object_list(met, src=failed[0], device=torch.device("cpu"))
+        kind, message = met[0]
+        raise kind(message).on_every_rank(self.rank) from error
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Every rank's `numbers` (the same count on each), in rank order, on every rank. A collective, on the host."""
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine)
+        return [row.tolist() for row in everyone]
+
+
+@contextmanager
+def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
+    """The `World` of this process, from torchrun's environment, or alone without it.
+
+    Sets the device, the CPU threads and the seeds (the same on every rank, so that what is initialised at random is
+    equal everywhere), opens the process group (gloo for CPU tensors, NCCL for CUDA's) and closes it on every way out.
+
+    Raises UserError when the launch does not fit the options or the machine, TrainingStopped when the block failed
+    because another rank had ended."""
+    place = read_launch()
+    note_others()
+    try:
+        check_launch(launch, place)
+        device = _choose_device(place)
+    except UserError as error:
+        raise error.on_every_rank(place.local_rank) from None  # of this node
+    _set_threads(place)
+    _seed(seed)
+    _open_group(place, device)
+    world = World(place.rank, place.size, place.local_rank, place.local_size, device)
+    try:
+        yield world
+        world.barrier()  # a rank that is done early waits here, not inside NCCL's teardown
+    except BaseException as error:
+        # Peers may be gone or may be waiting for us in a collective that will never come: abort, do not negotiate.
+        _within(TEARDOWN_SECONDS, _abort_group)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TrainingStopped(
+                f"rank {world.rank}: GPU memory ran out while the model was made or loaded "
+                f"({first_line(error)}); use a lower lora_rank, or another --gpu_memory_gib (the plan fills it), and "
+                "see with `nvidia-smi` what else is on the card"
+            ) from error
+        if world.size > 1 and isinstance(error, Exception) and peer_is_gone(error):
+            raise TrainingStopped(
+                f"rank {world.rank} stopped because another rank ended while this one was waiting for it: the cause "
+                "is in that rank's messages (killed without one: out of host memory, see `dmesg`)"
+            ) from error
+        raise
+    else:
+        _within(TEARDOWN_SECONDS, dist.destroy_process_group)
+
+
+def peer_is_gone(error: BaseException) -> bool:
+    """Whether an exception, or one it was raised from, is a collective failing because its peer ended."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistNetworkError):
+            return True
+        if isinstance(seen, RuntimeError) and any(sign in str(seen).lower() for sign in _PEER_GONE):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _choose_device(place: Launch) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if place.local_size > gpus:
+        raise UserError(
+            f"{place.local_size} ranks were started on this machine but it has {gpus} usable GPU{'s' * (gpus > 1)}, "
+            f"and every rank needs its own: start with torchrun --nproc_per_node {gpus}, check CUDA_VISIBLE_DEVICES "
+            f"({os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}), or set it to nothing to train on the CPU"
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _set_threads(place: Launch) -> None:
+    """Shares the cores among the ranks of a node, unless the user has said how many threads each shall have."""
+    if place.local_size == 1 or user_set_omp_threads():
+        return
+    threads = max(1, usable_cores(psutil.cpu_count(logical=False)) // place.local_size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for OpenMP libraries loaded later; torch has read it already
+    torch.set_num_threads(threads)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # every CUDA device's generator too
+
+
+def _open_group(place: Launch, device: torch.device) -> None:
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise UserError("this PyTorch is built without torch.distributed's gloo backend: install one from pytorch.org")
+    if device.type == "cuda" and place.size > 1 and not dist.is_nccl_available():
+        raise UserError(
+            "this PyTorch is built without NCCL, which several GPUs need to exchange tensors: install a CUDA build of "
+            "PyTorch for Linux, or start one rank"
+        )
+    cuda = device.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device_id = device if cuda else None
+    if place.size == 1:  # nobody to meet: no address, no port, nothing that a firewall could refuse
+        dist.init_process_group(
+            backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT, device_id=device_id
+        )
+        return
+    try:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
+    except dist.DistNetworkError as error:
+        raise TrainingStopped(
+            f"rank {place.rank} could not reach the other ranks at {place.address}:{place.port} ({error}): check that "
+            "every node started, that the address is reachable and that the port is free"
+        ) from error
+
+
+def _abort_group() -> None:
+    """Ends the group without its peers' help: pending NCCL work is cancelled, for destroying would wait for it."""
+    if not dist.is_initialized():
+        return
+    if dist.get_backend_config().find("nccl") >= 0:
+        abort: Callable[[], None] | None = getattr(dist.distributed_c10d, "_abort_process_group", None)
+        if abort is not None:
+            abort()
+            return
+    dist.destroy_process_group()
+
+
+def _within(seconds: float, close: Callable[[], None]) -> None:
+    """Runs `close` for at most `seconds`. What has not returned by then is left to the end of the process: a second
+    failure while closing must neither hide the first nor keep the process alive."""
+
+    def attempt() -> None:
+        try:
+            close()
+        except Exception as error:
+            print(f"while closing the process group: {error}", file=sys.stderr, flush=True)
+
+    closing = threading.Thread(target=attempt, daemon=True, name="close process group")
+    closing.start()
+    closing.join(seconds)
+    if closing.is_alive():
+        print(f"the process group did not close within {seconds:.0f} s; going on without", file=sys.stderr, flush=True)

@@ -1,0 +1,138 @@
+"""What a run leaves behind: a LoRA adapter that `PeftModel.from_pretrained` opens, and its tokenizer."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.adapters.lora import peft_config, peft_key, peft_targets
+from fsdp_qlora.config.options import Config
+from fsdp_qlora.errors import TrainingStopped, UserError
+from fsdp_qlora.units import GIB
+
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class TokenizerNotSaved(TrainingStopped):
+    """The adapter is where it should be; only the tokenizer beside it is not."""
+
+
+def check_space(folder: Path, adapter_parameters: int) -> None:
+    """Raises UserError where the adapter that a run will leave is larger than what is free in its folder."""
+    needed, free = 4 * adapter_parameters, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"output_dir: {folder} has {free / GIB:.2f} GiB free and the adapter will take {needed / GIB:.2f}; "
+            "free some space there, choose another folder, or lower lora_rank"
+        )
+
+
+def save_adapter_somewhere(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    linears: list[str],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """As `save_adapter`; where that fails, hours of work go to the system's temporary folder.
+
+    Raises TrainingStopped in that case too, saying where the adapter is."""
+    try:
+        save_adapter(folder, tensors, linears, config, tokenizer)
+    except TokenizerNotSaved:
+        raise
+    except TrainingStopped as stopped:
+        elsewhere = Path(tempfile.mkdtemp(prefix="fsdp_qlora_adapter_"))
+        try:
+            save_adapter(elsewhere, tensors, linears, config, tokenizer)
+        except TrainingStopped:
+            shutil.rmtree(elsewhere, ignore_errors=True)
+            raise stopped from None
+        raise TrainingStopped(f"{stopped}. It is in {elsewhere} instead: move it from there") from stopped
+
+
+def save_adapter(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    linears: list[str],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Path:
+    """Write the adapter (float32, PEFT's names), its config and the tokenizer to `folder`; the adapter's path.
+
+    tensors: `path.lora_A` and `path.lora_B` by path in the Hugging Face model. linears: the paths of all linears.
+    Each file appears whole or not at all. Raises TrainingStopped where the disk is full or gone.
+    """
+    named, paths = {}, []
+    for name, tensor in tensors.items():
+        path, _, matrix = name.rpartition(".")
+        named[peft_key(path, matrix)] = tensor.contiguous()
+        paths.append(path)
+    targets = peft_targets(list(dict.fromkeys(paths)), linears)
+    settings = peft_config(config.adapter, config.model.model_name, config.model.revision, targets)
+    try:
+        _whole(folder / ADAPTER, lambda file: save_file(named, file, metadata={"format": "pt"}))
+        _whole(
+            folder / ADAPTER_CONFIG, lambda file: file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        )
+    except Exception as error:  # safetensors raises its own kind for a full disk
+        raise TrainingStopped(
+            f"output_dir: the adapter could not be saved in {folder} ({error}); free some space there"
+        ) from error
+    if tokenizer is not None:
+        save_tokenizer(folder, tokenizer)
+    return folder / ADAPTER
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's files, each whole or not at all. Raises TokenizerNotSaved where that cannot be done."""
+    part = folder / f".tokenizer.{os.getpid()}"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        tokenizer.save_pretrained(part)
+        for file in sorted(part.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        for file in sorted(part.rglob("*")):  # all of them are complete
+            if file.is_file():
+                (folder / file.relative_to(part)).parent.mkdir(parents=True, exist_ok=True)
+                file.replace(folder / file.relative_to(part))
+    except Exception as error:  # the tokenizers library raises its own kind for a full disk
+        raise TokenizerNotSaved(
+            f"output_dir: the adapter is saved in {folder}, but its tokenizer could not be ({error}); the model's own "
+            "tokenizer does as well"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def saved_since(folder: Path, moment: float) -> bool:
+    """Whether somebody has saved an adapter in `folder`, or begun to, since `moment` (of time.time)."""
+    for file in folder.glob(f"*{ADAPTER}*"):
+        with suppress(FileNotFoundError):  # renamed meanwhile: it has another name in this list, or in the next one
+            if file.stat().st_mtime >= moment:
+                return True
+    return (folder / ADAPTER).exists() and (folder / ADAPTER).stat().st_mtime >= moment
+
+
+def _whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `target`, reach the disk, then rename: an old file stays until the new one is complete."""
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        write(part)
+        part.chmod(mode)  # safetensors makes files that nobody but their owner can read
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""Turns a model's blocks into fused ones where their family is known, all of them or none, and says which and why."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from fsdp_qlora.config.options import Config, ModelOptions
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.kernels.attention import Masking, fastest
+from fsdp_qlora.kernels.rms_norm import rms_norm
+from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.models.families import Anatomy, eps_of, recognise
+from fsdp_qlora.models.fused.block import KEEP, FusedBlock, Scratch
+from fsdp_qlora.models.precision import Precision
+
+NO_MASKS = "fsdp_qlora_fused"  # an attention that Hugging Face builds no masks for: fused blocks know what is seen
+
+
+class FinalNorm(nn.Module):
+    """The norm behind the last block, in one kernel. inner: Hugging Face's, whose weight is a view of frozen bytes."""
+
+    def __init__(self, inner: nn.Module, shift: float) -> None:
+        super().__init__()
+        self.inner, self.eps, self.shift = inner, eps_of(inner), shift
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, cast(Tensor, self.inner.weight), self.eps, shift=self.shift)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What came of it: how many blocks and projections run fused, with which attention, and why not where not."""
+
+    blocks: int
+    projections: int
+    attention: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        if not self.blocks:
+            return f"not fused: {self.reason}"
+        return (
+            f"{self.blocks} blocks and {self.projections} projections fused, "
+            f"attention by {' and '.join(self.attention)}"
+        )
+
+
+class HalfTables(nn.Module):
+    """A rotary embedding's tables in float32, without their repeated half: (cos, sin), each [S, D/2].
+
+    Hugging Face rounds them to the model's dtype, which in bfloat16 turns keys by wrong angles at long context."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        likeness = torch.empty(0, device=x.device, dtype=torch.float32)
+        cos, sin = self.inner(likeness, position_ids, *args, **kwargs)
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+Chooser = Callable[[torch.device, torch.dtype, tuple[int, int, int, int, int], Masking], str]  # as `fastest`
+
+
+def fuse(model: CausalModel, config: Config, device: torch.device, choose: Chooser = fastest) -> Fusion:
+    """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be.
+
+    The blocks keep their input, until a plan says otherwise. choose: the attention backend."""
+    options, memory = config.model, config.memory
+    shape = (config.training.batch_size, config.data.context_length)
+    found = [recognise(block.layer, block.frozen) for block in model.blocks.values()]
+    anatomies = [anatomy for anatomy in found if isinstance(anatomy, Anatomy)]
+    reason = _obstacle(model, options, [why for why in found if isinstance(why, str)])
+    if reason:
+        if options.fused == "true":
+            raise UserError(f"fused: true is not possible: {reason}; use --fused auto")
+        if memory.use_activation_cpu_offload:
+            raise UserError(
+                f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}"
+            )
+        if memory.use_gradient_checkpointing and memory.keep_activations != "auto":
+            raise UserError(
+                f"keep_activations: {memory.keep_activations} needs fused blocks, and the model is not fused: {reason}"
+            )
+        return Fusion(0, 0, (), reason)
+    scratch, backends = Scratch(model.precision.compute, device), []
+    for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):
+        backend = _attention(options, model.precision, anatomy, shape, device, choose)
+        backends.append(backend)
+        block.fused = FusedBlock(anatomy, model.precision.compute, KEEP[0], scratch, backend)
+    first = next(iter(model.blocks.values()))
+    assert isinstance(first.fused, FusedBlock)
+    first.fused = replace(first.fused, copies_input=not model.embedding[0].on_host)
+    # Where the first block trains, its backward hangs on its adapters, and it need not make a gradient of its input.
+    model.embedding[0].asks_for_gradient = all(linear.lora_A is None for linear in anatomies[0].linears)
+    norm = model.backbone.norm
+    if isinstance(norm, nn.Module) and type(norm) is type(first.layer.input_layernorm):
+        model.final_norm = FinalNorm(norm, anatomies[0].attention_norm.shift)
+        model.backbone.norm = nn.Identity()
+    model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb)
+    AttentionInterface.register(NO_MASKS, _unused)
+    model.backbone.config._attn_implementation = NO_MASKS
+    projections = sum(len(anatomy.linears) for anatomy in anatomies)
+    return Fusion(len(anatomies), projections, tuple(dict.fromkeys(backends)), "")
+
+
+def _obstacle(model: CausalModel, options: ModelOptions, unknown: list[str]) -> str:
+    """Why the model cannot be fused, or ''."""
+    if options.fused == "false":
+        return "as asked"
+    if options.attention == "eager":
+        return "--attention eager is Hugging Face's own"
+    if model.precision.stream != model.precision.compute:
+        stream = str(model.precision.stream).removeprefix("torch.")
+        return f"precision {options.precision} keeps a {stream} residual stream"
+    if not isinstance(getattr(model.backbone, "rotary_emb", None), nn.Module):
+        return "the model has no rotary tables of its own"
+    return unknown[0] if unknown else ""
+
+
+def _attention(
+    options: ModelOptions,
+    precision: Precision,
+    anatomy: Anatomy,
+    shape: tuple[int, int],
+    device: torch.device,
+    choose: Chooser,
+) -> str:
+    """The backend: flash-attn's own where it is asked for, else what is fastest here."""
+    if options.attention == "flash_attention_2":
+        return "flash_attn"
+    whole = (*shape, anatomy.heads, anatomy.kv_heads, anatomy.head_dim)
+    return choose(device, precision.compute, whole, anatomy.masking)
+
+
+def _unused(*args: object, **kwargs: object) -> None:
+    raise AssertionError("a fused block does its own attention")

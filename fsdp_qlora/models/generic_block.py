@@ -1,0 +1,152 @@
+"""A decoder layer over frozen bytes: each `nn.Linear` a frozen linear + LoRA, every other parameter a view.
+
+This is the generic block, under checkpointing: it works for any layer of plain linears. It does not know ranks or
+placements; the bytes come through `FrozenTensor`, whose buffer is gathered by whoever placed it before `Block.forward`
+runs and again before its backward.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
+
+FusedForward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (h, cos, sin) -> h
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """x @ W^T + b with W decoded on the fly in forward and backward; nothing is saved, the bytes are there again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenTensor, bias: FrozenTensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.decode(x.dtype), None if bias is None else bias.decode(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, None]:
+        return d_y @ ctx.weight.decode(d_y.dtype), None, None
+
+
+class FrozenLinear(nn.Module):
+    """y [..., O] = x [..., I] @ W^T + b + scale * dropout(x) @ A^T @ B^T, W and b frozen, A [R, I] and B [O, R] not.
+
+    Everything is computed in `dtype`, to which x is cast. `add_lora` makes the adapter; without it the layer is the
+    base alone.
+    """
+
+    def __init__(self, weight: FrozenTensor, bias: FrozenTensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.out_features, self.in_features = weight.shape
+        self.lora_A: nn.Parameter | None = None
+        self.lora_B: nn.Parameter | None = None
+        self.scale = 0.0
+        self.dropout = 0.0
+
+    def add_lora(self, rank: int, scale: float, dropout: float) -> None:
+        """Declare the adapter on the meta device; `ShardedAdapters` gives it values."""
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=self.dtype, device="meta"))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=self.dtype, device="meta"))
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_TI = x.to(self.dtype).flatten(0, -2)
+        y_TO: Tensor = _FrozenMatmul.apply(x_TI, self.weight, self.bias)
+        if self.lora_A is not None and self.lora_B is not None:
+            dropped_TI = F.dropout(x_TI, self.dropout, self.training) if self.dropout else x_TI
+            y_TO = y_TO.addmm_(dropped_TI @ self.lora_A.T, self.lora_B.T, alpha=self.scale)
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+
+class FrozenViews:
+    """Parameters of no linear (norm weights, ...) and buffers: taken off their modules, bound as views before each
+    forward."""
+
+    def __init__(self, bindings: list[tuple[nn.Module, str, FrozenTensor]]) -> None:
+        self.bindings = bindings
+        for module, attribute, _ in bindings:
+            del (module._parameters if attribute in module._parameters else module._buffers)[attribute]
+
+    def bind(self) -> None:
+        for module, attribute, tensor in self.bindings:
+            # Stored plain, so its one part is the tensor itself. Past Module.__setattr__, which wants a parameter.
+            values = tensor.home.parts(tensor.name)["values"]
+            # Where another unit's bytes come to lie in the same place, autograd must keep a copy for its backward.
+            module.__dict__[attribute] = values if tensor.home.bring is None else values.clone()
+
+
+class Block(nn.Module):
+    """One decoder layer, its frozen bytes, and its checkpointing. Replaces the layer in the Hugging Face model's list.
+
+    Where `fused` is set it computes the block instead (see models/fused/block.py), and recomputation is its own affair.
+
+    remat: None keeps every activation, "reentrant" and "non_reentrant" keep the layer's input and recompute the rest.
+    before_forward: called first in every forward, by whoever has something to wait for or to start then.
+    """
+
+    def __init__(self, layer: nn.Module, frozen: FrozenBytes, views: FrozenViews, remat: str | None) -> None:
+        super().__init__()
+        self.layer, self.frozen, self.views = layer, frozen, views
+        self.fused: FusedForward | None = None
+        self.before_forward: list[Callable[[], None]] = []
+        self.remat: Callable[..., Any] | None = None
+        if remat is not None:
+            self.remat = partial(checkpoint, use_reentrant=remat == "reentrant", preserve_rng_state=_drops(layer))
+
+    def linears(self) -> dict[str, FrozenLinear]:
+        """Path inside the layer -> linear."""
+        return {name: m for name, m in self.layer.named_modules() if isinstance(m, FrozenLinear)}
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.frozen.bring is not None:
+            self.frozen.bring(False)  # first: copies that it starts need not wait for what follows
+        for call in self.before_forward:
+            call()
+        out = self._compute(hidden, *args, **kwargs)
+        if self.frozen.bring is not None and torch.is_grad_enabled():
+            (out[0] if isinstance(out, tuple) else out).register_hook(self._before_backward)
+        return out
+
+    def _before_backward(self, _: Tensor) -> None:
+        """When the gradient of this block's output is there, so that its backward is next."""
+        assert self.frozen.bring is not None
+        self.frozen.bring(True)
+        if self.fused is None:
+            self.views.bind()  # what is recomputed reads the bytes where they are now
+
+    def _compute(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.fused is not None:
+            return self.fused(hidden, *kwargs["position_embeddings"])
+        self.views.bind()
+        if self.remat is None or not torch.is_grad_enabled():
+            return self.layer(hidden, *args, **kwargs)
+        return self.remat(lambda h: self.layer(h, *args, **kwargs), hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        """What Hugging Face's model reads off its layers (`attention_type`, ...) is the inner layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(super().__getattr__("layer"), name)
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether the layer draws random numbers, adapters' dropout and the base model's own together."""
+    return any(
+        (isinstance(m, FrozenLinear) and m.dropout > 0)
+        or (isinstance(m, nn.Dropout) and m.p > 0)
+        or _positive(getattr(m, "attention_dropout", 0.0))
+        for m in layer.modules()
+    )
+
+
+def _positive(probability: Any) -> bool:
+    """Of a number; Bloom and Persimmon have a module by that name, which is looked at as one."""
+    return isinstance(probability, int | float) and probability > 0

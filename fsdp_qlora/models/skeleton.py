@@ -1,0 +1,289 @@
+"""A Hugging Face model without weights: its config read and checked, its modules built on the meta device."""
+
+import copy
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from fsdp_qlora.errors import UserError, first_line
+from fsdp_qlora.models.precision import Precision
+from fsdp_qlora.weights.checkpoint_files import check_folder
+from fsdp_qlora.weights.codecs import NF4, Codec, Plain
+
+# Families of a text model wrapped with a vision tower, by model type: text alone goes through them as through the text
+# model, which the tests compare.
+WRAPPERS = (
+    *("gemma3", "mistral3", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    *("internvl", "idefics3", "smolvlm"),
+)
+# Subclasses of nn.Linear that compute the same. transformers and bitsandbytes do not quantize them.
+LINEARS = ("FalconLinear",)
+# Causal LMs by their name alone, by model type, and what is in the way.
+UNSUPPORTED = {
+    "cpmant": "its attention looks at later tokens too, so an answer would be seen before it is learnt",
+    "xlm": "its attention looks at later tokens too",
+    "xlnet": "its attention looks at later tokens too",
+    "ctrl": "it changes what its embedding gave in place",
+}
+
+
+def read_config(model_name: str, revision: str | None) -> PretrainedConfig:
+    """config.json of a local folder or a hub model. Raises UserError where there is none, or none that can be trained.
+
+    Code that comes with a model is never run."""
+    if Path(model_name).is_dir():
+        check_folder(Path(model_name))
+    try:
+        config = AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # each config class checks its values in its own way
+        raise _unreadable(model_name, revision, error) from error
+    reason = _obstacle(config)
+    if reason:
+        raise UserError(f"model_name: {model_name} is a {config.model_type} model, which cannot be trained: {reason}")
+    return config
+
+
+def _obstacle(config: PretrainedConfig) -> str:
+    """Why models of a config cannot be trained, or ''."""
+    if is_wrapper(config) and config.model_type not in WRAPPERS:
+        return (
+            f"it wraps a text model, and only those wrapped by {', '.join(WRAPPERS)} are taken out; "
+            "use a text-only checkpoint"
+        )
+    # Encoders have both fields; GPT-NeoX has the first, and is causal whatever it says.
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+        return "its attention looks both ways (is_decoder is false in its config.json); only causal LMs are trained"
+    return UNSUPPORTED.get(config.model_type, "")
+
+
+def _unreadable(model_name: str, revision: str | None, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"model_name: {model_name} needs Python code of its own (auto_map in its config.json), which is never run "
+            "here; use a checkpoint of it in a form that transformers knows by itself"
+        )
+    if Path(model_name).is_dir():
+        what = "has no readable config.json"
+    elif _is_adapter_on_hub(model_name, revision):
+        return UserError(f"model_name: {model_name} is an adapter, not a model; set model_name to its base")
+    else:
+        what = "is neither a local folder nor a model the hub gives"
+    return UserError(
+        f"model_name: {model_name} {what} ({first_line(error)}); check the name, the network, "
+        "and `hf auth login` for a gated model"
+    )
+
+
+def _is_adapter_on_hub(model_name: str, revision: str | None) -> bool:
+    try:
+        return find_adapter_config_file(model_name, revision=revision) is not None
+    except Exception:  # the hub gives neither: what is said is about the model
+        return False
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the text model: of a vision-language model's text part, else `config` itself."""
+    text: PretrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
+def is_wrapper(config: PretrainedConfig) -> bool:
+    """Whether its model holds a text model among others (a vision tower, ...)."""
+    text = config.sub_configs.get("text_config")
+    return text is not None and getattr(_model_class(config), "config_class", None) is not text
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that transformers' auto classes open the checkpoint with, None where they have none."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            found: type[PreTrainedModel] = mapping[type(config)]
+            return found
+    return None
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """The longest context the model was made for, in tokens; None where its config does not say.
+
+    With scaled rotary positions that is the scaled length, which some configs state and others do not."""
+    config = text_config(config)
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    if most is None:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]  # of each kind of layer, or of all
+    return max(most, *(_scaled_positions(kind, most) for kind in kinds))
+
+
+def _scaled_positions(rope: dict[str, Any], most: int) -> int:
+    if rope.get("rope_type", "default") == "default":
+        return most
+    return round((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1.0))
+
+
+def build(config: PretrainedConfig, precision: Precision, attention: str) -> PreTrainedModel:
+    """The model with meta parameters and real buffers (rotary tables are not in checkpoints)."""
+    config = copy.deepcopy(config)  # from_config writes the attention implementation into what it is given
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # its linears are ours to decode
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    if not is_wrapper(config):
+        auto = AutoModelForCausalLM
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = auto.from_config(
+                config, attn_implementation=attention, dtype=precision.stream, trust_remote_code=False
+            )
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"model_name: a {config.model_type} model cannot be built as a causal LM: {first_line(error)}"
+        ) from error
+    text = text_config(model.config)
+    if hasattr(text, "allow_global_per_layer_attribute_access"):  # else Gemma 4's config raises where the plan reads it
+        text.allow_global_per_layer_attribute_access = True
+    _check_heads(model)
+    return model
+
+
+def _check_heads(model: PreTrainedModel) -> None:
+    """Raise UserError where queries cannot share keys evenly: kernels would divide by zero or read beyond."""
+    for module in backbone_of(model).modules():
+        queries, keys, size = (getattr(module, name, None) for name in ("q_proj", "k_proj", "head_dim"))
+        if not (isinstance(queries, nn.Linear) and isinstance(keys, nn.Linear) and isinstance(size, int)):
+            continue
+        heads, shared = queries.out_features // size, keys.out_features // size
+        if shared and heads % shared:
+            raise UserError(
+                f"model_name: the config.json has {heads} attention heads and {shared} key/value heads; the first must "
+                "be a multiple of the second"
+            )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention implementation of transformers, and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+def choose_attention(wanted: str, config: PretrainedConfig, precision: Precision, device: torch.device) -> Attention:
+    """`auto` is FlashAttention-2 where flash-attn is installed and card and dtype allow it, else sdpa where it can."""
+    able = device.type == "cuda" and precision.compute is not torch.float32
+    installed = importlib.util.find_spec("flash_attn") is not None
+    sdpa_can = _runs_on_sdpa(config)
+    if wanted == "auto":
+        if able and installed and torch.cuda.get_device_capability(device) >= (8, 0):
+            return Attention("flash_attention_2", "flash-attn is installed")
+        if not sdpa_can:
+            return Attention(
+                "eager", f"sdpa cannot do what {config.model_type} does, flash-attn can; memory is quadratic"
+            )
+        return Attention("sdpa", "flash-attn is not installed" if able else "flash-attn is for 16-bit compute on a GPU")
+    if wanted == "flash_attention_2" and not (able and installed):
+        why = "is not installed (pip install flash-attn)" if able else "needs a GPU and 16-bit compute"
+        raise UserError(f"attention: flash_attention_2 {why}; use --attention auto or sdpa")
+    if wanted == "sdpa" and not sdpa_can:
+        raise UserError(
+            f"attention: sdpa cannot do what {config.model_type} does (a softcap); use --attention auto or eager"
+        )
+    return Attention(wanted, "as asked")
+
+
+def _runs_on_sdpa(config: PretrainedConfig) -> bool:
+    """Whether the model's class says so and its scores have no softcap, which PyTorch's attention cannot apply: the
+    Gemma 2 of transformers 5.17 says that it can, and leaves the softcap out."""
+    if getattr(text_config(config), "attn_logit_softcapping", None) is not None:
+        return False
+    return bool(getattr(_model_class(config), "_supports_sdpa", True))  # of none, `build` says what is wrong with it
+
+
+def linear_codec(
+    config: PretrainedConfig, train_type: str, double_quant: bool, precision: Precision
+) -> tuple[Codec, bool]:
+    """(how the decoder's linears are stored, whether the checkpoint has them in that form already)."""
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return (NF4(double_quant), False) if train_type == "qlora" else (Plain(precision.compute), False)
+    settings: dict[str, Any] = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
+        method = settings.get("quant_method", "an unknown method")
+        raise UserError(
+            f"model_name: the checkpoint is quantized by {method} in another form than bitsandbytes' NF4, which alone "
+            "is read as it is; use the unquantized model, or one of the *-bnb-4bit kind"
+        )
+    if train_type != "qlora":
+        raise UserError(
+            f"train_type: {train_type} trains over an unquantized base and this checkpoint is quantized; "
+            "use --train_type qlora"
+        )
+    return NF4(bool(settings.get("bnb_4bit_use_double_quant"))), True
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that makes hidden states of text: of a wrapper its text model."""
+    backbone: PreTrainedModel = model.get_decoder() if is_wrapper(model.config) else model.base_model
+    return backbone
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The LM head. Raises UserError where it is no plain linear."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise UserError(
+            f"model_name: {type(model).__name__} has no head that is a plain linear; only causal LMs are trained"
+        )
+    return head
+
+
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The path of a module in the model, '' of the model itself."""
+    path: str = next(name for name, module in model.named_modules() if module is wanted)
+    return path
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is x @ W^T + b and nothing else, as PEFT and bitsandbytes take it."""
+    return type(module) is nn.Linear or type(module).__name__ in LINEARS
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """(path, list) of the model's decoder layers. Raises UserError for an architecture that has no such list."""
+    backbone = backbone_of(model)
+    count = backbone.config.num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path_of(model, module), module
+    raise UserError(
+        f"model_name: {type(model).__name__} has no list of {count} decoder layers; "
+        "only decoder-only models are trained"
+    )
+
+
+def persistent_buffers(root: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> buffer, of those that a checkpoint of `root` has."""
+    stored = root.state_dict()
+    return {name: buffer for name, buffer in root.named_buffers() if name in stored}
+
+
+def logit_shape(config: PretrainedConfig) -> tuple[float, float | None]:
+    """(factor on the logits, softcap): what a family does to its logits between head and loss."""
+    config = text_config(config)
+    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    factor /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    return float(factor), getattr(config, "final_logit_softcapping", None)

@@ -1,0 +1,120 @@
+"""Fills a model's frozen bytes: unit by unit, each read and encoded by one rank, handed to all, and kept as placed.
+
+Never more than a few units are in flight, so the peak of host memory is the frozen bytes' own place plus a few blocks.
+"""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.models.causal_lm import CausalModel, Unit
+from fsdp_qlora.placement.base import Placement
+from fsdp_qlora.weights.codecs import CHECKPOINT_SUFFIXES, NF4, Parts, decode_quantized
+from fsdp_qlora.weights.frozen_bytes import Entry, checksum
+from fsdp_qlora.weights.sources import Shape, Weights
+
+
+def is_quantized(weights: Weights, name: str) -> bool:
+    """Whether the checkpoint has `name` (a linear's weight) in bitsandbytes' 4-bit form."""
+    names = weights.names()
+    return names is not None and f"{name}.absmax" in names
+
+
+def expected_tensors(unit: Unit, weights: Weights) -> dict[str, Shape]:
+    """Checkpoint name -> shape of what `unit` is made from; a 4-bit weight's companions included."""
+    expected: dict[str, Shape] = {}
+    for entry, source in unit.sources.items():
+        form = unit.frozen.layout.entries[entry]
+        if not is_quantized(weights, source):
+            expected[source] = form.shape
+            continue
+        for suffix in CHECKPOINT_SUFFIXES:
+            if source + suffix in (weights.names() or ()):
+                expected[source + suffix] = None  # checked against the quantization state when read
+    return expected
+
+
+def check_names(model: CausalModel, weights: Weights) -> None:
+    """Raises UserError, before anything is read, naming tensors that are missing or of another shape."""
+    weights.check({name: shape for unit in model.units for name, shape in expected_tensors(unit, weights).items()})
+
+
+def load(model: CausalModel, weights: Weights, placement: Placement, world: World) -> None:
+    """Read, encode and place every unit. Collective: ranks take turns unit by unit and encode at the same time."""
+    units, start = model.units, time.perf_counter()
+    bar = tqdm(total=len(units), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
+    mine = units[world.rank :: world.size]
+    with ThreadPoolExecutor(1) as ahead:
+        reading = [ahead.submit(_read, mine[0], weights, world.device)] if mine else []
+
+        def next_encoded(turn: int) -> Tensor | None:
+            if turn >= len(mine):
+                return None
+            tensors = reading.pop().result()
+            if turn + 1 < len(mine):  # the disk works while this rank encodes and the others send
+                reading.append(ahead.submit(_read, mine[turn + 1], weights, world.device))
+            return encode(mine[turn], tensors, world.device)
+
+        for turn, first in enumerate(range(0, len(units), world.size)):
+            encoded = world.together(partial(next_encoded, turn))
+            for source, unit in enumerate(units[first : first + world.size]):
+                whole = _hand_round(unit, encoded if source == world.rank else None, source, world)
+                unit.frozen.expected = checksum(whole)
+                world.together(partial(placement.store, unit, whole))
+                bar.update()
+            del encoded
+    bar.close()
+    placement.finish()
+    world.say(f"loaded    in {time.perf_counter() - start:.0f} s")
+
+
+def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """uint8 [nbytes] on `device`: the unit's bytes, from the checkpoint's tensors."""
+    layout = unit.frozen.layout
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+    for entry, source in unit.sources.items():
+        layout.write(buffer, entry, _encoded(layout.entries[entry], source, tensors, device))
+    return buffer
+
+
+def _encoded(form: Entry, source: str, tensors: Mapping[str, Tensor], device: torch.device) -> Parts:
+    if f"{source}.absmax" in tensors:
+        if isinstance(form.codec, NF4):
+            return form.codec.from_checkpoint(source, tensors, form.shape)
+        return form.codec.encode(decode_quantized(source, tensors, form.shape, device))  # a head in 4 bits
+    weight = tensors[source].to(device)
+    if isinstance(form.codec, NF4) and not _all_finite(weight):  # on a GPU some 4-bit number would hide it
+        raise UserError(
+            f"model_name: {source} of the checkpoint holds NaN or infinity: it is damaged, download it again"
+        )
+    return form.codec.encode(weight)
+
+
+def _all_finite(weight: Tensor) -> bool:
+    """NaN is both the least and the greatest. `isfinite` of the weight would take 2.5 times its memory."""
+    return bool(torch.stack(weight.aminmax()).isfinite().all())
+
+
+def _read(unit: Unit, weights: Weights, device: torch.device) -> dict[str, Tensor]:
+    return weights.read(expected_tensors(unit, weights), device)
+
+
+def _hand_round(unit: Unit, encoded: Tensor | None, source: int, world: World) -> Tensor:
+    if world.size == 1:
+        assert encoded is not None
+        return encoded
+    buffer = (
+        encoded
+        if encoded is not None
+        else torch.empty(unit.frozen.layout.nbytes, dtype=torch.uint8, device=world.device)
+    )
+    dist.broadcast(buffer, src=source)
+    return buffer

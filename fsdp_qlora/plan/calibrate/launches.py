@@ -1,0 +1,95 @@
+"""What the host takes to launch a kernel, among all else that it does in a block; for `calibrate.py`.
+
+A whole fused block runs over so few tokens that the GPU is never what is waited for: on small batches and fast cards
+the host is what bounds a step.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.models.families import Anatomy, Norm
+from fsdp_qlora.models.fused.block import FusedBlock, Scratch
+from fsdp_qlora.models.generic_block import FrozenLinear
+from fsdp_qlora.plan.inputs import Facts
+from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD
+from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
+
+FEW_TOKENS = 16  # of the block that measures launches
+ROUNDS = 4
+
+
+def launches(model: CausalModel, facts: Facts, device: torch.device) -> float:
+    """Seconds of the host per launch, from a block's two passes over few tokens; without fused blocks, of small ops."""
+    block = next(iter(model.blocks.values())).fused
+    if not isinstance(block, FusedBlock):
+        x = torch.zeros(FEW_TOKENS, facts.hidden, dtype=model.precision.compute, device=device)
+        return _host_seconds(lambda: [torch.add(x, x) for _ in range(100)], 1) / 100
+    h = torch.zeros(1, FEW_TOKENS, facts.hidden, dtype=model.precision.compute, device=device, requires_grad=True)
+    cos, sin = (torch.zeros(FEW_TOKENS, facts.head_dim // 2, device=device) for _ in range(2))
+    d_out = torch.zeros_like(h)
+    alone = standing(block, device)
+
+    def passes() -> None:
+        alone(h, cos, sin).backward(d_out)
+
+    return _host_seconds(passes, ROUNDS) / (LAUNCHES_FORWARD + LAUNCHES_BACKWARD[0])
+
+
+def _host_seconds(call: Callable[[], object], rounds: int) -> float:
+    """Until the host has queued what `call` launches, the queue being empty before; the best of some rounds."""
+    best = float("inf")
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return best
+
+
+def standing(block: FusedBlock, device: torch.device) -> FusedBlock:
+    """A block like a model's, which is still on the meta device, over zero bytes and zero adapters of its own."""
+    anatomy = block.anatomy
+    frozen = FrozenBytes(anatomy.o.weight.home.layout)
+    words = torch.zeros(frozen.layout.nbytes // 4, device=device)
+    frozen.flat = nn.Parameter(words, requires_grad=False)
+    return replace(
+        block, anatomy=_moved(anatomy, frozen, device), keep="input", scratch=Scratch(block.dtype, device), offload=None
+    )
+
+
+def _moved(anatomy: Anatomy, frozen: FrozenBytes, device: torch.device) -> Anatomy:
+    def norm(old: Norm | None) -> Norm | None:
+        return None if old is None else replace(old, weight=FrozenTensor(frozen, old.weight.name))
+
+    def linear(old: FrozenLinear) -> FrozenLinear:
+        bias = None if old.bias is None else FrozenTensor(frozen, old.bias.name)
+        new = FrozenLinear(FrozenTensor(frozen, old.weight.name), bias, old.dtype)
+        if old.lora_A is not None and old.lora_B is not None:
+            new.lora_A, new.lora_B = (
+                nn.Parameter(torch.zeros(m.shape, dtype=m.dtype, device=device)) for m in (old.lora_A, old.lora_B)
+            )
+            new.scale, new.dropout = old.scale, old.dropout
+        return new
+
+    first, third = norm(anatomy.attention_norm), norm(anatomy.mlp_norm)
+    assert first is not None
+    assert third is not None
+    return replace(
+        anatomy,
+        attention_norm=first,
+        attention_out_norm=norm(anatomy.attention_out_norm),
+        mlp_norm=third,
+        mlp_out_norm=norm(anatomy.mlp_out_norm),
+        q_norm=norm(anatomy.q_norm),
+        k_norm=norm(anatomy.k_norm),
+        qkv=tuple(linear(m) for m in anatomy.qkv),
+        o=linear(anatomy.o),
+        gate_up=tuple(linear(m) for m in anatomy.gate_up),
+        down=linear(anatomy.down),
+    )

@@ -1,0 +1,128 @@
+"""What this machine can do, measured once for the shapes of a run: in one to two seconds, kept for the next start."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.kernels.attention import Masking
+from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.plan.clock import Rates as Rates
+from fsdp_qlora.plan.inputs import Facts
+
+VERSION = 3  # of how rates are measured: others' files are measured again
+SLOWER_IS_MORE = {"crowding", "launch"}  # of all other rates the slowest rank has the least
+NAMES = [field.name for field in fields(Rates)]
+
+
+def calibrate(facts: Facts, model: CausalModel, world: World) -> Rates | None:
+    """The rates, the same numbers on every rank; None without a GPU. A collective.
+
+    model: assembled and fused, its weights not yet loaded. Measured again where any rank finds no file of this card,
+    driver, PyTorch, group of ranks and shape."""
+    if world.device.type != "cuda":
+        return None
+    file = cache_file(key_of(facts, world))
+    mine = read(file)
+    known = min(found[0] for found in world.gather([float(mine is not None)])) == 1
+    mine = mine if known and mine is not None else _measure(facts, model, world)
+    torch.cuda.reset_peak_memory_stats(world.device)  # what a run reports as its peak is its own
+    agreed = slowest(world.gather([getattr(mine, name) for name in NAMES]))
+    if not known:
+        write(file, agreed)  # every rank does, whole or not at all: the file's name depends on its card
+    return agreed
+
+
+def slowest(by_rank: Sequence[Sequence[float]]) -> Rates:
+    """Of each rate what the slowest rank has. by_rank: the fields of `Rates` in order, for each rank."""
+    columns = zip(NAMES, zip(*by_rank, strict=True), strict=True)
+    return Rates(**{name: max(column) if name in SLOWER_IS_MORE else min(column) for name, column in columns})
+
+
+def key_of(facts: Facts, world: World) -> dict[str, Any]:
+    """All that rates depend on."""
+    shape = ("hidden", "inner", "heads", "kv_heads", "head_dim", "codec", "compute_bytes", "fused")
+    attention = ("attention", "multiprocessors")
+    return {name: getattr(facts, name) for name in shape + attention} | {
+        "version": VERSION,
+        "machine": platform.node(),
+        "card": torch.cuda.get_device_name(world.device),
+        "torch": torch.__version__,
+        "driver": _driver(),
+        "ranks": world.size,
+        "local_ranks": world.local_size,
+        "peer_access": os.environ.get("NCCL_P2P_DISABLE", ""),
+        "batch": facts.batch,
+        "context": facts.context,
+        "adapters": facts.adapter_parameters,
+    }
+
+
+def cache_file(key: dict[str, Any]) -> Path | None:
+    """Where rates with that key are kept: $XDG_CACHE_HOME, or ~/.cache; None for a user without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # neither $HOME nor an entry in passwd, as in containers under a number of their own
+        return None
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(base) / "fsdp_qlora" / f"rates-{digest}.json"
+
+
+def read(file: Path | None) -> Rates | None:
+    """What `write` left there, or None: a file that is damaged or of other fields is as none."""
+    if file is None:
+        return None
+    try:
+        values = json.loads(file.read_text())
+        rates = Rates(**{name: float(values[name]) for name in NAMES})
+    except (OSError, ValueError, KeyError, TypeError):  # ValueError: JSON's and Unicode's too
+        return None
+    return rates if rates.matmul_forward > 0 and rates.h2d > 0 and rates.copy > 0 else None
+
+
+def write(file: Path | None, rates: Rates) -> None:
+    """For the next start; where that cannot be, it is measured again then."""
+    if file is None:
+        return
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(asdict(rates), indent=1) + "\n")
+        partial.replace(file)
+
+
+def _measure(facts: Facts, model: CausalModel, world: World) -> Rates:
+    # Only where there is something to measure: these need the blocks' own code.
+    from fsdp_qlora.plan.calibrate import measure
+    from fsdp_qlora.plan.calibrate.launches import launches
+
+    dtype, device = model.precision.compute, world.device
+    values = measure.products(facts, dtype, device)
+    values |= measure.attention(facts, _masking(model), dtype, device)
+    values |= measure.memory(model, device)
+    values |= measure.link(world)
+    values |= measure.collectives(facts, dtype, world)
+    values["launch"] = launches(model, facts, device)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return Rates(**values)
+
+
+def _masking(model: CausalModel) -> Masking:
+    anatomy = getattr(next(iter(model.blocks.values())).fused, "anatomy", None)
+    return Masking(1.0) if anatomy is None else anatomy.masking
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version line, where the system tells it without being asked through a library."""
+    with suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    return ""

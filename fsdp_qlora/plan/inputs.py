@@ -1,0 +1,285 @@
+"""What the plan needs to know of a model and a run, as plain numbers: no tensor, no device, kept beside measurements.
+
+`facts_of` reads them off a model that is assembled on the meta device; everything after it is arithmetic on `Facts`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fsdp_qlora.config.options import Config
+    from fsdp_qlora.distributed.world import World
+    from fsdp_qlora.models.causal_lm import CausalModel
+    from fsdp_qlora.models.fuse import Fusion
+
+KEEP = ("input", "halves", "attention", "qkv", "all")  # as `fused.KEEP`, which takes torch to import
+FLOAT = 4  # bytes of float32
+LINE = 64  # numbers: rows that a fused block makes begin on whole cache lines (`kernels/lora_wide.py`, PITCH)
+RANK_ALIGN = 8  # numbers: the adapters' columns beside an input (`kernels/lora_wide.py`, ALIGN)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A model, a run and how its blocks compute. Sizes in numbers where no unit is named, `_bytes` in bytes.
+
+    layers: decoder blocks. block_bytes: frozen bytes of the largest block. embedding_bytes, head_bytes (0 where the
+    head is tied to the embedding), rest_bytes: of those units. embedding_on_host: in pinned host memory.
+    linear_numbers: weights in a block's linears. qkv_linears, gate_up_linears: in how many linears they are stored.
+    rank: of an adapter; rank_*: sum over the adapters that read this input, in the block with most. adapter_parameters:
+    of a block, the mean; most_adapters: of the block that has most of them, where they are not alike (else 0).
+    norms_after: norms follow o and down (Gemma 2, 3). head_norms: queries and keys are normalised (Qwen 3, Gemma 3).
+    keys: that a query sees, the mean over queries and blocks. stream_bytes, compute_bytes, reduce_bytes: of a number of
+    the residual stream, in compute and in gradient sums. state_bytes: of optimizer state on the GPU per adapter
+    parameter. shards: ranks among which `shard` divides a copy. reshard: whether a block that was gathered is freed
+    between its forward and its backward. remat: whether unfused blocks run under checkpointing. workspace_bytes: that
+    PyTorch gives to cuBLAS on each thread that multiplies. dummy: random weights, made on the device. exchange_by_host:
+    adapters cross between ranks by copy engines through host memory. master_bytes: of an adapter parameter's master
+    copy, between updates, beside its working copy. sent_bytes: of a gradient's number on its way between ranks
+    (`planning.sending` knows). adapted: "1" or "0" for each linear of a block in order of use, by whether it has an
+    adapter in any block; "" for all. multiprocessors: of the card, over which attention's backward splits the keys in
+    its deterministic form; 0 for its default.
+    """
+
+    layers: int
+    block_bytes: int
+    embedding_bytes: int
+    embedding_on_host: bool
+    head_bytes: int
+    rest_bytes: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    linear_numbers: int
+    qkv_linears: int
+    gate_up_linears: int
+    rank: int
+    rank_qkv: int
+    rank_o: int
+    rank_gate_up: int
+    rank_down: int
+    adapter_parameters: int
+    norms_after: bool
+    head_norms: bool
+    codec: str
+    stream_bytes: int
+    compute_bytes: int
+    reduce_bytes: int
+    state_bytes: float
+    batch: int
+    context: int
+    accumulation: int
+    no_sync: bool
+    dropout: float
+    ranks: int
+    local_ranks: int
+    shards: int
+    reshard: bool
+    fused: bool
+    remat: bool
+    attention: str
+    keys: float
+    workspace_bytes: int
+    dummy: bool
+    most_adapters: int = 0
+    exchange_by_host: bool = False
+    master_bytes: int = 4  # this and the next as they were until 2026-11-25: rows of the grid from before do not say
+    sent_bytes: int = 4
+    adapted: str = ""
+    multiprocessors: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on one rank."""
+        return self.batch * self.context
+
+    @property
+    def step_tokens(self) -> int:
+        """Of an optimizer step on all ranks."""
+        return self.tokens * self.ranks * self.accumulation
+
+    @property
+    def queries(self) -> int:
+        """Numbers per token of all query heads; `pairs`: of all key or all value heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def pairs(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def attention_again(self) -> bool:
+        """Whether no level keeps what attention gave: flash-attn's own graph would hold q, k and v with it."""
+        return self.attention == "flash_attn"
+
+    @property
+    def qkv(self) -> int:
+        """Numbers per token of queries, keys and values."""
+        return self.queries + 2 * self.pairs
+
+    @property
+    def all_adapters(self) -> int:
+        """Adapter parameters of the model."""
+        return self.adapter_parameters * self.layers
+
+    @property
+    def largest_adapters(self) -> int:
+        """Adapter parameters of the block that has most."""
+        return max(self.adapter_parameters, self.most_adapters)
+
+
+def beside(rank: int) -> int:
+    """Columns that adapters of this rank sum take beside their input (`lora_wide.extra`)."""
+    return -(-rank // RANK_ALIGN) * RANK_ALIGN
+
+
+def pitch(columns: int) -> int:
+    """Numbers from row to row of a tensor of `lora_wide.wide`."""
+    return -(-columns // LINE) * LINE
+
+
+def facts_of(
+    model: "CausalModel",
+    config: "Config",
+    world: "World",
+    fusion: "Fusion",
+    state_bytes: float,
+    capability: tuple[int, int] | None = None,
+) -> Facts:
+    """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter.
+    capability: CUDA's, of a card that is not here."""
+    from fsdp_qlora.kernels.masters import master_bytes
+
+    blocks = list(model.blocks.values())
+    linears = [m for block in blocks for m in block.linears().values()]
+    first = blocks[0].linears()
+    adapters = [sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks]
+    kinds = {u.name: u for u in model.units}
+    others = [u for u in model.units if u.name not in model.blocks]
+    embedding = next(u for u in others if u.frozen is model.embedding[0].frozen)
+    head = None if model.is_tied() else model.head.frozen.layout.nbytes
+    training, memory = config.training, config.memory
+    return Facts(
+        layers=len(blocks),
+        block_bytes=max(kinds[path].frozen.layout.nbytes for path in model.blocks),
+        embedding_bytes=embedding.frozen.layout.nbytes,
+        embedding_on_host=embedding.home == "host",
+        head_bytes=head or 0,
+        rest_bytes=sum(u.frozen.layout.nbytes for u in others if u.home == "device"),
+        vocabulary=model.head.weight.shape[0],
+        linear_numbers=sum(m.out_features * m.in_features for m in first.values()),
+        adapter_parameters=-(-sum(adapters) // len(blocks)),
+        most_adapters=max(adapters) if len(set(adapters)) > 1 else 0,
+        codec=_codec(linears),
+        stream_bytes=model.precision.stream.itemsize,
+        compute_bytes=model.precision.compute.itemsize,
+        rank=config.adapter.lora_rank,
+        reduce_bytes={"fp32": 4, "bf16": 2}[memory.reduce_dtype],
+        state_bytes=state_bytes,
+        batch=training.batch_size,
+        context=config.data.context_length,
+        accumulation=training.gradient_accumulation_steps,
+        no_sync=memory.no_sync,
+        dropout=config.adapter.lora_dropout,
+        ranks=world.size,
+        local_ranks=world.local_size,
+        shards=_shards(memory.sharding_strategy, memory.hybrid_shard_size, world),
+        reshard=not memory.sharding_strategy.endswith("shard_grad_op"),
+        fused=bool(fusion.blocks),
+        remat=memory.use_gradient_checkpointing,
+        attention=fusion.attention[0] if fusion.attention else "",
+        workspace_bytes=workspace(world.device, capability),
+        dummy=config.model.dummy_weights,
+        master_bytes=master_bytes(model.precision.compute),
+        **(_fused(model, config.data.context_length) if fusion.blocks else _generic(model, config)),
+    )
+
+
+def workspace(device: Any, capability: tuple[int, int] | None = None) -> int:
+    """Bytes that PyTorch lends cuBLAS: 32 MiB from Hopper on, else 8 MiB and 128 KiB (CUDABlas's chosen sizes), unless
+    the environment has others."""
+    import torch
+
+    from fsdp_qlora.runtime.launcher import cublas_workspace_bytes
+
+    if device.type != "cuda":
+        return 0
+    told = cublas_workspace_bytes()
+    if told is not None:
+        return told
+    capability = capability or torch.cuda.get_device_capability(device)
+    return 32 << 20 if capability >= (9, 0) else (8 << 20) + (128 << 10)
+
+
+def keys_seen(context: int, window: int | None) -> float:
+    """Mean number of keys that a causal query sees: (S + 1) / 2, fewer through a window."""
+    w = context if window is None else min(window, context)
+    return (w * (w + 1) / 2 + (context - w) * w) / context
+
+
+def _shards(strategy: str, group: int, world: "World") -> int:
+    if not strategy.startswith("hybrid"):
+        return world.size
+    return world.local_size if group == -1 else group
+
+
+def _codec(linears: list[Any]) -> str:
+    weight = linears[0].weight
+    return str(weight.home.layout.entries[weight.name].codec.name)
+
+
+def _rank(*linears: Any) -> int:
+    return sum(m.lora_A.shape[0] for m in linears if m.lora_A is not None)
+
+
+def _adapted(anatomies: list[Any]) -> str:
+    by_linear = zip(*(a.linears for a in anatomies), strict=True)
+    return "".join("1" if any(m.lora_A is not None for m in linears) else "0" for linears in by_linear)
+
+
+def _fused(model: "CausalModel", context: int) -> dict[str, Any]:
+    anatomies = [block.fused.anatomy for block in model.blocks.values()]  # type: ignore[union-attr]
+    a = anatomies[0]
+    return {
+        "hidden": a.down.out_features,
+        "inner": a.down.in_features,
+        "heads": a.heads,
+        "kv_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "qkv_linears": len(a.qkv),
+        "gate_up_linears": len(a.gate_up),
+        "rank_qkv": max(_rank(*x.qkv) for x in anatomies),
+        "rank_o": max(_rank(x.o) for x in anatomies),
+        "rank_gate_up": max(_rank(*x.gate_up) for x in anatomies),
+        "rank_down": max(_rank(x.down) for x in anatomies),
+        "adapted": _adapted(anatomies),
+        "norms_after": a.mlp_out_norm is not None,
+        "head_norms": a.q_norm is not None,
+        "keys": sum(keys_seen(context, x.masking.window) for x in anatomies) / len(anatomies),
+    }
+
+
+def _generic(model: "CausalModel", config: "Config") -> dict[str, Any]:
+    """Of an unfused model, from its Hugging Face config; what that does not say is taken as Llama has it."""
+    hf = model.backbone.config
+    hidden, heads = hf.hidden_size, hf.num_attention_heads
+    most = max(_rank(*block.linears().values()) for block in model.blocks.values())
+    rank = config.adapter.lora_rank
+    return {
+        "hidden": hidden,
+        "inner": getattr(hf, "intermediate_size", None) or 4 * hidden,
+        "heads": heads,
+        "kv_heads": getattr(hf, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(hf, "head_dim", None) or hidden // heads,
+        "qkv_linears": 3,
+        "gate_up_linears": 2,
+        "rank_qkv": min(3 * rank, most),
+        "rank_o": rank,
+        "rank_gate_up": 2 * rank,
+        "rank_down": rank,
+        "norms_after": False,
+        "head_norms": False,
+        "keys": keys_seen(config.data.context_length, getattr(hf, "sliding_window", None)),
+    }

@@ -1,0 +1,304 @@
+"""From a model, the options and this machine to the plan: what the user fixed, what there is, what it will be.
+
+The plan itself (`plan/`) is arithmetic; here are its inputs read and its words told.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fsdp_qlora.config.options import Config, MemoryOptions
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import OR_ELSEWHERE, UserError
+from fsdp_qlora.exchange.exchange import through_host
+from fsdp_qlora.memory.arena import Arena
+from fsdp_qlora.memory.arena_layout import Schedule, place
+from fsdp_qlora.models.activation_offload import ActivationOffload
+from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.models.fuse import Fusion
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.optim.optimizers import paged_bytes, state_bytes
+from fsdp_qlora.placement.base import shard_count
+from fsdp_qlora.plan.calibrate.rates import calibrate
+from fsdp_qlora.plan.clock import Rates
+from fsdp_qlora.plan.inputs import Facts, facts_of
+from fsdp_qlora.plan.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, refit_plan, table
+from fsdp_qlora.plan.rehearsal import rehearse
+from fsdp_qlora.runtime.gpu_memory import outside_bytes
+from fsdp_qlora.runtime.host_memory import available_host_bytes
+from fsdp_qlora.runtime.launcher import allocator_grows
+from fsdp_qlora.units import GIB
+
+# Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
+# are first used, tables of the host memory that the GPU reads.
+LATER, BY_NCCL = 208 << 20, 224 << 20  # (0.16 GiB on one rank, 0.35 to 0.40 on two: H100, H200)
+# Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
+# beyond the share that every plan leaves.
+PIECES = 0.06
+# Attention's backends by the memory that they take, least first; "": Hugging Face's own, of generic blocks.
+ATTENTION = ("", "cudnn", "flash", "flash_attn", "cpu", "math")
+HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, its table for the user, its record for `write_plan`, and what it was made from: options, facts, rates,
+    budget. layout: where the tensors of a step lie, None where blocks are not fused."""
+
+    plan: Plan
+    lines: list[str]
+    record: dict[str, Any]
+    config: Config
+    facts: Facts
+    rates: Rates | None
+    budget: Budget
+    layout: "Layouts | None"
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return None if self.layout is None else self.layout.of(self.plan.blocks)
+
+    @property
+    def link_rate(self) -> float | None:
+        """Bytes per second from host memory to each rank's device, all at once; None where it was not measured."""
+        return None if self.rates is None else self.rates.h2d
+
+
+def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
+    """The plan for rows of at most `longest` tokens. A collective. Raises UserError where nothing fits."""
+    world.together(lambda: shard_count(config.memory, world))  # what cannot be divided need not be planned
+    optimizer = state_bytes(config.training.optimizer, world.device.type)
+
+    def known(sized: Config) -> tuple[Facts, Rates | None]:
+        at_length = replace(sized, data=replace(config.data, context_length=longest))
+        here = facts_of(model, at_length, world, fusion, optimizer)
+        here = replace(here, exchange_by_host=through_host(config.memory, world), multiprocessors=splits(config, world))
+        facts = sending(agreed(here, world))
+        return facts, calibrate(facts, model, world)
+
+    def layouts(sized: Config, facts: Facts) -> Layouts:
+        return Layouts(model, sized, longest, facts.exchange_by_host, world)
+
+    return fastest_of(config, find_budget(config.memory, world), world, known, layouts)
+
+
+def fastest_of(
+    config: Config,
+    budget: Budget,
+    world: World,
+    known: Callable[[Config], tuple[Facts, Rates | None]],
+    layouts: "Callable[[Config, Facts], Layouts] | None" = None,
+) -> Planned:
+    """The plan of the fastest micro-batch that fits. known: facts and rates of the options with one of them. layouts:
+    where the tensors of a step with these lie; without, they are taken to need no more than is alive at once.
+
+    Raises UserError where none fits."""
+    refused = None
+    found: list[tuple[Plan, Facts, Rates | None, Budget, Config]] = []
+    for sized in micro_batches(config):
+        facts, rates = known(sized)
+        pages = paged_bytes(config.training.optimizer) * facts.all_adapters * facts.local_ranks // facts.ranks
+        left = replace(budget, host_bytes=budget.host_bytes - pages)
+        try:
+            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left)
+        except UserError as error:  # the same on every rank: they have the same numbers
+            refused = error
+            continue
+        found.append((plan, facts, rates, left, sized))
+    if not found:
+        assert refused is not None
+        raise refused.on_every_rank(world.rank)
+    # Without times the smallest, which fits wherever anything does; the largest of those as fast.
+    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
+    layout = layouts(sized, facts) if layouts is not None and facts.fused else None
+    if layout is not None:
+        try:
+            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
+        except UserError as error:
+            raise error.on_every_rank(world.rank) from None
+    lines, record = table(plan, facts, rates, left), plan_record(plan, facts, rates)
+    return Planned(plan, lines, record, sized, facts, rates, left, layout)
+
+
+def refit_run(planned: Planned, world: World) -> Planned | None:
+    """Return the plan for what is free now, which takes less of the GPUs than the one before; None where the options or
+    that plan leave nothing to give. A collective."""
+    memory, layout = planned.config.memory, planned.layout
+    device = device_bytes(memory, world)
+    host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
+    budget = agreed_budget(device, min(host, planned.budget.host_bytes), world)
+    wishes, nbytes = wishes_of(memory, world.size), None if layout is None else layout.nbytes
+    plan = refit_plan(planned.plan, planned.facts, planned.rates, wishes, budget, nbytes)
+    if plan is None:
+        return None
+    record = plan_record(plan, planned.facts, planned.rates)
+    return replace(planned, plan=plan, lines=[], record=record)
+
+
+class Layouts:
+    """Where the tensors of a step lie, for rows of `longest` tokens, by what the blocks keep."""
+
+    def __init__(self, model: CausalModel, config: Config, longest: int, widens: bool, world: World) -> None:
+        self.model, self.config, self.longest, self.widens, self.world = model, config, longest, widens, world
+        self._known: dict[tuple[tuple[str, bool], ...], tuple[Schedule, list[list[int]]]] = {}
+
+    def of(self, blocks: Sequence[BlockPlan]) -> Schedule:
+        return self._of(blocks)[0]
+
+    def parked(self, blocks: Sequence[BlockPlan]) -> list[list[int]]:
+        """For each block that parks what it keeps, the bytes per token of each tensor (`ActivationOffload.reserve`)."""
+        return self._of(blocks)[1]
+
+    def _of(self, blocks: Sequence[BlockPlan]) -> tuple[Schedule, list[list[int]]]:
+        kinds = tuple((block.keep, block.offloaded) for block in blocks)
+        if kinds not in self._known:
+            done = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
+            self._known[kinds] = place(done.lives), done.parked
+        return self._known[kinds]
+
+    def nbytes(self, blocks: Sequence[BlockPlan]) -> int:
+        return self.of(blocks).nbytes
+
+    def exchanged(self, widens: bool) -> None:
+        """Follow the exchange that came to be, which may not be the one that was planned for."""
+        if widens != self.widens:
+            self.widens = widens
+            self._known.clear()
+
+
+def agreed(facts: Facts, world: World) -> Facts:
+    """What may differ from rank to rank (cards, nodes), as the one that needs most has it: all must find one plan."""
+    here = [facts.workspace_bytes, facts.local_ranks, ATTENTION.index(facts.attention), not facts.exchange_by_host]
+    here.append(facts.multiprocessors)
+    workspace, ranks, attention, by_nccl, most = (int(max(column)) for column in zip(*world.gather(here), strict=True))
+    return replace(
+        facts,
+        workspace_bytes=workspace,
+        local_ranks=ranks,
+        attention=ATTENTION[attention],
+        exchange_by_host=not by_nccl,
+        multiprocessors=most,
+    )
+
+
+def splits(config: Config, world: World) -> int:
+    """Return `Facts.multiprocessors` of this rank's card."""
+    if not config.training.deterministic or world.device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(world.device).multi_processor_count)
+
+
+def sending(facts: Facts) -> Facts:
+    """Through host memory gradients cross in the dtype that they have, unless they were summed before."""
+    summed = facts.no_sync and facts.accumulation > 1
+    narrow = facts.exchange_by_host and not summed
+    return replace(facts, sent_bytes=min(facts.compute_bytes, facts.reduce_bytes) if narrow else facts.reduce_bytes)
+
+
+def micro_batches(config: Config) -> list[Config]:
+    """The options as they are, or with every micro-batch that divides a step's rows evenly, the largest first."""
+    training = config.training
+    if training.batch_size > 0:
+        return [config]
+    rows = training.gradient_accumulation_steps
+    sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    return [
+        replace(config, training=replace(training, batch_size=size, gradient_accumulation_steps=rows // size))
+        for size in sizes
+    ]
+
+
+def wishes_of(memory: MemoryOptions, ranks: int) -> Wishes:
+    """What the options leave to the plan, and what not."""
+    keep = None if memory.keep_activations == "auto" else memory.keep_activations
+    return Wishes(
+        placements=_placements(memory, ranks),
+        resident_blocks=memory.resident_blocks,
+        keep=keep if memory.use_gradient_checkpointing else "all",
+        offload=memory.use_activation_cpu_offload,
+    )
+
+
+def _placements(memory: MemoryOptions, ranks: int) -> tuple[str, ...]:
+    """Those that are allowed."""
+    if memory.use_cpu_offload:
+        return ("stream",) if memory.cpu_offload_by == "stream" else ("shard_offload",)
+    if memory.sharding_strategy == "ddp" or (memory.sharding_strategy != "auto" and ranks == 1):
+        return ("replicate",)
+    if memory.sharding_strategy != "auto":
+        return ("shard",)
+    resident = ("replicate", "shard") if ranks > 1 else ("replicate",)
+    return resident if memory.use_cpu_offload is False else (*resident, "stream")
+
+
+def find_budget(memory: MemoryOptions, world: World) -> Budget:
+    """What the plan may use of this machine: the least of any rank's. A collective.
+
+    Raises UserError for a limit that limits nothing."""
+    if memory.host_memory_gib is not None and world.device.type != "cuda":
+        raise UserError(
+            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}"
+        ).on_every_rank(world.rank)
+    device = device_bytes(memory, world)
+    given = memory.host_memory_gib
+    host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
+    return agreed_budget(device, host, world)
+
+
+def agreed_budget(device: float, host: float, world: World) -> Budget:
+    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective."""
+    least = [min(column) for column in zip(*world.gather([device, host]), strict=True)]
+    return Budget(*(nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least))
+
+
+def device_bytes(memory: MemoryOptions, world: World) -> float:
+    """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
+    without a GPU."""
+    device = world.device
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    nbytes: float = free + torch.cuda.memory_reserved(device)
+    if memory.gpu_memory_gib is not None:
+        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device))
+    nbytes -= LATER + (BY_NCCL if world.size > 1 else 0)
+    return nbytes * (1 if allocator_grows() else 1 - PIECES)
+
+
+def keep_activations(
+    model: CausalModel,
+    blocks: Sequence[BlockPlan],
+    most_tokens: int,
+    device: torch.device,
+    link_rate: float | None = None,
+    parked: Sequence[Sequence[int]] = (),
+) -> None:
+    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included.
+    link_rate: bytes per second between host memory and the device, if that was measured. parked: see `Layouts`; host
+    memory for it is made from now on, beside what follows."""
+    parks = any(plan.offloaded for plan in blocks)
+    offload = ActivationOffload(device, most_tokens, link_rate=link_rate) if parks else None
+    if offload is not None and parked:
+        offload.reserve(parked)
+    for block, plan in zip(model.blocks.values(), blocks, strict=True):
+        if isinstance(block.fused, FusedBlock):
+            block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
+
+
+def make_arena(schedule: Schedule | None, world: World) -> Arena | None:
+    """The memory of a step's tensors, when all that loading took has been given back. Peaks are counted from here."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
+    return None if schedule is None else Arena(schedule, world.device)
+
+
+def write_plan(folder: Path, record: dict[str, Any]) -> None:
+    """Beside the run's results, for who compares it with what came."""
+    (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n")

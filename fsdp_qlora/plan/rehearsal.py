@@ -1,0 +1,134 @@
+"""A training step on the meta device, by the program's own code: the tensors that it asks for, and when they live.
+
+Nothing is computed and nothing allocated; the model is the one that will train, before its weights are loaded.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fsdp_qlora.config.options import Config
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.kernels.device import take_from
+from fsdp_qlora.memory.arena import Recorder
+from fsdp_qlora.memory.arena_layout import Life
+from fsdp_qlora.models.activation_offload import ActivationOffload
+from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.models.fused.block import FusedBlock, Scratch
+from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
+from fsdp_qlora.plan.memory import BlockPlan
+
+META = torch.device("meta")
+
+
+class _Done:
+    """An exchange that is over."""
+
+    def wait(self) -> None:
+        pass
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class _Nowhere:
+    """Exchanges nothing. widens: as the exchange that it stands for."""
+
+    def __init__(self, widens: bool) -> None:
+        self.widens = widens
+
+    def all_gather(self, whole: Tensor, mine: Tensor) -> _Done:
+        return _Done()
+
+    def reduce_scatter(self, mine: Tensor, whole: Tensor) -> _Done:
+        return _Done()
+
+    def let_go(self) -> None:
+        pass
+
+
+class _Tables(nn.Module):
+    """Stands for a rotary embedding, whose tables may depend on numbers that meta tensors have not."""
+
+    def __init__(self, block: object) -> None:
+        super().__init__()
+        assert isinstance(block, FusedBlock)
+        self.width = block.anatomy.head_dim // 2
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> list[Tensor]:
+        return [torch.empty(position_ids.shape[-1], self.width, device=META) for _ in range(2)]
+
+
+class Rehearsed(NamedTuple):
+    """lives: of a step's tensors. parked: for each block that parks what it keeps in host memory, in the order of
+    forward, the bytes per token of each tensor."""
+
+    lives: list[Life]
+    parked: list[list[int]]
+
+
+def rehearse(
+    model: CausalModel, blocks: Sequence[BlockPlan], config: Config, context: int, world: World, widens: bool
+) -> Rehearsed:
+    """Run a step for rows of `context` tokens that are all labels.
+
+    model: assembled and fused, still on the meta device. blocks: what each keeps. widens: as the exchange's."""
+    training = config.training
+    there = replace(world, device=META)
+    tokens = training.batch_size * context
+    ids = torch.zeros(training.batch_size, context, dtype=torch.int64, device=META)
+    places, labels = (torch.zeros(tokens, dtype=torch.int64, device=META) for _ in range(2))
+    recorder = Recorder()
+    with _on_meta(model, blocks, tokens) as offload:
+        adapters = ShardedAdapters(model, there, config, draw=False)
+        adapters.exchange = _Nowhere(widens)
+        take_from(recorder)
+        try:
+            # Where gradients are summed up over micro-batches first, what is reduced after the last has no place.
+            summed = config.memory.no_sync and training.gradient_accumulation_steps > 1
+            adapters.begin_micro_batch(last=not summed)
+            model(ids, places, labels, 1.0).backward()
+            adapters.finish()
+            adapters.update(int)  # an optimizer's step takes nothing
+            adapters.publish()
+            adapters.zero_grad()
+            return Rehearsed(recorder.lives(), [] if offload is None else offload.parked_sizes)
+        finally:
+            take_from(None)
+
+
+@contextmanager
+def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> Iterator[ActivationOffload | None]:
+    """All of the model on the meta device, its blocks keeping what the plan says; afterwards as it was."""
+    rotary = model.backbone.rotary_emb
+    model.backbone.rotary_emb = _Tables(next(iter(model.blocks.values())).fused)
+    buffers = {(m, name): b for m in model.backbone.modules() for name, b in m.named_buffers(recurse=False)}
+    before = {block: (block.fused, block.before_forward) for block in model.blocks.values()}
+    adapters = {linear: (linear.lora_A, linear.lora_B) for linear in model.linears().values()}
+    scratch = Scratch(model.precision.compute, META)
+    offload = ActivationOffload(META, tokens) if any(plan.offloaded for plan in blocks) else None
+    state = torch.get_rng_state()
+    with ExitStack() as stack:
+        for unit in {unit.frozen for unit in model.units}:
+            stack.enter_context(unit.on_meta())
+        try:
+            for (module, name), buffer in buffers.items():
+                setattr(module, name, buffer.to(META))
+            for block, plan in zip(model.blocks.values(), blocks, strict=True):
+                assert isinstance(block.fused, FusedBlock)
+                fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
+                block.fused, block.before_forward = replace(fused, scratch=scratch), []
+            yield offload
+        finally:
+            model.backbone.rotary_emb = rotary
+            for (module, name), buffer in buffers.items():
+                setattr(module, name, buffer)
+            for block, (passes, calls) in before.items():
+                block.fused, block.before_forward = passes, calls
+            for linear, (a, b) in adapters.items():
+                linear.lora_A, linear.lora_B = a, b
+            torch.set_rng_state(state)

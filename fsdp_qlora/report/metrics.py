@@ -1,0 +1,178 @@
+"""What a run tells about itself: a progress bar or lines, one JSON line a step, a loss curve and a closing summary."""
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from fsdp_qlora.config.options import Config
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.report.loggers import Logger, check_installed, open_loggers
+from fsdp_qlora.report.loss_curve import draw_loss_curve
+from fsdp_qlora.report.progress import Bar, Lines, Progress, as_time
+from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.runtime.files import writing_to
+
+WARM_UP_STEPS = 3  # the first steps compile kernels, grow the allocator's pools and fill caches: not typical
+
+
+class Metrics:
+    """Takes a `StepRecord` per step and tells it on; every rank makes one, only rank 0 writes and prints.
+
+    Raises UserError when a logger that was asked for is not installed or cannot start, or when `output_dir` cannot be
+    written: make it before anything is loaded. A context manager, so that what was recorded survives a failure."""
+
+    def __init__(self, config: Config, world: World, total_steps: int) -> None:
+        self.config, self.world, self.total_steps = config, world, total_steps
+        self._records: list[StepRecord] = []
+        self._host_peak: list[float] = []  # per rank
+        self._host_peak_sum = 0.0
+        self._closed = self._file_failed = False
+        self._loggers: list[Logger] = []
+        self._progress: list[Progress] = []
+        check_installed(config)
+        if not world.is_main:
+            return
+        self.directory = Path(config.output.output_dir)
+        with writing_to(self.directory, "output_dir"):
+            self._file: IO[str] = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+        self._loggers = open_loggers(config)
+
+    def step(self, record: StepRecord) -> None:
+        """Tells one step on. The JSON line is on its way to the disk when this returns."""
+        if not self.world.is_main:
+            return
+        self._records.append(record)
+        self._note_host(record.host_rss_gib)
+        line = dataclasses.asdict(record) | {"tokens_per_second": round(record.tokens_per_second, 2)}
+        self._write(json.dumps(_rounded(line)) + "\n")
+        for logger in self._loggers:
+            logger.log(record.step, _scalars(record))
+        if not self._progress:
+            self._progress = self._start_progress()
+        for progress in self._progress:
+            progress.show(record, self._records)
+
+    def _write(self, line: str) -> None:
+        """Training is worth more than its record: a full disk ends the record, not the run."""
+        if self._file_failed:
+            return
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            self._file_failed = True
+            self.world.say(
+                f"{self.directory / 'metrics.jsonl'} cannot be written any more ({error.strerror}): training goes on "
+                "without it; free some space before the end, when the adapter is saved"
+            )
+
+    def close(self, saved: Sequence[str | Path] = (), host_peak_gib: Sequence[float] = ()) -> None:
+        """Draws the loss curve and prints the summary; a second call does nothing.
+
+        saved: what else was written, for the summary's last lines. host_peak_gib: each rank's highest reading, loading
+        included, where somebody kept it; else the highest of the records."""
+        if self._closed or not self.world.is_main:
+            return
+        self._closed = True
+        for progress in self._progress:
+            progress.close()
+        for logger in self._loggers:
+            logger.close()
+        with suppress(OSError):  # what a full disk did not take is still in the buffer; it has been told
+            self._file.close()
+        places = [str(place) for place in saved] + [str(self.directory / "metrics.jsonl")]
+        if self._records:
+            curve = self.directory / "loss.png"
+            try:
+                draw_loss_curve(curve, [record.loss for record in self._records], self.config.model.model_name)
+                places.append(str(curve))
+            except OSError as error:  # a full disk must not take a finished run down with it
+                self.world.say(f"the loss curve {curve} could not be written: {error.strerror}")
+        places += [logger.place for logger in self._loggers]
+        self._note_host(host_peak_gib)
+        for text in self._summary():
+            self.world.say(text)
+        for index, place in enumerate(places):
+            self.world.say(f"{'saved' if index == 0 else '':<7} {place}")
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start_progress(self) -> list[Progress]:
+        """Chosen at the first step, for until then others may print."""
+        where, chosen = self.config.output.log_to, list[Progress]()
+        if "stdout" in where:
+            chosen.append(Lines(self.world.say, self.total_steps, every_seconds=0))
+        if "tqdm" in where and sys.stderr.isatty():
+            chosen.append(Bar(self.total_steps))
+        elif "tqdm" in where and not chosen:
+            chosen.append(Lines(self.world.say, self.total_steps))
+        return chosen
+
+    def _note_host(self, per_rank: Sequence[float]) -> None:
+        if not per_rank:
+            return
+        earlier = self._host_peak or [0.0] * len(per_rank)
+        self._host_peak = [max(pair) for pair in zip(earlier, per_rank, strict=True)]
+        self._host_peak_sum = max(self._host_peak_sum, sum(per_rank))
+
+    def _summary(self) -> list[str]:
+        if not self._records:
+            return ["no step was completed"]
+        first, last = self._records[0], self._records[-1]
+        steps = f"{last.step} of {self.total_steps}" if last.step < self.total_steps else f"{last.step}"
+        typical = self._records[min(WARM_UP_STEPS, len(self._records) // 2) :]
+        speed = statistics.median(record.tokens_per_second for record in typical)
+        lines = [
+            f"trained {steps} steps in {as_time(sum(record.seconds for record in self._records))}, "
+            f"{sum(record.tokens for record in self._records):,} tokens, median {speed:,.0f} tok/s after warm-up",
+            f"loss    {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}",
+        ]
+        if last.gpu_allocated_gib:
+            pairs = zip(last.gpu_allocated_gib, last.gpu_reserved_gib, strict=True)
+            lines.append(
+                "GPU     peak GiB allocated / reserved: "
+                + ", ".join(f"rank {rank} {used:.2f} / {held:.2f}" for rank, (used, held) in enumerate(pairs))
+            )
+            retries = [now - then for now, then in zip(last.gpu_retries, first.gpu_retries, strict=True)]
+            if any(retries):
+                lines.append(
+                    f"        the allocator stopped {max(retries)} times to give memory back after step {first.step}: "
+                    "a --gpu_memory_gib half a GiB lower may be faster"
+                )
+        if self._host_peak:
+            ranks = ", ".join(f"rank {rank} {gib:.2f}" for rank, gib in enumerate(self._host_peak))
+            lines.append(f"host    peak GiB: {self._host_peak_sum:.2f} in all; {ranks}")
+        return lines
+
+
+def _scalars(record: StepRecord) -> dict[str, float]:
+    """What loggers plot: one number each, the fullest card and the whole host for memory."""
+    values = {
+        "train/loss": record.loss,
+        "train/lr": record.lr,
+        "train/grad_norm": record.grad_norm,
+        "train/epoch": record.epoch,
+        "speed/tokens_per_second": record.tokens_per_second,
+        "speed/seconds_per_step": record.seconds,
+        "memory/host_gib": sum(record.host_rss_gib),
+    }
+    if record.gpu_allocated_gib:
+        values["memory/gpu_allocated_gib"] = max(record.gpu_allocated_gib)
+        values["memory/gpu_reserved_gib"] = max(record.gpu_reserved_gib)
+    return values
+
+
+def _rounded(line: dict[str, Any]) -> dict[str, Any]:
+    """GiB to a MiB and seconds to 0.1 ms; loss, lr and norm keep every digit, for runs are compared by them."""
+    for name in ("gpu_allocated_gib", "gpu_reserved_gib", "host_rss_gib"):
+        line[name] = [round(gib, 3) for gib in line[name]]
+    return line | {"seconds": round(line["seconds"], 4), "epoch": round(line["epoch"], 4)}

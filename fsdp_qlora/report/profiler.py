@@ -1,0 +1,74 @@
+"""torch.profiler around a few training steps: tables for people, and a trace and a memory timeline when asked for."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from fsdp_qlora.config.options import ProfileOptions
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.runtime.files import writing_to
+
+STEPS_RECORDED = 3
+
+
+@contextmanager
+def profiled(options: ProfileOptions, world: World, total_steps: int) -> Iterator[Callable[[], None]]:
+    """Yields a function to call at the end of every optimizer step; it does nothing unless `profile` is on.
+
+    Leaves out the first two steps where the run is long enough, then records three and writes, per rank, what the
+    options ask for to `profiling_output`, and a table of the costliest operations on rank 0. A run that ends earlier
+    leaves what was recorded until then. Raises UserError when the folder cannot be written."""
+    if not options.profile:
+        yield _nothing
+        return
+    folder = Path(options.profiling_output)
+    with writing_to(folder, "profiling_output"):
+        pass  # what it takes is written when it has been recorded
+    timeline = options.export_memory_timeline  # its categories are found from shapes, stacks and allocations
+    recorded = min(STEPS_RECORDED, total_steps)
+    left_out = min(2, total_steps - recorded)
+    on_gpu = world.device.type == "cuda"
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
+        schedule=schedule(wait=max(0, left_out - 1), warmup=min(1, left_out), active=recorded, repeat=1),
+        on_trace_ready=lambda recording: _write(recording, options, world, folder),
+        record_shapes=options.with_shapes or timeline,
+        profile_memory=options.profile_memory or timeline,
+        with_stack=options.with_stack or timeline,
+        acc_events=True,
+    ) as recording:
+        yield recording.step
+
+
+def _nothing() -> None:
+    pass
+
+
+def _write(recording: profile, options: ProfileOptions, world: World, folder: Path) -> None:
+    written = []
+    if world.is_main:
+        table = folder / "table.txt"
+        table.write_text(_table(recording, options, world))
+        written.append(table.name)
+    if options.export_trace:
+        trace = folder / f"trace_rank{world.rank}.json.gz"
+        recording.export_chrome_trace(str(trace))
+        written.append("trace_rank*.json.gz (open in ui.perfetto.dev)")
+    if options.export_memory_timeline:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, yet nothing else sorts memory by category
+            recording.export_memory_timeline(str(folder / f"memory_rank{world.rank}.html"), str(world.device))
+        written.append("memory_rank*.html")
+    world.say(f"profile of the recorded steps in {folder}: {', '.join(written)}")
+
+
+def _table(recording: profile, options: ProfileOptions, world: World) -> str:
+    """The costliest operations, one row each; grouped further by shape or source line where those were recorded."""
+    averages = recording.key_averages(
+        group_by_input_shape=options.with_shapes, group_by_stack_n=5 if options.with_stack else 0
+    )
+    own_time = "self_cuda_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
+    return str(averages.table(sort_by=own_time, row_limit=60, max_name_column_width=70))

@@ -1,0 +1,77 @@
+"""What a run is about to do, in a few lines before anything is loaded; what goes where is the plan's table."""
+
+import torch
+from transformers import PretrainedConfig
+
+from fsdp_qlora.config.options import Config
+from fsdp_qlora.data.batches import Batches
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.models.fuse import Fusion
+from fsdp_qlora.models.skeleton import Attention
+from fsdp_qlora.units import GIB
+
+
+def adapter_count(model: CausalModel) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def describe(
+    model: CausalModel,
+    hf_config: PretrainedConfig,
+    config: Config,
+    attention: Attention,
+    fusion: Fusion,
+    world: World,
+) -> list[str]:
+    """The model's lines of the start-up table."""
+    linears = model.linears()
+    weights = sum(torch.Size(e.shape).numel() for u in model.units for e in u.frozen.layout.entries.values())
+    codec = next(iter(linears.values())).weight
+    stored = codec.home.layout.entries[codec.name].codec.name
+    base = sum(u.frozen.layout.nbytes for u in model.units)
+    adapted = sum(m.lora_A is not None for m in linears.values())
+    return [
+        f"model     {config.model.model_name}: {hf_config.model_type}, {len(model.blocks)} layers, "
+        f"{_si(weights)} parameters" + (", RANDOM WEIGHTS" if config.model.dummy_weights else ""),
+        f"base      {_size(base)} frozen, linears {stored}",
+        f"adapters  LoRA rank {config.adapter.lora_rank} on {adapted} of {len(linears)} linears: "
+        f"{_si(adapter_count(model))} parameters; {config.training.optimizer}, "
+        f"master copy and state sharded over {_ranks(world)}",
+        f"compute   {config.model.precision}, {fusion}",
+        *_recomputation(config, fusion, attention),
+    ]
+
+
+def describe_rows(config: Config, batches: Batches, total_steps: int, world: World) -> list[str]:
+    """Its lines on data and steps."""
+    training = config.training
+    return [
+        f"data      {batches.rows.summary}",
+        f"run       {total_steps} steps of {batches.rows_per_step} rows "
+        f"({training.batch_size} x {training.gradient_accumulation_steps} x {_ranks(world)}), "
+        f"context {config.data.context_length}",
+    ]
+
+
+def _recomputation(config: Config, fusion: Fusion, attention: Attention) -> list[str]:
+    memory = config.memory
+    if fusion.blocks:
+        idle = memory.use_gradient_checkpointing and memory.reentrant_checkpointing
+        return ["          reentrant_checkpointing has no effect on fused blocks"] if idle else []
+    kind = "no" if not memory.use_gradient_checkpointing else "non-reentrant"
+    if memory.use_gradient_checkpointing and memory.reentrant_checkpointing:
+        kind = "reentrant"
+    return [f"          {kind} gradient checkpointing, {attention.name} attention ({attention.reason})"]
+
+
+def _ranks(world: World) -> str:
+    return f"{world.size} rank{'s' * (world.size > 1)}"
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def _si(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"

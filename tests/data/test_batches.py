@@ -1,0 +1,116 @@
+"""Batches: a step's rows however many ranks share them, each row once an epoch, padding that teaches nothing."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from fsdp_qlora.data.batches import IGNORE, Batch, Batches, Rows
+
+PAD = 2  # also EOS: padding must be told from it by position
+
+
+def make_rows(count: int, context_length: int = 20) -> Rows:
+    """Rows of unequal length whose ids tell the row; each ends in EOS, which is learnt."""
+    lengths = np.random.default_rng(1).integers(2, context_length + 1, count)
+    ids = [[100 + number] * (length - 1) + [PAD] for number, length in enumerate(lengths)]
+    trains = [[False] * (length // 2) + [True] * (length - length // 2) for length in lengths]
+    return Rows(
+        name="made", form="made", ids=np.concatenate(ids).astype(np.int32), trains=np.concatenate(trains),
+        offsets=np.cumsum([0, *lengths]), index=np.arange(count) * 3, context_length=context_length, pad_id=PAD,
+        n_read=count, n_dropped=0, n_truncated=0,
+    )  # fmt: skip
+
+
+def steps(rows: Rows, batch_size: int, accumulation: int, world_size: int, epoch: int = 0) -> list[list[list[Batch]]]:
+    """[step][rank] -> micro-batches."""
+    ranks = [Batches(rows, batch_size, accumulation, world_size, rank, seed=42) for rank in range(world_size)]
+    return [[rank.step(epoch, index) for rank in ranks] for index in range(ranks[0].steps_per_epoch)]
+
+
+@pytest.mark.parametrize("count", [1, 5, 12, 29])
+def test_a_step_has_the_same_rows_however_they_are_shared(count: int) -> None:
+    rows = make_rows(count)
+    want = [{row for batch in step[0] for row in batch.rows} for step in steps(rows, 12, 1, 1)]
+    for batch_size, accumulation, world_size in [(1, 12, 1), (3, 4, 1), (6, 1, 2), (2, 2, 3), (1, 3, 4), (1, 1, 12)]:
+        got = steps(rows, batch_size, accumulation, world_size)
+        assert [{row for rank in step for batch in rank for row in batch.rows} for step in got] == want
+        for step in got:
+            assert len({len(rank) for rank in step}) == 1, (
+                "every rank must do as many micro-batches, or the others wait"
+            )
+            assert len(step[0]) <= accumulation
+            assert max(len(batch.rows) for rank in step for batch in rank) <= batch_size
+
+
+@pytest.mark.parametrize(("count", "world_size", "accumulation"), list(product([1, 7, 24, 25], [1, 2, 3], [1, 4])))
+def test_every_row_once_an_epoch(count: int, world_size: int, accumulation: int) -> None:
+    rows = make_rows(count)
+    for epoch in range(2):
+        seen = [
+            row for step in steps(rows, 2, accumulation, world_size, epoch) for r in step for b in r for row in b.rows
+        ]
+        assert sorted(seen) == rows.index.tolist()
+
+
+def test_the_last_step_is_spread_evenly_and_a_rank_without_rows_gets_a_filler() -> None:
+    (step,) = steps(make_rows(5), 4, 1, 4)
+    assert sorted(len(batch.rows) for rank in step for batch in rank) == [1, 1, 1, 2]
+    (step,) = steps(make_rows(3), 4, 1, 4)
+    fillers = [rank[0] for rank in step if not rank[0].rows]
+    assert len(fillers) == 1
+    assert fillers[0].input_ids.shape == (1, 1)
+    assert fillers[0].labels.tolist() == [[IGNORE]]
+    assert fillers[0].tokens == 0
+
+
+def test_order_changes_with_epoch_and_seed_alone() -> None:
+    rows = make_rows(29)
+
+    def order(epoch: int, seed: int) -> list[set[int]]:
+        batches = Batches(rows, 4, 1, 1, 0, seed)
+        return [set(batches.step(epoch, index)[0].rows) for index in range(batches.steps_per_epoch)]
+
+    assert order(0, 42) == order(0, 42)
+    assert order(0, 42) != order(1, 42)
+    assert order(0, 42) != order(0, 43)
+    batches = Batches(rows, 4, 1, 1, 0, 42)
+    later = batches.step(1, 3)[0].rows
+    batches.step(0, 0)
+    assert batches.step(1, 3)[0].rows == later  # a step is found by its numbers, not by what was asked before
+    with pytest.raises(IndexError, match="step 8 of an epoch of 8 steps"):
+        batches.step(0, 8)
+
+
+def test_padding_is_masked_by_position_and_rows_arrive_whole() -> None:
+    rows = make_rows(29)
+    for step in steps(rows, 4, 2, 2):
+        for batch in (batch for rank in step for batch in rank):
+            width = batch.input_ids.shape[1]
+            lengths = [int(rows.lengths[number // 3]) for number in batch.rows]
+            assert width == min(-(-max(lengths) // 8) * 8, rows.context_length)
+            assert batch.tokens == sum(lengths)
+            assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+            for place, (number, length) in enumerate(zip(batch.rows, lengths, strict=True)):
+                ids = [100 + number // 3] * (length - 1) + [PAD] * (width - length + 1)
+                labels = ids[:length] + [IGNORE] * (width - length)
+                labels[: length // 2] = [IGNORE] * (length // 2)
+                assert batch.input_ids[place].tolist() == ids
+                assert batch.labels[place].tolist() == labels  # EOS is learnt though it is also the padding
+
+
+def test_long_rows_come_first_and_in_the_smaller_micro_batches() -> None:
+    rows = make_rows(7)
+    (step,) = steps(rows, 4, 1, 2)
+    assert [len(rank[0].rows) for rank in step] == [3, 4]
+    assert min(rows.lengths[np.array(step[0][0].rows) // 3]) >= max(rows.lengths[np.array(step[1][0].rows) // 3])
+
+
+def test_ranks_have_about_the_same_work_at_the_same_time() -> None:
+    rows = make_rows(64)
+    (step,) = steps(rows, 4, 8, 2)
+    for left, right in zip(*step, strict=True):
+        assert abs(left.input_ids.shape[1] - right.input_ids.shape[1]) <= 8
+    padded = sum(batch.input_ids.numel() for rank in step for batch in rank)
+    assert sum(batch.tokens for rank in step for batch in rank) > 0.75 * padded

@@ -1,0 +1,209 @@
+"""Sources of rows: files of every kind and packing, folders, the hub's configs and splits, mixes, standard input."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from test_data import ALPACA_ROWS, learnt, load, row, write
+
+from fsdp_qlora.data import sources
+from fsdp_qlora.errors import UserError
+from tests.support.small_tokenizers import bytes_tokenizer
+
+TEXT = "".join(json.dumps(given) + "\n" for given in ALPACA_ROWS)
+INDENTED = json.dumps(ALPACA_ROWS, indent=2)
+TSV = 'instruction\tinput\toutput\nSay hello\t\thello\nSay it\t"a, ""b""\nc"\tyellow {x}\n'
+
+
+FILES: dict[str, bytes] = {
+    "capitals.JSONL": TEXT.encode(),
+    "bom.jsonl": b"\xef\xbb\xbf" + TEXT.encode(),
+    "crlf.jsonl": TEXT.replace("\n", "\r\n").encode(),
+    "bom.json": b"\xef\xbb\xbf" + INDENTED.encode(),
+    "lines.json": TEXT.encode(),
+    "list.jsonl": INDENTED.encode(),
+    "data.json": json.dumps({"version": "1", "data": ALPACA_ROWS}, indent=1).encode(),
+    "train.json": json.dumps({"train": ALPACA_ROWS, "test": ALPACA_ROWS[:1]}).encode(),
+    "odd_key.json": json.dumps({"my rows": ALPACA_ROWS}).encode(),
+    "data.jsonl": json.dumps({"rows": ALPACA_ROWS}).encode(),
+    "pretty.jsonl": "\n".join(json.dumps(given, indent=2) for given in ALPACA_ROWS).encode(),
+    "pretty.json": "\n".join(json.dumps(given, indent=2) for given in ALPACA_ROWS).encode(),
+    "packed.jsonl.gz": gzip.compress(TEXT.encode()),
+    "packed.json.gz": gzip.compress(INDENTED.encode()),
+    "packed.jsonl.bz2": bz2.compress(TEXT.encode()),
+    "packed.jsonl.xz": lzma.compress(TEXT.encode()),
+    "packed.tsv.gz": gzip.compress(TSV.encode()),
+    "tabs.tsv": TSV.encode(),
+    "bom.tsv": b"\xef\xbb\xbf" + TSV.encode(),
+    "lines.ndjson": TEXT.encode(),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_give_the_same_rows(tmp_path: Path, name: str) -> None:
+    tokenizer = bytes_tokenizer()
+    want = load(write(tmp_path / "plain.jsonl", ALPACA_ROWS), tokenizer)
+    (tmp_path / name).write_bytes(FILES[name])
+    got = load(str(tmp_path / name), tokenizer)
+    assert np.array_equal(got.ids, want.ids)
+    assert np.array_equal(got.trains, want.trains)
+
+
+def test_zstandard_and_arrow(tmp_path: Path) -> None:
+    tokenizer = bytes_tokenizer()
+    want = load(write(tmp_path / "plain.jsonl", ALPACA_ROWS), tokenizer)
+    with pa.OSFile(str(tmp_path / "a.jsonl.zst"), "wb") as file, pa.CompressedOutputStream(file, "zstd") as out:
+        out.write(TEXT.encode())
+    table = pa.Table.from_pylist(ALPACA_ROWS)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.jsonl.zst", "a.arrow", "b.arrow"):
+        assert np.array_equal(load(str(tmp_path / name), tokenizer).ids, want.ids), name
+
+
+def test_one_pretty_printed_row_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(ALPACA_ROWS[0], indent=4))
+    assert len(load(str(path), bytes_tokenizer())) == 1
+
+
+def test_an_object_without_rows_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"a": [ALPACA_ROWS[0]], "b": [ALPACA_ROWS[1]]}, indent=1))
+    with pytest.raises(
+        UserError, match=r"is an object with the keys a, b; rows are read from a list or from one object"
+    ):
+        load(str(path), bytes_tokenizer())
+    path.write_text("3")
+    with pytest.raises(UserError, match=r"line 1 is int, but each row must be an object|is one int"):
+        load(str(path), bytes_tokenizer())
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "cut.jsonl.gz": (gzip.compress(TEXT.encode() * 500)[:-30], "cannot be read"),
+    "no.jsonl.gz": (b"hello", "cannot be read"),
+    "no.jsonl.xz": (b"hello", "cannot be read"),
+    "no.jsonl.zst": (b"hello", "cannot be read"),
+    "no.arrow": (b"hello", "is not an Arrow file"),
+    "twice.csv": (b"text,text\na,b\n", "names the column 'text' twice"),
+    "open.csv": (b'text,b\n"a,b\n', "malformed CSV"),
+    "utf16.jsonl": (TEXT.encode("utf-16"), "is UTF-16 text"),
+    "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "is a git-lfs pointer"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_told_in_one_line(tmp_path: Path, name: str) -> None:
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load(str(tmp_path / name), bytes_tokenizer())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_files(tmp_path: Path) -> None:
+    tokenizer = bytes_tokenizer()
+    (tmp_path / "more").mkdir()
+    write(tmp_path / "b.jsonl", [{"text": "fellow"}])
+    write(tmp_path / "more" / "a.jsonl", [{"text": "yellow"}, {"txt": "x"}])
+    write(tmp_path / "test.jsonl", [{"text": "held out"}])
+    (tmp_path / "README.md").write_text("hello")
+    rows = load(str(tmp_path), tokenizer, bad_rows="skip")
+    assert [tokenizer.decode(row(rows, n)[0]) for n in range(len(rows))] == ["fellow</s>", "yellow</s>"]
+    assert "left out test.jsonl" in rows.summary
+    with pytest.raises(UserError, match=r"more/a.jsonl, line 2: 'text' must be text"):
+        load(str(tmp_path), tokenizer)
+    write(tmp_path / "train-00.jsonl", [{"text": "mellow"}])
+    assert len(load(str(tmp_path), tokenizer)) == 1
+
+
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    tokenizer = bytes_tokenizer()
+    table = datasets.Dataset.from_list(ALPACA_ROWS)
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(str(tmp_path / "two"))
+    want = load(write(tmp_path / "plain.jsonl", ALPACA_ROWS), tokenizer)
+    for name in ("one", "two"):
+        assert np.array_equal(load(str(tmp_path / name), tokenizer).ids, want.ids), name
+
+
+def test_a_hub_datasets_config_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def hub(*names: str) -> datasets.DatasetDict:
+        asked.append(names)
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list([{"text": f"hello {split}"}]) for split in ("train", "validation")}
+        )
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    tokenizer = bytes_tokenizer()
+    given = {"a/b": "train", "a/b:c": "train", "a/b:c:validation": "validation", "a/b::validation": "validation"}
+    for name, split in given.items():
+        assert tokenizer.decode(load(name, tokenizer).ids) == f"hello {split}</s>"
+    assert asked == [("a/b",), ("a/b", "c"), ("a/b", "c"), ("a/b",)]
+    with pytest.raises(UserError, match=r"has no split 'dev', only train, validation; choose one with a/b:c:SPLIT"):
+        load("a/b:c:dev", tokenizer)
+
+
+def test_several_datasets(tmp_path: Path) -> None:
+    tokenizer = bytes_tokenizer()
+    a = write(tmp_path / "a.jsonl", [{"text": f"hello {i}"} for i in range(30)])
+    b = write(tmp_path / "b.jsonl", [{"prompt": "say", "completion": f" yellow {i}"} for i in range(100)])
+    rows = load(f"{a},{b}", tokenizer)
+    assert (len(rows), rows.form) == (130, "text + prompt_completion")
+    assert rows.index.tolist() == list(range(130))
+    mixed = load(f"{a}:0.75,{b}:0.25", tokenizer)
+    told = [tokenizer.decode(row(mixed, n)[0]) for n in range(len(mixed))]
+    assert sum("hello" in text for text in told) == 30
+    assert sum("yellow" in text for text in told) == 10
+    assert len(set(told)) == 40, "none twice"
+    assert "a.jsonl 30 of 30 rows" in mixed.summary
+    assert "b.jsonl 10 of 100 rows" in mixed.summary
+    assert learnt(mixed, 39, tokenizer) == " yellow 99</s>", "spread over the whole of it"
+    assert len(load(f"{a}:3,{b}:1", tokenizer, dataset_samples=20)) == 20
+    assert len(load(f"{a},{b}", tokenizer, dataset_samples=35)) == 35
+    for wrong, message in [
+        (f"{a}:0.5,{b}", "give every dataset a weight"),
+        (f"{a}:0.5", "a weight says nothing about one dataset alone"),
+        (f"{a},{a}", "names a dataset twice"),
+        (f"{a},", "names nothing between two commas"),
+        (f"{a}:0,{b}:1", "its weight must be above 0"),
+        (f"{a},dummy", "dummy has no rows to mix"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load(wrong, tokenizer)
+
+
+def test_standard_input_is_read_once_for_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    tokenizer = bytes_tokenizer()
+    want = load(write(tmp_path / "plain.jsonl", ALPACA_ROWS), tokenizer)
+    for _ in range(2):  # another rank finds the pipe empty
+        assert np.array_equal(load("-", tokenizer).ids, want.ids)
+    sources.forget_stdin()
+    assert [file.name for file in tmp_path.iterdir()] == ["plain.jsonl"]
+    start_of = sources._start_of
+    started = start_of(os.getpid())
+    assert started.isdigit()
+    monkeypatch.setattr(sources, "_start_of", lambda _: "1")  # another process had this number, and was killed
+    sources.stdin_file().write_text('{"text": "of another run"}\n')
+    monkeypatch.setattr(sources, "_start_of", start_of)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"[\n" + INDENTED.encode()[1:])))
+    assert len(load("-", tokenizer)) == 2
+    sources.forget_stdin()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a b"}\n{"text": \n')))
+    with pytest.raises(UserError, match="dataset '-': line 2, column"):
+        load("-", tokenizer)
+    sources.forget_stdin()

@@ -1,0 +1,85 @@
+"""Which matrices a fused block multiplies: the same ones, laid out alike, whatever it keeps and wherever that waits."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.plan import costs
+from fsdp_qlora.plan.costs import Shape
+from fsdp_qlora.plan.inputs import KEEP
+from fsdp_qlora.runtime.determinism import deterministic_algorithms
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    with deterministic_algorithms(True):
+        yield
+
+
+class Products(TorchDispatchMode):
+    """How often matrices of which shapes, strides and alignment are multiplied, and attended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in str(func) or "attention" in str(func):
+            tensors = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
+            layout = [(x.shape, x.stride(), x.storage_offset() * x.element_size() % 256) for x in tensors]
+            self.seen[(str(func), *layout)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Elsewhere:
+    """Stands for host memory: gives back tensors of the shapes that it was given."""
+
+    def park(self, tensors: list[Tensor], tokens: int) -> list[Tensor]:
+        assert all(tensor.is_contiguous() for tensor in tensors), "what the copy engines can move"
+        return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
+
+    def fetch(self, parked: list[Tensor]) -> list[Tensor]:
+        return parked
+
+    def ahead(self) -> None:
+        pass
+
+
+def products(block: FusedBlock) -> tuple[Counter[tuple[Any, ...]], Counter[tuple[Any, ...]]]:
+    """Of a block's forward and of its backward, on the meta device."""
+    forward, backward = Products(), Products()
+    with costs._metered(block) as meter:
+        h, tables = costs._inputs(block, 2, 256, meter)
+        with forward:
+            out = block(h, *tables)
+        d_out = costs._gradient(block, out)
+        with backward:
+            out.backward(d_out[:, : h.shape[-1]].view(out.shape))
+        costs._let_go(block)
+    return forward.seen, backward.seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("rank", [20, 64])
+def test_what_a_block_keeps_and_where_changes_no_matrix_that_it_multiplies(
+    strict: None, rank: int, dropout: float
+) -> None:
+    """Backward multiplies the same matrices, laid out alike, and beside them some of forward's once more: whichever
+    kernels cuBLAS takes, they are the same. Rank 20 leaves rows that are no whole cache lines."""
+    block = costs._block(Shape(1024, 3584, 16, 4, 64, 3, 2, rank, "", False, False, "nf4", 2, dropout, "flash", 0))
+    forward, least = products(replace(block, keep="all"))
+    assert sum(least.values()) > 10
+    for keep in KEEP:
+        for away in (False, True):
+            offload: Any = Elsewhere() if away else None
+            ours, backward = products(replace(block, keep=keep, offload=offload, parks=away))
+            assert ours == forward, (keep, away)
+            assert not least - backward, (keep, away)
+            assert not (backward - least) - forward, (keep, away)

@@ -1,0 +1,205 @@
+"""Calibration: its cache, that ranks agree, and what of its measuring runs without a GPU."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.kernels.attention import Masking
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.plan.calibrate import launches, measure
+from fsdp_qlora.plan.calibrate import rates as calibrating
+from fsdp_qlora.plan.calibrate.rates import NAMES, cache_file, calibrate, key_of, read, slowest, write
+from fsdp_qlora.plan.clock import Rates
+from fsdp_qlora.plan.inputs import facts_of
+from tests.plan.test_plan_memory import SHAPE
+from tests.support.known_runs import H200, facts
+from tests.support.metered import META, WORLD, planned
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
+
+
+def test_rates_come_back_from_the_cache(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "folder" / "rates.json"
+    assert read(file) is None
+    write(file, H200)
+    assert read(file) == H200
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        json.dumps({"matmul_forward": 1.0}),
+        json.dumps(dataclasses.asdict(H200) | {"copy": "fast"}),
+        json.dumps(dataclasses.asdict(H200) | {"h2d": 0.0}),
+    ],
+)
+def test_a_damaged_cache_is_as_none(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(damage)
+    assert read(file) is None
+    file.write_bytes(b"\xff\xfe\x00")
+    assert read(file) is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    write(tmp_path / "taken" / "rates.json", H200)
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's user may have neither $HOME nor an entry in passwd."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    file = cache_file({"card": "any"})
+    assert file is None
+    write(file, H200)
+    assert read(file) is None
+
+
+def test_the_slowest_rank_decides() -> None:
+    slow = dataclasses.replace(H200, h2d=H200.h2d / 2, crowding=2.0, launch=1e-3)
+    rows = [[getattr(rates, name) for name in NAMES] for rates in (H200, slow)]
+    assert slowest(rows) == slowest(rows[::-1]) == slow
+
+
+def test_without_a_gpu_there_are_no_rates() -> None:
+    model, config, fusion = planned(LlamaConfig(**SHAPE), context_length=128, lora_rank=8)
+    world = dataclasses.replace(WORLD, device=CPU)
+    assert calibrate(facts_of(model, config, WORLD, fusion, 8), model, world) is None
+
+
+class _Ranks(World):
+    """Two ranks of which the other has the rates that it is given."""
+
+    def gather(self, numbers: Any) -> list[list[float]]:
+        return [list(numbers), list(numbers)]
+
+
+def test_it_is_measured_once_for_a_card_and_a_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    measured: list[int] = []
+    monkeypatch.setattr(calibrating, "_measure", lambda *_: measured.append(1) or H200)
+    world = _Ranks(0, 2, 0, 2, torch.device("cuda"))
+    known = facts("llama3_8b", 4, 2048, 16, ranks=2)
+    model: Any = None
+    assert calibrate(known, model, world) == calibrate(known, model, world) == H200
+    assert len(measured) == 1
+    assert (tmp_path / "fsdp_qlora").is_dir()
+    calibrate(dataclasses.replace(known, context=512), model, world)
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    calibrate(known, model, world)
+    assert len(measured) == 3
+    cache_file(key_of(known, world)).write_text("damaged")
+    assert calibrate(known, model, world) == H200
+    assert len(measured) == 4
+
+
+def test_what_is_kept_is_what_the_slowest_rank_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cards in slots of unequal speed: the second start must plan with the rates of the first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(calibrating, "_measure", lambda *_: H200)
+    place = list(dataclasses.asdict(H200)).index("h2d")
+
+    class SlowSlot(_Ranks):
+        def gather(self, numbers: Any) -> list[list[float]]:
+            theirs = list(numbers)
+            if len(theirs) > 1:
+                theirs[place] = min(theirs[place], 6e9)
+            return [list(numbers), theirs]
+
+    known, model = facts("llama3_8b", 4, 2048, 16, ranks=2), None
+    first = calibrate(known, model, SlowSlot(0, 2, 0, 2, torch.device("cuda")))
+    again = calibrate(known, model, _Ranks(0, 2, 0, 2, torch.device("cuda")))  # each rank reads the file alone
+    assert first is not None
+    assert first.h2d == 6e9
+    assert again == first
+
+
+# ---- the measuring itself: on the CPU with a clock in place of CUDA's events, to see that it runs
+
+
+@pytest.fixture
+def clocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def events(call: Callable[[], object], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(min(repeats, 2)):
+            call()
+        return max(time.perf_counter() - start, 1e-9) / min(repeats, 2)
+
+    monkeypatch.setattr(measure, "_events", events)
+    monkeypatch.setattr(measure, "WARM_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "COPIED", 1 << 20)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+
+def test_what_is_measured_on_one_card_runs(clocked: None, one_thread: None) -> None:
+    model, config, fusion = planned(
+        LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}),
+        batch_size=1,
+        context_length=64,
+        lora_rank=8,
+    )
+    known = dataclasses.replace(facts_of(model, config, WORLD, fusion, 8), attention="cpu")
+    for block in model.blocks.values():
+        assert isinstance(block.fused, FusedBlock)
+        block.fused = dataclasses.replace(block.fused, backend="cpu")
+    dtype = model.precision.compute
+    found = measure.products(known, dtype, CPU) | measure.attention(known, Masking(0.1), dtype, CPU)
+    found |= measure.attention(dataclasses.replace(known, attention=""), Masking(0.1), dtype, CPU)
+    found |= measure.memory(model, CPU) | measure.collectives(known, dtype, dataclasses.replace(WORLD, device=CPU))
+    found["launch"] = launches.launches(model, known, CPU)
+    link = {"h2d", "h2d_both", "d2h_both"}
+    assert found.keys() == set(NAMES) - link
+    assert all(value > 0 for name, value in found.items() if name not in ("gather", "reduce"))
+    assert all(p.device == META for p in model.parameters()), "the model itself is left as it was"
+
+
+@needs_gpu
+def test_rates_of_this_gpu_are_those_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device = torch.device("cuda", 0)
+
+    class Alone(World):
+        def gather(self, numbers: Any) -> list[list[float]]:
+            return [list(numbers)]
+
+        def barrier(self) -> None:
+            pass
+
+    model, config, fusion = planned(LlamaConfig(**SHAPE), batch_size=1, context_length=512, lora_rank=8)
+    world = Alone(0, 1, 0, 1, device)
+    known = dataclasses.replace(facts_of(model, config, world, fusion, 8), attention="flash")
+    for block in model.blocks.values():
+        assert isinstance(block.fused, FusedBlock)
+        block.fused = dataclasses.replace(block.fused, backend="flash")
+    rates = calibrate(known, model, world)
+    assert isinstance(rates, Rates)
+    assert 1e12 < rates.matmul_forward < 1e16
+    assert 1e10 < rates.dequantize < 2 * rates.copy < 1e14
+    assert 1e9 < rates.h2d_both <= rates.h2d < 1e12
+    assert 1e-6 < rates.launch < 1e-3
+    before = torch.cuda.memory_allocated()
+    assert calibrate(known, model, world) == rates
+    assert torch.cuda.memory_allocated() == before

@@ -1,0 +1,116 @@
+"""The plan's time: near what was measured, its queues as a copy engine and a GPU have them, its launches counted."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.inputs import KEEP
+from fsdp_qlora.plan.memory import BlockPlan, Candidate
+from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD, BlockWork
+from tests.plan.test_plan_memory import SHAPE
+from tests.support.known_runs import H200, MEASURED, facts
+from tests.support.metered import block_launches, planned
+
+COPIES = (0, 0, 2, 3, 4)  # more launches in forward, of what each level keeps: attention's output and sums, x A^T alone
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])
+def test_measured_steps_are_met_within_15_percent(row: Any) -> None:
+    assert Clock(row.facts, row.rates).seconds(row.candidate) == pytest.approx(row.seconds, rel=0.15)
+
+
+def test_launches_are_those_of_the_code() -> None:
+    model, config, _ = planned(LlamaConfig(**SHAPE), batch_size=1, context_length=128, lora_rank=16)
+    for level, keep in enumerate(KEEP):
+        forward, backward = block_launches(model, config, keep)
+        assert forward == LAUNCHES_FORWARD + COPIES[level], keep
+        assert backward == LAUNCHES_BACKWARD[level], keep
+
+
+def test_flops_are_four_per_parameter_and_token_and_six_with_everything_recomputed() -> None:
+    """But for o and down, which are never, and o, which is at `input` alone."""
+    known = replace(facts("llama2_70b", 2, 512, 0), rank_qkv=0, rank_o=0, rank_gate_up=0, rank_down=0)
+    work, two = BlockWork(known), 2 * known.tokens
+    parameters, down, o = known.linear_numbers, known.hidden * known.inner, known.hidden * known.queries
+    assert work.forward().forward == pytest.approx(two * parameters)
+    assert work.backward(KEEP.index("all")).backward == pytest.approx(two * parameters)
+    assert work.again(KEEP.index("all")).forward == 0
+    assert work.again(KEEP.index("input")).forward == pytest.approx(two * (parameters - down))
+    assert work.again(KEEP.index("halves")).forward == pytest.approx(two * (parameters - down - o))
+
+
+def test_flash_attn_is_repeated_at_every_level() -> None:
+    for attention, repeated in (("flash_attn", KEEP), ("cudnn", KEEP[: KEEP.index("attention")])):
+        work = BlockWork(facts("llama3_8b", 4, 2048, 16, attention=attention))
+        for level, keep in enumerate(KEEP):
+            assert work.again(level).attend == (work.forward().attend if keep in repeated else 0), (attention, keep)
+
+
+def streamed(layers: int, resident: int = 0, keep: str = "input", head: bool = True, staging: int = 3) -> Candidate:
+    blocks = tuple(BlockPlan(i >= layers - resident, keep, False) for i in range(layers))
+    return Candidate("stream", blocks, head, staging)
+
+
+def with_link(rate: float) -> Rates:
+    return replace(H200, h2d=rate, h2d_both=rate, d2h_both=rate)
+
+
+def test_a_slow_link_is_all_that_counts_and_what_turns_round_is_not_copied_again() -> None:
+    known = facts("llama2_70b", 2, 512, 64)
+    clock = Clock(known, with_link(1e9))
+    expected = (2 * (known.layers - 3) * known.block_bytes + known.tokens * known.hidden * 2) / 1e9
+    seconds = clock.seconds(streamed(known.layers))
+    assert seconds == pytest.approx(expected, rel=0.01)
+    assert clock.seconds(streamed(known.layers, head=False)) - seconds == pytest.approx(
+        (known.head_bytes + known.block_bytes) / 1e9, rel=0.02
+    )  # the head takes a buffer that would have kept a block over the turn
+    half = clock.seconds(streamed(known.layers, resident=40))
+    assert half == pytest.approx((2 * (40 - 3) * known.block_bytes) / 1e9, rel=0.02)
+
+
+def test_a_fast_link_hides_behind_arithmetic() -> None:
+    known = facts("llama2_70b", 2, 2048, 64)
+    clock, everything = Clock(known, with_link(1e15)), Candidate("replicate", streamed(80, 80).blocks, True, 0)
+    assert clock.seconds(streamed(known.layers)) == pytest.approx(clock.seconds(everything), rel=1e-3)
+    assert clock.bound(everything) <= clock.seconds(everything) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("rate", [5e9, 55e9])
+def test_seconds_are_never_below_their_bound(rate: float) -> None:
+    known = facts("llama3_70b", 1, 2048, 64, ranks=2)
+    clock = Clock(known, with_link(rate))
+    for keep in KEEP:
+        for offloaded in (False, True):
+            for resident in (0, 30, 79):
+                for head in (True, False):
+                    blocks = tuple(BlockPlan(i < resident, keep, offloaded) for i in range(80))
+                    candidate = Candidate("stream", blocks, head, 2)
+                    assert clock.seconds(candidate) >= clock.bound(candidate) * 0.999
+    for placement in ("shard", "shard_offload"):
+        candidate = Candidate(placement, (BlockPlan(False, "input", False),) * 80, True, 0)  # type: ignore[arg-type]
+        assert clock.seconds(candidate) >= clock.bound(candidate) * 0.999
+
+
+def test_what_is_offloaded_waits_for_a_slow_link_and_not_for_a_fast_one() -> None:
+    known = facts("llama3_8b", 4, 2048, 16)
+
+    def both(rate: float) -> tuple[float, float]:
+        clock = Clock(known, with_link(rate))
+        here, away = (
+            Candidate("replicate", (BlockPlan(True, "attention", off),) * 32, True, 0) for off in (False, True)
+        )
+        return clock.seconds(here), clock.seconds(away)
+
+    here, away = both(55e9)
+    assert away == pytest.approx(here, rel=0.05)
+    here, away = both(5e9)
+    assert away > 2 * here
+
+
+def test_micro_batches_add_up_and_a_step_ends_once() -> None:
+    one, four = (Clock(facts("llama3_8b", 1, 512, 16, accumulation=n), H200) for n in (1, 4))
+    candidate = Candidate("replicate", (BlockPlan(True, "all", False),) * 32, True, 0)
+    assert 3.5 * one.seconds(candidate) < four.seconds(candidate) < 4 * one.seconds(candidate)

@@ -1,0 +1,170 @@
+"""One small model three ways: our blocks, plain Hugging Face layers in the same dtype, and these in true float64.
+
+All three hold the same numbers: what our frozen bytes decode to and the same adapters. Compared is the stack of
+decoder layers, without embedding, final norm and head, from a random input and for a random gradient of its output.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from fsdp_qlora.config.options import AdapterOptions
+from fsdp_qlora.config.parse import parse
+from fsdp_qlora.models.causal_lm import CausalModel, Recipe, assemble
+from fsdp_qlora.models.fuse import Fusion, fuse
+from fsdp_qlora.models.precision import Precision
+from fsdp_qlora.models.skeleton import build
+from fsdp_qlora.placement.base import Replicated
+from fsdp_qlora.placement.load import encode
+from fsdp_qlora.plan.plan import BlockPlan
+from fsdp_qlora.plan.planning import keep_activations, wishes_of
+from fsdp_qlora.weights.codecs import NF4, Codec
+from tests.support.runs import Options, flags
+
+Results = dict[str, Tensor]  # out, d_h, and the gradient of each adapter matrix by its name
+
+
+@dataclass
+class Subject:
+    """Our model, not yet fused, with the config that its Hugging Face counterpart is made from."""
+
+    model: CausalModel
+    hf_config: PretrainedConfig
+    weights: dict[str, Tensor]  # name in the checkpoint -> what the frozen bytes decode to, in compute dtype
+    rotary: nn.Module
+
+    def fuse(self, **options: object) -> Fusion:
+        """As `--option value` would have it. Fusing again changes the options."""
+        self.model.backbone.rotary_emb = self.rotary
+        given: Options = {"model_name": "none", "context_length": 64} | options
+        device = next(iter(self.weights.values())).device
+        config = parse(flags(given))
+        fusion = fuse(self.model, config, device)
+        wishes = wishes_of(config.memory, 1)
+        kept = BlockPlan(True, wishes.keep or "input", bool(wishes.offload))
+        keep_activations(self.model, [kept] * len(self.model.blocks), 64, device)
+        return fusion
+
+    def set_backend(self, backend: str) -> None:
+        for block in self.model.blocks.values():
+            block.fused = replace(block.fused, backend=backend)
+
+    @property
+    def adapters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{path}.{matrix}": getattr(linear, matrix)
+            for path, linear in self.model.linears().items()
+            if linear.lora_A is not None
+            for matrix in ("lora_A", "lora_B")
+        }
+
+    def run(self, h: Tensor, d_out: Tensor) -> Results:
+        self.model.rest.bind()
+        return run(self.model.backbone, self.adapters, h, d_out)
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.model.rest.bind()
+        return self.model.backbone(inputs_embeds=h, use_cache=False)[0]
+
+    def reference(self, dtype: torch.dtype) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """(Hugging Face's layers with eager attention, their adapters), in `dtype`."""
+        config = copy.deepcopy(self.hf_config)
+        device = next(iter(self.weights.values())).device
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).to(device)
+        assert not model.load_state_dict(self.weights, strict=False).unexpected_keys
+        adapters = {}
+        for path, linear in self.model.linears().items():
+            if linear.lora_A is not None and linear.lora_B is not None:
+                lora = LoraLinear(model.get_submodule(path), linear.lora_A, linear.lora_B, linear.scale)
+                model.set_submodule(path, lora)
+                adapters |= {f"{path}.lora_A": lora.a, f"{path}.lora_B": lora.b}
+        model.base_model.norm = nn.Identity()
+        return model.base_model, adapters
+
+    def plain(self, h: Tensor, d_out: Tensor) -> Results:
+        backbone, adapters = self.reference(h.dtype)
+        return run(backbone, adapters, h, d_out)
+
+    def truth(self, h: Tensor, d_out: Tensor) -> Results:
+        backbone, adapters = self.reference(torch.float64)
+        with TrueFloat64():
+            return run(backbone, adapters, h.double(), d_out.double())
+
+
+class LoraLinear(nn.Module):
+    """LoRA as its paper has it."""
+
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.a, self.b = (nn.Parameter(m.detach().to(base.weight.dtype)) for m in (a, b))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
+
+
+class TrueFloat64(TorchFunctionMode):
+    """Keeps Hugging Face's norms and softmaxes from rounding float64 to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def run(backbone: nn.Module, adapters: Mapping[str, nn.Parameter], h: Tensor, d_out: Tensor) -> Results:
+    h = h.detach().requires_grad_()
+    out = backbone(inputs_embeds=h, use_cache=False)[0]
+    grads = torch.autograd.grad(out, [h, *adapters.values()], d_out)
+    return dict(zip(("out", "d_h", *adapters), (out.detach(), *grads), strict=True))
+
+
+def subject(
+    hf_config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    codec: Codec | None = None,
+    adapter: AdapterOptions | None = None,
+) -> Subject:
+    """A random model of that config. codec: of its linears; default: NF4, double-quantized."""
+    codec = codec or NF4(double_quant=True)
+    adapter = adapter or AdapterOptions(lora_rank=4, lora_alpha=6.0)
+    torch.manual_seed(0)
+    state = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), dtype=torch.float32).state_dict()
+    for value in state.values():
+        if value.ndim == 1:  # norms and biases start as ones and zeros, which hide a mix-up
+            value += torch.randn_like(value) * 0.1
+    precision = Precision(dtype, dtype)
+    skeleton = build(hf_config, precision, "eager")
+    model = assemble(skeleton, Recipe(precision, lambda name: codec, remat=None, shards=1), adapter)
+    weights, placement = {}, Replicated()
+    placement.prepare(model)
+    for unit in model.units:
+        placement.store(unit, encode(unit, state, device))
+        weights |= {source: unit.frozen.decode(entry, dtype).clone() for entry, source in unit.sources.items()}
+    for linear in model.linears().values():
+        if linear.lora_A is not None and linear.lora_B is not None:
+            for name in ("lora_A", "lora_B"):
+                matrix = getattr(linear, name)
+                values = torch.randn(matrix.shape) / matrix.shape[1] ** 0.5 * 0.5
+                setattr(linear, name, nn.Parameter(values.to(device, dtype)))
+    model.backbone.norm = nn.Identity()
+    model.backbone.to(device)
+    return Subject(model, hf_config, weights, model.backbone.rotary_emb)
+
+
+def inputs(config: PretrainedConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """[h, d_out], random [B, S, H]."""
+    make = torch.Generator().manual_seed(shape[1])
+    return [torch.randn(*shape, config.hidden_size, generator=make).to(device, dtype) for _ in range(2)]

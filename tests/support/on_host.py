@@ -1,0 +1,35 @@
+"""`ThroughHost` without a GPU: the host writes the counters and waits for them. The same protocol, no streams."""
+
+import time
+from contextlib import nullcontext
+
+from fsdp_qlora.exchange.exchange import Pending, ThroughHost
+
+
+class Done:
+    def wait(self) -> None:
+        pass
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class OnHost(ThroughHost):
+    def _open(self) -> None:
+        pass
+
+    def _begin(self) -> None:
+        self.count += 1
+
+    def _on(self, stream: object) -> nullcontext[None]:
+        return nullcontext()
+
+    def _pending(self) -> Pending:
+        return Done()
+
+    def _await(self, counter: int, value: int) -> None:
+        while int(self._counters[counter]) < value:
+            time.sleep(1e-4)
+
+    def _tell(self, counter: int) -> None:
+        self._counters[counter] = self.count

@@ -1,0 +1,140 @@
+"""What config and tokenizer of a checkpoint say: scaled positions, families that are refused, pad tokens outside."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import train
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.models.precision import Precision
+from fsdp_qlora.models.skeleton import linear_codec, max_positions, read_config
+from tests.support import tiny
+from tests.support.as_peft import assert_trains_as_peft
+from tests.support.checkpoint_forms import (
+    OPTIONS,
+    TIED,
+    llama,
+    refused,
+    rewrite,
+)
+from tests.support.runs import flags
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+SCALED = {
+    "none": ({}, 256),
+    "yarn that states the original": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+        1024,
+    ),
+    "yarn that states the scaled": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+    "yarn without an original": ({"rope_type": "yarn", "factor": 2.5}, 640),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 512),
+    "linear": ({"rope_type": "linear", "factor": 3.0}, 768),
+    "old names": ({"type": "linear", "factor": 3.0}, 768),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_contexts_up_to_the_scaled_length_are_accepted(kind, tmp_path):
+    scaling, longest = SCALED[kind]
+    llama(tmp_path, num_hidden_layers=1)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_scaling": scaling, "rope_theta": rope["rope_theta"]} if scaling else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert max_positions(read_config(str(tmp_path), None)) == longest
+
+
+def test_a_context_beyond_the_stated_length_trains_where_positions_are_scaled(tmp_path):
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    llama(tmp_path / "model", max_position_embeddings=64, rope_parameters=yarn)
+    options = {"model_name": tmp_path / "model", "output_dir": tmp_path / "out", "dataset_samples": 2, "max_steps": 1}
+    assert train.main(flags(OPTIONS | options | {"context_length": 256})) == 0
+
+
+def test_positions_of_each_kind_of_layer_are_looked_at(tmp_path):
+    kinds = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    }
+    config = transformers.Gemma3TextConfig(**tiny.SHAPE | {"rope_parameters": kinds})
+    assert max_positions(config) == 8 * 256
+
+
+NOT_CAUSAL = {
+    "Bert": ({}, "its attention looks both ways"),
+    "CpmAnt": ({}, "its attention looks at later tokens too"),
+    "PaliGemma": (None, "it wraps a text model"),
+}
+
+
+@pytest.mark.parametrize("family", NOT_CAUSAL)
+def test_what_cannot_be_trained_is_named_before_anything_is_read(family, tmp_path, capsys):
+    more, why = NOT_CAUSAL[family]
+    config = getattr(transformers, f"{family}Config")(**({} if more is None else tiny.SHAPE | more))
+    config.save_pretrained(tmp_path / "model")
+    line = refused(tmp_path / "model", capsys)
+    assert why in line
+    assert f"is a {config.model_type} model" in line
+
+
+@pytest.mark.parametrize("shared", [8, 3])
+def test_heads_that_do_not_divide_are_refused(shared, tmp_path, capsys):
+    """EXAONE's config has 8 key/value heads where nothing else is said."""
+    transformers.ExaoneConfig(**tiny.SHAPE | {"num_key_value_heads": shared}).save_pretrained(tmp_path / "model")
+    line = refused(tmp_path / "model", capsys, dummy_weights=True)
+    assert f"4 attention heads and {shared} key/value heads" in line
+
+
+def test_two_dimensional_norms_are_read(tmp_path):
+    config = transformers.CohereConfig(**tiny.SHAPE | TIED | {"use_qk_norm": True})
+    tiny.save_model(config, tmp_path)
+    rewrite(tmp_path, lambda tensors: [t.add_(torch.randn_like(t)) for n, t in tensors.items() if "_norm" in n])
+    assert load_file(tmp_path / "model.safetensors")["model.layers.0.self_attn.q_norm.weight"].ndim == 2
+    assert_trains_as_peft(tmp_path, "lora")
+
+
+@pytest.mark.parametrize("pad", ["added", "none"])
+def test_a_pad_token_outside_the_embedding_changes_nothing(pad, tmp_path):
+    """Padding is masked by its position: a run with any id there learns the same."""
+    folder = llama(tmp_path / "model", vocab_size=259)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows = tiny.save_rows(tmp_path / "rows.jsonl", 6)
+    options = OPTIONS | {"dataset": rows, "batch_size": 3, "lr": 1e-2, "save_model": False}
+    assert train.main(flags(options | {"model_name": folder, "output_dir": tmp_path / "before"})) == 0
+    if pad == "added":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert tokenizer.pad_token_id == 259
+    else:
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert train.main(flags(options | {"model_name": folder, "output_dir": tmp_path / "after"})) == 0
+    before, after = ((tmp_path / run / "metrics.jsonl").read_text() for run in ("before", "after"))
+    losses = re.compile(r'"loss": [0-9.e-]+')
+    assert losses.findall(before) == losses.findall(after) != []
+
+
+@pytest.mark.parametrize(
+    ("method", "train_type", "told"),
+    [
+        ({"quant_method": "fp8"}, "lora", "use the unquantized model"),
+        ({"quant_method": "fp8"}, "qlora", "use the unquantized model"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "lora", "use the unquantized model"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "lora",
+            "use --train_type qlora",
+        ),
+    ],
+    ids=["fp8, lora", "fp8, qlora", "8 bits, lora", "nf4, lora"],
+)
+def test_a_hint_for_a_quantized_checkpoint_leads_to_what_works(method, train_type, told) -> None:
+    config = transformers.LlamaConfig(**tiny.SHAPE, quantization_config=method)
+    with pytest.raises(UserError, match=told):
+        linear_codec(config, train_type, True, Precision(torch.float32, torch.float32))
