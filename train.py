@@ -13,25 +13,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from fsdp_qlora.config.help import help_text
 from fsdp_qlora.config.options import Config
-from fsdp_qlora.config.parse import parse
+from fsdp_qlora.config.parse import parse, wants_help
 from fsdp_qlora.data.sources import is_local
 from fsdp_qlora.errors import RunEnded, UserError
-from fsdp_qlora.runtime.hub import go_offline_if_unreachable
 from fsdp_qlora.runtime.launcher import (
     choose_allocator,
     keep_cpu_products_inside,
     make_libraries_repeatable,
     rank_from_environment,
 )
-from fsdp_qlora.runtime.quiet import silence
-from fsdp_qlora.runtime.terminal import prepare_streams
+from fsdp_qlora.runtime.libraries import go_offline_if_unreachable, silence
+from fsdp_qlora.runtime.terminal import prepare_streams, print_to_pager
 
 # Torchrun ends all ranks as soon as one has ended, so the one that tells the user what is wrong gets a head start.
 HEAD_START_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str]) -> int:
+    if wants_help(arguments):
+        if rank_from_environment() == 0:
+            print_to_pager(help_text())
+        return 0
     try:
         config = parse(arguments)
         if config.training.deterministic:

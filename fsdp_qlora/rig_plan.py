@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from fsdp_qlora.config.cards import Card, Rig, rig_of
 from fsdp_qlora.config.options import Config, MemoryOptions
+from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.exchange.exchange import check_exchange
@@ -23,7 +24,6 @@ from fsdp_qlora.models.fuse import Chooser, Fusion, fuse
 from fsdp_qlora.models.precision import MODES, Precision, needs_bf16
 from fsdp_qlora.models.skeleton import Attention, build, choose_attention, read_config
 from fsdp_qlora.optim.optimizers import state_bytes
-from fsdp_qlora.placement.base import shard_count
 from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.expected import expected_rates, link_rate
 from fsdp_qlora.plan.inputs import Facts, facts_of

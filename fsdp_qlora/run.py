@@ -38,9 +38,8 @@ from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.startup import adapter_count, describe, describe_rows
 from fsdp_qlora.runtime.background import beside
-from fsdp_qlora.runtime.claim import Claim
 from fsdp_qlora.runtime.determinism import check_deterministic, deterministic_algorithms
-from fsdp_qlora.runtime.files import writing_to
+from fsdp_qlora.runtime.files import Claim, writing_to
 from fsdp_qlora.runtime.gpu_memory import outside_bytes
 from fsdp_qlora.runtime.host_memory import HostMemory, give_back_freed
 from fsdp_qlora.training.loop import Loop

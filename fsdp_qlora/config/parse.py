@@ -1,33 +1,24 @@
 """Flags and a config file become a checked Config; every mistake in them is found before the first is reported."""
 
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fsdp_qlora.config.files import Given, read_file
-from fsdp_qlora.config.help import help_text
 from fsdp_qlora.config.hints import HINTS
 from fsdp_qlora.config.option import REQUIRED, nearest, show
 from fsdp_qlora.config.options import OPTIONS, Config
 from fsdp_qlora.config.rules import broken_rules
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.runtime.launcher import rank_from_environment
 
 CONFIG = "config"
 CLOSE = 0.72  # how alike an unknown name must be to be taken for a misspelling; below it a hint leads astray
 
 
 def parse(argv: Sequence[str]) -> Config:
-    """The Config that `argv` (without the program's name) asks for: defaults, then --config's file, then flags.
+    """Return the Config that `argv` (without the program's name) asks for: defaults, then --config's file, then flags.
 
-    Prints the help and exits 0 where --help is asked for. Raises UserError that holds all mistakes, one a line, each
-    with what was written, what is allowed and what to do.
+    Raises UserError that holds all mistakes, one a line, each with what was written, what is allowed and what to do.
     """
-    if _wants_help(argv):
-        if rank_from_environment() == 0:
-            _print_to_pager(help_text())
-        raise SystemExit(0)
     flags, mistakes = read_flags(argv)
     in_file: list[Given] = []
     lost = False  # of a file that cannot be read nothing is known, not even that it lacks a required option
@@ -70,15 +61,8 @@ def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
     return once, mistakes + twice
 
 
-def _print_to_pager(text: str) -> None:
-    """Print, and stay silent where the reader (`| head`) has gone before the end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
-
-
-def _wants_help(argv: Sequence[str]) -> bool:
+def wants_help(argv: Sequence[str]) -> bool:
+    """Return whether --help is among the arguments: it is shown in spite of mistakes."""
     return any(token in ("-h", "--help") for token in argv)
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fsdp_qlora.config.columns import FIELDS, read_columns
 from fsdp_qlora.config.options import Config
-from fsdp_qlora.data.forms import FIELDS, read_columns
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Forms of rows: recognised from the columns, and the columns that each form reads under its own field names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,6 @@ PROMPT_MESSAGES = Form(
     "prompt_messages", "messages", {"prompt": ("prompt",), "completion": ("completion", "response")}, TALK_EXTRAS
 )
 GUANACO = Form("guanaco", "guanaco", {"text": ("text",)}, {}, guanaco)
-FIELDS = tuple(dict.fromkeys(name for form in FORMS for name in {**form.needs, **form.takes}))
 
 
 def form_of(row: Mapping[str, Any], dataset_format: str, dataset: str) -> Form:
@@ -151,18 +150,3 @@ def renamed(row: Row, named: Mapping[str, str], place: str) -> Row:
             raise BadRow(f"{place}: columns: {name}={column}, but the row has only {', '.join(map(str, row))}")
     rest = {column: value for column, value in row.items() if column not in named.values()}
     return rest | {name: row[column] for name, column in named.items()}
-
-
-def read_columns(items: Sequence[str]) -> dict[str, str]:
-    """Return {field: column} of --columns. Raises ValueError with what is wrong and what to do."""
-    found: dict[str, str] = {}
-    for item in items:
-        name, equals, column = item.partition("=")
-        if not equals or not name or not column:
-            raise ValueError(f"{item!r} is not FIELD=COLUMN")
-        if name not in FIELDS:
-            raise ValueError(f"{name!r} is no field of a form; fields are {', '.join(FIELDS)}")
-        if name in found:
-            raise ValueError(f"names {name} twice")
-        found[name] = column
-    return found

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.config.columns import read_columns
 from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.data import rows_cache
 from fsdp_qlora.data.chat import ChatTemplate, choose_chat_template, read_template
-from fsdp_qlora.data.forms import CHAT, GUANACO, Columns, Form, form_of, read_columns, renamed
+from fsdp_qlora.data.forms import CHAT, GUANACO, Columns, Form, form_of, renamed
 from fsdp_qlora.data.prompts import PromptTemplate
 from fsdp_qlora.data.readers import Placed, parse_line
 from fsdp_qlora.data.row_set import Rows, count_of, merged

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.config.options import MemoryOptions
+from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import UserError
 from fsdp_qlora.memory.pinned import page_lock
 from fsdp_qlora.memory.shared import HostStore, rounded
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
@@ -281,19 +281,6 @@ def choose_placement(plan: Plan, options: MemoryOptions, world: World, link_rate
         return Streamed(world, resident, plan.head_resident, plan.staging, link_rate)
     reshard, offload = not options.sharding_strategy.endswith("shard_grad_op"), plan.placement == "shard_offload"
     return Sharded(world, reshard, shard_count(options, world), offload)
-
-
-def shard_count(options: MemoryOptions, world: World) -> int:
-    """Ranks that hold one copy between them. Raises UserError if the ranks cannot be divided so."""
-    if not options.sharding_strategy.startswith("hybrid"):
-        return world.size
-    shards = world.local_size if options.hybrid_shard_size == -1 else options.hybrid_shard_size
-    if world.size % shards:
-        raise UserError(
-            f"hybrid_shard_size: {world.size} ranks cannot be divided into groups of {shards}; "
-            "use a divisor of the number of ranks"
-        )
-    return shards
 
 
 def _keep_whole(unit: Unit, whole: Tensor) -> None:

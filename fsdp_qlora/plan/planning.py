@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from fsdp_qlora.config.options import Config, MemoryOptions
+from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.exchange.exchange import through_host
+from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.memory.arena_layout import Schedule, place
-from fsdp_qlora.models.activation_offload import ActivationOffload
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fuse import Fusion
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.optim.optimizers import paged_bytes, state_bytes
-from fsdp_qlora.placement.base import shard_count
 from fsdp_qlora.plan.calibrate.rates import calibrate
 from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.inputs import Facts, facts_of

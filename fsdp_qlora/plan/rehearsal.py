@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.kernels.device import take_from
+from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.arena import Recorder
 from fsdp_qlora.memory.arena_layout import Life
-from fsdp_qlora.models.activation_offload import ActivationOffload
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.block import FusedBlock, Scratch
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters

@@ -1,12 +1,16 @@
-"""The folders that a run writes to: what the user is told where one cannot be written."""
+"""Files and folders that a run writes: one line where they cannot be written, the output folder taken by one run."""
 
 import errno
+import fcntl
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fsdp_qlora.errors import UserError
 
+LOCK = ".run.lock"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -19,3 +23,60 @@ def writing_to(folder: Path, option: str) -> Iterator[None]:
     except OSError as error:
         advice = "free some space or choose another folder" if error.errno in NO_ROOM else "choose another folder"
         raise UserError(f"{option}: {folder} cannot be written ({error.strerror}); {advice}") from error
+
+
+class Claim:
+    """The output folder, taken by one run at a time from the moment it is checked; a context manager gives it back.
+
+    The lock is the system's: it ends with the process, however."""
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        self._path: Path | None = None
+
+    def take(self, folder: Path, overwrite: bool) -> None:
+        """Make `output_dir`, take it and prove that it can be written.
+
+        Raises UserError where it cannot, is not empty, or is another run's that is still going on."""
+        with writing_to(folder, "output_dir"):
+            self._lock(folder)
+            if not overwrite and any(file.name != LOCK for file in folder.iterdir()):
+                raise UserError(
+                    f"output_dir: {folder} is not empty; choose another folder, or --overwrite_output_dir true "
+                    "to replace what an earlier run left there"
+                )
+            probe = folder / f".writable-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None and self._path is not None:
+            with suppress(OSError):
+                self._path.unlink()
+            os.close(self._file)
+            self._file = None
+
+    def _lock(self, folder: Path) -> None:
+        path = folder / LOCK
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(file, 200).decode(errors="replace").strip()
+                os.close(file)
+                raise UserError(
+                    f"output_dir: {folder} is taken by another run ({holder or 'just started'}); choose another folder"
+                ) from None
+            except OSError:
+                pass  # a file system without locks: two runs at once are not seen there
+            with suppress(OSError):
+                if os.stat(path).st_ino == os.fstat(file).st_ino:
+                    break
+            os.close(file)  # the run that held it has just removed it
+        self._file, self._path = file, path
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -1,6 +1,7 @@
 """Standard output and error that outlive their reader: a run is worth more than what it prints."""
 
 import io
+import os
 import sys
 from typing import Any, TextIO
 
@@ -39,3 +40,11 @@ def prepare_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Outliving(sys.stdout), Outliving(sys.stderr)
+
+
+def print_to_pager(text: str) -> None:
+    """Print, and stay silent where the reader (`| head`) has gone before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains

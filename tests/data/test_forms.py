@@ -9,6 +9,8 @@ import pytest
 from test_chat import spans
 from test_data import learnt, load, row, write
 
+from fsdp_qlora.config.columns import FIELDS
+from fsdp_qlora.data.forms import FORMS
 from fsdp_qlora.data.show_rows import lines_of
 from fsdp_qlora.errors import UserError
 from tests.support.small_tokenizers import CHATML, bytes_tokenizer
@@ -240,3 +242,8 @@ def test_rows_are_shown_with_what_is_learnt(tmp_path: Path, monkeypatch: pytest.
     assert len(lines) == 6
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "\x1b[1;32myellow<|im_end|>\x1b[0m" in lines_of(rows, tokenizer, 1)[2]
+
+
+def test_columns_may_be_named_for_every_field_of_a_form():
+    fields = [name for form in FORMS for name in {**form.needs, **form.takes}]
+    assert list(FIELDS) == list(dict.fromkeys(fields))

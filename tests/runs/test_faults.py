@@ -25,8 +25,8 @@ from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.distributed.world import open_world
 from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.models.precision import precision_of
-from fsdp_qlora.runtime.claim import LOCK
-from fsdp_qlora.runtime.hub import go_offline_if_unreachable
+from fsdp_qlora.runtime.files import LOCK
+from fsdp_qlora.runtime.libraries import go_offline_if_unreachable
 from tests.support.tiny import SHAPE, save_model
 from tests.support.torchrun import ROOT, finish, ranks_of, run_torchrun, stacks, start_torchrun
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.runtime.claim import LOCK, Claim
+from fsdp_qlora.runtime.files import LOCK, Claim
 from tests.support.torchrun import ROOT
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from fsdp_qlora.runtime.claim import Claim
+from fsdp_qlora.runtime.files import Claim
 claim = Claim()
 claim.take(Path(sys.argv[1]), True)
 print("taken", flush=True)

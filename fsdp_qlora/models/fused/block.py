@@ -39,7 +39,7 @@ from fsdp_qlora.kernels.lora_wide import (
 )
 from fsdp_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from fsdp_qlora.kernels.rope import rope_
-from fsdp_qlora.models.activation_offload import ActivationOffload, Parked
+from fsdp_qlora.memory.activation_offload import ActivationOffload, Parked
 from fsdp_qlora.models.families import Anatomy, Norm
 from fsdp_qlora.models.generic_block import FrozenLinear
 from fsdp_qlora.weights.frozen_bytes import decode_rows

@@ -17,8 +17,8 @@ import torch
 from fsdp_qlora.kernels.device import take_from
 from fsdp_qlora.memory import host_link
 from fsdp_qlora.memory import pinned_pool as host_pool
+from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.pinned import page_lock
-from fsdp_qlora.models.activation_offload import ActivationOffload
 from fsdp_qlora.models.fused.block import AttentionState, Kept, MLPState
 from tests.support.slow_gpu import CUDA, slow_gpu
 
@@ -290,7 +290,7 @@ def test_a_process_that_ends_early_does_not_make_all_buffers_first() -> None:
         import time, torch
         from fsdp_qlora.memory import host_link
         from fsdp_qlora.memory import pinned_pool as host_pool
-        from fsdp_qlora.models.activation_offload import ActivationOffload
+        from fsdp_qlora.memory.activation_offload import ActivationOffload
 
         def slow(address, nbytes):
             time.sleep(0.3)

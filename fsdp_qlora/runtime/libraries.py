@@ -1,11 +1,18 @@
-"""Whether the model hub can be reached, asked once: else its clients retry for half a minute for every file."""
+"""Settings of libraries before they are imported: what they print, and whether they ask the model hub."""
 
+import logging
 import os
 import ssl
 import urllib.error
 import urllib.request
 from collections.abc import MutableMapping
 
+# Logger -> how its message begins.
+SILENCED = {
+    # When it is imported on a CPU with AVX512-BF16, bitsandbytes looks for a compiled kernel of its own 4-bit matmul.
+    # That matmul is never called here, and what it advises to install would change nothing.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
 PATIENCE_SECONDS = 5.0
 SETTINGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -29,3 +36,13 @@ def go_offline_if_unreachable(environ: MutableMapping[str, str] = os.environ) ->
         environ["HF_HUB_OFFLINE"] = "1"
         return f"the model hub ({address}) cannot be reached ({reason}): only what is on this machine can be used"
     return None
+
+
+def silence() -> None:
+    """From now on these messages are not shown. Before the libraries are imported: some speak at once."""
+    for logger in SILENCED:
+        logging.getLogger(logger).addFilter(_is_worth_telling)
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(SILENCED[record.name])

@@ -1,0 +1,3 @@
+"""What a run leaves for other programs: a PEFT adapter and its tokenizer."""
+
+__all__ = ["peft"]

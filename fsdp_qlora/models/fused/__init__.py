@@ -1,0 +1,3 @@
+"""A decoder block as one autograd function over fused kernels."""
+
+__all__ = ["block"]

@@ -1,0 +1,3 @@
+"""Rates of this machine, measured on the shapes of the run and kept for the next start."""
+
+__all__ = ["rates"]

@@ -1,0 +1,3 @@
+"""The training loop, its step, and what it does when memory runs out."""
+
+__all__ = ["loop", "retry", "step"]
