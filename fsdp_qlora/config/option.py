@@ -33,6 +33,7 @@ class Spec:
     above: float = -math.inf
     at_most: float = math.inf
     below: float = math.inf
+    choices: Sequence[Any] = ()  # the allowed values, where they come from a table and not from a Literal
     special: Mapping[int, str] = field(default_factory=dict)  # values outside the range, and what they mean
     aliases: Mapping[str, str] = field(default_factory=dict)  # another spelling of an allowed value -> the value
     refused: Mapping[object, str] = field(default_factory=dict)  # a value whose feature is not built -> what to do
@@ -161,7 +162,7 @@ def options_of(group: str, group_class: type) -> list[Option]:
     found = []
     for item in dataclasses.fields(group_class):
         hint, nullable, many = hints[item.name], False, False
-        choices: tuple[Any, ...] = ()
+        choices: tuple[Any, ...] = tuple(item.metadata["spec"].choices)
         if isinstance(hint, types.UnionType):  # X | None
             nullable, hint = True, next(part for part in typing.get_args(hint) if part is not type(None))
         if typing.get_origin(hint) is list:

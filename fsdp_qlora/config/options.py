@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fsdp_qlora.config.cards import CARDS, MOST_CARDS, rig_of
 from fsdp_qlora.config.option import REQUIRED, Option, option, options_of
+from fsdp_qlora.config.train_types import TRAIN_TYPES
 
 NOT_BUILT = "is known but not built yet"
 Optimizer = Literal[
@@ -43,12 +44,13 @@ class ModelOptions:
         "none; a commit makes the run repeatable",
         known_as=("model_revision",),
     )
-    train_type: Literal["qlora", "lora"] = option(
+    train_type: str = option(
         "qlora",
         """What trains over what. qlora: LoRA adapters over a base quantized to 4-bit NF4. lora: LoRA adapters over the
         base in the precision's dtype.""",
         "a 4-bit base is what fits a large model on small cards, at nearly the quality of 16 bits (QLoRA paper)",
         "per base parameter 4.1 to 4.5 bits with qlora, 16 or 32 with lora; qlora decodes each weight before each use",
+        choices=tuple(TRAIN_TYPES),
         aliases={"custom_lora": "lora", "custom_qlora": "qlora"},
         refused={
             "full": f"full {NOT_BUILT} (it trains every weight); use qlora or lora",

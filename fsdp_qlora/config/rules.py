@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fsdp_qlora.config.columns import FIELDS, read_columns
 from fsdp_qlora.config.options import Config
+from fsdp_qlora.config.train_types import TRAIN_TYPES
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class Conflict:
 NEEDS = (
     Needs(("plan_for",), "plan_only", lambda c: c.memory.plan_only, "set plan_only to true"),
     Needs(("link_gbps",), "plan_for", lambda c: c.memory.plan_for is not None, "set plan_for to a rig, as 2x4090"),
-    Needs(("n_bits", "double_quant"), "train_type", lambda c: c.model.train_type == "qlora", "set train_type to qlora"),
+    Needs(
+        ("n_bits", "double_quant"),
+        "train_type",
+        lambda c: TRAIN_TYPES[c.model.train_type].codec == "nf4",
+        "set train_type to qlora",
+    ),
     Needs(("revision",), "model_name", lambda c: not Path(c.model.model_name).is_dir(), "set model_name to a hub id"),
     Needs(
         ("warmup_ratio",),

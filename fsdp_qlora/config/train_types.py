@@ -1,0 +1,17 @@
+"""The table of train types: which codec stores the frozen base, and which adapter trains over it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainType:
+    """A codec of frozen weights and a kind of adapter, both by name."""
+
+    codec: str
+    adapter: str
+
+
+TRAIN_TYPES: dict[str, TrainType] = {
+    "qlora": TrainType(codec="nf4", adapter="lora"),
+    "lora": TrainType(codec="plain", adapter="lora"),
+}
