@@ -1,0 +1,40 @@
+"""Pages name files and code that exist: what is renamed is renamed in the docs as well."""
+
+import re
+
+import pytest
+
+from tests.support.documented_names import exists, missing_files, missing_names
+from tests.support.torchrun import ROOT
+
+# A log tells what was there on its day; the others are written by programs and compared by their own tests.
+ELSEWHERE = {"docs/LOG.md", "docs/options.md", "docs/rigs.md", "docs/README.md", "README.md"}
+PAGES = sorted(
+    {"README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))}
+    - ELSEWHERE
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    assert not missing_files((ROOT / page).read_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_code_name_of_a_page_exists(page):
+    assert not missing_names((ROOT / page).read_text())
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_every_link_to_a_file_leads_to_one(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert not [target for target in targets if target and not ((ROOT / page).parent / target).exists()]
+
+
+def test_a_name_that_is_gone_is_found():
+    assert exists("errors.RunEnded.on_every_rank")
+    assert not exists("errors.UserError.tell_it_to_the_birds")
+    page = "`errors.UserMistake` in `config/gone.py`, `plan.json` beside `config.yaml`\n```\nerrors.first_line\n```\n"
+    assert missing_names(page) == ["errors.UserMistake"]
+    assert missing_files(page) == ["config/gone.py"]
