@@ -16,7 +16,7 @@ from fsdp_qlora.config.options import Config, MemoryOptions
 from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RunEnded, UserError
-from fsdp_qlora.exchange.exchange import check_exchange
+from fsdp_qlora.exchange.choose import check_exchange
 from fsdp_qlora.kernels.attention import Masking, possible
 from fsdp_qlora.models.causal_lm import CausalModel, assemble
 from fsdp_qlora.models.fitting import fit, has_its_own_head

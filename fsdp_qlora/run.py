@@ -14,7 +14,7 @@ from fsdp_qlora.data.show_rows import lines_of
 from fsdp_qlora.data.sources import forget_stdin
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
-from fsdp_qlora.exchange.exchange import check_exchange, choose_exchange
+from fsdp_qlora.exchange.choose import check_exchange, choose_exchange
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.models.causal_lm import CausalModel, Recipe, assemble
 from fsdp_qlora.models.fitting import fit, has_its_own_head, left_over

@@ -14,7 +14,6 @@ import numpy
 import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore  # torch.distributed hands it on without saying so
 from tqdm import tqdm
 
 from fsdp_qlora.config.options import LaunchOptions
@@ -22,6 +21,7 @@ from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line
 from fsdp_qlora.runtime.gpu_memory import note_others
 from fsdp_qlora.runtime.launcher import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
 from fsdp_qlora.runtime.launcher import rank_from_environment as rank_from_environment
+from fsdp_qlora.torch_compat import HashStore, abort_process_group
 
 # A rank that dies is noticed by torchrun in a second, so this only bounds real deadlocks. It must outlast what ranks
 # lawfully wait for: rank 0 tokenising a large dataset, or its turn at encoding a block on a slow disk.
@@ -240,11 +240,9 @@ def _abort_group() -> None:
     """Ends the group without its peers' help: pending NCCL work is cancelled, for destroying would wait for it."""
     if not dist.is_initialized():
         return
-    if dist.get_backend_config().find("nccl") >= 0:
-        abort: Callable[[], None] | None = getattr(dist.distributed_c10d, "_abort_process_group", None)
-        if abort is not None:
-            abort()
-            return
+    if dist.get_backend_config().find("nccl") >= 0 and abort_process_group is not None:
+        abort_process_group()
+        return
     dist.destroy_process_group()
 
 

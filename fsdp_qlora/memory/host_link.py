@@ -6,7 +6,6 @@ waits for the piece before it on the other. No stream has a second copy ready, a
 """
 
 import ctypes
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +16,6 @@ from torch import Tensor
 PIECE = 32 << 20  # bytes of one turn at most: 0.6 ms at 51 GiB/s
 LEAST_PIECE = 8 << 20  # bytes; a turn costs the link some microseconds
 TURN_SECONDS = 6e-4  # of one turn, where the link's rate is known
-# For measuring: `single` is one stream for each link, as before; `turns` two; `duplex` also gives the exchange of
-# adapters a stream for each direction.
-MODE = os.environ.get("FSDP_QLORA_LINK", "turns")
 
 Piece = tuple[int, int, int]  # (to, from, bytes)
 Copy = Callable[[int, int, int, int], int]  # (to, from, bytes, stream) -> CUDA error code
@@ -46,8 +42,6 @@ class HostLink:
             return
         self._copy = driver_copy(to_device)
         self._streams = [torch.cuda.Stream(device) for _ in range(2)]
-        if MODE == "single":
-            self._streams[1] = self._streams[0]
         self._handles = [stream.cuda_stream for stream in self._streams]
         self._passed = [stream.record_event() for stream in self._streams]  # its last turn, recorded again and again
 
@@ -110,8 +104,6 @@ class HostLink:
 
 def piece_bytes(bytes_per_second: float | None) -> int:
     """Return the bytes of a turn on such a link."""
-    if MODE == "single":
-        return 1 << 62
     if bytes_per_second is None:
         return PIECE
     return int(min(PIECE, max(LEAST_PIECE, bytes_per_second * TURN_SECONDS))) // 4096 * 4096

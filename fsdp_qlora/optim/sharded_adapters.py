@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fsdp_qlora.adapters.lora import draw_
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.exchange.exchange import Collectives, Exchange, Pending
+from fsdp_qlora.exchange.base import Exchange, Pending
+from fsdp_qlora.exchange.collectives import Collectives
 from fsdp_qlora.kernels.device import empty
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.generic_block import Block, FrozenLinear
@@ -297,7 +298,7 @@ class ShardedAdapters:
         if self.untouched or self.arrived():  # else what this rank would be given for the rest is not worth saving
             self._abandoned = True
             self._halt.fill_(1.0)
-            self.exchange.let_go()
+            self.exchange.release_waits()
         tensors: dict[str, Tensor] = {}
         on_gpu = self.world.device.type == "cuda"
         with torch.cuda.stream(torch.cuda.Stream(self.world.device)) if on_gpu else nullcontext():

@@ -16,7 +16,7 @@ from fsdp_qlora.config.options import Config, MemoryOptions
 from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
-from fsdp_qlora.exchange.exchange import through_host
+from fsdp_qlora.exchange.choose import through_host
 from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.memory.arena_layout import Schedule, place

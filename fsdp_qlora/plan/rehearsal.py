@@ -41,13 +41,13 @@ class _Nowhere:
     def __init__(self, widens: bool) -> None:
         self.widens = widens
 
-    def all_gather(self, whole: Tensor, mine: Tensor) -> _Done:
+    def all_gather(self, whole: Tensor, shard: Tensor) -> _Done:
         return _Done()
 
-    def reduce_scatter(self, mine: Tensor, whole: Tensor) -> _Done:
+    def reduce_scatter(self, shard: Tensor, whole: Tensor) -> _Done:
         return _Done()
 
-    def let_go(self) -> None:
+    def release_waits(self) -> None:
         pass
 
 

@@ -1,15 +1,17 @@
-"""Exchanges through host memory give what collectives give, wait for whoever is late, and let go of whoever is gone."""
+"""Exchanges through host memory give what collectives give, wait for late ranks, and release waits for ended ones."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from fsdp_qlora.config.options import LaunchOptions, MemoryOptions
+from fsdp_qlora.config.options import OPTIONS, LaunchOptions, MemoryOptions
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.exchange import exchange
-from fsdp_qlora.exchange.exchange import Collectives, ThroughHost, check_exchange, choose_exchange, store_bytes
+from fsdp_qlora.exchange import choose
+from fsdp_qlora.exchange.choose import EXCHANGES, check_exchange, choose_exchange, through_host
+from fsdp_qlora.exchange.collectives import Collectives
+from fsdp_qlora.exchange.host import HostExchange, store_bytes
 from fsdp_qlora.plan.memory import Candidate, Memory
 from tests.support.known_runs import facts
 from tests.support.torchrun import run_torchrun
@@ -18,8 +20,9 @@ START = """
     import sys, threading, time
     import torch
     from fsdp_qlora.config.options import LaunchOptions
-    from fsdp_qlora.exchange.exchange import Collectives, ThroughHost
     from fsdp_qlora.distributed.world import open_world
+    from fsdp_qlora.exchange.collectives import Collectives
+    from fsdp_qlora.exchange.host import HostExchange
     from tests.support.on_host import OnHost
 """
 SAME = (
@@ -27,7 +30,7 @@ SAME = (
     + """
     with open_world(LaunchOptions(), 0) as world:
         on_gpu, n = world.device.type == "cuda", world.size
-        ours = (ThroughHost if on_gpu else OnHost)(4 * n * 1000, world)
+        ours = (HostExchange if on_gpu else OnHost)(4 * n * 1000, world)
         assert ours.fault() == ""
         plain, torch_rank = Collectives(), torch.Generator().manual_seed(world.rank)
         flying = []
@@ -69,7 +72,7 @@ GONE = (
     + """
     with open_world(LaunchOptions(), 0) as world:
         on_gpu = world.device.type == "cuda"
-        ours = (ThroughHost if on_gpu else OnHost)(4000, world)
+        ours = (HostExchange if on_gpu else OnHost)(4000, world)
         assert ours.fault() == ""
         if world.rank == 0:  # the other one never comes
             whole, mine = torch.ones(1000, device=world.device), torch.empty(500, device=world.device)
@@ -78,13 +81,13 @@ GONE = (
             waiting.start()
             time.sleep(0.5)
             assert not (found and found[0].is_completed()), "nobody has sent anything"
-            ours.let_go()
+            ours.release_waits()
             waiting.join(5)
             end = time.monotonic() + 5
             while not found[0].is_completed() and time.monotonic() < end:
                 time.sleep(0.01)
             assert found[0].is_completed(), "the stream still waits"
-            sys.stdout.write("let go\\n")
+            sys.stdout.write("released\\n")
     """
 )
 
@@ -96,28 +99,32 @@ def test_the_same_as_collectives_however_late_a_rank_is(ranks):
         assert f"rank {rank}: the same" in done.stdout, f"{done.stdout}\n{done.stderr}"
 
 
-def test_a_rank_that_is_gone_is_let_go():
+def test_waits_for_a_rank_that_ended_are_released():
     done = run_torchrun(GONE, 2)
-    assert "let go" in done.stdout, f"{done.stdout}\n{done.stderr}"
+    assert "released" in done.stdout, f"{done.stdout}\n{done.stderr}"
 
 
 def test_what_the_system_refuses_is_an_error_where_it_was_asked_for_and_said_once_where_not(monkeypatch, capfd):
-    class Refused(ThroughHost):
+    class Refused(HostExchange):
         def __init__(self, nbytes: int, world: World) -> None:
             self.world, self._peers = world, []
 
         def _probe(self) -> None:
             raise RuntimeError("cuStreamWaitValue32_v2: CUDA error 801\nmore")
 
-    monkeypatch.setattr(exchange, "ThroughHost", Refused)
+    monkeypatch.setattr(choose, "HostExchange", Refused)
     with open_world(LaunchOptions(), 0) as world:
         with pytest.raises(
             UserError, match=r"copy engines \(cuStreamWaitValue32_v2: CUDA error 801\): use --exchange_by"
         ):
             choose_exchange(1 << 20, MemoryOptions(exchange_by="host"), world)
-        monkeypatch.setattr(exchange, "through_host", lambda *_: True)
+        monkeypatch.setattr(choose, "through_host", lambda *_: True)
         assert isinstance(choose_exchange(1 << 20, MemoryOptions(), world), Collectives)
         assert capfd.readouterr().out.count("(cuStreamWaitValue32_v2: CUDA error 801): NCCL does it") == 1
+
+
+def test_each_choice_of_the_option_has_its_maker():
+    assert set(EXCHANGES) == set(OPTIONS["exchange_by"].choices)
 
 
 @pytest.mark.parametrize(
@@ -137,16 +144,16 @@ def test_asking_for_what_has_no_effect_is_an_error(changes, wanted, told):
 
 
 @pytest.mark.parametrize(("reach", "disabled", "host"), [(True, "0", False), (False, "0", True), (True, "1", True)])
-def test_host_memory_is_the_way_where_cards_cannot_reach_each_other(monkeypatch, reach, disabled, host):
+def test_auto_takes_host_memory_where_cards_cannot_reach_each_other(monkeypatch, reach, disabled, host):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda here, other: reach)
     monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
     with open_world(LaunchOptions(), 0) as world:
         pair = replace(world, device=torch.device("cuda", 0), size=2, local_size=2)
-        assert exchange.through_host(MemoryOptions(), pair) is host
-        assert exchange.through_host(MemoryOptions(exchange_by="nccl"), pair) is False
-        assert exchange.through_host(MemoryOptions(), replace(pair, size=4)) is False, "over two nodes"
-        assert exchange.through_host(MemoryOptions(), world) is False, "alone"
+        assert through_host(MemoryOptions(), pair) is host
+        assert through_host(MemoryOptions(exchange_by="nccl"), pair) is False
+        assert through_host(MemoryOptions(), replace(pair, size=4)) is False, "over two nodes"
+        assert through_host(MemoryOptions(), world) is False, "alone"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from fsdp_qlora.config.parse import parse
-from fsdp_qlora.exchange.exchange import Collectives, Pending
+from fsdp_qlora.exchange.base import Pending
+from fsdp_qlora.exchange.collectives import Collectives
 from fsdp_qlora.optim import sharded_adapters as shards
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.training.step import Stepper
@@ -44,16 +45,16 @@ class Half:
     events: list[tuple[str, int]] = field(default_factory=list)
     widens: bool = False
 
-    def all_gather(self, whole: Tensor, mine: Tensor) -> Late:
+    def all_gather(self, whole: Tensor, shard: Tensor) -> Late:
         index = next(i for i, group in enumerate(self.adapters.groups) if group.working is whole)
-        assert mine.data_ptr() == whole.data_ptr()
+        assert shard.data_ptr() == whole.data_ptr()
         values = self.values[index].to(whole.dtype)
-        assert torch.equal(mine, values[: mine.numel()]), "gathered before it was written"
-        whole[mine.numel() :] = torch.nan
+        assert torch.equal(shard, values[: shard.numel()]), "gathered before it was written"
+        whole[shard.numel() :] = torch.nan
         self.events.append(("start", index))
         return Late(whole, values, index, self.events)
 
-    def let_go(self) -> None:
+    def release_waits(self) -> None:
         pass
 
     def update(self) -> None:
@@ -202,10 +203,10 @@ class Summing(Collectives):
     def __init__(self, rank: int) -> None:
         self.rank, self.wholes = rank, []
 
-    def reduce_scatter(self, mine: Tensor, whole: Tensor) -> Pending:
+    def reduce_scatter(self, shard: Tensor, whole: Tensor) -> Pending:
         self.wholes.append(whole.clone())
-        mine.copy_(whole.view(-1, mine.numel())[self.rank])
-        return Late(mine, mine.clone(), 0, [])
+        shard.copy_(whole.view(-1, shard.numel())[self.rank])
+        return Late(shard, shard.clone(), 0, [])
 
 
 @pytest.mark.parametrize("no_sync", ["false", "true"])
@@ -241,8 +242,9 @@ TWO = """
     import sys, time
     import torch
     from fsdp_qlora.config.options import LaunchOptions
-    from fsdp_qlora.exchange.exchange import Collectives, ThroughHost
     from fsdp_qlora.distributed.world import open_world
+    from fsdp_qlora.exchange.collectives import Collectives
+    from fsdp_qlora.exchange.host import HostExchange
     from tests.support.built import build_in
     from tests.support.on_host import OnHost
 
@@ -255,14 +257,14 @@ TWO = """
             return True
 
     class Late(Collectives):
-        def all_gather(self, whole, mine):
-            return Later(whole, mine)
+        def all_gather(self, whole, shard):
+            return Later(whole, shard)
 
     options = {"model_name": sys.argv[1], "dataset": "dummy", "precision": sys.argv[2], "lora_rank": 3,
                "fused": "false", "train_type": "lora", "lora_target_modules": "q_proj,down_proj"}
     with open_world(LaunchOptions(), 0) as world:
         def through_host(adapters):
-            exchange = (ThroughHost if world.device.type == "cuda" else OnHost)(adapters.largest, world)
+            exchange = (HostExchange if world.device.type == "cuda" else OnHost)(adapters.largest, world)
             assert exchange.fault() == ""
             return exchange
 

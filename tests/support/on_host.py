@@ -1,9 +1,10 @@
-"""`ThroughHost` without a GPU: the host writes the counters and waits for them. The same protocol, no streams."""
+"""`HostExchange` without a GPU: the host writes the counters and waits for them. The same protocol, no streams."""
 
 import time
 from contextlib import nullcontext
 
-from fsdp_qlora.exchange.exchange import Pending, ThroughHost
+from fsdp_qlora.exchange.base import Pending
+from fsdp_qlora.exchange.host import HostExchange
 
 
 class Done:
@@ -14,14 +15,14 @@ class Done:
         return True
 
 
-class OnHost(ThroughHost):
+class OnHost(HostExchange):
     def _open(self) -> None:
         pass
 
     def _begin(self) -> None:
         self.count += 1
 
-    def _on(self, stream: object) -> nullcontext[None]:
+    def _on_stream(self) -> nullcontext[None]:
         return nullcontext()
 
     def _pending(self) -> Pending:
@@ -31,5 +32,5 @@ class OnHost(ThroughHost):
         while int(self._counters[counter]) < value:
             time.sleep(1e-4)
 
-    def _tell(self, counter: int) -> None:
+    def _advance(self, counter: int) -> None:
         self._counters[counter] = self.count
