@@ -8,7 +8,7 @@ from tests.support.documented_names import exists, missing_files, missing_names
 from tests.support.torchrun import ROOT
 
 # A log tells what was there on its day; the others are written by programs and compared by their own tests.
-ELSEWHERE = {"docs/LOG.md", "docs/options.md", "docs/rigs.md", "README.md"}
+ELSEWHERE = {"docs/LOG.md", "docs/options.md", "docs/rigs.md"}
 PAGES = sorted(
     {"README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))}
     - ELSEWHERE
