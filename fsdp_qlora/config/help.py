@@ -40,7 +40,7 @@ def markdown() -> str:
     parts = [
         "# Options",
         "<!-- Written by `python -m fsdp_qlora.config.help > docs/options.md`; "
-        "the source is fsdp_qlora/config/options.py. -->",
+        "the source is fsdp_qlora/config/groups/. -->",
         f"`{USAGE}`",
         " ".join(INTRO.replace("--config", "`--config`").replace("--option=value", "`--option=value`").split()),
     ]
@@ -76,7 +76,8 @@ def _facts(option: Option) -> str:
 def _reasons(option: Option) -> str:
     spec = option.spec
     why = f"Why {show(option.default)}: {spec.why}." if spec.why else ""
-    return f"{why} {'' if spec.price == 'none' else f'Price: {spec.price}.'}".strip()
+    price = f"Price: {spec.price}." if spec.price else ""
+    return f"{why} {price}".strip()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NOT_BUILT = "is known but not built yet"  # in messages about values and options of features to come
 REQUIRED: Any = object()  # the default of an option that has none
 
 TRUE_WORDS = ("true", "yes", "on", "1")
@@ -27,7 +28,7 @@ class Spec:
 
     meaning: str
     why: str  # the reason of the default
-    price: str  # what choosing a larger, or the other, value costs or buys
+    price: str = ""  # what choosing a larger, or the other, value costs or buys; empty: nothing worth naming
     unit: str = ""
     at_least: float = -math.inf
     above: float = -math.inf
@@ -42,7 +43,7 @@ class Spec:
     check: Callable[[str], object] | None = None  # reads a text that has a form; raises ValueError where it has not
 
 
-def option(default: Any, meaning: str, why: str, price: str, **limits: Any) -> Any:
+def option(default: Any, meaning: str, why: str, price: str = "", **limits: Any) -> Any:
     """A dataclass field with its `Spec`; `limits` are Spec's other fields. Texts may be wrapped at will."""
     meaning, why, price = (" ".join(text.split()) for text in (meaning, why, price))
     metadata = {"spec": Spec(meaning, why, price, **limits)}

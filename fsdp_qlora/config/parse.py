@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.files import Given, read_file
 from fsdp_qlora.config.hints import HINTS
 from fsdp_qlora.config.option import REQUIRED, nearest, show
@@ -11,6 +12,7 @@ from fsdp_qlora.config.rules import broken_rules
 from fsdp_qlora.errors import UserError
 
 CONFIG = "config"
+KNOWN = OPTIONS | COMPATIBILITY
 CLOSE = 0.72  # how alike an unknown name must be to be taken for a misspelling; below it a hint leads astray
 
 
@@ -46,7 +48,7 @@ def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
             continue
         flag, equals, text = token.partition("=")
         name = flag[2:].replace("-", "_")
-        option = OPTIONS.get(name)
+        option = KNOWN.get(name)
         takes_many = not equals and (option.many if option else name != CONFIG)
         values = [text] if equals else []
         while rest and not rest[0].startswith("--") and (takes_many or not values):
@@ -84,13 +86,13 @@ def _resolve(in_file: Iterable[Given], flags: Iterable[Given], file_is_lost: boo
     unread: set[str] = set()
     mistakes = []
     for item in [*in_file, *flags]:
-        if item.name not in OPTIONS:
+        if item.name not in KNOWN:
             mistakes.append(f"{item.written}: there is no such option; {_did_you_mean(item.name)}")
             continue
         written[item.name] = item.written
         unread.discard(item.name)
         try:
-            values[item.name] = OPTIONS[item.name].read(item.raw)
+            values[item.name] = KNOWN[item.name].read(item.raw)
         except ValueError as error:
             mistakes.append(f"{item.written}: {error}")
             unread.add(item.name)
@@ -100,13 +102,13 @@ def _resolve(in_file: Iterable[Given], flags: Iterable[Given], file_is_lost: boo
                 mistakes.append(f"{name}: is required and not given; add --{name}. {option.spec.meaning}")
             unread.add(name)
             values[name] = ""
-    config = Config.from_flat(values)
+    config = Config.from_flat({name: value for name, value in values.items() if name in OPTIONS})
     mistakes += broken_rules(config, values.keys(), unread, lambda name: written.get(name) or _default(name))
     return config, mistakes
 
 
 def _did_you_mean(name: str) -> str:
-    meant = {alias: option.name for option in OPTIONS.values() for alias in (option.name, *option.spec.known_as)}
+    meant = {alias: option.name for option in KNOWN.values() for alias in (option.name, *option.spec.known_as)}
     if name in HINTS and name not in meant:
         return HINTS[name]
     near = name if name in meant else nearest(name, list(meant), CLOSE)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fsdp_qlora.config.columns import FIELDS, read_columns
+from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.config.train_types import TRAIN_TYPES
 
@@ -134,11 +135,6 @@ CONFLICTS = (
         f"write FIELD=COLUMN,..., each field once; fields are {', '.join(FIELDS)}",
     ),
     Conflict(
-        ("llama_pro_path",),
-        lambda c: c.model.llama_pro_path is not None,
-        "block expansion (Llama-Pro) is known but not built yet; leave it out",
-    ),
-    Conflict(
         ("use_cpu_offload", "sharding_strategy"),
         lambda c: c.memory.use_cpu_offload is True and c.memory.sharding_strategy == "ddp",
         "ddp keeps the whole model on every GPU, so nothing is offloaded; take full_shard, or drop use_cpu_offload",
@@ -189,7 +185,7 @@ def _are_columns(items: Sequence[str]) -> bool:
 
 def without_effect(config: Config) -> dict[str, Needs]:
     """{option: the rule} of the options that do nothing in `config` and ask for something (not false, not null)."""
-    values = config.to_flat()
+    values = config.to_flat() | {name: option.default for name, option in COMPATIBILITY.items()}
     unmet = [rule for rule in NEEDS if not rule.holds(config)]
     return {name: rule for rule in unmet for name in rule.options if values[name] not in (False, None)}
 

@@ -10,6 +10,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import train
+from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.files import save
 from fsdp_qlora.config.help import help_text, markdown
 from fsdp_qlora.config.option import REQUIRED, show
@@ -79,6 +80,21 @@ def test_ways_to_say_a_list_a_number_and_null():
 @pytest.mark.parametrize(("alias", "meant"), [("custom_lora", "lora"), ("custom_qlora", "qlora")])
 def test_train_type_aliases(alias, meant):
     assert flat("--train_type", alias)["train_type"] == meant
+
+
+def test_options_of_one_value_are_accepted_and_shown_nowhere(tmp_path):
+    accepted = ["--n_bits", "4", "--low_memory", "--llama_pro_path", "null"]
+    assert parse([*MODEL, *accepted]) == parse(MODEL)
+    assert parse(["--config", file(tmp_path, "n_bits: 4\nlow_memory: true\nllama_pro_path: null\n"), *MODEL])
+    save(parse(MODEL), tmp_path / "config.yaml")
+    for name in COMPATIBILITY:
+        assert name not in OPTIONS
+        assert all(name not in text for text in (help_text(), markdown(), (tmp_path / "config.yaml").read_text()))
+
+
+@pytest.mark.parametrize("alias", ["bits", "n_bit", "load_in_4bit"])
+def test_options_of_one_value_are_found_by_other_names(alias):
+    assert mistakes(f"--{alias}", "4") == [f"--{alias} 4: there is no such option; did you mean n_bits?"]
 
 
 def test_flags_go_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -180,7 +196,7 @@ REFUSED = [
         for name in ("full", "hqq_lora", "bnb_dora", "hqq_dora", "bnb_llama_pro", "hqq_llama_pro")
     ],
     ("--train_type qlor", ["--train_type qlor", "did you mean qlora?"]),
-    ("--llama_pro_path x", ["--llama_pro_path x", "not built yet"]),
+    ("--llama_pro_path x", ["--llama_pro_path x", "block expansion (Llama-Pro) is known but not built yet; leave it"]),
     ("--low_memory false", ["--low_memory false", "not built yet"]),
     *[(f"--n_bits {bits}", [f"--n_bits {bits}", "not built yet", "use 4"]) for bits in (2, 3, 8)],
     ("--n_bits 5", ["--n_bits 5", "give 4"]),
@@ -368,7 +384,7 @@ def test_the_configs_promised_are_there():
     assert {"llama2_70b_2x24gb", "llama3_8b_1x24gb", "tiny_cpu"} <= {path.stem for path in CONFIGS}
 
 
-@pytest.mark.parametrize("name", [*OPTIONS, "config", "help"])
+@pytest.mark.parametrize("name", [*OPTIONS, *COMPATIBILITY, "config", "help"])
 def test_torchrun_leaves_every_option_after_the_script_to_us(name):
     for spelling in (name, name.replace("_", "-")):
         ours = [f"--{spelling}", "1"]
@@ -397,7 +413,7 @@ def test_help_exits_0_in_spite_of_mistakes(capsys):
 def test_every_option_says_what_why_and_at_what_price():
     for option in OPTIONS.values():
         assert option.spec.meaning.endswith(".")
-        assert option.spec.price
+        assert not option.spec.price.startswith("none")
         assert option.spec.why or option.default is REQUIRED
         if option.default is not REQUIRED and option.default is not None:
             assert option.read(show(option.default)) == option.default

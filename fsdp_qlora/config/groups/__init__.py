@@ -1,0 +1,3 @@
+"""Option groups, one dataclass a file: each option with its type, default and its reason, meaning, unit and price."""
+
+__all__ = ["adapter", "data", "launch", "memory", "model", "output", "profile", "training"]

@@ -1,0 +1,99 @@
+"""The options of the group model: the model and how its frozen weights are stored."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fsdp_qlora.config.option import NOT_BUILT, REQUIRED, option
+from fsdp_qlora.config.train_types import TRAIN_TYPES
+
+
+@dataclass
+class ModelOptions:
+    """Model: which one, and how its frozen weights are kept."""
+
+    model_name: str = option(
+        REQUIRED,
+        """The model to fine-tune: a hub id (meta-llama/Llama-2-70b-hf) or a local folder with config.json and
+        safetensors.""",
+        "",
+        "a hub model is downloaded once into the Hugging Face cache",
+        is_path=True,
+        known_as=("model", "model_name_or_path", "base_model", "model_id"),
+    )
+    revision: str | None = option(
+        None,
+        "Branch, tag or commit of a hub model; a commit makes the run repeatable.",
+        "the hub's main branch",
+        known_as=("model_revision",),
+    )
+    train_type: str = option(
+        "qlora",
+        """What trains over what. qlora: LoRA adapters over a base quantized to 4-bit NF4. lora: LoRA adapters over the
+        base in the precision's dtype.""",
+        "a 4-bit base is what fits a large model on small cards, at nearly the quality of 16 bits (QLoRA paper)",
+        "per base parameter 4.1 to 4.5 bits with qlora, 16 or 32 with lora; qlora decodes each weight before each use",
+        choices=tuple(TRAIN_TYPES),
+        aliases={"custom_lora": "lora", "custom_qlora": "qlora"},
+        refused={
+            "full": f"full {NOT_BUILT} (it trains every weight); use qlora or lora",
+            "hqq_lora": f"hqq_lora {NOT_BUILT} (HQQ quantization); use qlora",
+            "bnb_dora": f"bnb_dora {NOT_BUILT} (DoRA); use qlora",
+            "hqq_dora": f"hqq_dora {NOT_BUILT} (HQQ quantization and DoRA); use qlora",
+            "bnb_llama_pro": f"bnb_llama_pro {NOT_BUILT} (block expansion); use qlora",
+            "hqq_llama_pro": f"hqq_llama_pro {NOT_BUILT} (HQQ quantization and block expansion); use qlora",
+        },
+        known_as=("finetuning_type", "adapter"),
+    )
+    double_quant: bool = option(
+        True,
+        "Quantize NF4's scales as well: 8-bit scales in nested blocks of 256.",
+        "it saves 0.37 bits per weight (3.2 GB at 70B) with no measurable loss (QLoRA paper)",
+        "one more lookup when a weight is decoded",
+        known_as=("bnb_4bit_use_double_quant", "use_double_quant", "double_quantization"),
+    )
+    precision: Literal["fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"] = option(
+        "bf16",
+        """Floating point types of the run. fp32: float32 throughout. bf16: bfloat16 throughout. fp16_autocast and
+        bf16_autocast: float32 residual stream, matmuls under autocast in float16 (with dynamic loss scaling) or
+        bfloat16. bf16_buffers_autocast: bfloat16 under autocast, float32 buffers. Adapters' master weights and
+        optimizer state are float32 in every mode.""",
+        "the smallest and fastest on cards that have it (Ampere and later)",
+        "fp32 and autocast take twice the activation memory, fp32 is many times slower; older cards need fp16_autocast",
+        aliases={"bfloat16": "bf16", "float32": "fp32"},
+        refused={
+            half: f"{half} alone is not built (float16 overflows); use fp16_autocast, which cards without bfloat16 "
+            "(T4, V100) can run"
+            for half in ("fp16", "float16", "half", "16")
+        },
+        known_as=("dtype", "torch_dtype", "mixed_precision"),
+    )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = option(
+        "auto",
+        """Attention implementation. sdpa: PyTorch's scaled_dot_product_attention. flash_attention_2: the flash-attn
+        package. eager: plain matmuls and softmax. auto: the best that is installed and that the card can run.""",
+        "it needs nothing installed; what it chose is told at start",
+        "eager needs memory quadratic in context_length; flash_attention_2 has to be compiled at install",
+        known_as=("attn_implementation", "flash_attention", "use_flash_attention"),
+    )
+    fused: Literal["auto", "true", "false"] = option(
+        "auto",
+        """Run decoder blocks on the fused kernels. auto: where the model's family has them. true: or stop. false:
+        never, for comparison: each Hugging Face layer with its linears replaced.""",
+        "auto tells at start what it came to",
+        "false is slower and takes more memory",
+    )
+    dummy_weights: bool = option(
+        False,
+        "Random weights of the model's shape, made from its config alone: to try a rig before downloading 140 GB.",
+        "the result of such a run is of no use",
+        "same speed and memory as real weights, no download of weights",
+    )
+    loading_workers: int = option(
+        -1,
+        "Threads per rank that read the checkpoint ahead of the encoder.",
+        "it follows the machine's cores",
+        "each holds about one tensor in host memory",
+        unit="threads",
+        at_least=1,
+        special={-1: "automatic"},
+    )
