@@ -24,15 +24,15 @@ from fsdp_qlora.models.skeleton import (
     Attention,
     build,
     choose_attention,
-    linear_codec,
     max_positions,
+    quantization_of,
     read_config,
     text_config,
 )
 from fsdp_qlora.optim.optimizers import check_optimizer
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.placement.base import Placement, check_bytes, choose_placement
-from fsdp_qlora.placement.load import check_names, is_quantized, load
+from fsdp_qlora.placement.load import check_names, load
 from fsdp_qlora.plan.planning import micro_batches, plan_run, write_plan
 from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
@@ -46,7 +46,7 @@ from fsdp_qlora.training.loop import Loop
 from fsdp_qlora.training.retry import Refit
 from fsdp_qlora.training.step import Stepper
 from fsdp_qlora.units import GIB
-from fsdp_qlora.weights.codecs import Codec, Plain
+from fsdp_qlora.weights.codecs import Codec, Plain, choose_codec, is_quantized
 from fsdp_qlora.weights.sources import Checkpoint, Dummy, OnHub, Weights
 
 
@@ -259,7 +259,7 @@ def make_recipe(
         shards=world.size,  # whatever the placement: the padding is a few hundred bytes
         host_embedding=world.device.type == "cuda",
         own_head=own_head,
-        has=lambda name: name in (weights.names() or ()),
+        is_quantized=lambda name: is_quantized(name, weights.names()),
         buffers=weights.names() is not None,
     )
 
@@ -268,9 +268,9 @@ def storage(
     config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision
 ) -> Callable[[str], Codec]:
     """Checkpoint name of a linear's weight -> how it is kept: a quantized checkpoint may have left some as they are."""
-    codec, prequantized = linear_codec(hf_config, config.model.train_type, config.model.double_quant, precision)
+    codec, prequantized = choose_codec(config.model, quantization_of(hf_config), precision.compute)
     plain = Plain(precision.compute)
-    return lambda name: codec if not prequantized or is_quantized(weights, name) else plain
+    return lambda name: codec if not prequantized or is_quantized(name, weights.names()) else plain
 
 
 def rematerialisation(options: MemoryOptions) -> str | None:

@@ -165,8 +165,9 @@ class Recipe:
 
     codec_of: checkpoint name of a decoder linear's weight -> how it is stored. remat: see `Block`. shards: number of
     ranks among which each unit's bytes must divide evenly. host_embedding: whether an embedding that is not also the
-    head stays in host memory. own_head: whether the head has its own weights whatever the config says. has: whether
-    the checkpoint has a tensor of that name. buffers: whether persistent buffers are in it, or keep their first values.
+    head stays in host memory. own_head: whether the head has its own weights whatever the config says.
+    is_quantized: whether the checkpoint holds the weight of that name quantized. buffers: whether persistent buffers
+    are in it, or keep their first values.
     """
 
     precision: Precision
@@ -175,7 +176,7 @@ class Recipe:
     shards: int
     host_embedding: bool = False
     own_head: bool = False
-    has: Callable[[str], bool] = lambda name: False
+    is_quantized: Callable[[str], bool] = lambda name: False
     buffers: bool = False
 
 
@@ -213,7 +214,7 @@ def _block(
     for name, parameter in layer.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner in linears and leaf == "weight":
-            quantizes = type(linears[owner]) is nn.Linear or recipe.has(f"{path}.{name}.absmax")
+            quantizes = type(linears[owner]) is nn.Linear or recipe.is_quantized(f"{path}.{name}")
             codec = recipe.codec_of(f"{path}.{name}") if quantizes else Plain(recipe.precision.compute)
             tensors[name] = (codec, tuple(parameter.shape))
         elif parameter.ndim < 2 or "Norm" in type(layer.get_submodule(owner)).__name__:  # Cohere's has a row a head

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.skeleton import LINEARS, backbone_of, head_of, is_wrapper, path_of
 from fsdp_qlora.weights.checkpoint_files import some
-from fsdp_qlora.weights.codecs import CHECKPOINT_SUFFIXES
+from fsdp_qlora.weights.codecs import companions
 from fsdp_qlora.weights.sources import Shape, Weights
 
 ROTARY = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
@@ -42,27 +42,20 @@ def map_names(model: PreTrainedModel, names: Set[str]) -> Names:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    weight_of = {companion: (weight, i) for weight in names for i, companion in enumerate(companions(weight))}
     stored, converted, unknown = {}, set(), []
     for name in sorted(names, key=dot_natural_key):
-        weight, suffix = _companion(name, names)
+        weight, i = weight_of.get(name, (name, None))
         renamed, converter = rename_source_key(weight, renamings, converters, model.base_model_prefix, state)
         if renamed not in state and weight in state:
             renamed, converter = rename_source_key(weight, [], [], model.base_model_prefix, state)
         if converter is not None:
             converted.add(renamed)
         elif renamed in state:
-            stored[renamed + suffix] = name
+            stored[renamed if i is None else companions(renamed)[i]] = name
         else:
             unknown.append(name)
     return Names(stored, frozenset(converted), tuple(unknown))
-
-
-def _companion(name: str, names: Set[str]) -> tuple[str, str]:
-    """Split a tensor that bitsandbytes keeps beside a weight into the weight's name and its own suffix."""
-    for suffix in CHECKPOINT_SUFFIXES[1:]:
-        if name.endswith(suffix) and name.removesuffix(suffix) in names:
-            return name.removesuffix(suffix), suffix
-    return name, ""
 
 
 class Fitted:
@@ -107,8 +100,8 @@ def fit(model: PreTrainedModel, weights: Weights) -> Weights:
     for target, source in _tied(model).items():
         for one, other in ((source, target), (target, source)):
             if one not in stored and other in stored:
-                of_other = {n: c for n, c in stored.items() if n == other or _companion(n, stored.keys())[0] == other}
-                stored |= {one + name.removeprefix(other): copy for name, copy in of_other.items()}
+                pairs = zip((one, *companions(one)), (other, *companions(other)), strict=True)
+                stored |= {name: stored[copied] for name, copied in pairs if copied in stored}
     return Fitted(weights, replace(found, stored=stored))
 
 

@@ -23,7 +23,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.weights.checkpoint_files import check_folder
-from fsdp_qlora.weights.codecs import NF4, Codec, Plain
 
 # Families of a text model wrapped with a vision tower, by model type: text alone goes through them as through the text
 # model, which the tests compare.
@@ -213,26 +212,13 @@ def _runs_on_sdpa(config: PretrainedConfig) -> bool:
     return bool(getattr(_model_class(config), "_supports_sdpa", True))  # of none, `build` says what is wrong with it
 
 
-def linear_codec(
-    config: PretrainedConfig, train_type: str, double_quant: bool, precision: Precision
-) -> tuple[Codec, bool]:
-    """(how the decoder's linears are stored, whether the checkpoint has them in that form already)."""
+def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return how config.json says that the checkpoint is quantized, None if it is not."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
-        return (NF4(double_quant), False) if train_type == "qlora" else (Plain(precision.compute), False)
+        return None
     settings: dict[str, Any] = quantized if isinstance(quantized, dict) else quantized.to_dict()
-    if not settings.get("load_in_4bit") or settings.get("bnb_4bit_quant_type") != "nf4":
-        method = settings.get("quant_method", "an unknown method")
-        raise UserError(
-            f"model_name: the checkpoint is quantized by {method} in another form than bitsandbytes' NF4, which alone "
-            "is read as it is; use the unquantized model, or one of the *-bnb-4bit kind"
-        )
-    if train_type != "qlora":
-        raise UserError(
-            f"train_type: {train_type} trains over an unquantized base and this checkpoint is quantized; "
-            "use --train_type qlora"
-        )
-    return NF4(bool(settings.get("bnb_4bit_use_double_quant"))), True
+    return settings
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,28 +17,20 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
 from fsdp_qlora.placement.base import Placement
-from fsdp_qlora.weights.codecs import CHECKPOINT_SUFFIXES, NF4, Parts, decode_quantized
+from fsdp_qlora.weights.codecs import Parts, companions, is_quantized, stored_codec
 from fsdp_qlora.weights.frozen_bytes import Entry, checksum
 from fsdp_qlora.weights.sources import Shape, Weights
 
 
-def is_quantized(weights: Weights, name: str) -> bool:
-    """Whether the checkpoint has `name` (a linear's weight) in bitsandbytes' 4-bit form."""
-    names = weights.names()
-    return names is not None and f"{name}.absmax" in names
-
-
 def expected_tensors(unit: Unit, weights: Weights) -> dict[str, Shape]:
-    """Checkpoint name -> shape of what `unit` is made from; a 4-bit weight's companions included."""
-    expected: dict[str, Shape] = {}
+    """Return checkpoint name -> shape of what `unit` is made from; a quantized weight's companions included."""
+    names, expected = weights.names(), dict[str, Shape]()
     for entry, source in unit.sources.items():
-        form = unit.frozen.layout.entries[entry]
-        if not is_quantized(weights, source):
-            expected[source] = form.shape
+        if names is None or not is_quantized(source, names):
+            expected[source] = unit.frozen.layout.entries[entry].shape
             continue
-        for suffix in CHECKPOINT_SUFFIXES:
-            if source + suffix in (weights.names() or ()):
-                expected[source + suffix] = None  # checked against the quantization state when read
+        # Checked by the codec when read.
+        expected |= {name: None for name in (source, *companions(source)) if name in names}
     return expected
 
 
@@ -86,12 +78,14 @@ def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> T
 
 
 def _encoded(form: Entry, source: str, tensors: Mapping[str, Tensor], device: torch.device) -> Parts:
-    if f"{source}.absmax" in tensors:
-        if isinstance(form.codec, NF4):
+    stored = stored_codec(source, tensors)
+    if stored is not None:
+        if isinstance(form.codec, type(stored)):
             return form.codec.from_checkpoint(source, tensors, form.shape)
-        return form.codec.encode(decode_quantized(source, tensors, form.shape, device))  # a head in 4 bits
+        parts = {part: t.to(device) for part, t in stored.from_checkpoint(source, tensors, form.shape).items()}
+        return form.codec.encode(stored.decode(parts, form.shape, torch.float32))  # a head in 4 bits
     weight = tensors[source].to(device)
-    if isinstance(form.codec, NF4) and not _all_finite(weight):  # on a GPU some 4-bit number would hide it
+    if form.codec.quantizes and not _all_finite(weight):  # on a GPU some code would hide it
         raise UserError(
             f"model_name: {source} of the checkpoint holds NaN or infinity: it is damaged, download it again"
         )

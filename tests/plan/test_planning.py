@@ -17,13 +17,13 @@ from fsdp_qlora.config.options import MemoryOptions
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import open_world
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.placement.load import is_quantized
 from fsdp_qlora.plan import planning
 from fsdp_qlora.plan.planning import agreed, find_budget, micro_batches, wishes_of
 from fsdp_qlora.runtime import host_memory
 from fsdp_qlora.runtime.host_memory import available_host_bytes
 from fsdp_qlora.units import GIB
 from fsdp_qlora.weights import sources as weights
+from fsdp_qlora.weights.codecs import is_quantized
 from tests.support import tiny
 from tests.support.known_runs import facts
 from tests.support.runs import run_alone
@@ -154,8 +154,8 @@ def test_the_names_in_a_hub_models_checkpoint_need_no_download(monkeypatch):
     monkeypatch.setattr(weights, "fetch", lambda *_: pytest.fail("downloaded"))
     source = weights.OnHub("somebody/something-bnb-4bit", None)
     assert source.names() == hub.weight_map.keys()
-    assert is_quantized(source, "a.weight")
-    assert not is_quantized(source, "b.weight")
+    assert is_quantized("a.weight", source.names())
+    assert not is_quantized("b.weight", source.names())
 
 
 def test_a_hub_that_does_not_tell_names_is_asked_for_the_files(monkeypatch, tmp_path):

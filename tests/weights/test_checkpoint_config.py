@@ -9,9 +9,10 @@ import transformers
 from safetensors.torch import load_file
 
 import train
+from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.models.precision import Precision
-from fsdp_qlora.models.skeleton import linear_codec, max_positions, read_config
+from fsdp_qlora.models.skeleton import max_positions, quantization_of, read_config
+from fsdp_qlora.weights.codecs import choose_codec
 from tests.support import tiny
 from tests.support.as_peft import assert_trains_as_peft
 from tests.support.checkpoint_forms import (
@@ -137,4 +138,4 @@ def test_a_pad_token_outside_the_embedding_changes_nothing(pad, tmp_path):
 def test_a_hint_for_a_quantized_checkpoint_leads_to_what_works(method, train_type, told) -> None:
     config = transformers.LlamaConfig(**tiny.SHAPE, quantization_config=method)
     with pytest.raises(UserError, match=told):
-        linear_codec(config, train_type, True, Precision(torch.float32, torch.float32))
+        choose_codec(ModelOptions("none", train_type=train_type), quantization_of(config), torch.float32)

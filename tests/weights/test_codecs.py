@@ -7,7 +7,7 @@ import torch
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.nf4 import LEVELS, dequantize_nf4, dynamic_map
-from fsdp_qlora.weights.codecs import CHECKPOINT_SUFFIXES, NF4, Plain
+from fsdp_qlora.weights.codecs import NF4, Plain, companions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # bitsandbytes' own AVX-512 decoder is wrong where a row is an odd multiple of 32 numbers, so there is none here.
@@ -150,7 +150,7 @@ def test_a_bitsandbytes_checkpoint_is_taken_over_bit_for_bit(double_quant):
     layer = layer.to("cpu")
     tensors = {f"model.q_proj.{name}": tensor for name, tensor in layer.state_dict().items()}
     name = "model.q_proj.weight"
-    assert {name + suffix for suffix in CHECKPOINT_SUFFIXES} >= set(tensors)
+    assert {name, *companions(name)} >= set(tensors)
 
     codec = NF4(double_quant)
     parts = codec.from_checkpoint(name, tensors, (96, 192))

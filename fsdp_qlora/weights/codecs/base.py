@@ -1,0 +1,88 @@
+"""Protocols of codecs: a weight's form in storage, and the families by which options and checkpoints choose one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.config.options import ModelOptions
+
+Parts = dict[str, Tensor]
+Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Decoder = Callable[[Tensor], None]
+
+
+class Codec(Protocol):
+    """A weight's form in storage, a small frozen value. Equal codecs compare equal and hash alike."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def quantizes(self) -> bool:
+        """Return whether numbers become codes, behind which NaN and infinity would look like any other number."""
+        ...
+
+    def parts(self, shape: tuple[int, ...]) -> Stored:
+        """Return what is stored for a weight of `shape`: part name -> (dtype, shape), in storage order.
+
+        It needs no weight, so a layout is computed before any is read."""
+        ...
+
+    def encode(self, weight: Tensor) -> Parts:
+        """Return the parts of a floating-point weight, contiguous, on the weight's device."""
+        ...
+
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the weight, of `shape` and `dtype`, on the parts' device.
+
+        out: written and returned if given; contiguous, except that a matrix's row stride may exceed its width.
+        """
+        ...
+
+    def rows_decoder(self, stored: Sequence[Mapping[str, Tensor]], rows: Sequence[int], width: int) -> Decoder:
+        """Return a function that decodes several matrices of this codec into one, concatenated along the rows.
+
+        stored: each matrix's parts. rows: each matrix's number of rows. The function writes to its argument
+        [sum of rows, width], as `decode` to `out`. It is valid while the parts stay at their addresses."""
+        ...
+
+
+class CheckpointCodec(Codec, Protocol):
+    """A codec in which checkpoints are published: their parts are copied, not encoded again."""
+
+    def from_checkpoint(self, weight: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Parts:
+        """Return the parts of a quantized weight, bit for bit as the checkpoint has them.
+
+        weight: its full name. tensors: the checkpoint's tensors of this weight by their names there, companions
+        included. Raises UserError if one is missing, or if the weight was quantized in another way than this codec's.
+        """
+        ...
+
+
+class CodecFamily(ABC):
+    """Codecs of one kind. The defaults are those of a kind in which no checkpoint is published."""
+
+    @abstractmethod
+    def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
+        """Return the codec of linears that the checkpoint has unquantized."""
+
+    def from_hf_config(self, quantization_config: Mapping[str, Any]) -> Codec | None:
+        """Return the codec that a checkpoint's config.json declares, None if it is not of this family."""
+        return None
+
+    def companions(self, weight: str) -> tuple[str, ...]:
+        """Return the names of the tensors that a checkpoint may have for a quantized weight, itself excluded."""
+        return ()
+
+    def is_quantized(self, weight: str, names: Set[str]) -> bool:
+        """Return whether a checkpoint with tensors of these names holds a weight in a codec of this family."""
+        return False
+
+    def stored_codec(self, weight: str, tensors: Mapping[str, Tensor]) -> CheckpointCodec | None:
+        """Return the codec in which a checkpoint's tensors hold a weight, None if it is not of this family."""
+        return None

@@ -1,0 +1,184 @@
+"""NF4, the 4-bit format of bitsandbytes, bit for bit; this file alone knows how its checkpoints name their tensors."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.config.options import ModelOptions
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.kernels.nf4 import (
+    BLOCK,
+    LEVELS,
+    NESTED_BLOCK,
+    Scales,
+    dequantize_nf4,
+    dynamic_map,
+    nf4_rows,
+)
+from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, Decoder, Parts, Stored
+
+ABSMAX, QUANT_STATE = ".absmax", ".quant_state.bitsandbytes__nf4"
+# What bitsandbytes appends to a weight's name for the other tensors of a quantized weight.
+SUFFIXES = (ABSMAX, ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
+
+
+@cache
+def _quantizer() -> Callable[..., Any]:
+    """Return bitsandbytes' `quantize_4bit`. The library is imported here alone, for a run that quantizes nothing.
+
+    Its import prepares `torch.compile` of functions that are not used here, and with that all of TorchInductor: 0.9 s
+    of 1.0 on a fast host, most of four on a slow one. Hence the switch around it."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+    quantize: Callable[..., Any] = quantize_4bit
+    return quantize
+
+
+@dataclass(frozen=True)
+class NF4:
+    """4-bit NormalFloat in blocks of 64, the format of bitsandbytes' `Linear4bit`.
+
+    4.5 bits a number; with `double_quant` the block scales are 8-bit too and it is 4.127 bits.
+    """
+
+    double_quant: bool = True
+
+    @property
+    def name(self) -> str:
+        return "nf4-double-quantized" if self.double_quant else "nf4"
+
+    @property
+    def quantizes(self) -> bool:
+        return True
+
+    def parts(self, shape: tuple[int, ...]) -> Stored:
+        numel = math.prod(shape)
+        blocks = -(-numel // BLOCK)
+        codes: Stored = {"codes": (torch.uint8, (-(-numel // 2),))}
+        if not self.double_quant:
+            return codes | {"absmax": (torch.float32, (blocks,))}
+        return codes | {
+            "absmax_q": (torch.uint8, (blocks,)),
+            "nested_absmax": (torch.float32, (-(-blocks // NESTED_BLOCK),)),
+            "offset": (torch.float32, (1,)),
+        }
+
+    def encode(self, weight: Tensor) -> Parts:
+        codes, state = _quantizer()(
+            weight.detach().contiguous(),
+            blocksize=BLOCK,
+            compress_statistics=self.double_quant,
+            quant_type="nf4",
+        )
+        if not self.double_quant:
+            return {"codes": codes.view(-1), "absmax": state.absmax}
+        return {
+            "codes": codes.view(-1),
+            "absmax_q": state.absmax,
+            "nested_absmax": state.state2.absmax,
+            "offset": state.offset.view(1),
+        }
+
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        return dequantize_nf4(parts["codes"], self._scales(parts), shape, dtype, out)
+
+    def rows_decoder(self, stored: Sequence[Mapping[str, Tensor]], rows: Sequence[int], width: int) -> Decoder:
+        return nf4_rows([(parts["codes"], self._scales(parts)) for parts in stored], rows, width)
+
+    def _scales(self, parts: Mapping[str, Tensor]) -> Scales:
+        if self.double_quant:
+            return parts["absmax_q"], parts["nested_absmax"], parts["offset"]
+        return parts["absmax"]
+
+    def from_checkpoint(self, weight: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Parts:
+        state = _quant_state(weight, tensors)
+        nested = "nested_blocksize" in state
+        if nested != self.double_quant:
+            raise UserError(
+                f"{weight} in the checkpoint is {'' if nested else 'not '}double-quantized, but double_quant is "
+                f"{str(self.double_quant).lower()}: set --double_quant {str(nested).lower()}"
+            )
+        expected = {"quant_type": "nf4", "blocksize": BLOCK, "shape": list(shape)}
+        if nested:
+            expected |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise UserError(f"{weight} in the checkpoint has {key} {state.get(key)}, only {value} can be read here")
+        _check_map(weight, "quant_map", _get(weight, ".quant_map", tensors), torch.tensor(LEVELS))
+        found = {"codes": _get(weight, "", tensors)}
+        if nested:
+            _check_map(weight, "nested_quant_map", _get(weight, ".nested_quant_map", tensors), dynamic_map())
+            found["absmax_q"] = _get(weight, ".absmax", tensors)
+            found["nested_absmax"] = _get(weight, ".nested_absmax", tensors)
+            found["offset"] = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+        else:
+            found["absmax"] = _get(weight, ".absmax", tensors)
+        return {part: _fit(weight, part, found[part], *want) for part, want in self.parts(shape).items()}
+
+
+class NF4Family(CodecFamily):
+    """NF4, with block scales in float32 or double-quantized."""
+
+    def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
+        return NF4(options.double_quant)
+
+    def from_hf_config(self, quantization_config: Mapping[str, Any]) -> Codec | None:
+        if not quantization_config.get("load_in_4bit") or quantization_config.get("bnb_4bit_quant_type") != "nf4":
+            return None
+        return NF4(bool(quantization_config.get("bnb_4bit_use_double_quant")))
+
+    def companions(self, weight: str) -> tuple[str, ...]:
+        return tuple(weight + suffix for suffix in SUFFIXES)
+
+    def is_quantized(self, weight: str, names: Set[str]) -> bool:
+        return weight + ABSMAX in names
+
+    def stored_codec(self, weight: str, tensors: Mapping[str, Tensor]) -> CheckpointCodec | None:
+        if not self.is_quantized(weight, tensors.keys()):
+            return None
+        return NF4(double_quant="nested_blocksize" in _quant_state(weight, tensors))
+
+
+def _get(name: str, suffix: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if name + suffix not in tensors:
+        raise UserError(f"{name + suffix} is missing from the checkpoint: {name} cannot be read without it")
+    return tensors[name + suffix]
+
+
+def _quant_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return bitsandbytes' description of a quantized weight: JSON, stored as a uint8 tensor."""
+    note = bytes(_get(name, QUANT_STATE, tensors).tolist())
+    try:
+        state: dict[str, Any] = json.loads(note)
+    except ValueError:
+        raise UserError(f"{name}{QUANT_STATE} in the checkpoint is not JSON: the file is damaged") from None
+    return state
+
+
+def _check_map(name: str, what: str, found: Tensor, standard: Tensor) -> None:
+    if not torch.equal(found.cpu().float(), standard):
+        raise UserError(f"{name}.{what} in the checkpoint is not bitsandbytes' standard map: it cannot be read here")
+
+
+def _fit(name: str, part: str, found: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if found.dtype != dtype and part == "codes":
+        found = found.contiguous().view(dtype)  # bnb_4bit_quant_storage: the same bytes under another dtype
+    if found.dtype != dtype or found.numel() != math.prod(shape):
+        raise UserError(f"{name} in the checkpoint: {part} is {tuple(found.shape)} {found.dtype}, not {shape} {dtype}")
+    return found.reshape(shape).contiguous()

@@ -1,0 +1,53 @@
+"""Plain floating-point numbers: the codec of what is not quantized."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.config.options import ModelOptions
+from fsdp_qlora.weights.codecs.base import Codec, CodecFamily, Decoder, Parts, Stored
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Numbers as they are, in `dtype`. Decoding to the same dtype without `out` returns a view of the stored bytes."""
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def quantizes(self) -> bool:
+        return False
+
+    def parts(self, shape: tuple[int, ...]) -> Stored:
+        return {"values": (self.dtype, tuple(shape))}
+
+    def encode(self, weight: Tensor) -> Parts:
+        return {"values": weight.detach().to(self.dtype).contiguous()}
+
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        values = parts["values"].view(shape)
+        return values.to(dtype) if out is None else out.copy_(values)
+
+    def rows_decoder(self, stored: Sequence[Mapping[str, Tensor]], rows: Sequence[int], width: int) -> Decoder:
+        values = [parts["values"].view(count, width) for parts, count in zip(stored, rows, strict=True)]
+
+        def decode(out: Tensor) -> None:
+            for value, piece in zip(values, out.split(list(rows)), strict=True):
+                piece.copy_(value)
+
+        return decode
+
+
+class PlainFamily(CodecFamily):
+    """Floats in the compute dtype."""
+
+    def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
+        return Plain(compute_dtype)
