@@ -1,14 +1,12 @@
 """The loggers that live outside this package, TensorBoard and wandb: imported here alone, and only when asked for."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.errors import UserError
-
-INSTALL = {"tensorboard": "pip install tensorboard", "wandb": "pip install wandb"}
 
 
 class Logger(Protocol):
@@ -21,24 +19,27 @@ class Logger(Protocol):
         """Where a person finds what was logged."""
 
 
+class LoggerSpec(NamedTuple):
+    """What `log_to` can name."""
+
+    open: Callable[[Config], Logger]  # starts it, on one rank; raises UserError where it cannot
+    package: str | None = None  # that must be installed
+
+
 def check_installed(config: Config) -> None:
     """Raises UserError when `log_to` names a logger that is not installed: the same on every rank of a machine."""
-    for name, command in INSTALL.items():
-        if name in config.output.log_to and not _installed(name):
+    for name, logger in LOGGERS.items():
+        if name in config.output.log_to and logger.package is not None and not _installed(logger.package):
             raise UserError(
-                f"log_to: {name} was asked for but is not installed: run `{command}`, or leave {name} out of log_to"
+                f"log_to: {name} was asked for but is not installed: run `pip install {logger.package}`, or leave "
+                f"{name} out of log_to"
             )
 
 
 def open_loggers(config: Config) -> list[Logger]:
     """The loggers that `log_to` names, started; to be called on one rank. Raises UserError when one cannot start."""
     check_installed(config)
-    loggers: list[Logger] = []
-    if "tensorboard" in config.output.log_to:
-        loggers.append(TensorBoard(Path(config.output.output_dir) / "tensorboard"))
-    if "wandb" in config.output.log_to:
-        loggers.append(Wandb(config))
-    return loggers
+    return [logger.open(config) for name, logger in LOGGERS.items() if name in config.output.log_to]
 
 
 def _installed(package: str) -> bool:
@@ -47,9 +48,10 @@ def _installed(package: str) -> bool:
 
 
 class TensorBoard:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, config: Config) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        directory = Path(config.output.output_dir) / "tensorboard"
         self._writer = SummaryWriter(str(directory))
         self.place = f"{directory} (tensorboard --logdir {directory})"
 
@@ -87,3 +89,10 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+# name in `log_to` -> logger, in the order in which they are started
+LOGGERS: dict[str, LoggerSpec] = {
+    "tensorboard": LoggerSpec(TensorBoard, "tensorboard"),
+    "wandb": LoggerSpec(Wandb, "wandb"),
+}
