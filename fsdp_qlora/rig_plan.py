@@ -31,11 +31,13 @@ from fsdp_qlora.plan.plan import Budget
 from fsdp_qlora.plan.planning import HOST_SHARE, Planned, fastest_of, micro_batches, sending
 from fsdp_qlora.report.machine import rates_line
 from fsdp_qlora.report.startup import describe
-from fsdp_qlora.run import make_recipe, open_weights
+from fsdp_qlora.run import make_recipe
 from fsdp_qlora.runtime.determinism import deterministic_algorithms
 from fsdp_qlora.runtime.launcher import read_launch
 from fsdp_qlora.units import GIB
-from fsdp_qlora.weights.sources import Dummy, Weights
+from fsdp_qlora.weights.choose import open_weights
+from fsdp_qlora.weights.dummy import Dummy
+from fsdp_qlora.weights.source import Weights
 
 META = torch.device("meta")
 # Before Ampere, as `precision_of` tells the user.
@@ -233,5 +235,5 @@ def chooser(card: Card) -> Chooser:
 def weights_of(config: Config, hf_config: PretrainedConfig, precision: Precision) -> Weights:
     """Names of a quantized checkpoint tell which linears are; of any other the config is enough: nothing is read."""
     if hasattr(hf_config, "quantization_config") and not config.model.dummy_weights:
-        return open_weights(config, precision.stream)
+        return open_weights(config.model, precision.stream)
     return Dummy(precision.stream)

@@ -31,7 +31,8 @@ from fsdp_qlora.models.skeleton import (
 )
 from fsdp_qlora.optim.optimizers import check_optimizer
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
-from fsdp_qlora.placement.base import Placement, check_bytes, choose_placement
+from fsdp_qlora.placement.base import Placement, check_bytes
+from fsdp_qlora.placement.choose import choose_placement
 from fsdp_qlora.placement.load import check_names, load
 from fsdp_qlora.plan.planning import micro_batches, plan_run, write_plan
 from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
@@ -46,8 +47,10 @@ from fsdp_qlora.training.loop import Loop
 from fsdp_qlora.training.retry import Refit
 from fsdp_qlora.training.step import Stepper
 from fsdp_qlora.units import GIB
+from fsdp_qlora.weights.choose import open_weights
 from fsdp_qlora.weights.codecs import Codec, Plain, choose_codec, is_quantized
-from fsdp_qlora.weights.sources import Checkpoint, Dummy, OnHub, Weights
+from fsdp_qlora.weights.hub import OnHub
+from fsdp_qlora.weights.source import Weights
 
 
 def run(config: Config, notes: Sequence[str] = ()) -> int:
@@ -77,7 +80,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
             tokenizer, rows = read_rows(config, hf_config, world)
             longest = rows.widest
         stages.done("config and data")
-        weights = world.together(lambda: open_weights(config, precision.stream))
+        weights = world.together(lambda: open_weights(config.model, precision.stream))
         model, fusion, weights = build_model(micro_batches(config)[0], hf_config, weights, precision, attention, world)
         stages.done("model")
         planned = plan_run(model, config, fusion, longest, world)
@@ -188,16 +191,6 @@ def count_steps(config: Config, batches: Batches) -> int:
     """Optimizer steps of the run."""
     steps = batches.steps_per_epoch * config.training.num_epochs
     return min(steps, config.training.max_steps) if config.training.max_steps > 0 else steps
-
-
-def open_weights(config: Config, dtype: torch.dtype) -> Weights:
-    """Where the frozen weights are read from: only headers so far, of a hub model or with `--dummy_weights` nothing."""
-    options = config.model
-    if options.dummy_weights:
-        return Dummy(dtype)
-    if Path(options.model_name).is_dir():
-        return Checkpoint(Path(options.model_name), options.loading_workers)
-    return OnHub(options.model_name, options.revision, options.loading_workers)
 
 
 def build_model(

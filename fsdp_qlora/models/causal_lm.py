@@ -30,7 +30,8 @@ from fsdp_qlora.models.skeleton import (
     persistent_buffers,
 )
 from fsdp_qlora.weights.codecs import Codec, Plain
-from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor, Layout
+from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
+from fsdp_qlora.weights.layout import Layout
 
 
 @dataclass(frozen=True)

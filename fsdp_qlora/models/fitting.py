@@ -18,7 +18,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.skeleton import LINEARS, backbone_of, head_of, is_wrapper, path_of
 from fsdp_qlora.weights.checkpoint_files import some
 from fsdp_qlora.weights.codecs import companions
-from fsdp_qlora.weights.sources import Shape, Weights
+from fsdp_qlora.weights.source import Shape, Weights
 
 ROTARY = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
 

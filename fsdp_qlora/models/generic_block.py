@@ -77,7 +77,7 @@ class FrozenViews:
             # Stored plain, so its one part is the tensor itself. Past Module.__setattr__, which wants a parameter.
             values = tensor.home.parts(tensor.name)["values"]
             # Where another unit's bytes come to lie in the same place, autograd must keep a copy for its backward.
-            module.__dict__[attribute] = values if tensor.home.bring is None else values.clone()
+            module.__dict__[attribute] = values if tensor.home.acquire is None else values.clone()
 
 
 class Block(nn.Module):
@@ -103,19 +103,19 @@ class Block(nn.Module):
         return {name: m for name, m in self.layer.named_modules() if isinstance(m, FrozenLinear)}
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.frozen.bring is not None:
-            self.frozen.bring(False)  # first: copies that it starts need not wait for what follows
+        if self.frozen.acquire is not None:
+            self.frozen.acquire(False)  # first: copies that it starts need not wait for what follows
         for call in self.before_forward:
             call()
         out = self._compute(hidden, *args, **kwargs)
-        if self.frozen.bring is not None and torch.is_grad_enabled():
+        if self.frozen.acquire is not None and torch.is_grad_enabled():
             (out[0] if isinstance(out, tuple) else out).register_hook(self._before_backward)
         return out
 
     def _before_backward(self, _: Tensor) -> None:
         """When the gradient of this block's output is there, so that its backward is next."""
-        assert self.frozen.bring is not None
-        self.frozen.bring(True)
+        assert self.frozen.acquire is not None
+        self.frozen.acquire(True)
         if self.fused is None:
             self.views.bind()  # what is recomputed reads the bytes where they are now
 

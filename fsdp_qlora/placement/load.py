@@ -18,8 +18,9 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
 from fsdp_qlora.placement.base import Placement
 from fsdp_qlora.weights.codecs import Parts, companions, is_quantized, stored_codec
-from fsdp_qlora.weights.frozen_bytes import Entry, checksum
-from fsdp_qlora.weights.sources import Shape, Weights
+from fsdp_qlora.weights.frozen_bytes import checksum
+from fsdp_qlora.weights.layout import Entry
+from fsdp_qlora.weights.source import Shape, Weights
 
 
 def expected_tensors(unit: Unit, weights: Weights) -> dict[str, Shape]:

@@ -29,7 +29,8 @@ from fsdp_qlora.models.fused.block import FusedBlock, Scratch
 from fsdp_qlora.models.generic_block import FrozenLinear
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.weights.codecs import NF4, Codec, Plain
-from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor, Layout
+from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
+from fsdp_qlora.weights.layout import Layout
 
 META = torch.device("meta")
 ROUND = 512  # bytes: what a tensor's place is a multiple of, in the arena and in PyTorch's allocator

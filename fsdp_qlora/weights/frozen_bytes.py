@@ -1,10 +1,10 @@
-"""The frozen bytes of a block: a layout computed from shapes alone, and one flat buffer for every frozen tensor.
+"""The frozen bytes of a block: one flat buffer for every frozen tensor.
 
-A frozen tensor has no gradient and no optimizer state, so it is kept as bytes at a known offset and not as a parameter
-with metadata hanging off it. One buffer a block means one copy, one all-gather, one pinned range, one file record.
+A frozen tensor has no gradient and no optimizer state, so it is bytes at a known offset instead of a parameter with
+metadata. One buffer per block means one copy, one all-gather, one pinned range, one file record.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,72 +13,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fsdp_qlora.weights.codecs import Codec, Decoder
+from fsdp_qlora.weights.codecs import Decoder
+from fsdp_qlora.weights.layout import Entry, Layout
 
-ALIGN = 256  # bytes; every part starts here, so that a kernel may load 16 bytes at a time from any of them
-MOST_PLACES = 8  # tensors in which one unit's bytes are found by turns that are remembered
-
-
-@dataclass(frozen=True)
-class Part:
-    """One stored tensor (codes, scales, ...) of an entry. offset and nbytes in bytes from the start of the buffer."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+MAX_LOCATIONS = 8  # of one unit, for which views and decoders are remembered
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One frozen tensor: how it is coded, its shape when decoded, and where its parts lie."""
-
-    codec: Codec
-    shape: tuple[int, ...]
-    parts: dict[str, Part]
-
-
-class Layout:
-    """name -> Entry for one block. The same on every rank without communication: it depends on codecs and shapes only.
-
-    nbytes is the buffer's length, a multiple of ALIGN * multiple_of so that `multiple_of` ranks can hold equal shards.
-    """
-
-    def __init__(self, tensors: Mapping[str, tuple[Codec, tuple[int, ...]]], multiple_of: int = 1) -> None:
-        self.entries: dict[str, Entry] = {}
-        offset = 0
-        for name, (codec, shape) in tensors.items():
-            parts = {}
-            for part, (dtype, part_shape) in codec.parts(shape).items():
-                nbytes = torch.Size(part_shape).numel() * dtype.itemsize
-                parts[part] = Part(dtype, tuple(part_shape), offset, nbytes)
-                offset += _round_up(nbytes, ALIGN)
-            self.entries[name] = Entry(codec, tuple(shape), parts)
-        self.nbytes = _round_up(max(offset, 1), ALIGN * multiple_of)
-
-    def write(self, buffer: Tensor, name: str, parts: Mapping[str, Tensor]) -> None:
-        """Copy the encoded `parts` of `name` to their places in `buffer` (uint8 [nbytes], any device)."""
-        entry = self.entries[name]
-        assert parts.keys() == entry.parts.keys(), f"{name}: parts {list(parts)} are not {list(entry.parts)}"
-        for part, where in entry.parts.items():
-            _view(buffer, where).copy_(parts[part].reshape(where.shape))
-
-    def views(self, buffer: Tensor) -> dict[str, dict[str, Tensor]]:
-        """name -> part -> a view into `buffer` (uint8 [nbytes])."""
-        return {
-            name: {part: _view(buffer, where) for part, where in entry.parts.items()}
-            for name, entry in self.entries.items()
-        }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a unit's bytes are: the tensor that they are in, the stored parts of each entry as views into it, and what
-    decodes some entries together, made when it is first asked for."""
+class Location:
+    """A tensor that a unit's bytes are in, and what is derived from its address once."""
 
     flat: Tensor
-    views: dict[str, dict[str, Tensor]]
-    decoders: dict[tuple[str, ...], Decoder] = field(default_factory=dict)
+    views: dict[str, dict[str, Tensor]]  # entry -> stored part -> a view into `flat`
+    decoders: dict[tuple[str, ...], Decoder] = field(default_factory=dict)  # by the entries that are decoded together
 
 
 class FrozenBytes(nn.Module):
@@ -88,9 +35,7 @@ class FrozenBytes(nn.Module):
     are codes and scales here. float32 words pass through unchanged. So that no version, backend or driver can change
     weights silently, the bytes are compared with what was encoded the first time they are read.
 
-    `flat` starts on the meta device; the placement puts the real thing there (whole, or this rank's shard).
-    bring: where the placement moves bytes only as they are needed, it is told of each need in advance: called before
-    they are read, with whether a backward reads them. They stay until the next unit's are asked for.
+    `flat` starts on the meta device; the placement replaces it by the bytes (whole, or this rank's shard).
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -99,27 +44,29 @@ class FrozenBytes(nn.Module):
         words = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
         self.flat = nn.Parameter(words, requires_grad=False)
         self.expected: int | None = None  # checksum of the whole buffer as it was encoded, until it has been compared
-        self.bring: Callable[[bool], None] | None = None
-        self._places: list[Place] = []
+        # Set by a placement that streams: called before each use, with whether a backward reads the bytes. They stay
+        # readable until the next unit is acquired.
+        self.acquire: Callable[[bool], None] | None = None
+        self._locations: list[Location] = []
 
-    def leave(self) -> None:
-        """Forget where the bytes are, and let go of them: the placement puts them somewhere else."""
+    def release(self) -> None:
+        """Drop the bytes: the placement has them elsewhere."""
         self._parameters["flat"] = nn.Parameter(torch.empty_like(self.flat, device="meta"), requires_grad=False)
-        self._places = []
+        self._locations = []
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """The stored parts of `name`, as views. Valid while the block is gathered. Raises as `place`."""
-        return self.place().views[name]
+        """Return the stored parts of `name`, as views. Valid while the block is gathered. Raises as `location`."""
+        return self.location().views[name]
 
-    def place(self) -> Place:
-        """Where the bytes are. Valid while the block is gathered.
+    def location(self) -> Location:
+        """Return the location of the bytes. Valid while the block is gathered.
 
-        Raises RuntimeError where the bytes are not those that were encoded.
+        Raises RuntimeError if the bytes are not those that were encoded.
         """
         flat = self.flat
-        for place in self._places:  # FSDP2 gathers into the same tensor, streaming into one of a few
-            if place.flat is flat:
-                return place
+        for location in self._locations:  # FSDP2 gathers into the same tensor, streaming into one of a few
+            if location.flat is flat:
+                return location
         assert not isinstance(flat, DTensor), "frozen bytes are read while they are not gathered"
         buffer = flat.detach().view(torch.uint8)
         if self.expected is not None and checksum(buffer) != self.expected:
@@ -128,30 +75,30 @@ class FrozenBytes(nn.Module):
                 "Please report this with your versions of torch, NCCL and the driver"
             )
         self.expected = None
-        self._places = [*self._places[1 - MOST_PLACES :], Place(flat, self.layout.views(buffer))]
-        return self._places[-1]
+        self._locations = [*self._locations[1 - MAX_LOCATIONS :], Location(flat, self.layout.views(buffer))]
+        return self._locations[-1]
 
     @contextmanager
     def on_meta(self) -> Iterator[None]:
-        """Inside, the bytes are on the meta device and nothing brings them."""
-        before = self.flat, self.bring, self.expected, self._places
+        """Put the bytes on the meta device inside; nothing moves them there."""
+        before = self.flat, self.acquire, self.expected, self._locations
         self.flat = nn.Parameter(torch.empty(before[0].shape, dtype=before[0].dtype, device="meta"), False)
-        self.bring, self.expected, self._places = None, None, []
+        self.acquire, self.expected, self._locations = None, None, []
         try:
             yield
         finally:
-            self.flat, self.bring, self.expected, self._places = before
+            self.flat, self.acquire, self.expected, self._locations = before
 
     def decode(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The tensor `name` in `dtype`, decoded on the device where the bytes are, into `out` if that is given."""
+        """Return the tensor `name` in `dtype`, decoded on the device of the bytes, into `out` if that is given."""
         entry = self.layout.entries[name]
         return entry.codec.decode(self.parts(name), entry.shape, dtype, out)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Bytes readable inside: gathers and frees them where this module was sharded on its own (embedding, head)."""
-        if self.bring is not None:
-            self.bring(False)
+        """Make the bytes readable inside: gathered and freed if this module is sharded on its own (embedding, head)."""
+        if self.acquire is not None:
+            self.acquire(False)
         if not isinstance(self, FSDPModule):
             yield
             return
@@ -164,7 +111,7 @@ class FrozenBytes(nn.Module):
 
 @dataclass(frozen=True)
 class FrozenTensor:
-    """A handle on one entry of a block: what a layer holds in place of a parameter."""
+    """A handle on one entry of a block, which a layer has in place of a parameter."""
 
     home: FrozenBytes
     name: str
@@ -178,18 +125,19 @@ class FrozenTensor:
 
 
 def decode_rows(tensors: Sequence[FrozenTensor], out: Tensor) -> None:
-    """Matrices of one width and one unit, decoded one below the other into `out`: of one codec in one launch, if it can
-    do that."""
+    """Decode matrices of one width and one unit into `out`, concatenated along the rows.
+
+    Those of one codec take one launch, if the codec can do that."""
     home, names = tensors[0].home, tuple(t.name for t in tensors)
-    place = home.place()
-    if names not in place.decoders:
-        place.decoders[names] = _rows_decoder([home.layout.entries[name] for name in names], place, names)
-    place.decoders[names](out)
+    location = home.location()
+    if names not in location.decoders:
+        location.decoders[names] = _rows_decoder([home.layout.entries[name] for name in names], location, names)
+    location.decoders[names](out)
 
 
-def _rows_decoder(entries: Sequence[Entry], place: Place, names: Sequence[str]) -> Decoder:
+def _rows_decoder(entries: Sequence[Entry], location: Location, names: Sequence[str]) -> Decoder:
     rows, (width,) = [entry.shape[0] for entry in entries], {entry.shape[1] for entry in entries}
-    stored = [place.views[name] for name in names]
+    stored = [location.views[name] for name in names]
     if len({entry.codec for entry in entries}) == 1:
         return entries[0].codec.rows_decoder(stored, rows, width)
 
@@ -201,13 +149,5 @@ def _rows_decoder(entries: Sequence[Entry], place: Place, names: Sequence[str]) 
 
 
 def checksum(buffer: Tensor) -> int:
-    """Of uint8 [n], n a multiple of 8: the sum of its 64-bit words, modulo 2^64."""
+    """Return the sum, modulo 2^64, of the 64-bit words of uint8 [n], n a multiple of 8."""
     return int(buffer.view(torch.int64).sum())
-
-
-def _view(buffer: Tensor, part: Part) -> Tensor:
-    return buffer[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

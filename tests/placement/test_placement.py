@@ -299,21 +299,21 @@ def test_all_bit_patterns_survive_every_placement(tmp_path):
             assert f"rank {rank}: {name} keeps its bytes" in done.stdout, f"{done.stdout}\n{done.stderr}"
 
 
-def test_a_tied_head_is_the_embedding_and_no_stop_on_the_way(tmp_path):
-    """It stays on the device: nothing is brought for it, and the blocks' order of use is not disturbed."""
+def test_a_tied_head_is_the_embedding_and_not_streamed(tmp_path):
+    """It stays on the device: nothing is copied for it, and the blocks' order of use is not disturbed."""
     shape = tiny.SHAPE | {"tie_word_embeddings": True, "num_hidden_layers": 6}
     model = tiny.save_model(LlamaConfig(**shape), tmp_path)
     options = {"model_name": model, "dataset": "dummy", "precision": "fp32", "lora_rank": 2} | STREAMED
     with built(options) as ours:
-        streamer = next(iter(ours.model.blocks.values())).frozen.bring.func.__self__
+        streamer = next(iter(ours.model.blocks.values())).frozen.acquire.func.__self__
         assert ours.model.is_tied()
-        assert ours.model.embedding[0].frozen.bring is None
+        assert ours.model.embedding[0].frozen.acquire is None
         ids = torch.randint(0, 264, (1, 8), device=ours.world.device)
 
         def step() -> int:
             before = streamer.copied
             ours.backward(ours.loss(ids, ids, 7.0))
-            return (streamer.copied - before) // streamer.stops[0].frozen.layout.nbytes
+            return (streamer.copied - before) // streamer.units[0].frozen.layout.nbytes
 
         step()
         assert step() == 2 * (6 - 3), "with three buffers the blocks where a pass turns are not copied again"

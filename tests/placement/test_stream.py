@@ -1,4 +1,4 @@
-"""Streaming: the right bytes at every stop of any walk, no more copies than are needed, nothing left over."""
+"""Streaming: the right bytes of every unit in any order of use, no more copies than are needed, nothing left over."""
 
 import gc
 import os
@@ -16,9 +16,10 @@ from fsdp_qlora.memory import host_link
 from fsdp_qlora.memory import shared as host_store
 from fsdp_qlora.memory.pinned import register
 from fsdp_qlora.memory.shared import HostStore, rounded
-from fsdp_qlora.placement.streamer import Stop, Streamer, order_of_use
+from fsdp_qlora.placement.streamer import StreamedUnit, Streamer, order_of_use
 from fsdp_qlora.weights.codecs import Plain
-from fsdp_qlora.weights.frozen_bytes import FrozenBytes, Layout
+from fsdp_qlora.weights.frozen_bytes import FrozenBytes
+from fsdp_qlora.weights.layout import Layout
 from tests.support.slow_gpu import CUDA, slow_gpu
 from tests.support.torchrun import run_torchrun
 
@@ -26,23 +27,24 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCKS, HEAD = 7, 7  # the head comes after the last block and is larger
 
 
-def stops(resident: set[int]) -> list[Stop]:
+def units(resident: set[int]) -> list[StreamedUnit]:
     made = []
     for i in range(BLOCKS + 1):
         frozen = FrozenBytes(Layout({"w": (Plain(torch.float32), (64 if i < HEAD else 100, 3))}))
         source = torch.full((frozen.layout.nbytes,), i + 1, dtype=torch.uint8)
         if i in resident:
             frozen.flat = torch.nn.Parameter(source.to(DEVICE).view(torch.float32), requires_grad=False)
-        made.append(Stop(frozen, None if i in resident else source.pin_memory() if DEVICE.type == "cuda" else source))
+        on_host = source.pin_memory() if DEVICE.type == "cuda" else source
+        made.append(StreamedUnit(frozen, None if i in resident else on_host))
     return made
 
 
 def walk(streamer: Streamer, positions: list[int], backward: bool) -> None:
     for position in positions:
-        streamer.need(position, backward)
-        found = streamer.stops[position].frozen.flat.detach().view(torch.uint8)
+        streamer.acquire(position, backward)
+        found = streamer.units[position].frozen.flat.detach().view(torch.uint8)
         assert found.device.type == DEVICE.type
-        assert bool((found == position + 1).all()), f"stop {position} has {found.unique().tolist()}"
+        assert bool((found == position + 1).all()), f"unit {position} has {found.unique().tolist()}"
 
 
 def step(streamer: Streamer) -> None:
@@ -52,14 +54,14 @@ def step(streamer: Streamer) -> None:
 
 @pytest.mark.parametrize("buffers", [1, 2, 3, 5, 20])
 @pytest.mark.parametrize("resident", [set(), {0}, {6}, {1, 3, 5}, {HEAD}, set(range(BLOCKS))], ids=str)
-def test_every_stop_finds_its_bytes_and_none_is_copied_needlessly(resident, buffers):
-    streamer = Streamer(stops(resident), BLOCKS, buffers, DEVICE)
+def test_every_unit_finds_its_bytes_and_none_is_copied_needlessly(resident, buffers):
+    streamer = Streamer(units(resident), BLOCKS, buffers, DEVICE)
     step(streamer)
     before = streamer.copied
     for _ in range(3):
         step(streamer)
     moved = [len(set(range(BLOCKS)) - resident), HEAD not in resident]
-    size, head_size = (stop.frozen.layout.nbytes for stop in streamer.stops[-2:])
+    size, head_size = (unit.frozen.layout.nbytes for unit in streamer.units[-2:])
     every_use = 3 * (2 * moved[0] * size + moved[1] * head_size)
     copied = streamer.copied - before
     if buffers >= sum(moved):
@@ -72,7 +74,7 @@ def test_every_stop_finds_its_bytes_and_none_is_copied_needlessly(resident, buff
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 def test_a_walk_that_nobody_foresaw_finds_its_bytes_too(buffers):
     """Forwards that no backward follows, a backward that ends early, jumps."""
-    streamer = Streamer(stops({2}), BLOCKS, buffers, DEVICE)
+    streamer = Streamer(units({2}), BLOCKS, buffers, DEVICE)
     for positions, backward in (
         (range(BLOCKS + 1), False),
         (range(BLOCKS + 1), False),
@@ -90,7 +92,7 @@ def test_a_walk_that_nobody_foresaw_finds_its_bytes_too(buffers):
 def test_copies_and_computations_that_overlap_change_no_byte(monkeypatch, buffers, seed):
     """However far the host is ahead, and in whatever order the streams get on."""
     monkeypatch.setattr(host_link, "PIECE", 300)
-    here = stops({2})
+    here = units({2})
     with slow_gpu(monkeypatch, seed) as gpu:
         streamer, seen = Streamer(here, BLOCKS, buffers, CUDA), []
 
@@ -103,7 +105,7 @@ def test_copies_and_computations_that_overlap_change_no_byte(monkeypatch, buffer
 
         order = [(p, False) for p in range(BLOCKS + 1)] + [(p, True) for p in reversed(range(BLOCKS))]
         for position, backward in order + order[:4] + order:  # a walk that stops in the middle, too
-            streamer.need(position, backward)
+            streamer.acquire(position, backward)
             use(position)
         gpu.run()
     assert len(seen) == 2 * (2 * len(order) + 4)

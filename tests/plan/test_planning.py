@@ -22,7 +22,7 @@ from fsdp_qlora.plan.planning import agreed, find_budget, micro_batches, wishes_
 from fsdp_qlora.runtime import host_memory
 from fsdp_qlora.runtime.host_memory import available_host_bytes
 from fsdp_qlora.units import GIB
-from fsdp_qlora.weights import sources as weights
+from fsdp_qlora.weights import hub as weights
 from fsdp_qlora.weights.codecs import is_quantized
 from tests.support import tiny
 from tests.support.known_runs import facts

@@ -13,10 +13,12 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fuse import Fusion
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
-from fsdp_qlora.placement.base import Placement, choose_placement
+from fsdp_qlora.placement.base import Placement
+from fsdp_qlora.placement.choose import choose_placement
 from fsdp_qlora.plan.plan import Plan
 from fsdp_qlora.plan.planning import keep_activations, plan_run
-from fsdp_qlora.run import build_model, choose_compute, load_model, open_weights
+from fsdp_qlora.run import build_model, choose_compute, load_model
+from fsdp_qlora.weights.choose import open_weights
 from tests.support.runs import Options, flags
 
 
@@ -74,7 +76,7 @@ def build_in(world: World, options: Options, change: Callable[[Plan], Plan] = la
     config = parse(flags(options))
     hf_config = read_config(config.model.model_name, config.model.revision)
     precision, attention = choose_compute(config, hf_config, world)
-    weights = open_weights(config, precision.stream)
+    weights = open_weights(config.model, precision.stream)
     model, fusion, weights = build_model(config, hf_config, weights, precision, attention, world)
     plan = change(plan_run(model, config, fusion, config.data.context_length, world).plan)
     placement = choose_placement(plan, config.memory, world)

@@ -21,8 +21,8 @@ from fsdp_qlora.models.causal_lm import CausalModel, Recipe, assemble
 from fsdp_qlora.models.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.models.skeleton import build
-from fsdp_qlora.placement.base import Replicated
 from fsdp_qlora.placement.load import encode
+from fsdp_qlora.placement.replicated import Replicated
 from fsdp_qlora.plan.plan import BlockPlan
 from fsdp_qlora.plan.planning import keep_activations, wishes_of
 from fsdp_qlora.weights.codecs import NF4, Codec

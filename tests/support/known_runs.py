@@ -21,7 +21,7 @@ SHAPES = {
 
 
 def nf4_bytes(numbers: int) -> int:
-    """Double-quantized, each part rounded up to 256 bytes (`frozen.ALIGN`)."""
+    """Double-quantized, each part rounded up to 256 bytes (`weights.layout.ALIGN`)."""
     blocks = -(-numbers // 64)
     return sum(-(-n // 256) * 256 for n in (numbers // 2, blocks, 4 * -(-blocks // 256), 4))
 

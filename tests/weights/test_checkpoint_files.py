@@ -18,7 +18,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.models import skeleton
 from fsdp_qlora.models.fitting import fit, has_its_own_head
 from fsdp_qlora.models.precision import Precision
-from fsdp_qlora.weights import sources as weights
+from fsdp_qlora.weights import hub as weights
 from tests.support import tiny
 from tests.support.built import built
 from tests.support.checkpoint_forms import (

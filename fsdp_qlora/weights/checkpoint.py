@@ -1,0 +1,65 @@
+"""A checkpoint in a folder as a source of weights."""
+
+from collections.abc import Iterable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.weights.checkpoint_files import TensorFile, files_of, open_file, some
+from fsdp_qlora.weights.source import Shape
+
+READERS = 4  # threads: enough to keep a disk busy; each holds one tensor in memory
+ROWS_COMPARED = 4096  # of an embedding and a head at a time
+
+
+class Checkpoint:
+    """Weight files of one folder. Only headers are read until `read`."""
+
+    def __init__(self, folder: Path, workers: int = -1) -> None:
+        self.folder = folder
+        self.workers = workers if workers > 0 else READERS
+        self._file_of: dict[str, TensorFile] = {}
+        self._shape_of: dict[str, tuple[int, ...]] = {}
+        for file in map(open_file, files_of(folder)):
+            shapes = file.shapes()
+            self._shape_of |= shapes
+            self._file_of |= dict.fromkeys(shapes, file)
+
+    def names(self) -> Set[str]:
+        return self._file_of.keys()
+
+    def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
+        missing = [name for name in expected if name not in self._shape_of]
+        wrong = [
+            f"{name} is {list(self._shape_of[name])} and should be {list(shape)}"
+            for name, shape in expected.items()
+            if name in self._shape_of and shape is not None and self._shape_of[name] != tuple(shape)
+        ]
+        if missing or wrong:
+            kinds = (("missing", missing), ("unknown", sorted(unknown)), ("mis-shaped", wrong))
+            raise UserError(
+                f"model_name: the tensors in {self.folder} do not fit its config.json; "
+                f"{'; '.join(f'{kind}: {some(names)}' for kind, names in kinds if names)}. "
+                "Is the download complete, and is the config of this model?"
+            )
+
+    def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        if self._shape_of[one] != self._shape_of[other]:
+            return False
+        first, second = (self._file_of[name].tensor(name) for name in (one, other))
+        rows = zip(first.split(ROWS_COMPARED), second.split(ROWS_COMPARED), strict=True)
+        return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in rows)
+
+    def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
+        def one(name: str) -> Tensor:
+            try:
+                return self._file_of[name].tensor(name).clone()  # the clone is the read: until then it is a mapped file
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"model_name: {name} in {self.folder} cannot be read ({error})") from error
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            return dict(zip(wanted, pool.map(one, wanted), strict=True))

@@ -1,0 +1,25 @@
+"""The protocol of a source of weights: tensors by their checkpoint names."""
+
+from collections.abc import Iterable, Mapping, Set
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...] | None  # None: checked by the reader
+
+
+class Weights(Protocol):
+    """A source of tensors by their checkpoint names."""
+
+    def names(self) -> Set[str] | None:
+        """Return the names of all tensors, or None if the source makes any that is asked for."""
+
+    def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
+        """Raise UserError naming every tensor that is missing or of another shape, and with them the unknown ones."""
+
+    def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
+        """Return whether two tensors are known to have the same numbers in `dtype`, without a download."""
+
+    def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors of those names, of the shapes they have, on the CPU or `device`, in their own dtypes."""
