@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.config.files import save as save_config
 from fsdp_qlora.config.options import Config, DataOptions, MemoryOptions
 from fsdp_qlora.data.batches import Batches, Rows, load_rows, load_tokenizer
@@ -254,6 +255,7 @@ def make_recipe(
         own_head=own_head,
         is_quantized=lambda name: is_quantized(name, weights.names()),
         buffers=weights.names() is not None,
+        adapter=choose_adapter(config.model.train_type),
     )
 
 

@@ -1,3 +1,3 @@
-"""Adapters: which linears get one, their names and first values as PEFT has them."""
+"""Adapters: which linears get one, their parameters, names and first values as PEFT has them."""
 
-__all__ = ["lora"]
+__all__ = ["base", "lora", "table", "targets"]

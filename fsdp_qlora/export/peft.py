@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.adapters.lora import peft_config, peft_key, peft_targets
+from fsdp_qlora.adapters.table import choose_adapter
+from fsdp_qlora.adapters.targets import peft_targets
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.units import GIB
@@ -70,13 +71,13 @@ def save_adapter(
     tensors: `path.lora_A` and `path.lora_B` by path in the Hugging Face model. linears: the paths of all linears.
     Each file appears whole or not at all. Raises TrainingStopped where the disk is full or gone.
     """
-    named, paths = {}, []
+    kind, named, paths = choose_adapter(config.model.train_type), {}, []
     for name, tensor in tensors.items():
-        path, _, matrix = name.rpartition(".")
-        named[peft_key(path, matrix)] = tensor.contiguous()
+        path, _, parameter = name.rpartition(".")
+        named[kind.peft_name(path, parameter)] = tensor.contiguous()
         paths.append(path)
     targets = peft_targets(list(dict.fromkeys(paths)), linears)
-    settings = peft_config(config.adapter, config.model.model_name, config.model.revision, targets)
+    settings = kind.peft_config(config.adapter, config.model.model_name, config.model.revision, targets)
     try:
         _whole(folder / ADAPTER, lambda file: save_file(named, file, metadata={"format": "pt"}))
         _whole(

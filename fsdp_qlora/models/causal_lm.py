@@ -5,14 +5,16 @@ layers stay Hugging Face's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fsdp_qlora.adapters.lora import choose_targets, lora_scale
+from fsdp_qlora.adapters.base import AdapterKind
+from fsdp_qlora.adapters.lora import LoRA, lora_scale
+from fsdp_qlora.adapters.targets import choose_targets
 from fsdp_qlora.config.options import AdapterOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
@@ -168,7 +170,7 @@ class Recipe:
     ranks among which each unit's bytes must divide evenly. host_embedding: whether an embedding that is not also the
     head stays in host memory. own_head: whether the head has its own weights whatever the config says.
     is_quantized: whether the checkpoint holds the weight of that name quantized. buffers: whether persistent buffers
-    are in it, or keep their first values.
+    are in it, or keep their first values. adapter: what trains.
     """
 
     precision: Precision
@@ -179,6 +181,7 @@ class Recipe:
     own_head: bool = False
     is_quantized: Callable[[str], bool] = lambda name: False
     buffers: bool = False
+    adapter: AdapterKind = field(default_factory=LoRA)
 
 
 def assemble(model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions) -> CausalModel:
@@ -231,7 +234,8 @@ def _block(
     for name, linear in linears.items():
         ours = _frozen_linear(name, linear, frozen, recipe)
         if f"{path}.{name}" in targets:
-            ours.add_lora(adapter.lora_rank, lora_scale(adapter), adapter.lora_dropout)
+            shapes = recipe.adapter.parameters(ours.out_features, ours.in_features, adapter)
+            ours.add_adapter(shapes, lora_scale(adapter), adapter.lora_dropout)
         layer.set_submodule(name, ours)
     return Block(layer, frozen, _take_views(layer, frozen), recipe.remat), _unit(path, frozen)
 

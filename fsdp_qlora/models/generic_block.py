@@ -5,7 +5,7 @@ placements; the bytes come through `FrozenTensor`, whose buffer is gathered by w
 runs and again before its backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class _FrozenMatmul(torch.autograd.Function):
 class FrozenLinear(nn.Module):
     """y [..., O] = x [..., I] @ W^T + b + scale * dropout(x) @ A^T @ B^T, W and b frozen, A [R, I] and B [O, R] not.
 
-    Everything is computed in `dtype`, to which x is cast. `add_lora` makes the adapter; without it the layer is the
+    Everything is computed in `dtype`, to which x is cast. `add_adapter` makes A and B; without it the layer is the
     base alone.
     """
 
@@ -48,11 +48,15 @@ class FrozenLinear(nn.Module):
         self.scale = 0.0
         self.dropout = 0.0
 
-    def add_lora(self, rank: int, scale: float, dropout: float) -> None:
-        """Declare the adapter on the meta device; `ShardedAdapters` gives it values."""
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, dtype=self.dtype, device="meta"))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, dtype=self.dtype, device="meta"))
+    def add_adapter(self, shapes: Mapping[str, tuple[int, ...]], scale: float, dropout: float) -> None:
+        """Declare the adapter's parameters on the meta device; `ShardedAdapters` gives them values."""
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta")))
         self.scale, self.dropout = scale, dropout
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the adapter's parameters by name, as they were declared: all that this layer has."""
+        return dict(self.named_parameters(recurse=False))
 
     def forward(self, x: Tensor) -> Tensor:
         x_TI = x.to(self.dtype).flatten(0, -2)

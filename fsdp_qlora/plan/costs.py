@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fsdp_qlora.adapters.lora import lora_shapes
 from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.kernels.attention_on_meta import splitting_over
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
@@ -164,7 +165,7 @@ def _block(shape: Shape) -> FusedBlock:
     made = {name: FrozenLinear(FrozenTensor(frozen, name), None, dtype) for name in order}
     for name, adapted in zip(order, s.adapted or "1" * len(order), strict=True):
         if adapted == "1":
-            made[name].add_lora(s.rank, 1.0, s.dropout)
+            made[name].add_adapter(lora_shapes(*linears[name], s.rank), 1.0, s.dropout)
     norm, head_norm = (Norm(FrozenTensor(frozen, name), 1e-5, 0.0) for name in norms)
     anatomy = Anatomy(
         attention_norm=norm,

@@ -8,23 +8,24 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from fsdp_qlora.adapters.lora import _mix, initial_values
+from fsdp_qlora.adapters.lora import linear_seed
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.kernels.masters import join, split_
 from fsdp_qlora.optim import sharded_adapters as shards
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from tests.support import tiny
 from tests.support.built import built
+from tests.support.first_values import first_values
 from tests.support.runs import flags
 
 OPTIONS = {"dataset": "dummy", "lora_rank": 3, "fused": "false", "train_type": "lora"}
 
 
 def test_they_are_drawn_as_peft_draws_them():
-    values = initial_values("model.layers.3.mlp.up_proj", 40, 24, 8, seed=7)
+    values = first_values("model.layers.3.mlp.up_proj", 40, 24, 8, seed=7)
     like = torch.empty(8, 24)
     nn.init.kaiming_uniform_(
-        like, a=math.sqrt(5), generator=torch.Generator().manual_seed(_mix(7, "model.layers.3.mlp.up_proj"))
+        like, a=math.sqrt(5), generator=torch.Generator().manual_seed(linear_seed(7, "model.layers.3.mlp.up_proj"))
     )
     assert torch.equal(values["lora_A"], like)
     assert values["lora_B"].shape == (40, 8)
@@ -49,7 +50,7 @@ def test_ranks_and_threads_change_none(monkeypatch, tmp_path, precision, threads
                 for name, parameter in zip(group.names, group.params, strict=True):
                     path, _, matrix = name.rpartition(".")
                     linear = linears[path]
-                    values = initial_values(path, linear.out_features, linear.in_features, 3, config.training.seed)
+                    values = first_values(path, linear.out_features, linear.in_features, 3, config.training.seed)
                     assert torch.equal(parameter.detach().cpu(), values[matrix].to(parameter.dtype))
                     flat.append(values[matrix].flatten())
                 whole = torch.cat([*flat, torch.zeros(group.working.numel() - sum(map(len, flat)))])

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fsdp_qlora.adapters.lora import initial_values
+from tests.support.first_values import first_values
 from tests.support.truth import DEVICE
 
 Row = tuple[list[int], list[int]]  # token ids, and the label of each (-100: none)
@@ -114,7 +114,7 @@ def with_adapters(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
     values = {}
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
-            first = initial_values(name, module.out_features, module.in_features, recipe.rank, recipe.seed)
+            first = first_values(name, module.out_features, module.in_features, recipe.rank, recipe.seed)
             values |= {f"base_model.model.{name}.{matrix}.weight": value for matrix, value in first.items()}
     assert not set_peft_model_state_dict(model, values).unexpected_keys
     return model

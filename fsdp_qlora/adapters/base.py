@@ -1,0 +1,31 @@
+"""The protocol of adapters: the trainable parameters that a linear gets, their first values, their form in PEFT."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from fsdp_qlora.config.options import AdapterOptions
+
+
+class AdapterKind(Protocol):
+    """A kind of adapter. Callers take the parameters of a linear as they come, by name and in order."""
+
+    def parameters(self, out_features: int, in_features: int, options: AdapterOptions) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of the trainable parameters of a linear, in PEFT's order."""
+        ...
+
+    def initialize(self, values: Tensor, path: str, parameter: str, seed: int) -> None:
+        """Give a parameter of the linear at `path` its first values. values: zeros, float32 on the CPU.
+
+        They depend neither on the number of ranks nor on the other linears that are adapted."""
+        ...
+
+    def peft_name(self, path: str, parameter: str) -> str:
+        """Return a parameter's name in adapter_model.safetensors. path: of its linear in the Hugging Face model."""
+        ...
+
+    def peft_config(
+        self, options: AdapterOptions, base_model: str, revision: str | None, targets: list[str]
+    ) -> dict[str, object]:
+        """Return adapter_config.json: what `PeftModel.from_pretrained` rebuilds these adapters from."""
+        ...
