@@ -18,9 +18,9 @@ from fsdp_qlora.plan.inputs import FLOAT, KEEP, Facts, beside, pitch
 from fsdp_qlora.plan.loading import Loading
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
-IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`shards.IN_FLIGHT`)
-TOGETHER = 4  # blocks that are updated at a time (`shards.TOGETHER`)
-EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchange.SLOTS`)
+IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`gradient_reduction.IN_FLIGHT`)
+TOGETHER = 4  # blocks that are updated at a time (`adapter_group.BLOCKS_PER_UPDATE`)
+EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchange/host.SLOTS`)
 GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
 HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
 THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autograd's

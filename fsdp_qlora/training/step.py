@@ -20,6 +20,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.optim.optimizers import make_optimizer, make_schedule, scales_and_skips
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.torch_compat import foreach_mul_, foreach_norm
 from fsdp_qlora.training.loss_scale import LossScale
 from fsdp_qlora.training.retry import RandomState, forget, who_ran_out
 from fsdp_qlora.units import GIB
@@ -77,13 +78,13 @@ class Stepper:
 
     @property
     def publishing(self) -> bool:
-        """Whether working copies may be in part of the step after `done`: see `ShardedAdapters.arrived`."""
-        return not self.adapters.untouched and (self._begun != self._updated or not self.adapters.arrived())
+        """Whether working copies may be in part of the step after `done`: see `ShardedAdapters.has_arrived`."""
+        return not self.adapters.is_update_pending and (self._begun != self._updated or not self.adapters.has_arrived())
 
     @property
     def done(self) -> int:
         """Optimizer steps that this rank's working copies have in full."""
-        return self._begun - (self.adapters.untouched or self.publishing)
+        return self._begun - (self.adapters.is_update_pending or self.publishing)
 
     def prepare(self, batches: list[Batch]) -> Ready:
         """Micro-batches (as many as every rank's) for `begin`. A collective, on the host."""
@@ -178,8 +179,8 @@ class Stepper:
     def _sums(self, ready: Ready) -> Tensor:
         """Compute each rank's loss and the squared norm of its gradients: [ranks, 2]."""
         losses = self._passes(ready.inputs, ready.label_tokens / self.scale.value)
-        norms = torch._foreach_norm(self.adapters.gradients())
-        return self.adapters.everyones(torch.stack([losses, torch.stack(norms).square().sum()]))
+        norms = foreach_norm(self.adapters.gradients())
+        return self.adapters.gather_numbers(torch.stack([losses, torch.stack(norms).square().sum()]))
 
     def _drop_arena(self) -> None:
         if self.arena is not None:
@@ -190,8 +191,8 @@ class Stepper:
         """Finish `_sums` where memory ran out in it, with NaN from this rank, so that no rank updates."""
         self._drop_arena()  # what ranks exchange now has no place in it, and needs memory
         gc.collect()
-        self.adapters.finish_without(micro_batches - self._passed)
-        return self.adapters.everyones(torch.full((2,), torch.nan, device=self.world.device))
+        self.adapters.finish_with_zeros(micro_batches - self._passed)
+        return self.adapters.gather_numbers(torch.full((2,), torch.nan, device=self.world.device))
 
     def _passes(self, inputs: list[tuple[Tensor, Tensor, Tensor]], divisor: float) -> Tensor:
         total = torch.zeros((), device=self.world.device)
@@ -211,7 +212,7 @@ class Stepper:
         still waits for them. The optimizer's kernel scales the gradients, or leaves all as it is where a sum is not
         finite."""
         self.optimizer.grad_scale = self._divisor(sums)  # type: ignore[attr-defined]
-        skip = torch.maximum(1.0 - sums.isfinite().all().float(), self.adapters.halted())
+        skip = torch.maximum(1.0 - sums.isfinite().all().float(), self.adapters.rescue.flag())
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self._begun += 1
         self.adapters.update(self.optimizer.step)
@@ -235,7 +236,7 @@ class Stepper:
             if not self.ahead:
                 clip = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
                 if clip != self.scale.value:
-                    torch._foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
+                    foreach_mul_(self.adapters.gradients(), clip / self.scale.value)
                 self.adapters.update(self.optimizer.step)
             self.adapters.publish()
             if self._begun == self.steps:

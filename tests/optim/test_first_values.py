@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from fsdp_qlora.adapters.lora import linear_seed
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.kernels.masters import join, split_
-from fsdp_qlora.optim import sharded_adapters as shards
+from fsdp_qlora.optim import adapter_values
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from tests.support import tiny
 from tests.support.built import built
@@ -35,8 +35,8 @@ def test_they_are_drawn_as_peft_draws_them():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_ranks_and_threads_change_none(monkeypatch, tmp_path, precision, threads):
-    monkeypatch.setattr(shards, "DRAWERS", threads)
-    monkeypatch.setattr(shards, "usable_cores", lambda physical: 5 * threads)
+    monkeypatch.setattr(adapter_values, "DRAWING_THREADS", threads)
+    monkeypatch.setattr(adapter_values, "usable_cores", lambda physical: 5 * threads)
     options = OPTIONS | {"model_name": tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path), "precision": precision}
     with built(options) as ours:
         config = parse(flags(options))

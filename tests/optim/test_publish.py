@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.exchange.base import Pending
 from fsdp_qlora.exchange.collectives import Collectives
-from fsdp_qlora.optim import sharded_adapters as shards
+from fsdp_qlora.optim import adapter_group, parameter_gather
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.training.step import Stepper
 from tests.support import tiny
@@ -110,10 +110,10 @@ def test_each_block_waits_for_its_own_adapters_when_its_forward_begins(half):
 
 
 def test_later_gathers_start_behind_the_forward_and_none_is_forgotten(half, monkeypatch):
-    monkeypatch.setattr(shards, "GATHERS_AHEAD", 1)
+    monkeypatch.setattr(parameter_gather, "INITIAL_GATHERS", 1)
     half.update()
     assert half.events == [("start", 0)]
-    assert not half.adapters.arrived()
+    assert not half.adapters.has_arrived()
     half.events.clear()
     half.forward()
     steps = [("start", 1), ("wait", 0), ("forward", 0), ("start", 2), ("wait", 1), ("forward", 1), ("wait", 2)]
@@ -125,7 +125,7 @@ def test_later_gathers_start_behind_the_forward_and_none_is_forgotten(half, monk
     half.adapters.wait()
     half.update()
     half.adapters.wait()
-    assert half.adapters.arrived()
+    assert half.adapters.has_arrived()
 
 
 def test_evaluation_waits_too(half):
@@ -140,7 +140,7 @@ def test_what_no_forward_waited_for_is_waited_for_before_it_is_overwritten(half)
     with pytest.raises(AssertionError, match="would be overwritten"):
         half.adapters.publish()
     half.adapters.begin_micro_batch(last=True)
-    half.adapters._next = -1  # no block took part, and there is no other rank to reduce with
+    half.adapters.reduction._next = -1  # no block took part, and there is no other rank to reduce with
     half.adapters.finish()
     assert [i for what, i in half.events if what == "wait"] == [0, 1, 2]
     half.update()
@@ -150,7 +150,7 @@ def test_what_no_forward_waited_for_is_waited_for_before_it_is_overwritten(half)
     assert not any(group.working.any() for group in half.adapters.groups), "and not after it was loaded"
 
 
-def test_nothing_is_updated_by_sums_of_which_a_rank_was_let_go(half):
+def test_nothing_is_updated_after_a_rescue(half):
     half.update()
     half.forward()
     half.adapters.working_tensors()
@@ -159,7 +159,7 @@ def test_nothing_is_updated_by_sums_of_which_a_rank_was_let_go(half):
 
 
 def test_a_rescue_knows_what_has_not_arrived(half, monkeypatch):
-    monkeypatch.setattr(shards, "ARRIVAL_SECONDS", 0.05)
+    monkeypatch.setattr(parameter_gather, "ARRIVAL_SECONDS", 0.05)
     training = parse(flags(OPTIONS | {"model_name": "any"})).training
     stepper = Stepper(half.ours.model, half.adapters, training, 9, half.ours.world)
     assert (stepper.done, stepper.publishing) == (0, False)
@@ -178,12 +178,12 @@ def test_a_rescue_knows_what_has_not_arrived(half, monkeypatch):
 
     half.update()
     half.adapters.wait()
-    half.adapters._gathers[1].wait = fail
+    half.adapters.parameter_gather._started[1].wait = fail
     assert (stepper.done, stepper.publishing) == (0, True), "over, but not well"
 
 
 def test_a_few_blocks_are_updated_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "TOGETHER", 2)
+    monkeypatch.setattr(adapter_group, "BLOCKS_PER_UPDATE", 2)
     model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
     with built(OPTIONS | {"model_name": model, "precision": "bf16"}) as ours:
         ids = torch.arange(4, 24, device=ours.world.device)[None]

@@ -10,7 +10,8 @@ from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig
 
 from fsdp_qlora.memory.arena_layout import most_alive, place
 from fsdp_qlora.models.fused.block import FusedBlock
-from fsdp_qlora.optim import sharded_adapters as shards
+from fsdp_qlora.optim.adapter_group import BLOCKS_PER_UPDATE
+from fsdp_qlora.optim.gradient_reduction import IN_FLIGHT
 from fsdp_qlora.placement.load import encode
 from fsdp_qlora.plan import memory
 from fsdp_qlora.plan.costs import BlockBytes, block_bytes, trace, trace_parked
@@ -127,7 +128,7 @@ def test_encoding_a_block_takes_what_is_counted(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_plan_has_the_programs_numbers() -> None:
-    assert (memory.TOGETHER, memory.IN_FLIGHT) == (shards.TOGETHER, shards.IN_FLIGHT)
+    assert (memory.TOGETHER, memory.IN_FLIGHT) == (BLOCKS_PER_UPDATE, IN_FLIGHT)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])

@@ -82,8 +82,8 @@ def test_nothing_is_updated_where_a_sum_is_not_finite(precision, options):
     with built(changes) as ours:
         stepping = Stepping(ours, changes)
         stepping.step(0)
-        before, exchanged = stepping.adapters.named_tensors(), ours.adapters.everyones
-        ours.adapters.everyones = lambda numbers: exchanged(numbers * numbers.new_tensor([1.0, torch.nan]))
+        before, exchanged = stepping.adapters.named_tensors(), ours.adapters.gather_numbers
+        ours.adapters.gather_numbers = lambda numbers: exchanged(numbers * numbers.new_tensor([1.0, torch.nan]))
         stepping.begin(1)
         with pytest.raises(TrainingStopped, match="step 2: the gradient's norm is nan, so nothing was updated"):
             stepping.stepper.end(0.0, 0.0)
@@ -92,20 +92,20 @@ def test_nothing_is_updated_where_a_sum_is_not_finite(precision, options):
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_nothing_is_updated_by_sums_of_which_a_rank_was_let_go(options):
+def test_nothing_is_updated_by_sums_that_lack_a_rank(options):
     """Another rank is gone, and this one saves what it has while its own GPU still waits in backward."""
     changes = options | {"precision": "bf16"}
     with built(changes) as ours:
         stepping = Stepping(ours, changes)
         stepping.step(0)
         adapters, before, saved = ours.adapters, stepping.adapters.named_tensors(), {}
-        exchanged, check = adapters.everyones, adapters.check
+        exchanged, check = adapters.gather_numbers, adapters.check
 
-        def let_go(numbers: Tensor) -> Tensor:
+        def rescued(numbers: Tensor) -> Tensor:
             saved.update(adapters.working_tensors())
             return exchanged(numbers)
 
-        adapters.everyones = let_go
+        adapters.gather_numbers = rescued
         adapters.check = lambda: None  # on a GPU the host has launched all of this before
         stepping.begin(1)
         adapters.check = check

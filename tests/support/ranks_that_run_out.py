@@ -25,10 +25,12 @@ from unittest.mock import patch
 import torch
 
 import train
-from fsdp_qlora.models import activation_offload as offload
+from fsdp_qlora.memory import activation_offload as offload
 from fsdp_qlora.models import causal_lm as model
 from fsdp_qlora.models.fused import block as fused
-from fsdp_qlora.optim import sharded_adapters as shards
+from fsdp_qlora.optim.gradient_reduction import GradientReduction
+from fsdp_qlora.optim.master_weights import Masters
+from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.plan import plan as plans
 from fsdp_qlora.plan import planning
 from fsdp_qlora.plan.plan import Plan
@@ -47,10 +49,10 @@ PLACES: dict[str, tuple[Any, str, bool]] = {
     "head": (model, "linear_cross_entropy", True),
     "offloading": (offload.ActivationOffload, "park", True),
     "restoring": (offload.ActivationOffload, "fetch", True),
-    "gradients": (shards.ShardedAdapters, "_taken", True),
-    "reduced gradients": (shards.ShardedAdapters, "_keep", False),  # after the exchange has begun
-    "sums": (shards.ShardedAdapters, "everyones", False),
-    "update": (shards.Masters, "unfold", False),
+    "gradients": (GradientReduction, "_take", True),
+    "reduced gradients": (GradientReduction, "_accumulate", False),  # after the exchange has begun
+    "sums": (ShardedAdapters, "gather_numbers", False),
+    "update": (Masters, "unfold", False),
     "cuBLAS": (fused, "glu_forward", True),
 }
 
