@@ -20,7 +20,7 @@ ROOMS = (
 MOST_NAMES = 8  # in a door
 MOST_LINES, MEDIAN_LINES = 350, 150
 # Longer, and to be cut.
-LONG = {"models/fused/block.py", "attention.py", "nf4.py"}
+LONG = {"attention.py", "nf4.py"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 

@@ -1,32 +1,20 @@
-"""Reads off a Hugging Face decoder layer what the fused block needs to know, or says why it cannot be fused.
+"""Families of decoder layers that have a fused block, and how to read a block's spec off a layer of each.
 
 Families differ in few things: extra norms, biases, projections stored as one, softcaps, windows. What a layer has is
-read from its modules; the table below only says which classes are known to be nothing but these things.
+read from its modules; the table says which classes are known to be nothing but these things.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers.activations import ACT2FN
 
 from fsdp_qlora.kernels.attention import Masking
-from fsdp_qlora.models.generic_block import FrozenLinear
+from fsdp_qlora.models.fused.spec import AttentionSpec, BlockSpec, GatedMlpSpec, Norm
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 
-# Class of the layer -> (its four norms in order of use, '' where there is none; 1 where they multiply by 1 + w).
-PLAIN_NORMS = ("input_layernorm", "", "post_attention_layernorm", "")
-FOUR_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-FAMILIES: dict[str, tuple[tuple[str, str, str, str], float]] = {
-    "LlamaDecoderLayer": (PLAIN_NORMS, 0.0),
-    "MistralDecoderLayer": (PLAIN_NORMS, 0.0),
-    "Qwen2DecoderLayer": (PLAIN_NORMS, 0.0),
-    "Qwen3DecoderLayer": (PLAIN_NORMS, 0.0),
-    "Phi3DecoderLayer": (PLAIN_NORMS, 0.0),
-    "GemmaDecoderLayer": (PLAIN_NORMS, 1.0),
-    "Gemma2DecoderLayer": (FOUR_NORMS, 1.0),
-    "Gemma3DecoderLayer": (FOUR_NORMS, 1.0),
-}
 # class of a layer's activation (its config's name for it may be in one field or another) -> the kernel's name for it
 ACTIVATIONS = {
     type(ACT2FN["silu"]): "silu",
@@ -37,96 +25,106 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm: y = x / rms(x) * (weight + shift)."""
-
-    weight: FrozenTensor
-    eps: float
-    shift: float
+class NotFusable(Exception):
+    """No fused block computes what a layer does; the message says why."""
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """A decoder layer taken apart. qkv and gate_up: a linear each, or one for all, their rows one below the other."""
-
-    attention_norm: Norm
-    attention_out_norm: Norm | None
-    mlp_norm: Norm
-    mlp_out_norm: Norm | None
-    q_norm: Norm | None
-    k_norm: Norm | None
-    qkv: tuple[FrozenLinear, ...]
-    o: FrozenLinear
-    gate_up: tuple[FrozenLinear, ...]
-    down: FrozenLinear
-    heads: int
-    kv_heads: int
-    head_dim: int
-    masking: Masking
-    activation: str
-
-    @property
-    def linears(self) -> tuple[FrozenLinear, ...]:
-        """In the order in which they are used."""
-        return (*self.qkv, self.o, *self.gate_up, self.down)
+def recognise(layer: nn.Module, frozen: FrozenBytes) -> BlockSpec:
+    """Return the spec of a layer whose linears are frozen linears already. Raises NotFusable."""
+    family = FAMILIES.get(type(layer).__name__)
+    if family is None:
+        raise NotFusable(f"{type(layer).__name__} has no fused block")
+    return family(layer, frozen)
 
 
 def eps_of(norm: Any) -> float:
-    """What a family's RMSNorm adds to the mean square."""
+    """Return what a family's RMSNorm adds to the mean square."""
     return float(getattr(norm, "variance_epsilon", None) or norm.eps)
 
 
-def recognise(layer: nn.Module, frozen: FrozenBytes) -> Anatomy | str:
-    """The anatomy of a layer whose linears are frozen linears already, or why there is no fused block for it."""
-    family = FAMILIES.get(type(layer).__name__)
-    if family is None:
-        return f"{type(layer).__name__} has no fused block"
-    names, shift = family
+def plain_norms(layer: nn.Module, frozen: FrozenBytes, *, shift: float = 0.0, config_window: bool = False) -> BlockSpec:
+    """Return the spec of a layer with a norm before each half. shift, config_window: see `_spec`."""
+    return _spec(layer, frozen, ("input_layernorm", "", "post_attention_layernorm", ""), shift, config_window)
+
+
+def four_norms(layer: nn.Module, frozen: FrozenBytes) -> BlockSpec:
+    """Return the spec of a layer with a norm before and after each half, as Gemma 2 and 3 have them."""
+    before_after = ("input_layernorm", "post_attention_layernorm")
+    return _spec(layer, frozen, (*before_after, "pre_feedforward_layernorm", "post_feedforward_layernorm"), 1.0, False)
+
+
+def _spec(
+    layer: nn.Module, frozen: FrozenBytes, norms: tuple[str, str, str, str], shift: float, config_window: bool
+) -> BlockSpec:
+    """Return the spec of a layer of self_attn and mlp.
+
+    norms: names of its four norms in order of use, '' where there is none. shift: 1 where norms multiply by 1 + w.
+    config_window: every layer has the config's sliding window, unless its attention says otherwise."""
     # Hugging Face's modules: torch takes any attribute of a module for a tensor or a module.
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    config = attention.config
-    activation = type(mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn)
-    if activation not in ACTIVATIONS:
-        return f"activation {activation.__name__} has no kernel"
-    if getattr(attention, "attention_dropout", 0.0) or any(m.p for m in layer.modules() if isinstance(m, nn.Dropout)):
-        return "the base model has dropout of its own"
-    if getattr(config, "use_bidirectional_attention", False):
-        return "its attention looks both ways"
+    config, activation = attention.config, _activation(mlp)
+    _check_attention(layer, attention)
 
     def norm(name: str) -> Norm | None:
         if not name:
             return None
         return Norm(FrozenTensor(frozen, f"{name}.weight"), eps_of(layer.get_submodule(name)), shift)
 
-    first, second, third, fourth = (norm(name) for name in names)
+    first, second, third, fourth = (norm(name) for name in norms)
     assert first is not None
     assert third is not None
     has_head_norms = hasattr(attention, "q_norm")
-    qkv = (
-        (attention.qkv_proj,)
-        if hasattr(attention, "qkv_proj")
-        else (attention.q_proj, attention.k_proj, attention.v_proj)
+    stacked_qkv, stacked_gate_up = hasattr(attention, "qkv_proj"), hasattr(mlp, "gate_up_proj")
+    has_window = hasattr(attention, "sliding_window") or not config_window
+    window = getattr(attention if has_window else config, "sliding_window", None)
+    return BlockSpec(
+        AttentionSpec(
+            norm=first,
+            out_norm=second,
+            q_norm=norm("self_attn.q_norm") if has_head_norms else None,
+            k_norm=norm("self_attn.k_norm") if has_head_norms else None,
+            qkv=(attention.qkv_proj,) if stacked_qkv else (attention.q_proj, attention.k_proj, attention.v_proj),
+            o=attention.o_proj,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            masking=Masking(float(attention.scaling), window, getattr(attention, "attn_logit_softcapping", None)),
+        ),
+        GatedMlpSpec(
+            norm=third,
+            out_norm=fourth,
+            gate_up=(mlp.gate_up_proj,) if stacked_gate_up else (mlp.gate_proj, mlp.up_proj),
+            down=mlp.down_proj,
+            activation=activation,
+        ),
     )
-    gate_up = (mlp.gate_up_proj,) if hasattr(mlp, "gate_up_proj") else (mlp.gate_proj, mlp.up_proj)
-    window = getattr(attention, "sliding_window", None)
-    if not hasattr(attention, "sliding_window") and type(layer).__name__ in ("MistralDecoderLayer", "Phi3DecoderLayer"):
-        window = getattr(config, "sliding_window", None)  # these give every layer the config's
-    return Anatomy(
-        attention_norm=first,
-        attention_out_norm=second,
-        mlp_norm=third,
-        mlp_out_norm=fourth,
-        q_norm=norm("self_attn.q_norm") if has_head_norms else None,
-        k_norm=norm("self_attn.k_norm") if has_head_norms else None,
-        qkv=qkv,
-        o=attention.o_proj,
-        gate_up=gate_up,
-        down=mlp.down_proj,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        masking=Masking(float(attention.scaling), window, getattr(attention, "attn_logit_softcapping", None)),
-        activation=ACTIVATIONS[activation],
-    )
+
+
+def _activation(mlp: Any) -> str:
+    """Return the kernel's name for an MLP's activation. Raises NotFusable."""
+    activation = type(mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn)
+    if activation not in ACTIVATIONS:
+        raise NotFusable(f"activation {activation.__name__} has no kernel")
+    return ACTIVATIONS[activation]
+
+
+def _check_attention(layer: nn.Module, attention: Any) -> None:
+    """Raise NotFusable where a layer draws random numbers of its own, or sees later tokens."""
+    if getattr(attention, "attention_dropout", 0.0) or any(m.p for m in layer.modules() if isinstance(m, nn.Dropout)):
+        raise NotFusable("the base model has dropout of its own")
+    if getattr(attention.config, "use_bidirectional_attention", False):
+        raise NotFusable("its attention looks both ways")
+
+
+# Class of the layer -> its spec. A new family is one entry, and a function where it differs from these.
+FAMILIES: dict[str, Callable[[nn.Module, FrozenBytes], BlockSpec]] = {
+    "LlamaDecoderLayer": plain_norms,
+    "MistralDecoderLayer": partial(plain_norms, config_window=True),
+    "Qwen2DecoderLayer": plain_norms,
+    "Qwen3DecoderLayer": plain_norms,
+    "Phi3DecoderLayer": partial(plain_norms, config_window=True),
+    "GemmaDecoderLayer": partial(plain_norms, shift=1.0),
+    "Gemma2DecoderLayer": four_norms,
+    "Gemma3DecoderLayer": four_norms,
+}

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fsdp_qlora.config.options import Config, ModelOptions
+from fsdp_qlora.config.keep import Keep
+from fsdp_qlora.config.options import Config, MemoryOptions, ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.attention import Masking, fastest
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.families import Anatomy, eps_of, recognise
-from fsdp_qlora.models.fused.block import KEEP, FusedBlock, Scratch
+from fsdp_qlora.models.families import NotFusable, eps_of, recognise
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.fused.scratch import Shared
+from fsdp_qlora.models.fused.spec import AttentionSpec, BlockSpec
 from fsdp_qlora.models.precision import Precision
 
 NO_MASKS = "fsdp_qlora_fused"  # an attention that Hugging Face builds no masks for: fused blocks know what is seen
@@ -74,60 +77,62 @@ def fuse(model: CausalModel, config: Config, device: torch.device, choose: Choos
     The blocks keep their input, until a plan says otherwise. choose: the attention backend."""
     options, memory = config.model, config.memory
     shape = (config.training.batch_size, config.data.context_length)
-    found = [recognise(block.layer, block.frozen) for block in model.blocks.values()]
-    anatomies = [anatomy for anatomy in found if isinstance(anatomy, Anatomy)]
-    reason = _obstacle(model, options, [why for why in found if isinstance(why, str)])
-    if reason:
-        if options.fused == "true":
-            raise UserError(f"fused: true is not possible: {reason}; use --fused auto")
-        if memory.use_activation_cpu_offload:
-            raise UserError(
-                f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}"
-            )
-        if memory.use_gradient_checkpointing and memory.keep_activations != "auto":
-            raise UserError(
-                f"keep_activations: {memory.keep_activations} needs fused blocks, and the model is not fused: {reason}"
-            )
-        return Fusion(0, 0, (), reason)
-    scratch, backends = Scratch(model.precision.compute, device), []
-    for block, anatomy in zip(model.blocks.values(), anatomies, strict=True):
-        backend = _attention(options, model.precision, anatomy, shape, device, choose)
+    try:
+        specs = _specs(model, options)
+    except NotFusable as why:
+        _check_unfused(options, memory, str(why))
+        return Fusion(0, 0, (), str(why))
+    shared, backends = Shared.on(device, model.precision.compute), []
+    for block, spec in zip(model.blocks.values(), specs, strict=True):
+        backend = _attention(options, model.precision, spec.attention, shape, device, choose)
         backends.append(backend)
-        block.fused = FusedBlock(anatomy, model.precision.compute, KEEP[0], scratch, backend)
+        block.fused = FusedBlock(spec, Keep.INPUT, shared, backend)
     first = next(iter(model.blocks.values()))
     assert isinstance(first.fused, FusedBlock)
     first.fused = replace(first.fused, copies_input=not model.embedding[0].on_host)
     # Where the first block trains, its backward hangs on its adapters, and it need not make a gradient of its input.
-    model.embedding[0].asks_for_gradient = all(linear.lora_A is None for linear in anatomies[0].linears)
+    model.embedding[0].asks_for_gradient = all(linear.lora_A is None for linear in specs[0].linears)
     norm = model.backbone.norm
     if isinstance(norm, nn.Module) and type(norm) is type(first.layer.input_layernorm):
-        model.final_norm = FinalNorm(norm, anatomies[0].attention_norm.shift)
+        model.final_norm = FinalNorm(norm, specs[0].attention.norm.shift)
         model.backbone.norm = nn.Identity()
     model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb)
     AttentionInterface.register(NO_MASKS, _unused)
     model.backbone.config._attn_implementation = NO_MASKS
-    projections = sum(len(anatomy.linears) for anatomy in anatomies)
-    return Fusion(len(anatomies), projections, tuple(dict.fromkeys(backends)), "")
+    projections = sum(len(spec.linears) for spec in specs)
+    return Fusion(len(specs), projections, tuple(dict.fromkeys(backends)), "")
 
 
-def _obstacle(model: CausalModel, options: ModelOptions, unknown: list[str]) -> str:
-    """Why the model cannot be fused, or ''."""
+def _check_unfused(options: ModelOptions, memory: MemoryOptions, reason: str) -> None:
+    """Raise UserError where the options ask for what only fused blocks do."""
+    if options.fused == "true":
+        raise UserError(f"fused: true is not possible: {reason}; use --fused auto")
+    if memory.use_activation_cpu_offload:
+        raise UserError(f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}")
+    if memory.use_gradient_checkpointing and memory.keep_activations != "auto":
+        raise UserError(
+            f"keep_activations: {memory.keep_activations} needs fused blocks, and the model is not fused: {reason}"
+        )
+
+
+def _specs(model: CausalModel, options: ModelOptions) -> list[BlockSpec]:
+    """Return the spec of each block. Raises NotFusable where the options or one of the blocks stand in the way."""
     if options.fused == "false":
-        return "as asked"
+        raise NotFusable("as asked")
     if options.attention == "eager":
-        return "--attention eager is Hugging Face's own"
+        raise NotFusable("--attention eager is Hugging Face's own")
     if model.precision.stream != model.precision.compute:
         stream = str(model.precision.stream).removeprefix("torch.")
-        return f"precision {options.precision} keeps a {stream} residual stream"
+        raise NotFusable(f"precision {options.precision} keeps a {stream} residual stream")
     if not isinstance(getattr(model.backbone, "rotary_emb", None), nn.Module):
-        return "the model has no rotary tables of its own"
-    return unknown[0] if unknown else ""
+        raise NotFusable("the model has no rotary tables of its own")
+    return [recognise(block.layer, block.frozen) for block in model.blocks.values()]
 
 
 def _attention(
     options: ModelOptions,
     precision: Precision,
-    anatomy: Anatomy,
+    spec: AttentionSpec,
     shape: tuple[int, int],
     device: torch.device,
     choose: Chooser,
@@ -135,8 +140,8 @@ def _attention(
     """The backend: flash-attn's own where it is asked for, else what is fastest here."""
     if options.attention == "flash_attention_2":
         return "flash_attn"
-    whole = (*shape, anatomy.heads, anatomy.kv_heads, anatomy.head_dim)
-    return choose(device, precision.compute, whole, anatomy.masking)
+    whole = (*shape, spec.heads, spec.kv_heads, spec.head_dim)
+    return choose(device, precision.compute, whole, spec.masking)
 
 
 def _unused(*args: object, **kwargs: object) -> None:

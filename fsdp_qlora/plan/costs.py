@@ -18,15 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fsdp_qlora.adapters.lora import lora_shapes
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.kernels.attention_on_meta import splitting_over
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.device import take_from
-from fsdp_qlora.kernels.lora_wide import extra, wide
+from fsdp_qlora.kernels.lora_wide import wide
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.models.causal_lm import Picked
-from fsdp_qlora.models.families import Anatomy, Norm
-from fsdp_qlora.models.fused.block import FusedBlock, Scratch
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.fused.scratch import Shared
+from fsdp_qlora.models.fused.spec import AttentionSpec, BlockSpec, GatedMlpSpec, Norm
 from fsdp_qlora.models.generic_block import FrozenLinear
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.weights.codecs import NF4, Codec, Plain
@@ -81,7 +83,7 @@ def block_bytes(facts: Facts, keep: str, offloaded: bool) -> BlockBytes:
 
 @lru_cache(4096)
 def _traced(shape: Shape, batch: int, context: int, keep: str, offloaded: bool) -> BlockBytes:
-    block = replace(_block(shape), keep=keep)
+    block = replace(_block(shape), keep=Keep.named(keep))
     if offloaded:
         return trace_parked(block, batch, context, _traced(shape, batch, context, keep, False))
     with splitting_over(shape.multiprocessors):
@@ -167,24 +169,28 @@ def _block(shape: Shape) -> FusedBlock:
         if adapted == "1":
             made[name].add_adapter(lora_shapes(*linears[name], s.rank), 1.0, s.dropout)
     norm, head_norm = (Norm(FrozenTensor(frozen, name), 1e-5, 0.0) for name in norms)
-    anatomy = Anatomy(
-        attention_norm=norm,
-        attention_out_norm=norm if s.norms_after else None,
-        mlp_norm=norm,
-        mlp_out_norm=norm if s.norms_after else None,
-        q_norm=head_norm if s.head_norms else None,
-        k_norm=head_norm if s.head_norms else None,
-        qkv=tuple(made[name] for name in qkv),
-        o=made["o"],
-        gate_up=tuple(made[name] for name in gate_up),
-        down=made["down"],
-        heads=s.heads,
-        kv_heads=s.kv_heads,
-        head_dim=s.head_dim,
-        masking=Masking(1.0),
-        activation="silu",
+    spec = BlockSpec(
+        AttentionSpec(
+            norm=norm,
+            out_norm=norm if s.norms_after else None,
+            q_norm=head_norm if s.head_norms else None,
+            k_norm=head_norm if s.head_norms else None,
+            qkv=tuple(made[name] for name in qkv),
+            o=made["o"],
+            heads=s.heads,
+            kv_heads=s.kv_heads,
+            head_dim=s.head_dim,
+            masking=Masking(1.0),
+        ),
+        GatedMlpSpec(
+            norm=norm,
+            out_norm=norm if s.norms_after else None,
+            gate_up=tuple(made[name] for name in gate_up),
+            down=made["down"],
+            activation="silu",
+        ),
     )
-    return FusedBlock(anatomy, dtype, "input", Scratch(dtype, META), s.attention)
+    return FusedBlock(spec, Keep.INPUT, Shared.on(META, dtype), s.attention)
 
 
 def _dtype(nbytes: int) -> torch.dtype:
@@ -193,23 +199,23 @@ def _dtype(nbytes: int) -> torch.dtype:
 
 def _inputs(block: FusedBlock, batch: int, context: int, meter: "_Meter") -> tuple[Tensor, list[Tensor]]:
     """(h [B, S, H], the rotary tables)."""
-    h = meter((batch, context, block.anatomy.down.out_features), block.dtype, META).requires_grad_()
-    tables = [torch.empty(context, block.anatomy.head_dim // 2, device=META) for _ in range(2)]
-    meter.loose.know([*tables, block.scratch.buffer])
+    h = meter((batch, context, block.spec.mlp.down.out_features), block.dtype, META).requires_grad_()
+    tables = [torch.empty(context, block.spec.attention.head_dim // 2, device=META) for _ in range(2)]
+    meter.loose.know([*tables, block.shared.weights.buffer])
     return h, tables
 
 
 def _gradient(block: FusedBlock, out: Tensor) -> Tensor:
     """The gradient of a block's output with room beside it, as the block after leaves it."""
     rows = out.flatten(0, 1)
-    d_wide = wide(rows.shape[0], rows.shape[1] + extra(block.projection(block.anatomy.down)), rows)
-    block.scratch.hand(d_wide)
+    d_wide = wide(rows.shape[0], rows.shape[1] + block.mlp.padding, rows)
+    block.shared.gradient.hand(d_wide)
     return d_wide
 
 
 def _let_go(block: FusedBlock) -> None:
-    block.scratch.hand(None)
-    for linear in block.anatomy.linears:
+    block.shared.gradient.forget()
+    for linear in block.spec.linears:
         for matrix in (linear.lora_A, linear.lora_B):
             if matrix is not None:
                 matrix.grad = None
@@ -308,11 +314,11 @@ class _Meter:
 
 @contextmanager
 def _metered(block: FusedBlock) -> Iterator[_Meter]:
-    linears = block.anatomy.linears
+    linears = block.spec.linears
     frozen = linears[0].weight.home
     with frozen.on_meta():
         matrices = [m for linear in linears for m in (linear.lora_A, linear.lora_B) if m is not None]
-        meter = _Meter([frozen.flat, block.scratch.buffer, *matrices])
+        meter = _Meter([frozen.flat, block.shared.weights.buffer, *matrices])
         with meter.counting():
             yield meter
 

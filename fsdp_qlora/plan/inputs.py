@@ -6,13 +6,15 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fsdp_qlora.config.keep import Keep
+
 if TYPE_CHECKING:
     from fsdp_qlora.config.options import Config
     from fsdp_qlora.distributed.world import World
     from fsdp_qlora.models.causal_lm import CausalModel
     from fsdp_qlora.models.fuse import Fusion
 
-KEEP = ("input", "halves", "attention", "qkv", "all")  # as `fused.KEEP`, which takes torch to import
+KEEP = tuple(level.label for level in Keep)
 FLOAT = 4  # bytes of float32
 LINE = 64  # numbers: rows that a fused block makes begin on whole cache lines (`kernels/lora_wide.py`, PITCH)
 RANK_ALIGN = 8  # numbers: the adapters' columns beside an input (`kernels/lora_wide.py`, ALIGN)
@@ -234,30 +236,30 @@ def _rank(*linears: Any) -> int:
     return sum(m.lora_A.shape[0] for m in linears if m.lora_A is not None)
 
 
-def _adapted(anatomies: list[Any]) -> str:
-    by_linear = zip(*(a.linears for a in anatomies), strict=True)
+def _adapted(specs: list[Any]) -> str:
+    by_linear = zip(*(spec.linears for spec in specs), strict=True)
     return "".join("1" if any(m.lora_A is not None for m in linears) else "0" for linears in by_linear)
 
 
 def _fused(model: "CausalModel", context: int) -> dict[str, Any]:
-    anatomies = [block.fused.anatomy for block in model.blocks.values()]  # type: ignore[union-attr]
-    a = anatomies[0]
+    specs = [block.fused.spec for block in model.blocks.values()]  # type: ignore[union-attr]
+    attention, mlp = specs[0].attention, specs[0].mlp
     return {
-        "hidden": a.down.out_features,
-        "inner": a.down.in_features,
-        "heads": a.heads,
-        "kv_heads": a.kv_heads,
-        "head_dim": a.head_dim,
-        "qkv_linears": len(a.qkv),
-        "gate_up_linears": len(a.gate_up),
-        "rank_qkv": max(_rank(*x.qkv) for x in anatomies),
-        "rank_o": max(_rank(x.o) for x in anatomies),
-        "rank_gate_up": max(_rank(*x.gate_up) for x in anatomies),
-        "rank_down": max(_rank(x.down) for x in anatomies),
-        "adapted": _adapted(anatomies),
-        "norms_after": a.mlp_out_norm is not None,
-        "head_norms": a.q_norm is not None,
-        "keys": sum(keys_seen(context, x.masking.window) for x in anatomies) / len(anatomies),
+        "hidden": mlp.down.out_features,
+        "inner": mlp.down.in_features,
+        "heads": attention.heads,
+        "kv_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        "qkv_linears": len(attention.qkv),
+        "gate_up_linears": len(mlp.gate_up),
+        "rank_qkv": max(_rank(*x.attention.qkv) for x in specs),
+        "rank_o": max(_rank(x.attention.o) for x in specs),
+        "rank_gate_up": max(_rank(*x.mlp.gate_up) for x in specs),
+        "rank_down": max(_rank(x.mlp.down) for x in specs),
+        "adapted": _adapted(specs),
+        "norms_after": mlp.out_norm is not None,
+        "head_norms": attention.q_norm is not None,
+        "keys": sum(keys_seen(context, x.attention.masking.window) for x in specs) / len(specs),
     }
 
 

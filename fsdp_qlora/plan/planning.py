@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.options import Config, MemoryOptions
 from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
@@ -287,7 +288,7 @@ def keep_activations(
         offload.reserve(parked)
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
-            block.fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
+            block.fused = replace(block.fused, keep=Keep.named(plan.keep), offload=offload, parks=plan.offloaded)
 
 
 def make_arena(schedule: Schedule | None, world: World) -> Arena | None:

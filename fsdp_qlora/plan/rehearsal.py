@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.kernels.device import take_from
@@ -18,7 +19,8 @@ from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.arena import Recorder
 from fsdp_qlora.memory.arena_layout import Life
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fused.block import FusedBlock, Scratch
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.plan.memory import BlockPlan
 
@@ -57,7 +59,7 @@ class _Tables(nn.Module):
     def __init__(self, block: object) -> None:
         super().__init__()
         assert isinstance(block, FusedBlock)
-        self.width = block.anatomy.head_dim // 2
+        self.width = block.spec.attention.head_dim // 2
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> list[Tensor]:
         return [torch.empty(position_ids.shape[-1], self.width, device=META) for _ in range(2)]
@@ -109,7 +111,7 @@ def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> It
     buffers = {(m, name): b for m in model.backbone.modules() for name, b in m.named_buffers(recurse=False)}
     before = {block: (block.fused, block.before_forward) for block in model.blocks.values()}
     adapters = {linear: (linear.lora_A, linear.lora_B) for linear in model.linears().values()}
-    scratch = Scratch(model.precision.compute, META)
+    shared = Shared.on(META, model.precision.compute)
     offload = ActivationOffload(META, tokens) if any(plan.offloaded for plan in blocks) else None
     state = torch.get_rng_state()
     with ExitStack() as stack:
@@ -120,8 +122,8 @@ def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> It
                 setattr(module, name, buffer.to(META))
             for block, plan in zip(model.blocks.values(), blocks, strict=True):
                 assert isinstance(block.fused, FusedBlock)
-                fused = replace(block.fused, keep=plan.keep, offload=offload, parks=plan.offloaded)
-                block.fused, block.before_forward = replace(fused, scratch=scratch), []
+                fused = replace(block.fused, keep=Keep.named(plan.keep), offload=offload, parks=plan.offloaded)
+                block.fused, block.before_forward = replace(fused, shared=shared), []
             yield offload
         finally:
             model.backbone.rotary_emb = rotary

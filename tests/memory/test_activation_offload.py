@@ -19,25 +19,27 @@ from fsdp_qlora.memory import host_link
 from fsdp_qlora.memory import pinned_pool as host_pool
 from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.pinned import page_lock
-from fsdp_qlora.models.fused.block import AttentionState, Kept, MLPState
+from fsdp_qlora.models.fused.attention import AttentionSaved
+from fsdp_qlora.models.fused.gated_mlp import GatedMlpSaved
+from fsdp_qlora.models.fused.saved import SavedBlock
 from tests.support.slow_gpu import CUDA, slow_gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 META = torch.device("meta")
 
 
-def kept_of_a_block(seed: int, width: int = 3) -> Kept:
+def kept_of_a_block(seed: int, width: int = 3) -> SavedBlock:
     generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16)
 
     tokens = 2 * width
-    attention = AttentionState(qkv=some(tokens, 16), out=some(2, width, 2, 4))
-    return Kept(some(2, width, 8), some(tokens, 8), attention, MLPState(gate_up=some(tokens, 40)[:, :36]))
+    attention = AttentionSaved(qkv=some(tokens, 16), out=some(2, width, 2, 4))
+    return SavedBlock(some(2, width, 8), some(tokens, 8), attention, GatedMlpSaved(gate_up=some(tokens, 40)[:, :36]))
 
 
-def contents(kept: Kept) -> list[torch.Tensor]:
+def contents(kept: SavedBlock) -> list[torch.Tensor]:
     return [kept._owner(name)[key].clone() for name, key in kept._slots()]
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.kernels import device
 from fsdp_qlora.memory.arena import Arena, Recorder
 from fsdp_qlora.memory.arena_layout import ALIGN, Life, most_alive, place
-from fsdp_qlora.models.fused.block import KEEP
 from fsdp_qlora.training import retry
 from tests.support import tiny
 from tests.support.runs import Options, flags, run_alone
@@ -118,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES: dict[str, tuple[str, Options]] = {
-    **{f"llama, {keep}": ("llama", {"keep_activations": keep}) for keep in KEEP},
+    **{f"llama, {keep.label}": ("llama", {"keep_activations": keep.label}) for keep in Keep},
     **{f"llama, {keep} in host memory": ("llama", {"keep_activations": keep, "use_activation_cpu_offload": True})
        for keep in ("input", "all")},
     "head norms, bf16": ("head norms", {"precision": "bf16", "keep_activations": "qkv"}),

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.plan import costs
 from fsdp_qlora.plan.costs import Shape
-from fsdp_qlora.plan.inputs import KEEP
 from fsdp_qlora.runtime.determinism import deterministic_algorithms
 
 
@@ -74,9 +74,9 @@ def test_what_a_block_keeps_and_where_changes_no_matrix_that_it_multiplies(
     """Backward multiplies the same matrices, laid out alike, and beside them some of forward's once more: whichever
     kernels cuBLAS takes, they are the same. Rank 20 leaves rows that are no whole cache lines."""
     block = costs._block(Shape(1024, 3584, 16, 4, 64, 3, 2, rank, "", False, False, "nf4", 2, dropout, "flash", 0))
-    forward, least = products(replace(block, keep="all"))
+    forward, least = products(replace(block, keep=Keep.ALL))
     assert sum(least.values()) > 10
-    for keep in KEEP:
+    for keep in Keep:
         for away in (False, True):
             offload: Any = Elsewhere() if away else None
             ours, backward = products(replace(block, keep=keep, offload=offload, parks=away))

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.options import AdapterOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.attention import Masking, possible
 from fsdp_qlora.kernels.lora_wide import PITCH, wide
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fused.block import KEEP, FusedBlock, Scratch
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.fused.scratch import PaddedGradient
 from fsdp_qlora.weights.codecs import NF4, Plain
 from tests.kernels.test_kernel_attention import flash_attn_package
 from tests.models.test_families import FAMILIES, config_of
@@ -32,6 +34,7 @@ ALL = AdapterOptions(lora_rank=4, lora_alpha=6.0)
 SOME = AdapterOptions(lora_rank=3, lora_alpha=5.0, use_rslora=True, lora_target_modules=["v_proj", "o_proj", "up_proj"])
 ONE = AdapterOptions(lora_rank=8, lora_target_modules=["layers.1.mlp.down_proj"])
 QUERIES = AdapterOptions(lora_rank=5, lora_target_modules=["q_proj", "gate_proj"])
+KEEP = [level.label for level in Keep]
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MIXED = {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 
@@ -174,7 +177,7 @@ def test_without_checkpointing_everything_is_kept():
 
     def kept(**options: object) -> set[str]:
         of.fuse(**options)
-        return {block.fused.keep for block in of.model.blocks.values()}
+        return {block.fused.keep.label for block in of.model.blocks.values()}
 
     assert kept(use_gradient_checkpointing=False) == {"all"}
     assert kept(keep_activations="halves") == {"halves"}
@@ -411,7 +414,7 @@ def test_the_activation_is_the_one_that_the_layer_has(name):
     for block in of.model.blocks.values():
         block.layer.mlp.act_fn = ACT2FN[name]  # whatever the config calls it: versions differ in which field they read
     of.fuse(fused="true")
-    assert {block.fused.anatomy.activation for block in of.model.blocks.values()} == {KERNEL_OF[name]}
+    assert {block.fused.spec.mlp.activation for block in of.model.blocks.values()} == {KERNEL_OF[name]}
 
 
 @pytest.mark.parametrize(("name", "asks"), [("Llama", False), ("one-adapter", True)])
@@ -427,23 +430,23 @@ def test_the_first_block_makes_a_gradient_of_its_input_only_where_it_does_not_tr
 
 
 def test_room_beside_a_gradient_is_taken_only_with_that_gradient():
-    scratch = Scratch(torch.float32, CPU)
+    gradient = PaddedGradient()
     d_wide = wide(6, 24 + 8, torch.empty(0))
-    scratch.hand(d_wide)
-    taken = scratch.take(d_wide[:, :24], 32)
+    gradient.hand(d_wide)
+    taken = gradient.take(d_wide[:, :24], 32)
     assert taken is not None
     assert taken.data_ptr() == d_wide.data_ptr()
-    assert scratch.take(d_wide[:, :24], 32) is None, "it was taken already"
+    assert gradient.take(d_wide[:, :24], 32) is None, "it was taken already"
     for other, columns in (
         (torch.zeros(6, 24), 32),
         (d_wide[1:, :24], 32),
         (d_wide[:4, :24], 32),
         (d_wide[:, :24], 40),
     ):
-        scratch.hand(d_wide)
-        assert scratch.take(other, columns) is None
+        gradient.hand(d_wide)
+        assert gradient.take(other, columns) is None
     bare = torch.zeros(6, 24)
-    assert scratch.take(bare, 24) is bare, "without an adapter there is nothing to leave room for"
+    assert gradient.take(bare, 24) is bare, "without an adapter there is nothing to leave room for"
 
 
 def test_tables_of_angles_stay_float32():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsdp_qlora.models.fused.block import KEEP
+from fsdp_qlora.config.keep import Keep
 from tests.models.test_families import FAMILIES, config_of
 from tests.runs.test_fidelity import CONTEXT, EXACT, ROWS, options, relative_error
 from tests.support import plain, tiny
@@ -17,7 +17,7 @@ from tests.support.runs import Run, run_alone, run_ranks
 
 GENERIC = {"fused": "false"}
 FUSED: dict[str, dict] = {
-    **{f"keep-{keep}": {"keep_activations": keep} for keep in KEEP},
+    **{f"keep-{keep.label}": {"keep_activations": keep.label} for keep in Keep},
     "no-checkpointing": {"use_gradient_checkpointing": False},
     "in-host-memory": {"keep_activations": "attention", "use_activation_cpu_offload": True},
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.memory.arena_layout import most_alive, place
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.optim.adapter_group import BLOCKS_PER_UPDATE
@@ -70,9 +71,9 @@ def test_a_block_made_of_facts_takes_what_the_models_own_takes(family: str, more
     assert isinstance(own, FusedBlock)
     for backend in ("cudnn", "flash", "flash_attn", "math"):
         for keep in KEEP:
-            here = trace(replace(own, keep=keep, backend=backend), known.batch, known.context)
+            here = trace(replace(own, keep=Keep.named(keep), backend=backend), known.batch, known.context)
             assert of(replace(known, attention=backend), keep) == here, (backend, keep)
-            away = trace_parked(replace(own, keep=keep, backend=backend), known.batch, known.context, here)
+            away = trace_parked(replace(own, keep=Keep.named(keep), backend=backend), known.batch, known.context, here)
             assert of(replace(known, attention=backend), keep, True) == away, (backend, keep)
 
 

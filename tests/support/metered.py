@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.kernels.device import launches_on_meta
@@ -88,20 +89,20 @@ def block_launches(model: CausalModel, config: Any, keep: str) -> tuple[int, int
     """Kernels that a fused block launches forward and back."""
     block = list(model.blocks.values())[-1]  # the first may copy its input
     assert isinstance(block.fused, FusedBlock)
-    fused = replace(block.fused, keep=keep)
+    fused = replace(block.fused, keep=Keep.named(keep))
     batch, context = config.training.batch_size, config.data.context_length
     with block.frozen.on_meta(), Meter() as meter:
         for _ in range(2):  # the first makes the scratch buffer as large as it will be
-            h = torch.empty(batch, context, fused.anatomy.down.out_features, dtype=fused.dtype, device=META)
-            cos, sin = (torch.empty(context, fused.anatomy.head_dim // 2, device=META) for _ in range(2))
+            h = torch.empty(batch, context, fused.spec.mlp.down.out_features, dtype=fused.dtype, device=META)
+            cos, sin = (torch.empty(context, fused.spec.attention.head_dim // 2, device=META) for _ in range(2))
             d_wide = torch.empty(batch * context, 2 * h.shape[-1], dtype=h.dtype, device=META)
             meter.mark()
             out = fused(h.requires_grad_(), cos, sin)
             forward = meter.launches
-            fused.scratch.hand(d_wide)
+            fused.shared.gradient.hand(d_wide)
             out.backward(d_wide[:, : h.shape[-1]].view(out.shape))
             backward = meter.launches - forward
-            fused.scratch.hand(None)
+            fused.shared.gradient.forget()
             for m in block.linears().values():
                 m.lora_A.grad = m.lora_B.grad = None
     return forward, backward

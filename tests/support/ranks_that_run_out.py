@@ -27,7 +27,8 @@ import torch
 import train
 from fsdp_qlora.memory import activation_offload as offload
 from fsdp_qlora.models import causal_lm as model
-from fsdp_qlora.models.fused import block as fused
+from fsdp_qlora.models.fused import attention, gated_mlp
+from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.optim.gradient_reduction import GradientReduction
 from fsdp_qlora.optim.master_weights import Masters
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
@@ -43,9 +44,9 @@ LIBRARY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(han
 
 # name -> (where it is looked up, its name there, whether memory runs out after it has done its work)
 PLACES: dict[str, tuple[Any, str, bool]] = {
-    "forward": (fused.FusedBlock, "mlp_forward", False),  # once a block and micro-batch
-    "backward": (fused.FusedBlock, "attention_backward", False),
-    "backward's end": (fused.FusedBlock, "attention_backward", True),  # with gradients handed over, and not taken
+    "forward": (gated_mlp.GatedMlpHalf, "forward", False),  # once a block and micro-batch
+    "backward": (attention.AttentionHalf, "backward", False),
+    "backward's end": (FusedBlock, "input_gradient", True),  # with gradients handed over, and not taken
     "head": (model, "linear_cross_entropy", True),
     "offloading": (offload.ActivationOffload, "park", True),
     "restoring": (offload.ActivationOffload, "fetch", True),
@@ -53,7 +54,7 @@ PLACES: dict[str, tuple[Any, str, bool]] = {
     "reduced gradients": (GradientReduction, "_accumulate", False),  # after the exchange has begun
     "sums": (ShardedAdapters, "gather_numbers", False),
     "update": (Masters, "unfold", False),
-    "cuBLAS": (fused, "glu_forward", True),
+    "cuBLAS": (gated_mlp, "glu_forward", True),
 }
 
 

@@ -11,9 +11,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.families import Anatomy, Norm
-from fsdp_qlora.models.fused.block import FusedBlock, Scratch
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.fused.scratch import Shared
+from fsdp_qlora.models.fused.spec import BlockSpec, Norm
 from fsdp_qlora.models.generic_block import FrozenLinear
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD
@@ -54,16 +56,14 @@ def _host_seconds(call: Callable[[], object], rounds: int) -> float:
 
 def standing(block: FusedBlock, device: torch.device) -> FusedBlock:
     """A block like a model's, which is still on the meta device, over zero bytes and zero adapters of its own."""
-    anatomy = block.anatomy
-    frozen = FrozenBytes(anatomy.o.weight.home.layout)
+    frozen = FrozenBytes(block.spec.attention.o.weight.home.layout)
     words = torch.zeros(frozen.layout.nbytes // 4, device=device)
     frozen.flat = nn.Parameter(words, requires_grad=False)
-    return replace(
-        block, anatomy=_moved(anatomy, frozen, device), keep="input", scratch=Scratch(block.dtype, device), offload=None
-    )
+    spec, shared = _moved(block.spec, frozen, device), Shared.on(device, block.dtype)
+    return replace(block, spec=spec, keep=Keep.INPUT, shared=shared, offload=None)
 
 
-def _moved(anatomy: Anatomy, frozen: FrozenBytes, device: torch.device) -> Anatomy:
+def _moved(spec: BlockSpec, frozen: FrozenBytes, device: torch.device) -> BlockSpec:
     def norm(old: Norm | None) -> Norm | None:
         return None if old is None else replace(old, weight=FrozenTensor(frozen, old.weight.name))
 
@@ -77,19 +77,25 @@ def _moved(anatomy: Anatomy, frozen: FrozenBytes, device: torch.device) -> Anato
             new.scale, new.dropout = old.scale, old.dropout
         return new
 
-    first, third = norm(anatomy.attention_norm), norm(anatomy.mlp_norm)
+    attention, mlp = spec.attention, spec.mlp
+    first, third = norm(attention.norm), norm(mlp.norm)
     assert first is not None
     assert third is not None
-    return replace(
-        anatomy,
-        attention_norm=first,
-        attention_out_norm=norm(anatomy.attention_out_norm),
-        mlp_norm=third,
-        mlp_out_norm=norm(anatomy.mlp_out_norm),
-        q_norm=norm(anatomy.q_norm),
-        k_norm=norm(anatomy.k_norm),
-        qkv=tuple(linear(m) for m in anatomy.qkv),
-        o=linear(anatomy.o),
-        gate_up=tuple(linear(m) for m in anatomy.gate_up),
-        down=linear(anatomy.down),
+    return BlockSpec(
+        replace(
+            attention,
+            norm=first,
+            out_norm=norm(attention.out_norm),
+            q_norm=norm(attention.q_norm),
+            k_norm=norm(attention.k_norm),
+            qkv=tuple(linear(m) for m in attention.qkv),
+            o=linear(attention.o),
+        ),
+        replace(
+            mlp,
+            norm=third,
+            out_norm=norm(mlp.out_norm),
+            gate_up=tuple(linear(m) for m in mlp.gate_up),
+            down=linear(mlp.down),
+        ),
     )

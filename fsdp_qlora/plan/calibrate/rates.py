@@ -117,8 +117,8 @@ def _measure(facts: Facts, model: CausalModel, world: World) -> Rates:
 
 
 def _masking(model: CausalModel) -> Masking:
-    anatomy = getattr(next(iter(model.blocks.values())).fused, "anatomy", None)
-    return Masking(1.0) if anatomy is None else anatomy.masking
+    spec = getattr(next(iter(model.blocks.values())).fused, "spec", None)
+    return Masking(1.0) if spec is None else spec.attention.masking
 
 
 def _driver() -> str:
