@@ -31,9 +31,9 @@ from fsdp_qlora.plan.plan import Budget
 from fsdp_qlora.plan.planning import HOST_SHARE, Planned, fastest_of, micro_batches, sending
 from fsdp_qlora.report.machine import rates_line
 from fsdp_qlora.report.startup import describe
-from fsdp_qlora.run import make_recipe
 from fsdp_qlora.runtime.determinism import deterministic_algorithms
 from fsdp_qlora.runtime.launcher import read_launch
+from fsdp_qlora.session import make_recipe
 from fsdp_qlora.units import GIB
 from fsdp_qlora.weights.choose import open_weights
 from fsdp_qlora.weights.dummy import Dummy

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.errors import OR_ELSEWHERE, UserError
+from fsdp_qlora.units import GIB
+
 _others: dict[str, int] = {}  # by the card's UUID, bytes in use before this process had a context
 
 
@@ -49,3 +52,25 @@ def outside_bytes(device: torch.device) -> int:
     now = used_by_card()
     used = now[card] - _others[card] if card in now and card in _others else total - free
     return max(0, used - torch.cuda.memory_reserved(device))
+
+
+def cap_gpu_memory(gib: float | None, device: torch.device) -> None:
+    """Let PyTorch allocate no more than `gib` on a rank's GPU."""
+    if gib is None:
+        return
+    if device.type != "cuda":
+        raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}")
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    if gib > total:
+        raise UserError(
+            f"gpu_memory_gib: {gib:g} is more than the card has ({total:.1f} GiB); leave it away or lower it"
+        )
+    torch.cuda.set_per_process_memory_fraction(gib / total, device)
+
+
+def hold_to_card(gib: float | None, device: torch.device) -> None:
+    """Let PyTorch allocate `gib` less what else this process holds on its GPU."""
+    if gib is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        allowed = gib * GIB - outside_bytes(device)
+        torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, allowed / total)), device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,14 +11,11 @@ from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fuse import Fusion
-from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.placement.base import Placement
-from fsdp_qlora.placement.choose import choose_placement
 from fsdp_qlora.plan.plan import Plan
-from fsdp_qlora.plan.planning import keep_activations, plan_run
-from fsdp_qlora.run import build_model, choose_compute, load_model
-from fsdp_qlora.weights.choose import open_weights
+from fsdp_qlora.plan.planning import keep_activations
+from fsdp_qlora.session import choose_compute, prepare
 from tests.support.runs import Options, flags
 
 
@@ -74,12 +71,10 @@ def built(options: Options) -> Iterator[Built]:
 def build_in(world: World, options: Options, change: Callable[[Plan], Plan] = lambda plan: plan) -> Built:
     """change: what to do otherwise than planned."""
     config = parse(flags(options))
-    hf_config = read_config(config.model.model_name, config.model.revision)
-    precision, attention = choose_compute(config, hf_config, world)
-    weights = open_weights(config.model, precision.stream)
-    model, fusion, weights = build_model(config, hf_config, weights, precision, attention, world)
-    plan = change(plan_run(model, config, fusion, config.data.context_length, world).plan)
-    placement = choose_placement(plan, config.memory, world)
-    keep_activations(model, plan.blocks, config.training.batch_size * config.data.context_length, world.device)
-    adapters = load_model(config, model, weights, placement, world)
-    return Built(model, adapters, placement, fusion, world)
+    session = prepare(config, world, choose_compute(config, world), config.data.context_length)
+    plan = change(session.planned.plan)
+    session = replace(session, planned=replace(session.planned, plan=plan))
+    placement = session.place()
+    most_tokens = config.training.batch_size * config.data.context_length
+    keep_activations(session.model, plan.blocks, most_tokens, world.device)
+    return Built(session.model, session.load(placement), placement, session.fusion, world)

@@ -1,0 +1,167 @@
+"""A model put together for a run: its compute chosen, built, planned, then loaded where the plan places it.
+
+The stages are apart: a plan ends before the weights are read, and a run sets what blocks keep before they are loaded.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from fsdp_qlora.adapters.table import choose_adapter
+from fsdp_qlora.config.options import Config, MemoryOptions
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.exchange.choose import check_exchange, choose_exchange
+from fsdp_qlora.models.causal_lm import CausalModel, Recipe, assemble
+from fsdp_qlora.models.fitting import fit, has_its_own_head, left_over
+from fsdp_qlora.models.fuse import Fusion, fuse
+from fsdp_qlora.models.precision import Precision, precision_of
+from fsdp_qlora.models.skeleton import Attention, build, choose_attention, quantization_of, read_config
+from fsdp_qlora.optim.optimizers import check_optimizer
+from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
+from fsdp_qlora.placement.base import Placement, check_bytes
+from fsdp_qlora.placement.choose import choose_placement
+from fsdp_qlora.placement.load import check_names, load
+from fsdp_qlora.plan.planning import Planned, micro_batches, plan_run
+from fsdp_qlora.runtime.background import beside
+from fsdp_qlora.runtime.gpu_memory import cap_gpu_memory
+from fsdp_qlora.weights.choose import open_weights
+from fsdp_qlora.weights.codecs import Codec, Plain, choose_codec, is_quantized
+from fsdp_qlora.weights.hub import OnHub
+from fsdp_qlora.weights.source import Weights
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A model's config.json, and what this rank's device computes the model in and with."""
+
+    hf_config: PretrainedConfig
+    precision: Precision
+    attention: Attention  # of blocks that are not fused
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model that is built and planned. Its weights are not read yet: a run can still end before a download."""
+
+    config: Config  # with the micro-batch that was planned
+    world: World
+    compute: Compute
+    model: CausalModel
+    fusion: Fusion
+    weights: Weights  # under the model's own names
+    planned: Planned
+
+    def place(self) -> Placement:
+        """Return the plan's placement, for `load`. A collective."""
+        plan, memory = self.planned.plan, self.config.memory
+        return self.world.together(lambda: choose_placement(plan, memory, self.world, self.planned.link_rate))
+
+    def load(self, placement: Placement) -> ShardedAdapters:
+        """Read the frozen weights to where `placement` wants them; return the adapters that train. A collective.
+
+        Raises UserError on every rank alike, before anything is read, if the checkpoint is not this model's."""
+        model, world = self.model, self.world
+        world.first_on_node(lambda: check_names(model, self.weights))
+        adapters = ShardedAdapters(model, world, self.config, draw=False)
+        placement.prepare(model)  # page-locks host memory from here on
+        drawn = beside(adapters.draw, world.device)
+        adapters.exchange = choose_exchange(adapters.largest, self.config.memory, world)
+        load(model, self.weights, placement, world)
+        check_bytes(model, placement)
+        drawn.result()
+        return adapters
+
+
+def choose_compute(config: Config, world: World) -> Compute:
+    """Read the model's config and choose what computes it, with the options checked against this rank's device.
+
+    A collective. Limits how much of the device's memory may be allocated from now on."""
+    options = config.model
+    hf_config = world.first_on_node(lambda: read_config(options.model_name, options.revision))
+
+    def choose() -> Compute:
+        cap_gpu_memory(config.memory.gpu_memory_gib, world.device)
+        precision = precision_of(options.precision, world.device)
+        return Compute(hf_config, precision, choose_attention(options.attention, hf_config, precision, world.device))
+
+    compute = world.together(choose)
+    world.together(lambda: check_optimizer(config.training, world.device))
+    world.together(lambda: check_exchange(config.memory, world))
+    return compute
+
+
+def prepare(
+    config: Config, world: World, compute: Compute, longest: int, done: Callable[[str], None] = lambda stage: None
+) -> Session:
+    """Return the model of `config`, built and planned. A collective. Raises UserError on every rank alike.
+
+    longest: tokens of the longest row. done: told of each stage that has ended."""
+    weights = world.together(lambda: open_weights(config.model, compute.precision.stream))
+    model, fusion, weights = build_model(micro_batches(config)[0], compute, weights, world)
+    done("model")
+    planned = plan_run(model, config, fusion, longest, world)
+    done("plan")
+    return Session(planned.config, world, compute, model, fusion, weights, planned)
+
+
+def build_model(
+    config: Config,
+    compute: Compute,
+    weights: Weights,
+    world: World,
+) -> tuple[CausalModel, Fusion, Weights]:
+    """Return the model without its weights, the result of fusing its blocks, and the weights under its own names.
+
+    A collective. Raises UserError on every rank alike."""
+    skeleton = world.together(lambda: build(compute.hf_config, compute.precision, compute.attention.name))
+    fitted = world.first_on_node(lambda: fit(skeleton, weights))
+    own_head = world.agree(lambda: has_its_own_head(skeleton, fitted))
+    recipe = world.together(lambda: make_recipe(config, compute.hf_config, fitted, compute.precision, own_head, world))
+    for line in left_over(skeleton, fitted, own_head):
+        world.say(line)
+    model = world.together(lambda: assemble(skeleton, recipe, config.adapter))
+    for module in model.backbone.modules():  # rotary tables, which not every family moves to its input's device
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(world.device))
+    if not isinstance(weights, OnHub):  # a download waits until all else is known to be right
+        world.together(lambda: check_names(model, fitted))
+    return model, world.together(lambda: fuse(model, config, world.device)), fitted
+
+
+def make_recipe(
+    config: Config,
+    hf_config: PretrainedConfig,
+    weights: Weights,
+    precision: Precision,
+    own_head: bool,
+    world: World,
+) -> Recipe:
+    """Return how the options and the checkpoint say that the model's pieces are made."""
+    return Recipe(
+        precision,
+        codec_chooser(config, hf_config, weights, precision),
+        checkpointing_kind(config.memory),
+        shards=world.size,  # also if the placement shards nothing: the padding is a few hundred bytes
+        host_embedding=world.device.type == "cuda",
+        own_head=own_head,
+        is_quantized=lambda name: is_quantized(name, weights.names()),
+        buffers=weights.names() is not None,
+        adapter=choose_adapter(config.model.train_type),
+    )
+
+
+def codec_chooser(
+    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision
+) -> Callable[[str], Codec]:
+    """Return checkpoint name of a linear's weight -> its codec. A quantized checkpoint may hold some unquantized."""
+    codec, prequantized = choose_codec(config.model, quantization_of(hf_config), precision.compute)
+    plain = Plain(precision.compute)
+    return lambda name: codec if not prequantized or is_quantized(name, weights.names()) else plain
+
+
+def checkpointing_kind(options: MemoryOptions) -> str | None:
+    """Return the kind of activation checkpointing that blocks are built with."""
+    if not options.use_gradient_checkpointing:
+        return None
+    return "reentrant" if options.reentrant_checkpointing else "non_reentrant"
