@@ -1,3 +1,3 @@
-"""What a run leaves for other programs: a PEFT adapter and its tokenizer."""
+"""Results of a run in the form of other programs: a PEFT adapter and its tokenizer."""
 
 __all__ = ["peft"]

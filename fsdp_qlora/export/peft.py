@@ -1,4 +1,4 @@
-"""What a run leaves behind: a LoRA adapter that `PeftModel.from_pretrained` opens, and its tokenizer."""
+"""A run's result: an adapter that `PeftModel.from_pretrained` opens, and its tokenizer."""
 
 import json
 import os
@@ -22,11 +22,11 @@ ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 class TokenizerNotSaved(TrainingStopped):
-    """The adapter is where it should be; only the tokenizer beside it is not."""
+    """The adapter is saved, but not its tokenizer."""
 
 
 def check_space(folder: Path, adapter_parameters: int) -> None:
-    """Raises UserError where the adapter that a run will leave is larger than what is free in its folder."""
+    """Raise UserError if the disk of `folder` has less free space than the adapter will take."""
     needed, free = 4 * adapter_parameters, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
@@ -42,9 +42,9 @@ def save_adapter_somewhere(
     config: Config,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """As `save_adapter`; where that fails, hours of work go to the system's temporary folder.
+    """Save as `save_adapter`; if that fails, in the system's temporary folder, so that hours of work are not lost.
 
-    Raises TrainingStopped in that case too, saying where the adapter is."""
+    Raises TrainingStopped in that case too, with the folder that the adapter is in."""
     try:
         save_adapter(folder, tensors, linears, config, tokenizer)
     except TokenizerNotSaved:
@@ -66,10 +66,10 @@ def save_adapter(
     config: Config,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Path:
-    """Write the adapter (float32, PEFT's names), its config and the tokenizer to `folder`; the adapter's path.
+    """Write the adapter (float32, PEFT's names), its config and the tokenizer to `folder`; return the adapter's path.
 
     tensors: `path.lora_A` and `path.lora_B` by path in the Hugging Face model. linears: the paths of all linears.
-    Each file appears whole or not at all. Raises TrainingStopped where the disk is full or gone.
+    Each file appears whole or not at all. Raises TrainingStopped if the disk is full or gone.
     """
     kind, named, paths = choose_adapter(config.model.train_type), {}, []
     for name, tensor in tensors.items():
@@ -93,7 +93,7 @@ def save_adapter(
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the tokenizer's files, each whole or not at all. Raises TokenizerNotSaved where that cannot be done."""
+    """Write the tokenizer's files, each whole or not at all. Raises TokenizerNotSaved on any failure."""
     part = folder / f".tokenizer.{os.getpid()}"
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -116,22 +116,24 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def saved_since(folder: Path, moment: float) -> bool:
-    """Whether somebody has saved an adapter in `folder`, or begun to, since `moment` (of time.time)."""
+    """Return whether an adapter in `folder` was saved, or begun to be, since `moment` (of time.time)."""
     for file in folder.glob(f"*{ADAPTER}*"):
-        with suppress(FileNotFoundError):  # renamed meanwhile: it has another name in this list, or in the next one
+        with suppress(
+            FileNotFoundError
+        ):  # renamed meanwhile: it is in this list, or in the next one, under its new name
             if file.stat().st_mtime >= moment:
                 return True
     return (folder / ADAPTER).exists() and (folder / ADAPTER).stat().st_mtime >= moment
 
 
 def _whole(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `target`, reach the disk, then rename: an old file stays until the new one is complete."""
+    """Write a temporary file, sync it to the disk, then rename: an old file stays until the new one is complete."""
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         part.touch()
         mode = part.stat().st_mode
         write(part)
-        part.chmod(mode)  # safetensors makes files that nobody but their owner can read
+        part.chmod(mode)  # safetensors makes files that only their owner can read
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(target)

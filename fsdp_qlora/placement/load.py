@@ -1,6 +1,6 @@
-"""Fills a model's frozen bytes: unit by unit, each read and encoded by one rank, handed to all, and kept as placed.
+"""Loading of a model's frozen bytes, unit by unit: read and encoded by one rank, broadcast to all, then placed.
 
-Never more than a few units are in flight, so the peak of host memory is the frozen bytes' own place plus a few blocks.
+Never more than a few units are in flight, so the peak of host memory is the placement's own plus a few blocks.
 """
 
 import time
@@ -36,30 +36,30 @@ def expected_tensors(unit: Unit, weights: Weights) -> dict[str, Shape]:
 
 
 def check_names(model: CausalModel, weights: Weights) -> None:
-    """Raises UserError, before anything is read, naming tensors that are missing or of another shape."""
+    """Raise UserError, before anything is read, naming tensors that are missing or of another shape."""
     weights.check({name: shape for unit in model.units for name, shape in expected_tensors(unit, weights).items()})
 
 
 def load(model: CausalModel, weights: Weights, placement: Placement, world: World) -> None:
-    """Read, encode and place every unit. Collective: ranks take turns unit by unit and encode at the same time."""
+    """Read, encode and place every unit. A collective: each rank encodes every n-th unit, all at the same time."""
     units, start = model.units, time.perf_counter()
     bar = tqdm(total=len(units), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
-    mine = units[world.rank :: world.size]
-    with ThreadPoolExecutor(1) as ahead:
-        reading = [ahead.submit(_read, mine[0], weights, world.device)] if mine else []
+    own = units[world.rank :: world.size]
+    with ThreadPoolExecutor(1) as prefetch:
+        reading = [prefetch.submit(_read, own[0], weights, world.device)] if own else []
 
         def next_encoded(turn: int) -> Tensor | None:
-            if turn >= len(mine):
+            if turn >= len(own):
                 return None
             tensors = reading.pop().result()
-            if turn + 1 < len(mine):  # the disk works while this rank encodes and the others send
-                reading.append(ahead.submit(_read, mine[turn + 1], weights, world.device))
-            return encode(mine[turn], tensors, world.device)
+            if turn + 1 < len(own):  # the disk reads while this rank encodes and broadcasts
+                reading.append(prefetch.submit(_read, own[turn + 1], weights, world.device))
+            return encode(own[turn], tensors, world.device)
 
         for turn, first in enumerate(range(0, len(units), world.size)):
             encoded = world.together(partial(next_encoded, turn))
             for source, unit in enumerate(units[first : first + world.size]):
-                whole = _hand_round(unit, encoded if source == world.rank else None, source, world)
+                whole = _broadcast(unit, encoded if source == world.rank else None, source, world)
                 unit.frozen.expected = checksum(whole)
                 world.together(partial(placement.store, unit, whole))
                 bar.update()
@@ -70,7 +70,7 @@ def load(model: CausalModel, weights: Weights, placement: Placement, world: Worl
 
 
 def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """uint8 [nbytes] on `device`: the unit's bytes, from the checkpoint's tensors."""
+    """Return the unit's bytes, uint8 [nbytes] on `device`, from the checkpoint's tensors."""
     layout = unit.frozen.layout
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
     for entry, source in unit.sources.items():
@@ -94,7 +94,9 @@ def _encoded(form: Entry, source: str, tensors: Mapping[str, Tensor], device: to
 
 
 def _all_finite(weight: Tensor) -> bool:
-    """NaN is both the least and the greatest. `isfinite` of the weight would take 2.5 times its memory."""
+    """Return whether a weight has neither NaN, which is both its minimum and maximum, nor infinity.
+
+    `isfinite` of the weight would take 2.5 times its memory."""
     return bool(torch.stack(weight.aminmax()).isfinite().all())
 
 
@@ -102,7 +104,7 @@ def _read(unit: Unit, weights: Weights, device: torch.device) -> dict[str, Tenso
     return weights.read(expected_tensors(unit, weights), device)
 
 
-def _hand_round(unit: Unit, encoded: Tensor | None, source: int, world: World) -> Tensor:
+def _broadcast(unit: Unit, encoded: Tensor | None, source: int, world: World) -> Tensor:
     if world.size == 1:
         assert encoded is not None
         return encoded

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: which of them hold weights, their tensors by name, and what only looks like one."""
+"""Files of a checkpoint: those that hold weights, their tensors by name, and folders that hold something else."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fsdp_qlora.errors import UserError, first_line
 
-# In transformers' order: the first that is there is read.
+# In transformers' order: the first that exists is read.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -32,7 +32,7 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A .safetensors file. Opened anew for each tensor: a handle is not for several threads."""
+    """A .safetensors file, opened for each tensor: threads cannot share a handle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class SafetensorsFile:
 
 
 class PickledFile:
-    """A PyTorch .bin file: mapped, and unpickled as tensors alone. Files from before PyTorch 1.6 are read whole."""
+    """A PyTorch .bin file, mapped and unpickled as tensors alone. Files from before PyTorch 1.6 are read whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +98,7 @@ def open_file(path: Path) -> TensorFile:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights. Raises UserError where some or all of them are not there."""
+    """Return the files that hold a folder's weights. Raises UserError if any of them is missing."""
     for single, index in ((SINGLE, INDEX), (PICKLED, PICKLED_INDEX)):
         if (folder / single).is_file():
             return [folder / single]
@@ -134,7 +134,7 @@ def _listed(folder: Path, index: str) -> list[Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError where a folder holds an adapter or git-lfs pointers instead of a model."""
+    """Raise UserError if a folder holds an adapter or git-lfs pointers instead of a model."""
     if (folder / ADAPTER_CONFIG).is_file():
         base = _base_of(folder / ADAPTER_CONFIG)
         if (folder / "config.json").is_file():
@@ -171,5 +171,5 @@ def _is_lfs_pointer(file: Path) -> bool:
 
 
 def some(names: list[str], most: int = 8) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names, and the number of the rest."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

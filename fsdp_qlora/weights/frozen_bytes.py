@@ -29,7 +29,7 @@ class Location:
 
 
 class FrozenBytes(nn.Module):
-    """The buffer of one block, as ONE flat parameter that FSDP2 can shard: float32 is only the wrapping of the bytes.
+    """The buffer of one block, as ONE flat parameter that FSDP2 can shard: float32 words only wrap the bytes.
 
     FSDP2 of torch 2.11 refuses uint8 parameters, and on a GPU its gather rewrites every bfloat16 NaN to 0x7fff, which
     are codes and scales here. float32 words pass through unchanged. So that no version, backend or driver can change

@@ -65,7 +65,7 @@ class CheckpointCodec(Codec, Protocol):
 
 
 class CodecFamily(ABC):
-    """Codecs of one kind. The defaults are those of a kind in which no checkpoint is published."""
+    """The codecs of one kind. The defaults are for a kind in which no checkpoints are published."""
 
     @abstractmethod
     def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:

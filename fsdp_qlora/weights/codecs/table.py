@@ -1,4 +1,4 @@
-"""The codecs by name, and what is asked of all of them: which one a run takes, and in which a checkpoint is stored."""
+"""The codecs by name; the choice of a run's codec; recognition of quantized weights in a checkpoint."""
 
 from collections.abc import Mapping, Set
 from typing import Any
