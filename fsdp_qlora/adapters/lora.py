@@ -25,8 +25,14 @@ class LoRA:
         return lora_shapes(out_features, in_features, options.lora_rank)
 
     def initialize(self, values: Tensor, path: str, parameter: str, seed: int) -> None:
-        if parameter == "lora_A":  # lora_B stays zero
-            draw_(values, path, seed)
+        """Draw `lora_A` as PEFT does, Kaiming-uniform with a = sqrt(5). `lora_B` stays zero.
+
+        Each linear has a generator of its own."""
+        if parameter == "lora_A":
+            generator = Generator().manual_seed(linear_seed(seed, path))
+            # kaiming_uniform_(a=sqrt(5)): gain sqrt(1/3), bound gain * sqrt(3 / fan_in)
+            bound = 1 / math.sqrt(values.shape[1])
+            values.uniform_(-bound, bound, generator=generator)
 
     def peft_name(self, path: str, parameter: str) -> str:
         return f"base_model.model.{path}.{parameter}.weight"
@@ -48,16 +54,6 @@ class LoRA:
             inference_mode=True,
         ).to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-
-
-def draw_(a_RI: Tensor, path: str, seed: int) -> None:
-    """Draw a linear's `lora_A`, float32 on the CPU, as PEFT does: Kaiming-uniform with a = sqrt(5).
-
-    Each linear has its own generator, seeded by `seed` and its path.
-    """
-    generator = Generator().manual_seed(linear_seed(seed, path))
-    bound = 1 / math.sqrt(a_RI.shape[1])  # kaiming_uniform_(a=sqrt(5)): gain sqrt(1/3), bound gain * sqrt(3 / fan_in)
-    a_RI.uniform_(-bound, bound, generator=generator)
 
 
 def linear_seed(seed: int, path: str) -> int:

@@ -14,7 +14,6 @@ from fsdp_qlora.models.generic_block import Block, FrozenLinear
 from fsdp_qlora.optim.master_weights import Masters
 
 BLOCKS_PER_UPDATE = 4  # blocks whose master weights are updated together
-MATRICES = ("lora_A", "lora_B")
 
 
 @dataclass(eq=False)
@@ -25,7 +24,9 @@ class AdapterGroup:
     shard: Tensor  # this rank's slice of `working`, [padded / ranks]
     masters: Masters  # master weights of this rank's slices of a few blocks
     index: int  # of this block among them
-    names: list[str] = field(default_factory=list)  # PEFT's order: linear by linear, lora_A before lora_B
+    names: list[str] = field(
+        default_factory=list
+    )  # linear by linear, `path.lora_A` and so on in the order of the adapter's parameters
     params: list[nn.Parameter] = field(default_factory=list)  # as `names`
     # Of this rank's slice, float32 [padded / ranks], from the block's backward to `zero_grad`. Between the passes,
     # where the blocks save most, there is none.
@@ -69,7 +70,10 @@ class AdapterGroup:
 def make_groups(model: CausalModel, world: World) -> dict[str, AdapterGroup]:
     """Return path -> group, of each block with adapters. Their parameters become the model's; all values are zero."""
     adapted = {path: linears for path, block in model.blocks.items() if (linears := _adapted(path, block))}
-    sizes = [sum(p.numel() for linear in linears.values() for p in _matrices(linear)) for linears in adapted.values()]
+    sizes = [
+        sum(p.numel() for m in linears.values() for p in m.adapter_parameters().values())
+        for linears in adapted.values()
+    ]
     buffers = _buffers(sizes, model.precision.compute, world)
     groups = {}
     for (path, linears), (working, masters, index) in zip(adapted.items(), buffers, strict=True):
@@ -93,18 +97,14 @@ def _make_parameters(group: AdapterGroup, linears: dict[str, FrozenLinear]) -> N
     """Replace the adapters of the linears, on the meta device, by views of the group's working copy."""
     offset = 0
     for path, linear in linears.items():
-        for matrix, meta in zip(MATRICES, _matrices(linear), strict=True):
+        for name, meta in linear.adapter_parameters().items():
             parameter = nn.Parameter(group.working[offset : offset + meta.numel()].view(meta.shape))
-            setattr(linear, matrix, parameter)
-            group.names.append(f"{path}.{matrix}")
+            setattr(linear, name, parameter)
+            group.names.append(f"{path}.{name}")
             group.params.append(parameter)
             offset += meta.numel()
 
 
 def _adapted(path: str, block: Block) -> dict[str, FrozenLinear]:
     """Return path -> linear, of those that have an adapter."""
-    return {f"{path}.{name}": linear for name, linear in block.linears().items() if linear.lora_A is not None}
-
-
-def _matrices(linear: FrozenLinear) -> list[nn.Parameter]:
-    return [getattr(linear, matrix) for matrix in MATRICES]
+    return {f"{path}.{name}": linear for name, linear in block.linears().items() if linear.adapter_parameters()}

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters.lora import draw_
+from fsdp_qlora.adapters.base import AdapterKind
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.exchange.base import Exchange
 from fsdp_qlora.optim.adapter_group import AdapterGroup
@@ -16,13 +16,13 @@ from fsdp_qlora.runtime.launcher import usable_cores
 DRAWING_THREADS = 8  # at most
 
 
-def draw_values(groups: Sequence[AdapterGroup], seed: int, world: World) -> None:
+def draw_values(groups: Sequence[AdapterGroup], kind: AdapterKind, seed: int, world: World) -> None:
     """Give every adapter its first values. Threads draw them, a few blocks at a time."""
     count = max(1, min(DRAWING_THREADS, usable_cores(None) // world.local_size))
     with ThreadPoolExecutor(count) as pool:
         for first in range(0, len(groups), count):
             some = groups[first : first + count]
-            for group, flat in zip(some, pool.map(lambda group: _drawn(group, seed), some), strict=True):
+            for group, flat in zip(some, pool.map(lambda group: _drawn(group, kind, seed), some), strict=True):
                 group.fill(flat, world)
 
 
@@ -59,13 +59,12 @@ def copy_working(groups: Sequence[AdapterGroup], device: torch.device) -> dict[s
     return tensors
 
 
-def _drawn(group: AdapterGroup, seed: int) -> Tensor:
+def _drawn(group: AdapterGroup, kind: AdapterKind, seed: int) -> Tensor:
     """Return the first values of a block's adapters, float32 [padded] on the CPU."""
     flat = torch.zeros(group.working.numel())
     for name, view in group.named_views(flat):
-        path, _, matrix = name.rpartition(".")
-        if matrix == "lora_A":
-            draw_(view, path, seed)
+        path, _, parameter = name.rpartition(".")
+        kind.initialize(view, path, parameter, seed)
     return flat
 
 

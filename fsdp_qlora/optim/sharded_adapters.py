@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.exchange.base import Exchange
@@ -37,6 +38,7 @@ class ShardedAdapters:
     def __init__(self, model: CausalModel, world: World, config: Config, draw: bool = True) -> None:
         """Replace the model's adapters. draw: give them their first values; else all are zero until `draw`."""
         self.world, self._seed = world, config.training.seed
+        self._kind = choose_adapter(config.model.train_type)
         self._update_begins: torch.cuda.Event | None = None  # of the last `update`
         self.rescue = Rescue(world)
         by_path = make_groups(model, world)
@@ -148,7 +150,7 @@ class ShardedAdapters:
 
     def draw(self) -> None:
         """Give every adapter its first values. Safe from any thread."""
-        draw_values(self.groups, self._seed, self.world)
+        draw_values(self.groups, self._kind, self._seed, self.world)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set every adapter from `path.lora_A` -> matrix, as `named_tensors` gives them."""
