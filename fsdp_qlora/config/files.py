@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.config.option import Raw
 from fsdp_qlora.config.options import GROUPS, OPTIONS, Config
 from fsdp_qlora.config.rules import without_effect
@@ -58,15 +59,8 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
                 line = f"{name}: {_yaml_text(values[name])}"
                 lines.append(f"# {line}  # no effect: to use it, {idle[name].remedy}" if name in idle else line)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _yaml_text(value: Any) -> str:

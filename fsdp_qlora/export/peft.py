@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.adapters.targets import peft_targets
+from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.errors import TrainingStopped, UserError
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import GIB, as_gib
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -30,7 +30,7 @@ def check_space(folder: Path, adapter_parameters: int) -> None:
     needed, free = 4 * adapter_parameters, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"output_dir: {folder} has {free / GIB:.2f} GiB free and the adapter will take {needed / GIB:.2f}; "
+            f"output_dir: {folder} has {as_gib(free, 2)} free and the adapter will take {needed / GIB:.2f}; "
             "free some space there, choose another folder, or lower lora_rank"
         )
 
@@ -79,10 +79,10 @@ def save_adapter(
     targets = peft_targets(list(dict.fromkeys(paths)), linears)
     settings = kind.peft_config(config.adapter, config.model.model_name, config.model.revision, targets)
     try:
-        _whole(folder / ADAPTER, lambda file: save_file(named, file, metadata={"format": "pt"}))
-        _whole(
-            folder / ADAPTER_CONFIG, lambda file: file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        )
+        with atomic_file(folder / ADAPTER) as part:
+            save_file(named, part, metadata={"format": "pt"})
+        with atomic_file(folder / ADAPTER_CONFIG) as part:
+            part.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     except Exception as error:  # safetensors raises its own kind for a full disk
         raise TrainingStopped(
             f"output_dir: the adapter could not be saved in {folder} ({error}); free some space there"
@@ -124,18 +124,3 @@ def saved_since(folder: Path, moment: float) -> bool:
             if file.stat().st_mtime >= moment:
                 return True
     return (folder / ADAPTER).exists() and (folder / ADAPTER).stat().st_mtime >= moment
-
-
-def _whole(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a temporary file, sync it to the disk, then rename: an old file stays until the new one is complete."""
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        write(part)
-        part.chmod(mode)  # safetensors makes files that only their owner can read
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import as_gib
 
 PAGE = 4096  # bytes; what is page-locked must not share a page with something else that is
 POPULATE_STEP = 64 << 20  # bytes asked of the kernel at once
@@ -56,7 +56,7 @@ def page_lock(tensor: Tensor, what: str) -> Tensor:
     status = try_page_lock(tensor)
     if status != 0:
         raise UserError(
-            f"{what}: the system refuses to page-lock {tensor.nbytes / GIB:.2f} GiB more of host memory "
+            f"{what}: the system refuses to page-lock {as_gib(tensor.nbytes, 2)} more of host memory "
             f"(CUDA error {status}); free some memory or raise `ulimit -l`"
         )
     return tensor

@@ -24,7 +24,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.memory.pinned import PAGE, POPULATE_STEP, ask_large_pages, populate, register, unregister
 from fsdp_qlora.runtime.background import do_in_order
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import as_gib
 
 LOCKERS = 2  # threads that page-lock pieces ahead
 NAME = "fsdp_qlora"  # seen in /proc alone
@@ -135,7 +135,7 @@ class HostStore:
         full = getattr(error, "errno", None) in (errno.ENOMEM, errno.ENOSPC)
         cure = "free some memory or raise the container's limit" if full else "the system forbids it"
         return UserError(
-            f"{self._fails}: {self.nbytes / GIB:.2f} GiB of host memory cannot be shared among "
+            f"{self._fails}: {as_gib(self.nbytes, 2)} of host memory cannot be shared among "
             f"the ranks of a node ({first_line(error)}): {cure}, or {self._instead}"
         )
 

@@ -1,7 +1,6 @@
 """A Hugging Face model without weights: its config read and checked, its modules built on the meta device."""
 
 import copy
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.models.precision import Precision
+from fsdp_qlora.runtime.libraries import installed
 from fsdp_qlora.weights.checkpoint_files import check_folder
 
 # Families of a text model wrapped with a vision tower, by model type: text alone goes through them as through the text
@@ -184,17 +184,17 @@ class Attention:
 def choose_attention(wanted: str, config: PretrainedConfig, precision: Precision, device: torch.device) -> Attention:
     """`auto` is FlashAttention-2 where flash-attn is installed and card and dtype allow it, else sdpa where it can."""
     able = device.type == "cuda" and precision.compute is not torch.float32
-    installed = importlib.util.find_spec("flash_attn") is not None
+    has_flash_attn = installed("flash_attn")
     sdpa_can = _runs_on_sdpa(config)
     if wanted == "auto":
-        if able and installed and torch.cuda.get_device_capability(device) >= (8, 0):
+        if able and has_flash_attn and torch.cuda.get_device_capability(device) >= (8, 0):
             return Attention("flash_attention_2", "flash-attn is installed")
         if not sdpa_can:
             return Attention(
                 "eager", f"sdpa cannot do what {config.model_type} does, flash-attn can; memory is quadratic"
             )
         return Attention("sdpa", "flash-attn is not installed" if able else "flash-attn is for 16-bit compute on a GPU")
-    if wanted == "flash_attention_2" and not (able and installed):
+    if wanted == "flash_attention_2" and not (able and has_flash_attn):
         why = "is not installed (pip install flash-attn)" if able else "needs a GPU and 16-bit compute"
         raise UserError(f"attention: flash_attention_2 {why}; use --attention auto or sdpa")
     if wanted == "sdpa" and not sdpa_can:

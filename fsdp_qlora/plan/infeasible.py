@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fsdp_qlora.plan.inputs import Facts, keys_seen
 from fsdp_qlora.plan.memory import Memory
 from fsdp_qlora.plan.search import Budget, Search, Wishes, placements
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import GIB, as_gib
 
 CONTEXT_STEP, RANK_STEP = 64, 8  # tokens and ranks between the values that are tried
 LEFT = (
@@ -51,7 +51,7 @@ def nearest(facts: Facts, wishes: Wishes, budget: Budget) -> Nearest:
 def refusal(facts: Facts, wishes: Wishes, budget: Budget) -> str:
     """One line for the user."""
     close = nearest(facts, wishes, budget)
-    have, host = f"{budget.device_bytes / GIB:.1f} GiB", f"{budget.host_bytes / GIB:.1f} GiB"
+    have, host = as_gib(budget.device_bytes), as_gib(budget.host_bytes)
     needs = []
     if close.device is not None:
         needs.append(f"at least {_up(close.device)} on each GPU")
@@ -106,7 +106,7 @@ def _searches(facts: Facts, wishes: Wishes, budget: Budget) -> list[Search]:
 
 
 def _up(nbytes: int) -> str:
-    return f"{math.ceil(nbytes / TENTH) / 10:.1f} GiB"
+    return as_gib(math.ceil(nbytes / TENTH) * TENTH)
 
 
 def _last(values: range, works: Callable[[int], bool]) -> int | None:

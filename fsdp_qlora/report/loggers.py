@@ -1,12 +1,12 @@
 """The loggers that live outside this package, TensorBoard and wandb: imported here alone, and only when asked for."""
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.runtime.libraries import installed
 
 
 class Logger(Protocol):
@@ -29,7 +29,7 @@ class LoggerSpec(NamedTuple):
 def check_installed(config: Config) -> None:
     """Raises UserError when `log_to` names a logger that is not installed: the same on every rank of a machine."""
     for name, logger in LOGGERS.items():
-        if name in config.output.log_to and logger.package is not None and not _installed(logger.package):
+        if name in config.output.log_to and logger.package is not None and not installed(logger.package):
             raise UserError(
                 f"log_to: {name} was asked for but is not installed: run `pip install {logger.package}`, or leave "
                 f"{name} out of log_to"
@@ -40,11 +40,6 @@ def open_loggers(config: Config) -> list[Logger]:
     """The loggers that `log_to` names, started; to be called on one rank. Raises UserError when one cannot start."""
     check_installed(config)
     return [logger.open(config) for name, logger in LOGGERS.items() if name in config.output.log_to]
-
-
-def _installed(package: str) -> bool:
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # without an origin it is a mere folder, as wandb leaves behind
 
 
 class TensorBoard:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.runtime.launcher import usable_cores
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import as_gib
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "flash_attn")
 
@@ -71,11 +71,11 @@ def _card(world: World) -> str:
     if world.device.type != "cuda":
         return "no GPU"
     properties = torch.cuda.get_device_properties(world.device)
-    return f"{properties.name} ({properties.total_memory / GIB:.1f} GiB)"
+    return f"{properties.name} ({as_gib(properties.total_memory)})"
 
 
 def _host() -> str:
-    return f"{usable_cores(psutil.cpu_count())} cores, {psutil.virtual_memory().total / GIB:.0f} GiB of host memory"
+    return f"{usable_cores(psutil.cpu_count())} cores, {as_gib(psutil.virtual_memory().total, 0)} of host memory"
 
 
 def _counted(names: Sequence[str]) -> str:

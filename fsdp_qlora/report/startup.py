@@ -9,7 +9,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fuse import Fusion
 from fsdp_qlora.models.skeleton import Attention
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import GIB, as_gib
 
 
 def adapter_count(model: CausalModel) -> int:
@@ -70,7 +70,7 @@ def _ranks(world: World) -> str:
 
 
 def _size(nbytes: float) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
+    return as_gib(nbytes, 2) if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def _si(count: int) -> str:

@@ -1,5 +1,6 @@
-"""Settings of libraries before they are imported: what they print, and whether they ask the model hub."""
+"""Libraries before they are imported: whether they are installed, what they print, whether they ask the model hub."""
 
+import importlib.util
 import logging
 import os
 import ssl
@@ -36,6 +37,12 @@ def go_offline_if_unreachable(environ: MutableMapping[str, str] = os.environ) ->
         environ["HF_HUB_OFFLINE"] = "1"
         return f"the model hub ({address}) cannot be reached ({reason}): only what is on this machine can be used"
     return None
+
+
+def installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # without an origin it is a mere folder, as wandb leaves behind
 
 
 def silence() -> None:

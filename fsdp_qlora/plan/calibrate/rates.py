@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.models.causal_lm import CausalModel
@@ -94,9 +95,8 @@ def write(file: Path | None, rates: Rates) -> None:
         return
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(asdict(rates), indent=1) + "\n")
-        partial.replace(file)
+        with atomic_file(file) as part:
+            part.write_text(json.dumps(asdict(rates), indent=1) + "\n")
 
 
 def _measure(facts: Facts, model: CausalModel, world: World) -> Rates:
