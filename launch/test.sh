@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# Installs into .venv if need be, then runs every check: style, types, tests. Arguments go to pytest: -k world, --lf, ...
+# Installs into .venv if need be, then runs style, types and the default tier of tests: minutes on two cores.
+# --all, given first: every test, also those of the tiers gpu, ranks and slow (see pyproject.toml).
+# Other arguments go to pytest: -k world, --lf, -m ranks, ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+tier=(-m "not gpu and not ranks and not slow")
+if [ "${1:-}" = --all ]; then
+    tier=()
+    shift
+fi
 started=$SECONDS
 bash launch/venv.sh
 echo "environment ready after $((SECONDS - started)) s"
@@ -11,5 +18,5 @@ echo "environment ready after $((SECONDS - started)) s"
 .venv/bin/mypy
 workers=()
 command -v nvidia-smi >/dev/null || workers=(-n 2 --dist loadfile)  # two files at a time, where they share no GPU
-.venv/bin/python -m pytest "${workers[@]}" --durations=15 "$@"
+.venv/bin/python -m pytest "${workers[@]}" "${tier[@]}" --durations=15 "$@"
 echo "all checks passed in $((SECONDS - started)) s"

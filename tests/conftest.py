@@ -6,11 +6,23 @@ import pytest
 import torch
 
 from fsdp_qlora.runtime.launcher import keep_cpu_products_inside
+from tests.support.tiers import COLLECTED, mark_ranks
 
 keep_cpu_products_inside()
 if not torch.cuda.is_available():
     # Must be set before a kernel is decorated, so before any test module imports one.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put each test into its tier before -m selects from them; skip what needs a GPU where there is none."""
+    mark_ranks(items)
+    config.stash[COLLECTED] = list(items)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from fsdp_qlora.kernels.attention import Masking, attend, attend_backward, faste
 from tests.support.truth import DEVICE, assert_as_good_as_plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 BACKENDS = ("flash_attn", "flash", "cudnn")
 DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE.type == "cuda" else [])
 
@@ -188,7 +187,7 @@ def test_large_scores_stay_finite():
             assert (mine.double() - true).abs().max() < 1e-4 * true.abs().max()  # a score of 500 is off by 3e-5
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -199,7 +198,7 @@ def test_fused_backends(backend, case, dtype):
     compare(CASES[case], dtype, backend)
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(4, 2048, 32, 8, 128), (2, 777, 16, 16, 64)], ids=str)
 def test_fused_backends_agree_at_real_shapes(shape):
     """Against the math backend in float32, where no S x S matrix in float64 fits a test."""

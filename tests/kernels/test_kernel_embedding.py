@@ -6,7 +6,6 @@ import torch
 from fsdp_qlora.kernels.embedding import gather_rows
 from tests.support.truth import DEVICE
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # V, H, ids' shape: one number a row; no power of two; several tiles with a rest; no ids
 CASES = [(5, 1, (3,)), (37, 100, (2, 7)), (11, 4096 + 72, (2, 1, 3)), (7, 64, (0,)), (7, 64, ())]
@@ -63,7 +62,7 @@ def test_wrong_inputs_are_refused():
         gather_rows(torch.randn(10, 9).double(), ids)
 
 
-@GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gpu_reads_pinned_host_memory(dtype):
     table, ids = table_and_ids(1000, 5000, (3, 200), dtype)
@@ -77,7 +76,7 @@ def test_a_gpu_reads_pinned_host_memory(dtype):
         assert ours[~inside].isnan().all()
 
 
-@GPU
+@pytest.mark.gpu
 def test_a_gpu_reads_registered_host_memory_and_refuses_any_other():
     table, ids = table_and_ids(1000, 512, (200,), torch.bfloat16)
     with pytest.raises(ValueError, match="pinned"):

@@ -335,7 +335,7 @@ def test_page_locked_memory_is_let_go_with_the_last_tensor_that_has_it(monkeypat
     assert not locked
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU needs page-locked memory")
+@pytest.mark.gpu
 def test_memory_that_cannot_be_page_locked_serves_and_is_told_once(monkeypatch, capsys) -> None:
     monkeypatch.setattr(host_pool, "try_page_lock", lambda tensor: 801)
     offload = ActivationOffload(DEVICE, 6)

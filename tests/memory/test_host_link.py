@@ -85,7 +85,7 @@ def test_slower_links_have_smaller_pieces():
     assert 11e6 < piece_bytes(20e9) < 13e6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the engine of a real GPU")
+@pytest.mark.gpu
 def test_a_gpu_lets_a_small_copy_through():
     device = torch.device("cuda")
     link, other = HostLink(device, to_device=True), HostLink(device, to_device=True)

@@ -54,7 +54,14 @@ def family(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, tiny.save_model(config_of(request.param, FAMILIES[request.param]), folder)
 
 
-@pytest.mark.parametrize(("train_type", "fused"), [("lora", "false"), ("qlora", "false"), ("qlora", "auto")])
+@pytest.mark.parametrize(
+    ("train_type", "fused"),
+    [
+        pytest.param("lora", "false", marks=pytest.mark.slow),
+        pytest.param("qlora", "false", marks=pytest.mark.slow),
+        ("qlora", "auto"),
+    ],
+)
 def test_loss_and_gradients_are_those_of_hugging_face_and_peft(family, train_type, fused):
     name, folder = family
     fusion = assert_trains_as_peft(folder, train_type, fused=fused)

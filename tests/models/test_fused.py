@@ -125,7 +125,7 @@ def test_triton_kernels_through_the_interpreter(name, dtype, triton_device):
     assert_good(of.run(h, d_out), of.plain(h, d_out), of.truth(h, d_out))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("keep", KEEP)
 def test_every_attention_backend_in_a_block(keep, dtype):

@@ -152,7 +152,7 @@ def test_a_system_without_such_memory_is_told_what_to_use(monkeypatch):
         HostStore(1 << 20, replace(world, local_size=2))
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU needs page-locked memory")
+@pytest.mark.gpu
 def test_memory_that_cannot_be_page_locked_still_serves(monkeypatch):
     def refuse(address: int, nbytes: int) -> int:
         assert register(address, nbytes) == 0

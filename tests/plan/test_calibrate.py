@@ -24,7 +24,6 @@ from tests.support.known_runs import H200, facts
 from tests.support.metered import META, WORLD, planned
 
 CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
 
 
 def test_rates_come_back_from_the_cache(tmp_path: Path) -> None:
@@ -176,7 +175,7 @@ def test_what_is_measured_on_one_card_runs(clocked: None, one_thread: None) -> N
     assert all(p.device == META for p in model.parameters()), "the model itself is left as it was"
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_rates_of_this_gpu_are_those_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = torch.device("cuda", 0)

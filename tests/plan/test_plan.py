@@ -77,6 +77,7 @@ def test_a_plan_never_exceeds_its_budget(known: Facts, gib: int) -> None:
     assert made.seconds == Clock(known, H200).seconds(made.candidate)
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_slower() -> None:
     """But for the hundredth that frugality may cost."""
     seconds = [plan(RIG, budget=Budget(gib * GIB, 64 * GIB)).seconds or 0 for gib in (13, 16, 20, 24, 32, 48, 80)]
@@ -150,6 +151,7 @@ def fits(known: Facts, wishes: Wishes, budget: Budget) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("known", "budget", "wishes"), TOO_LARGE)
 def test_the_nearest_thing_fits_and_one_step_beyond_does_not(known: Facts, budget: Budget, wishes: Wishes) -> None:
     close = nearest(known, wishes, budget)

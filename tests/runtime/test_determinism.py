@@ -219,7 +219,7 @@ def test_the_flash_attn_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert told == [False, True]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_flash_attention_repeats_its_bits(strict: None) -> None:
     q, d_out = (torch.randn(1, 4096, 8, 128, device=GPU, dtype=BF16) for _ in range(2))
     k, v = (torch.randn(1, 4096, 2, 128, device=GPU, dtype=BF16) for _ in range(2))
