@@ -61,16 +61,22 @@ class Tried:
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory: pytest.TempPathFactory) -> Tried:
-    sources = tmp_path_factory.mktemp("extended")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the program with the page's files and diffs."""
+    folder = tmp_path_factory.mktemp("extended")
     for name in ("fsdp_qlora", "kernels"):
-        shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train.py", sources)
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", folder)
     for file, text in blocks("python"):
-        assert not (sources / file).exists(), f"{file} is there already"
-        (sources / file).write_text(text)
+        assert not (folder / file).exists(), f"{file} is there already"
+        (folder / file).write_text(text)
     for file, diff in blocks("diff"):
-        apply(sources / file, diff)
+        apply(folder / file, diff)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tried(sources: Path) -> Tried:
     shape = tiny.SHAPE | {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 16}
     common: Options = {
         "model_name": tiny.save_model(VaultGemmaConfig(**shape), sources / "model"),
@@ -99,12 +105,24 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Tried:
     return Tried(sources, done.stdout)
 
 
+def test_the_pages_files_and_diffs_fit_the_sources_and_their_style(sources):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", "fsdp_qlora"],
+        cwd=sources,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
 def test_what_the_page_adds_trains(tried):
     assert len(tried.losses("added")) == STEPS
     assert all(map(math.isfinite, tried.losses("added")))
     assert "linears int8" in tried.said
 
 
+@pytest.mark.slow
 def test_the_codec_of_the_page_is_nearer_to_the_weights_than_nf4(tried):
     def distance(run: str) -> float:
         return abs(tried.losses(run)[0] - tried.losses("unquantized")[0])
@@ -112,22 +130,14 @@ def test_the_codec_of_the_page_is_nearer_to_the_weights_than_nf4(tried):
     assert 0 < distance("added") < distance("nf4")
 
 
+@pytest.mark.slow
 def test_the_family_of_the_page_trains_the_same_in_fused_and_in_generic_blocks(tried):
     assert "3 blocks and 21 projections fused" in tried.said
     assert tried.losses("added") == pytest.approx(tried.losses("generic"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_logger_of_the_page_has_every_step(tried):
     header, *rows = (tried.sources / "added" / "steps.csv").read_text().splitlines()
     assert header.startswith("step,")
     assert [row.split(",")[0] for row in rows] == [str(step + 1) for step in range(STEPS)]
-
-
-def test_the_added_sources_keep_the_style(tried):
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", "fsdp_qlora"],
-        cwd=tried.sources,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
