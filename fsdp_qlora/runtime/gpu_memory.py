@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import GIB, as_gib
 
 _others: dict[str, int] = {}  # by the card's UUID, bytes in use before this process had a context
 
@@ -60,12 +60,12 @@ def cap_gpu_memory(gib: float | None, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}")
-    total = torch.cuda.get_device_properties(device).total_memory / GIB
-    if gib > total:
+    total = torch.cuda.get_device_properties(device).total_memory
+    if gib * GIB > total:
         raise UserError(
-            f"gpu_memory_gib: {gib:g} is more than the card has ({total:.1f} GiB); leave it away or lower it"
+            f"gpu_memory_gib: {gib:g} is more than the card has ({as_gib(total)}); leave it away or lower it"
         )
-    torch.cuda.set_per_process_memory_fraction(gib / total, device)
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / total, device)
 
 
 def hold_to_card(gib: float | None, device: torch.device) -> None:

@@ -47,6 +47,7 @@ def test_one_bad_row_ends_the_run_before_the_model_is_read_or_is_left_out(model,
     assert "1 bad row left out (line 6: 'completion' is nan" in capsys.readouterr().out
 
 
+@pytest.mark.ranks
 def test_two_ranks_share_rows_that_are_piped_in_and_tokenized_once(model, tmp_path):
     """Torchrun gives its standard input to every rank: only one of them can read it."""
     rows = save_rows(tmp_path / "rows.jsonl", 3000)

@@ -152,6 +152,7 @@ def test_losses_are_adamws(runs):
         assert runs[name].losses == pytest.approx(exact.losses, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is something to page from")
 def test_paging_without_a_gpu_is_told_once(options, tmp_path, capfd):
     run_alone(options | {"optimizer": "paged_adamw_8bit", "max_steps": 2}, tmp_path / "out")
@@ -177,6 +178,7 @@ def test_the_schedule_is_that_of_transformers(kind, warmup_ratio):
                 schedule.step()
 
 
+@pytest.mark.slow
 def test_a_run_that_needs_no_bitsandbytes_or_peft_imports_neither():
     command = "import sys, fsdp_qlora.run; print(sorted({'peft', 'bitsandbytes'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)

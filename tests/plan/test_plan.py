@@ -190,6 +190,7 @@ FREE = ("replicate", "shard", "stream")  # as the options have it where nothing 
 LEFT = "leaving sharding_strategy, use_cpu_offload, resident_blocks, keep_activations and use_activation_cpu_offload"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wishes", "gib"),
     [

@@ -84,6 +84,7 @@ def test_the_grid_is_wide_enough() -> None:
     assert {4096, 8192} <= {f.hidden for f in facts}
 
 
+@pytest.mark.slow
 def test_the_script_knows_its_configurations() -> None:
     command = [sys.executable, "-m", "benchmarks.plan_grid", "--list", "--only", "8b-all,70b-512"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()

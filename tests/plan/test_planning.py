@@ -135,6 +135,7 @@ def test_a_refused_option_is_still_refused(model, capsys):
     assert "ddp keeps the whole model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_plan_beside_what_came(tmp_path):
     tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path / "model")
     rows = tiny.save_rows(tmp_path / "rows.jsonl", 4)

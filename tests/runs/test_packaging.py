@@ -110,6 +110,7 @@ for name in {KERNELS!r}:
     return set(map(Path, python(code, *search, cwd=cwd).splitlines()))
 
 
+@pytest.mark.slow
 def test_an_sdist_holds_the_kernels_as_files(sdist):
     with tarfile.open(sdist) as archive:
         held = {member.name.split("/", 1)[-1]: member for member in archive.getmembers()}
@@ -119,6 +120,7 @@ def test_an_sdist_holds_the_kernels_as_files(sdist):
             assert archive.extractfile(member).read() == (ROOT / "kernels" / f"{name}.py").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made_from", ["checkout", "sdist"])
 def test_a_wheel_carries_the_kernels_and_runs_without_the_checkout(made_from, request, tmp_path):
     pip("wheel", str(request.getfixturevalue({"checkout": "sources"}.get(made_from, made_from))), cwd=tmp_path)
@@ -136,6 +138,7 @@ def test_a_wheel_carries_the_kernels_and_runs_without_the_checkout(made_from, re
     assert kernel_files(site, cwd=tmp_path) == {folder / f"{name}.py" for name in KERNELS}
 
 
+@pytest.mark.slow
 def test_an_editable_install_reads_the_checkout(sources, tmp_path):
     pip("install", "--target", "site", "--editable", str(sources), cwd=tmp_path)
     # An editable install of the checkout itself, in the environment that the tests run in, would be asked first.
