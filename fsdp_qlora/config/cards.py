@@ -42,7 +42,7 @@ class Card:
         return self.capability >= (8, 0)
 
     def link(self, lanes: int = 16) -> float:
-        """Bytes per second and direction to host memory, on paper."""
+        """Return bytes per second and direction to host memory, on paper."""
         return LANE[self.pcie] * lanes
 
 
@@ -83,7 +83,7 @@ class Rig:
 
 
 def rig_of(text: str) -> Rig:
-    """The rig that `2x4090` means; `4090` alone is one. Upper or lower case, with or without "RTX" or spaces.
+    """Return the rig that `2x4090` means; `4090` alone is one. Upper or lower case, with or without "RTX" or spaces.
 
     Raises ValueError with what is wrong and what there is."""
     allowed = f"give NxCARD, N from 1 to {MOST_CARDS}, CARD one of {', '.join(CARDS)}"
@@ -102,7 +102,7 @@ def rig_of(text: str) -> Rig:
 
 
 def _plain(name: str) -> str:
-    """Without spaces, hyphens, the maker's words and a "GB" at the end."""
+    """Return a name without spaces, hyphens, the maker's words and a "GB" at the end."""
     plain = re.sub(r"[\s_-]", "", name.lower())
     for word in MAKERS:
         plain = plain.removeprefix(word)

@@ -24,7 +24,7 @@ class Given:
 
 
 def read_file(path: str) -> tuple[list[Given], list[str]]:
-    """(what a YAML or, where it ends in .json, JSON file gives, mistakes of its form); never raises for a bad file."""
+    """Return (the options in a YAML or JSON file, mistakes of its form); never raises for a bad file."""
     if not path:
         return [], ["--config: needs a value; give a YAML or JSON file"]
     try:
@@ -64,7 +64,7 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def _yaml_text(value: Any) -> str:
-    """`value` on one line, quoted where YAML would take it for something else."""
+    """Return `value` on one line, quoted where YAML would take it for something else."""
     return yaml.safe_dump([value], default_flow_style=True, width=2**20, allow_unicode=True).strip()[1:-1]
 
 
@@ -102,7 +102,7 @@ def _collect(items: list[tuple[str, Any, Any, str]]) -> tuple[list[Given], list[
 
 
 def _yaml_raw(node: yaml.Node) -> Raw:
-    """Text as it stands in the file, not as YAML 1.1 takes it: `3e-4` is a string there and `1_0` is ten."""
+    """Return text as it stands in the file, not as YAML 1.1 takes it: `3e-4` is a string there and `1_0` is ten."""
     if isinstance(node, yaml.ScalarNode):
         return None if node.tag == "tag:yaml.org,2002:null" else node.value
     if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):

@@ -16,7 +16,7 @@ anything is loaded."""
 
 
 def help_text(width: int | None = None) -> str:
-    """All options by group, wrapped to `width` columns (the terminal's, within 50 and 110)."""
+    """Return all options by group, wrapped to `width` columns (the terminal's, within 50 and 110)."""
     width = width or min(max(shutil.get_terminal_size((100, 24)).columns, 50), 110)
     lines = [f"usage: {USAGE}", "", *_wrap(INTRO, width), ""]
     lines += [
@@ -36,7 +36,7 @@ def help_text(width: int | None = None) -> str:
 
 
 def markdown() -> str:
-    """The contents of docs/options.md."""
+    """Return the contents of docs/options.md."""
     parts = [
         "# Options",
         "<!-- Written by `python -m fsdp_qlora.config.help > docs/options.md`; "
@@ -68,7 +68,7 @@ def _metavar(option: Option) -> str:
 
 
 def _facts(option: Option) -> str:
-    """`default 512; a whole number of tokens, at least 2`."""
+    """Return `default 512; a whole number of tokens, at least 2`."""
     default = "required" if option.default is REQUIRED else f"default {show(option.default)}"
     return f"{default}; {option.allowed()}"
 

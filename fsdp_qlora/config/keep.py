@@ -1,4 +1,4 @@
-"""What a fused block saves for backward: the levels, and the names that the options have for them."""
+"""Levels of what a fused block saves for backward, and their names in the options."""
 
 from enum import IntEnum
 
@@ -18,7 +18,7 @@ class Keep(IntEnum):
 
     @property
     def label(self) -> str:
-        """The level's name in options and records."""
+        """Return the level's name in options and records."""
         return self.name.lower()
 
     @classmethod

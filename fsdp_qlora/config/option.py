@@ -1,4 +1,4 @@
-"""What one option is, described once in its dataclass field, and how the text a user wrote becomes its value."""
+"""One option: described once in its dataclass field; the text that a user wrote becomes its value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Raw = str | list[str] | None  # a value as written: text, a list of texts, or nu
 
 @dataclass(frozen=True)
 class Spec:
-    """What the dataclass field's type cannot say."""
+    """Meaning, unit, limits and other names of an option: all that the dataclass field's type does not say."""
 
     meaning: str
     why: str  # the reason of the default
@@ -44,7 +44,7 @@ class Spec:
 
 
 def option(default: Any, meaning: str, why: str, price: str = "", **limits: Any) -> Any:
-    """A dataclass field with its `Spec`; `limits` are Spec's other fields. Texts may be wrapped at will."""
+    """Return a dataclass field with its `Spec`; `limits` are Spec's other fields. Texts may be wrapped at will."""
     meaning, why, price = (" ".join(text.split()) for text in (meaning, why, price))
     metadata = {"spec": Spec(meaning, why, price, **limits)}
     if default is REQUIRED:
@@ -55,13 +55,13 @@ def option(default: Any, meaning: str, why: str, price: str = "", **limits: Any)
 
 
 def nearest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The one of `words` that `word` most likely meant, or None: at least as alike as `cutoff`, of 1."""
+    """Return the one of `words` that `word` most likely meant, or None: at least as alike as `cutoff`, of 1."""
     close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
 def show(value: Any) -> str:
-    """A value as a user writes it."""
+    """Return a value as a user writes it."""
     if isinstance(value, list):
         return ",".join(map(show, value))
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -81,7 +81,7 @@ class Option:
     spec: Spec
 
     def allowed(self) -> str:
-        """What may be given, in words."""
+        """Return the allowed values, in words."""
         spec = self.spec
         words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[self.kind]
         words += f" of {spec.unit}" if spec.unit else ""
@@ -98,7 +98,7 @@ class Option:
         return words + (", or null" if self.nullable else "")
 
     def read(self, raw: Raw) -> Any:
-        """The value that `raw` means. Raises ValueError with what is wrong, what is allowed and what to do."""
+        """Return the value that `raw` means. Raises ValueError with what is wrong, what is allowed and what to do."""
         if raw is None:
             if self.nullable:
                 return None
@@ -158,7 +158,7 @@ class Option:
 
 
 def options_of(group: str, group_class: type) -> list[Option]:
-    """The options of one dataclass whose fields were made by `option`, in order."""
+    """Return the options of one dataclass whose fields were made by `option`, in order."""
     hints = typing.get_type_hints(group_class)
     found = []
     for item in dataclasses.fields(group_class):

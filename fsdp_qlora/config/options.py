@@ -44,13 +44,13 @@ class Config:
     launch: LaunchOptions = field(default_factory=LaunchOptions)
 
     def to_flat(self) -> dict[str, Any]:
-        """{option name: value} in the order of the groups; lists are copied."""
+        """Return {option name: value} in the order of the groups; lists are copied."""
         values = {name: getattr(getattr(self, item.group), name) for name, item in OPTIONS.items()}
         return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "Config":
-        """The Config with these options and defaults for the rest; values are taken as they are, unchecked."""
+        """Return the Config with these options and defaults for the rest; values are taken as they are, unchecked."""
         groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
         for name, value in values.items():
             groups[OPTIONS[name].group][name] = value

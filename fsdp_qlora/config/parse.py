@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> Config:
 
 
 def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
-    """(flags with values, mistakes of form). No value begins with `--`: a flag alone is true, or lacks its value."""
+    """Return (flags with values, mistakes of form). No value begins with `--`: a lone flag is true or lacks one."""
     given, mistakes, rest = [], [], list(argv)
     while rest:
         token = rest.pop(0)
@@ -69,7 +69,7 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 
 def _once(given: Iterable[Given]) -> tuple[list[Given], list[str]]:
-    """`given` with each name as first given, and a mistake for each repetition."""
+    """Return `given` with each name as first given, and a mistake for each repetition."""
     seen: dict[str, Given] = {}
     mistakes = []
     for item in given:
@@ -80,7 +80,7 @@ def _once(given: Iterable[Given]) -> tuple[list[Given], list[str]]:
 
 
 def _resolve(in_file: Iterable[Given], flags: Iterable[Given], file_is_lost: bool) -> tuple[Config, list[str]]:
-    """The Config of the values that can be read, and the mistakes in all of them."""
+    """Return the Config of the values that can be read, and the mistakes in all of them."""
     values: dict[str, Any] = {}
     written: dict[str, str] = {}
     unread: set[str] = set()

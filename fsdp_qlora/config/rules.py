@@ -184,7 +184,7 @@ def _are_columns(items: Sequence[str]) -> bool:
 
 
 def without_effect(config: Config) -> dict[str, Needs]:
-    """{option: the rule} of the options that do nothing in `config` and ask for something (not false, not null)."""
+    """Return {option: the rule} of options that do nothing in `config` and ask for something (not false, not null)."""
     values = config.to_flat() | {name: option.default for name, option in COMPATIBILITY.items()}
     unmet = [rule for rule in NEEDS if not rule.holds(config)]
     return {name: rule for rule in unmet for name in rule.options if values[name] not in (False, None)}
@@ -193,7 +193,7 @@ def without_effect(config: Config) -> dict[str, Needs]:
 def broken_rules(
     config: Config, given: Collection[str], unknown: Collection[str], written: Callable[[str], str]
 ) -> Iterator[str]:
-    """One line for each broken rule.
+    """Yield one line for each broken rule.
 
     given: the options that the user set. unknown: those whose value could not be read; rules about them stay silent.
     written: option -> how the user wrote it, or its default.

@@ -46,7 +46,7 @@ class Batches:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a full optimizer step, over all ranks."""
+        """Return the rows of a full optimizer step, over all ranks."""
         return self.batch_size * self.accumulation * self.world_size
 
     @property
@@ -54,7 +54,7 @@ class Batches:
         return -(-len(self.rows) // self.rows_per_step)
 
     def step(self, epoch: int, index: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `index` (0-based) of `epoch` (0-based), as many as every rank's.
+        """Return this rank's micro-batches of step `index` (0-based) of `epoch` (0-based), as many as every rank's.
 
         The epoch's last step may have fewer rows: they are spread evenly, and a rank left without gets a filler
         without labels. Raises IndexError beyond the epoch.

@@ -76,7 +76,7 @@ class ChatTemplate:
     """Rows of `messages` -> examples, through the tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, dataset: str, train_on_prompt: bool = False):
-        """Raises UserError if the tokenizer has no chat template."""
+        """Raise UserError if the tokenizer has no chat template."""
         if not tokenizer.chat_template:
             raise UserError(
                 f"dataset {dataset!r}: has messages, but the model's tokenizer has no chat template; "
@@ -149,14 +149,14 @@ class ChatTemplate:
         return [span for _, span in found]
 
     def _marked_template(self) -> str | None:
-        """The template with private characters around what it marks as generated, None where it marks nothing."""
+        """Return the template with private characters around what it marks as generated, None if it marks nothing."""
         if not any(mark[2] == "generation" for mark in MARK.finditer(self.text)):
             return None
 
         return MARKING + as_calls(self.text)
 
     def _marked_spans(self, talk: Talk, whole: str) -> list[Span] | None:
-        """Spans that the template marks, None where it marks no turn, or where some turns are not to be learnt and
+        """Return the spans that the template marks, None if it marks no turn, or if some turns are not to be learnt and
         marks cannot be told apart."""
         rendered = self.render(talk.messages, False, talk, self.marked)
         spans: list[Span] = []
@@ -190,7 +190,7 @@ class ChatTemplate:
         return next((at + len(token) for token in self._end_tokens() if whole.startswith(token, at)), end)
 
     def _end_tokens(self) -> list[str]:
-        """EOS, and the special token that the template puts behind an answer at the end of a conversation."""
+        """Return EOS, and the special token that the template puts behind an answer at the end of a conversation."""
         if self.ends is None:
             said: list[Message] = [{"role": r, "content": f"{NONCE}{i}k"} for i, r in enumerate(("user", "assistant"))]
             try:
@@ -217,7 +217,7 @@ class ChatTemplate:
         return example
 
     def _wants_parts(self) -> bool:
-        """Whether the template takes content only as a list of parts, as some of vision-language models do."""
+        """Return whether the template takes content only as a list of parts, as some of vision-language models do."""
         self.wants_parts = False
         question = [{"role": "user", "content": f"{NONCE}0k"}]
         for self.wants_parts in (False, True):

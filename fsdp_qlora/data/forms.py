@@ -20,7 +20,7 @@ class Form:
     takes_all: bool = False  # every column, under its own name
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, str] | None:
-        """{field: column} of a row, None if a column that it needs is not there."""
+        """Return {field: column} of a row, None if a column that it needs is not there."""
         found: dict[str, str] = {}
         for name, columns in {**self.needs, **self.takes}.items():
             column = next((column for column in columns if column in row and column not in found.values()), None)
@@ -96,7 +96,7 @@ def form_of(row: Mapping[str, Any], dataset_format: str, dataset: str) -> Form:
 
 
 def _refuse_preferences(row: Mapping[str, Any], dataset: str) -> None:
-    """Rows that say which answers are worse must not be learnt as if all were good."""
+    """Refuse rows that say which answers are worse: they must not be learnt as if all were good."""
     if "chosen" in row and "rejected" in row:
         to = "prompt=prompt,completion=chosen" if isinstance(row["chosen"], str) and "prompt" in row else ""
         to = to or ("messages=chosen" if isinstance(row["chosen"], list) else "text=chosen")
@@ -137,7 +137,7 @@ class Columns:
 
     @property
     def unused(self) -> list[str]:
-        """Columns that no field took, of all rows so far."""
+        """Return the columns that no field took, of all rows so far."""
         return sorted(self.seen - self.used)
 
 

@@ -127,7 +127,7 @@ def _object(message: Any, place: str, number: int) -> dict[str, Any]:
 
 
 def _content(given: Mapping[str, Any], where: str) -> str:
-    """A message's text: absent and null are '', parts of text are joined."""
+    """Return a message's text: absent and null are '', parts of text are joined."""
     key = "content" if "content" in given else "value"
     value: Any = given.get(key)
     if value is None and ("tool_calls" in given or "function_call" in given or key in given):
@@ -156,7 +156,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _is_learnt(given: Mapping[str, Any], where: str) -> bool:
-    """OpenAI's `weight`, axolotl's `train`, ms-swift's `loss`: 0 and false leave a turn unlearnt."""
+    """Return whether a turn is learnt: not if OpenAI's `weight`, axolotl's `train`, ms-swift's `loss` is 0 or false."""
     for key in ("weight", "train", "loss"):
         value = given.get(key)
         if value is None or value in (0, 1):  # False and True are 0 and 1
@@ -181,7 +181,7 @@ def _calls(given: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call as chat templates want it: {type, function: {name, arguments}}, the arguments as an object."""
+    """Return a call as chat templates want it: {type, function: {name, arguments}}, the arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"{where}: a tool call must be an object with 'name' and 'arguments', but is {call!r:.80}")
@@ -193,7 +193,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _tools(row: Row, place: str) -> list[dict[str, Any]] | None:
-    """The row's tools: a list, or the JSON text of one; OpenAI's older `functions` too."""
+    """Return the row's tools: a list, or the JSON text of one; OpenAI's older `functions` too."""
     key = "tools" if row.get("tools") else "functions"
     value: Any = row.get(key)
     if isinstance(value, str):

@@ -132,7 +132,7 @@ def _is_whole(line: bytes) -> bool:
 
 
 def _json_whole(path: Path, name: str) -> Iterator[Placed]:
-    """A list of rows, an object with one in it, or objects one after the other over any number of lines."""
+    """Yield the rows of a list, an object with one in it, or objects one after the other over any number of lines."""
     with open_bytes(path) as file:
         text = file.read().decode("utf-8-sig")
     values: list[tuple[int, Any]] = []

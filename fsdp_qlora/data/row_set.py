@@ -38,17 +38,17 @@ class Rows:
 
     @property
     def widest(self) -> int:
-        """Tokens of the longest row, padded as a batch of it is."""
+        """Return the number of tokens of the longest row, padded as a batch of it is."""
         return min(-(-int(self.lengths.max()) // PAD_TO) * PAD_TO, self.context_length)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row, int64 [len]."""
+        """Return the number of tokens of each row, int64 [len]."""
         return np.diff(self.offsets)
 
     @property
     def summary(self) -> str:
-        """One line for the user: how many rows of which form, how many tokens and labels, what was cut or left out."""
+        """Return one line for the user: rows by form, numbers of tokens and labels, what was cut or left out."""
         return "; ".join(
             [
                 f"{self.name}: {count_of(len(self), 'row')} ({self.form}), {len(self.ids):,} tokens, "
@@ -94,7 +94,7 @@ def merged(rows: list[Rows], parts: list[Part], samples: int | None) -> Rows:
 
 
 def _shares(lengths: list[int], weights: list[float | None], samples: int | None) -> list[int]:
-    """Rows to take of each dataset: none twice."""
+    """Return the rows to take of each dataset: none twice."""
     if weights[0] is None:
         left = samples if samples is not None else sum(lengths)
         shares = []

@@ -31,7 +31,7 @@ def load_rows(
     vocab_size: int,
     progress: bool = False,
 ) -> Rows:
-    """Reads, recognises, tokenizes and truncates the dataset of `options`. `dummy` needs no tokenizer.
+    """Read, recognise, tokenize and truncate the dataset of `options`. `dummy` needs no tokenizer.
 
     max_positions: the longest sequence the model was made for, None if it has no limit. vocab_size: rows of its
     embedding. progress: show how far it is. Raises UserError: context_length beyond the model, missing or malformed
@@ -58,7 +58,7 @@ def load_rows(
 
 
 def _part_rows(part: Part, options: DataOptions, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Rows:
-    """The rows of one dataset: from the cache, or tokenized and kept there."""
+    """Return the rows of one dataset: from the cache, or tokenized and kept there."""
     samples = options.dataset_samples if part.weight is None else None
     prompt = read_template(options.prompt_template, "prompt_template") if options.prompt_template is not None else ""
     source = open_source(part.name, samples)
@@ -93,7 +93,7 @@ def _tokenized(
 
 
 def _first(source: Source, options: DataOptions, named: dict[str, str]) -> tuple[list[Placed], Form, list[Placed]]:
-    """The first row that can be read, the form that it shows, and the rows before it."""
+    """Return the first row that can be read, the form that it shows, and the rows before it."""
     bad: list[Placed] = []
     for place, raw in source.rows:
         where = f"dataset {source.name!r}: {place}"
@@ -118,7 +118,7 @@ def _first(source: Source, options: DataOptions, named: dict[str, str]) -> tuple
 
 
 def _check_effect(form: Form, options: DataOptions, name: str) -> None:
-    """An option that does nothing for rows of this form is refused, not ignored."""
+    """Refuse an option that does nothing for rows of this form."""
     if options.chat_template is not None and form.name not in CHAT:
         raise UserError(
             f"chat_template {options.chat_template}: has no effect on rows of the form {form.name} (dataset {name!r}); "
@@ -195,7 +195,7 @@ def _nothing_left(name: str, chunks: list[Chunk], context: int) -> str:
 
 
 def _dummy(samples: int, context_length: int, vocab_size: int) -> Rows:
-    """Random tokens that fill the context, each a label: for measuring speed and memory."""
+    """Return random tokens that fill the context, each a label: for measuring speed and memory."""
     ids = np.random.default_rng(0).integers(0, vocab_size, samples * context_length, dtype=np.int32)
     trains = np.ones((samples, context_length), dtype=np.bool_)
     trains[:, 0] = False

@@ -41,7 +41,7 @@ class Cache:
     def __init__(
         self, options: DataOptions, tokenizer: PreTrainedTokenizerBase, source: Source, samples: int | None, prompt: str
     ):
-        """samples: rows taken of the source. prompt: the text of --prompt_template, or ''."""
+        """Find the rows' folder. samples: rows taken of the source. prompt: the text of --prompt_template, or ''."""
         self.notes: list[str] = []
         self.path: Path | None = None
         folder = cache_folder(options.rows_cache)
@@ -103,7 +103,7 @@ def cache_folder(option: str | None) -> Path | None:
 
 
 def _remove_old(folder: Path) -> None:
-    """Remove entries that nobody has read for long, whole or begun; what else a folder of the user's holds stays."""
+    """Remove entries that no run has read for long, whole or begun; what else a folder of the user's holds stays."""
     oldest = time.time() - KEPT_DAYS * 86400
     for entry in folder.iterdir():
         with suppress(OSError):
@@ -115,7 +115,7 @@ def _remove_old(folder: Path) -> None:
 
 
 def _key(options: DataOptions, tokenizer: PreTrainedTokenizerBase, source: Source, more: list[str]) -> str:
-    """A number of all that decides the tokens; '' where something does that cannot be known, such as the date."""
+    """Return a hash of all that decides the tokens; '' where something does that cannot be known, such as the date."""
     template = tokenizer.chat_template
     template = json.dumps(template, sort_keys=True) if template else ""
     if not tokenizer.is_fast or "strftime_now" in template:

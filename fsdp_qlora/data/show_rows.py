@@ -33,7 +33,7 @@ def lines_of(rows: Rows, tokenizer: PreTrainedTokenizerBase | None, count: int) 
 
 
 def _spans(ids: list[int], trains: list[bool], tokenizer: PreTrainedTokenizerBase | None) -> list[tuple[bool, str]]:
-    """(learnt?, text) of the stretches of a row. Decoded from the beginning: tokenizers drop a first space."""
+    """Return (learnt?, text) of the stretches of a row. Decoded from the beginning: tokenizers drop a first space."""
     spans: list[tuple[bool, str]] = []
     done, before = 0, ""
     for learn, group in groupby(trains):
@@ -48,7 +48,7 @@ def _spans(ids: list[int], trains: list[bool], tokenizer: PreTrainedTokenizerBas
 
 
 def _harmless(text: str) -> str:
-    """Text without what would steer a terminal."""
+    """Return text without what would steer a terminal."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 

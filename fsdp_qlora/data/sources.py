@@ -1,4 +1,4 @@
-"""Where rows come from: fsdp_qlora's dataset names, the hub, files, folders, standard input. Rows leave as they are."""
+"""Sources of rows: fsdp_qlora's dataset names, the hub, files, folders, standard input. Rows leave as they are."""
 
 import hashlib
 import os
@@ -119,7 +119,7 @@ def open_source(dataset: str, samples: int | None) -> Source:
 
 
 def is_local(dataset: str) -> bool:
-    """Whether all datasets of --dataset are read without the hub."""
+    """Return whether all datasets of --dataset are read without the hub."""
     try:
         parts = parts_of(dataset)
     except UserError:
@@ -188,7 +188,7 @@ def _renamed(rows: Iterator[Placed], path: Path) -> Iterator[Placed]:
 
 
 def _folder(dataset: str, path: Path, samples: int | None) -> Source:
-    """A folder: one that `save_to_disk` wrote, or files, those of them that are for training."""
+    """Open a folder: one that `save_to_disk` wrote, or files, those of them that are for training."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _hub(dataset, Named(str(path)), samples)
     files = sorted(

@@ -21,7 +21,7 @@ TAG = re.compile(r"</?\w+>")
 
 @dataclass(frozen=True)
 class Word:
-    """What a stand-in stands for: text of one message."""
+    """Text of one message, for which a stand-in stands."""
 
     message: int
     text: str
@@ -29,7 +29,7 @@ class Word:
 
     @property
     def spellings(self) -> Iterator[str]:
-        """As it may stand in a rendering: as it is, or inside JSON."""
+        """Return a stand-in as it may be in a rendering: as it is, or inside JSON."""
         yield self.text
         yield _inside_json(self.text, False)
         yield _inside_json(self.text, True)

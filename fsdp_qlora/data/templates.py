@@ -70,7 +70,7 @@ def text_of(row: Row, key: str, place: str, optional: bool = False) -> str:
 
 
 def alpaca(row: Row, place: str) -> Example:
-    """instruction, input (may be empty), output; prompt as Stanford Alpaca's.
+    """Render instruction, input (may be empty), output; prompt as Stanford Alpaca's.
 
     LLaMA-Factory's two columns: `system` takes the place of the first sentences, `history` holds earlier rounds of
     [instruction, answer], whose answers are learnt too.
@@ -101,7 +101,7 @@ def _history(row: Row, place: str) -> Iterator[tuple[str, str]]:
 
 
 def question_answer(row: Row, place: str) -> Example:
-    """question, answer, and context if there is one; prompt as fsdp_qlora's for sql and orca_math."""
+    """Render question, answer, and context if there is one; prompt as fsdp_qlora's for sql and orca_math."""
     context = text_of(row, "context", place, optional=True)
     prompt = (CONTEXT_QUESTION if context else QUESTION).format(
         question=text_of(row, "question", place), context=context
@@ -110,17 +110,17 @@ def question_answer(row: Row, place: str) -> Example:
 
 
 def prompt_completion(row: Row, place: str) -> Example:
-    """prompt, completion, as they are: whoever wrote them put the spaces where they belong."""
+    """Render prompt and completion as they are: their author put the spaces where they belong."""
     return Example([Piece(text_of(row, "prompt", place), False), Piece(text_of(row, "completion", place), True)])
 
 
 def text(row: Row, place: str) -> Example:
-    """text: everything trains."""
+    """Render text: everything trains."""
     return Example([Piece(text_of(row, "text", place), True)])
 
 
 def guanaco(row: Row, place: str) -> Example:
-    """text holding '### Human: ...### Assistant: ...' turns: what follows '### Assistant:' is the answer."""
+    """Render text of '### Human: ...### Assistant: ...' turns: what follows '### Assistant:' is the answer."""
     example, speaker = Example(), ""
     for part in TURN.split(text_of(row, "text", place)):
         if TURN.fullmatch(part):

@@ -59,7 +59,7 @@ class Chunk:
 
 @dataclass
 class Work:
-    """What becomes of rows: columns -> template -> tokens -> cut or split at the context."""
+    """The way of rows: columns -> template -> tokens -> cut or split at the context."""
 
     name: str
     columns: Columns
@@ -122,7 +122,7 @@ class Work:
         return made
 
     def _parts(self, row: Tokens) -> list[Tokens]:
-        """The row within the context: cut, or in parts each of which begins with what the tokenizer puts first and the
+        """Return the row within the context: cut, or in parts that begin with what the tokenizer adds first and the
         last token of the part before it, so that every token is learnt once."""
         size = self.context_length
         if not self.split or len(row.ids) <= size:
@@ -167,7 +167,7 @@ def _chunk(chunk: tuple[int, list[Placed]]) -> Chunk:
 
 
 def _begin(parent: int) -> None:
-    """A forked process leaves signals to its parent, and ends with it however that ends."""
+    """Leave signals to the parent of a forked process, and end with it however that ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     with_parent = 1  # PR_SET_PDEATHSIG
@@ -178,7 +178,7 @@ def _begin(parent: int) -> None:
 
 
 def _on_all_cores(work: Work, chunks: Iterator[tuple[int, list[Placed]]], cores: int) -> Iterator[Chunk]:
-    """Chunks in order. Processes are forked: they have the tokenizer and its template already, and share the memory."""
+    """Yield chunks in order. Forked processes have the tokenizer and its template already, and share the memory."""
     global _work
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one thread, and its library needs no warning
@@ -206,7 +206,7 @@ def _on_all_cores(work: Work, chunks: Iterator[tuple[int, list[Placed]]], cores:
 
 
 class _Bar:
-    """How many rows are tokenized: a bar on a terminal, else a line now and then; nothing where it is quickly done."""
+    """Progress of tokenizing: a bar on a terminal, else a line now and then; nothing where it is quickly done."""
 
     def __init__(self, shown: bool):
         self.shown, self.rows = shown, 0

@@ -16,7 +16,7 @@ SENTINELS = ("\n", ")")  # put before a text that continues another; the ids the
 
 
 def load_tokenizer(model_name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id, with a pad token. Raises UserError where there is none to load.
+    """Return the tokenizer of a model folder or hub id, with a pad token. Raises UserError if there is none.
 
     A missing pad token becomes the unknown token, else EOS: no embedding row is added, and which token it is does not
     matter, since padding is masked by its position.
@@ -45,7 +45,7 @@ class Encoder:
     """Examples -> Tokens with one tokenizer, many at a time."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool):
-        """Raises UserError if the tokenizer has no EOS token."""
+        """Raise UserError if the tokenizer has no EOS token."""
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the model's tokenizer has no EOS token, so answers would never end; set eos_token in its folder"
@@ -76,7 +76,7 @@ class Encoder:
         return [row if row is not None else next(rest) for row in done]
 
     def _by_characters(self, example: Example, text: str, encoding: Any) -> Tokens | None:
-        """The row's tokens; None where one lies across a border between pieces."""
+        """Return the row's tokens; None where one lies across a border between pieces."""
         trains = np.zeros(len(encoding.ids), dtype=np.bool_)
         edges = list(accumulate((len(piece.text) for piece in example.pieces), initial=0))
         tokens = [_token_at(encoding, edge, len(text)) for edge in edges]
@@ -125,7 +125,7 @@ class Encoder:
         return [list(ids) for ids in encoded["input_ids"]]
 
     def _continued(self, texts: list[str]) -> list[list[int]]:
-        """As _plain, but as the text would be tokenized after another, without the space that a beginning gets."""
+        """Tokenize the text as after another one: as _plain does, without the space that a beginning gets."""
         if not self.adds_space:
             return self._plain(texts)
         done: dict[int, list[int]] = {}
@@ -138,7 +138,7 @@ class Encoder:
 
 
 def _token_at(encoding: Any, edge: int, length: int) -> int | None:
-    """The first token that begins at character `edge` or behind it; None where one lies across it.
+    """Return the first token that begins at character `edge` or behind it; None where one lies across it.
 
     Space that a tokenizer takes for no token's is passed over."""
     if edge == 0:
@@ -155,7 +155,7 @@ def _token_at(encoding: Any, edge: int, length: int) -> int | None:
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before a text (BOS for Llama and Gemma, nothing for Qwen and SmolLM2)."""
+    """Return what the tokenizer itself puts before a text (BOS for Llama and Gemma, nothing for Qwen and SmolLM2)."""
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = tokenizer("x")["input_ids"]
     for count in range(len(whole) - len(bare) + 1):

@@ -12,7 +12,7 @@ PLACE = 10**6  # number of a stand-in that no word has
 
 
 class Unclear(Exception):
-    """Where a turn begins or ends cannot be proved."""
+    """A turn whose beginning or end cannot be proved."""
 
 
 class Template:
@@ -25,7 +25,7 @@ class Template:
         self.headers: dict[str, str] = {}
 
     def tail(self, messages: list[Message], answer_next: bool, talk: Talk, behind: int | None) -> str | None:
-        """What `messages` alone render behind stand-in `behind` (None: from the beginning); None if that is not last.
+        """Return what `messages` render behind stand-in `behind` (None: from the beginning); None if that is not last.
 
         Its text is the template's alone."""
         try:
@@ -37,7 +37,7 @@ class Template:
         return between[-1] if (numbers[-1] if numbers else None) == behind else None
 
     def until_next(self, messages: list[Message], talk: Talk, behind: int) -> str | None:
-        """What lies between stand-in `behind`, the last of `messages`, and a question that follows; None if unknown."""
+        """Return the text between stand-in `behind`, the last of `messages`, and a next question; None if unknown."""
         question: Message = {"role": "user", "content": f"{NONCE}{PLACE}k"}
         try:
             between, numbers = take_apart(self.render([*messages, question], False, talk))
@@ -46,7 +46,7 @@ class Template:
         return between[-2] if numbers[-2:] == [behind, PLACE] else None
 
     def start(self, before: str, asked: str | None, talk: Talk) -> int | None:
-        """Where the turn begins in the text before its first word; None where it is not known to begin before it.
+        """Return where the turn begins in the text before its first word; None if it is not known to begin there.
 
         asked: what the template puts there when it asks for the answer."""
         header = self.header(talk)
@@ -60,7 +60,7 @@ class Template:
         return None
 
     def start_of_call(self, before: str, earlier: list[Message], talk: Talk, previous: int | None) -> int:
-        """Where a turn begins that begins with a tool call: where words would stand in the call's place."""
+        """Return where a turn begins that begins with a tool call: where words would stand in the call's place."""
         try:
             said = [*earlier, {"role": ASSISTANT, "content": f"{NONCE}{PLACE}k"}]
             between, numbers = take_apart(self.render(said, False, talk))
@@ -76,7 +76,7 @@ class Template:
         return not any(match.start() < at < match.end() for match in self.special.finditer(text))
 
     def last_end(self, before: str, after: str, continued: str | None, holds_arguments: bool = False) -> int:
-        """End of the last turn, in the text after its last word; all text up to the token that ends it included.
+        """Return the end of the last turn in the text after its last word, up to the token that ends it included.
 
         before: the text before its first word. continued: what follows its last word where a question comes next: what
         both have is not of a header. holds_arguments: `after` begins in a tool call, whose arguments may hold anything.
@@ -101,7 +101,7 @@ class Template:
         return end <= start and not text[end:start].strip()
 
     def _without_beginnings(self, text: str, ends: list[int]) -> list[int]:
-        """Ends of special tokens without those that text follows at once: these begin a header."""
+        """Return ends of special tokens without those that text follows at once: these begin a header."""
         while ends and text[ends[-1] : ends[-1] + 1].strip() and not text.endswith(self.eos, 0, ends[-1]):
             if self.special.match(text, ends[-1]):
                 break
@@ -109,7 +109,7 @@ class Template:
         return ends
 
     def _run(self, text: str, at: int) -> Iterator[int]:
-        """Ends of the special tokens that follow each other from `at` on, with nothing but space between."""
+        """Return ends of the special tokens that follow each other from `at` on, with nothing but space between."""
         while True:
             at += len(text[at:]) - len(text[at:].lstrip())
             match = self.special.match(text, at)
@@ -119,7 +119,7 @@ class Template:
             at = match.end()
 
     def end(self, after: str, alone: str | None, role: str, number: int, talk: Talk) -> int:
-        """End of a turn that others follow, in the text up to the next word.
+        """Return the end of a turn that others follow, in the text up to the next word.
 
         alone: what follows it where it is the last. What both have, and the token that ends it here, is its own."""
         same = self._same(after, alone) if alone is not None else 0
@@ -138,7 +138,7 @@ class Template:
         return same if alone is not None and same == len(alone) else 0
 
     def _same(self, one: str, other: str) -> int:
-        """Length of the common beginning, with no special token cut in two."""
+        """Return the length of the common beginning, with no special token cut in two."""
         length = next(
             (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other))
         )
@@ -149,7 +149,7 @@ class Template:
         return length
 
     def _is_end(self, token: str, rest: str, role: str, talk: Talk) -> bool | None:
-        """Whether `token`, at the beginning of `rest`, ends a turn rather than beginning the next, of `role`."""
+        """Return whether `token`, at the beginning of `rest`, ends a turn rather than beginning the next, of `role`."""
         if token == self.eos:
             return True
         header = self.special.match(self.header(talk))
@@ -167,7 +167,7 @@ class Template:
         return not begins.endswith(rest) if begins else None
 
     def header(self, talk: Talk) -> str:
-        """What the template puts at the end when it asks for an answer, '' where it has no such thing."""
+        """Return what the template puts at the end to ask for an answer, '' where it has no such thing."""
         key = json.dumps(talk.settings, default=str)
         if key not in self.headers:
             question: list[Message] = [{"role": "user", "content": f"{NONCE}0k"}]

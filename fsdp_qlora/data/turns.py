@@ -79,7 +79,7 @@ class TurnFinder:
     def _by_stand_ins(
         self, talk: Talk, whole: str, which: Any, keep: bool = False
     ) -> tuple[dict[int, Span], set[int]] | None:
-        """Spans by message, and messages left out of the rendering; None where stand-ins do not explain it."""
+        """Return spans by message, and messages left out of the rendering; None where stand-ins do not explain it."""
         made, words = replace_words(talk.messages, which, self.tags)
         if not words and not any(talk.learn):
             return {}, set()
@@ -155,7 +155,7 @@ class TurnFinder:
         return Edge(own[0], own[-1], start, end)
 
     def _own(self, talk: Talk, made: list[Message], plan: Plan, places: list[int], number: int) -> list[int]:
-        """The places of a turn's words in the turn itself: a tool's answer may repeat the name of a call.
+        """Return the places of a turn's words in the turn itself: a tool's answer may repeat the name of a call.
 
         They are as many as where the turn is the last."""
         if number == len(made) - 1 or not made[number].get("tool_calls"):
@@ -173,7 +173,7 @@ class TurnFinder:
         return own
 
     def _wordless(self, talk: Talk, made: list[Message], plan: Plan, number: int) -> Edge | None:
-        """A turn without a word, of which the end alone is learnt: if it is found for certain."""
+        """Return the span of a turn without a word: its end alone is learnt, if that is found for certain."""
         for spot, text in enumerate(plan.between):
             previous = plan.numbers[spot - 1] if spot else None
             asked = self.template.tail(made[:number], True, talk, previous)
@@ -184,7 +184,7 @@ class TurnFinder:
         return None
 
     def _by_content(self, talk: Talk, whole: str, number: int) -> tuple[dict[int, Span], set[int]]:
-        """The turn's words themselves, where they are in the rendering once, and not without that turn."""
+        """Return the span of the turn's words, where they are in the rendering once, and not without that turn."""
         content = str(talk.messages[number].get("content") or "").strip()
         made, words = replace_words(talk.messages, [number], set())
         try:

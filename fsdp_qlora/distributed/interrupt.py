@@ -44,14 +44,14 @@ class Interrupt:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank has been asked to stop. The ranks may learn it at different steps: see `agreed`."""
+        """Return whether this rank has been asked to stop. The ranks may learn it at different steps: see `agreed`."""
         if self.signal_number is None:
             return False
         self._polled = True
         return True
 
     def agreed(self) -> bool:
-        """Whether any rank has been asked to stop: a collective (one number, on the host), the same on every rank."""
+        """Return whether any rank has been asked to stop, the same on every rank: a collective of one host number."""
         asked = torch.tensor((self.signal_number or 0) if self.requested else 0, dtype=torch.int32)
         if self.world.size > 1:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
@@ -62,7 +62,7 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        """Return the exit code that a shell expects after a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + (self.agreed_signal or self.signal_number or signal.SIGINT)
 
     def __enter__(self) -> "Interrupt":
@@ -88,7 +88,7 @@ class Interrupt:
         self._reader.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Runs in the main thread between two bytecodes of whatever it was doing: so it takes no lock, nor prints."""
+        """Handle a signal, in the main thread between any two bytecodes: so it takes no lock and prints nothing."""
         if self._hurry:
             raise KeyboardInterrupt
         if self.signal_number is None:
@@ -141,7 +141,7 @@ class Interrupt:
         return not self._polled and self.world.size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
     def _rescued(self) -> str:
-        """What could be saved, in words. Bounded in time: a copy from a GPU that waits on a dead peer never ends."""
+        """Return what was saved, in words. Bounded in time: a copy from a GPU that waits on a dead peer never ends."""
         said: list[str] = []
 
         def attempt() -> None:
@@ -161,6 +161,6 @@ class Interrupt:
 
 
 def _write(line: str) -> None:
-    """To standard error past Python's buffers and tqdm's lock, which the main thread may be holding."""
+    """Write to standard error past Python's buffers and tqdm's lock, which the main thread may be holding."""
     with suppress(OSError):  # the terminal is gone
         os.write(2, f"\n{line}\n".encode())

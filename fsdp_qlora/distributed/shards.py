@@ -1,4 +1,4 @@
-"""How many ranks hold one copy of the frozen base between them."""
+"""Number of ranks that hold one copy of the frozen base between them."""
 
 from fsdp_qlora.config.options import MemoryOptions
 from fsdp_qlora.distributed.world import World
@@ -6,7 +6,7 @@ from fsdp_qlora.errors import UserError
 
 
 def shard_count(options: MemoryOptions, world: World) -> int:
-    """Ranks that hold one copy between them. Raises UserError if the ranks cannot be divided so."""
+    """Return how many ranks hold one copy between them. Raises UserError if the ranks cannot be divided so."""
     if not options.sharding_strategy.startswith("hybrid"):
         return world.size
     shards = world.local_size if options.hybrid_shard_size == -1 else options.hybrid_shard_size

@@ -69,27 +69,27 @@ class World:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Prints a line on rank 0, above the progress bar where one is up; nothing on other ranks."""
+        """Print a line on rank 0, above the progress bar where one is up; nothing on other ranks."""
         if self.is_main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def barrier(self) -> None:
-        """Returns when every rank has called it. Over gloo, so that a dead peer is an error and not a hang."""
+        """Return when every rank has called it. Over gloo, so that a dead peer is an error and not a hang."""
         dist.all_reduce(torch.zeros(1))
 
     def main_only(self, do: Callable[[], object]) -> None:
-        """Runs `do` on rank 0 while the others wait. A collective: what is wrong there ends every rank alike."""
+        """Run `do` on rank 0 while the others wait. A collective: what is wrong there ends every rank alike."""
         self._agree(self._try(do).error if self.is_main else None)
 
     def agree(self, do: Callable[[], bool]) -> bool:
-        """Rank 0's answer, on every rank. A collective: what is wrong there ends every rank alike."""
+        """Return rank 0's answer, on every rank. A collective: what is wrong there ends every rank alike."""
         done = self._try(do) if self.is_main else None
         self._agree(done.error if done is not None else None)
         return bool(self.gather([float(done is not None and done.value)])[0][0])
 
     def first_on_node(self, do: Callable[[], T]) -> T:
-        """Runs `do` on one rank of each node and then on its others, which find what it has cached. A collective."""
+        """Run `do` on one rank of each node and then on its others, which find what it has cached. A collective."""
         first = self.local_rank == 0
         done = self._try(do) if first else None
         self._agree(done.error if done is not None else None)
@@ -98,7 +98,7 @@ class World:
         return done.value
 
     def together(self, do: Callable[[], T]) -> T:
-        """Runs `do`, which is no collective, on every rank. A collective: what is wrong on one ends all alike."""
+        """Run `do`, which is no collective, on every rank. A collective: what is wrong on one ends all alike."""
         done = self._try(do)
         self._agree(done.error)
         return done.value
@@ -110,7 +110,7 @@ class World:
             return _Outcome(None, error)  # type: ignore[arg-type]
 
     def _agree(self, error: RunEnded | None) -> None:
-        """Every rank raises what some rank met, so that all leave with the same exit code; rank 0 tells the user."""
+        """Raise on every rank what some rank met, so that all leave with the same exit code; rank 0 tells the user."""
         failed = [rank for rank, (flag,) in enumerate(self.gather([float(error is not None)])) if flag]
         if not failed:
             return
@@ -120,7 +120,7 @@ class World:
         raise kind(message).on_every_rank(self.rank) from error
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """Every rank's `numbers` (the same count on each), in rank order, on every rank. A collective, on the host."""
+        """Return every rank's `numbers` (as many on each), in rank order, on every rank. A collective, on the host."""
         mine = torch.tensor(numbers, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine)
@@ -129,7 +129,7 @@ class World:
 
 @contextmanager
 def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
-    """The `World` of this process, from torchrun's environment, or alone without it.
+    """Return the `World` of this process, from torchrun's environment, or alone without it.
 
     Sets the device, the CPU threads and the seeds (the same on every rank, so that what is initialised at random is
     equal everywhere), opens the process group (gloo for CPU tensors, NCCL for CUDA's) and closes it on every way out.
@@ -170,7 +170,7 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Whether an exception, or one it was raised from, is a collective failing because its peer ended."""
+    """Return whether an exception, or one it was raised from, is a collective failing because its peer ended."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, dist.DistNetworkError):
@@ -197,7 +197,7 @@ def _choose_device(place: Launch) -> torch.device:
 
 
 def _set_threads(place: Launch) -> None:
-    """Shares the cores among the ranks of a node, unless the user has said how many threads each shall have."""
+    """Share the cores among the ranks of a node, unless the user has said how many threads each shall have."""
     if place.local_size == 1 or user_set_omp_threads():
         return
     threads = max(1, usable_cores(psutil.cpu_count(logical=False)) // place.local_size)
@@ -237,7 +237,7 @@ def _open_group(place: Launch, device: torch.device) -> None:
 
 
 def _abort_group() -> None:
-    """Ends the group without its peers' help: pending NCCL work is cancelled, for destroying would wait for it."""
+    """End the group without its peers' help: pending NCCL work is cancelled, for destroying would wait for it."""
     if not dist.is_initialized():
         return
     if dist.get_backend_config().find("nccl") >= 0 and abort_process_group is not None:
@@ -247,7 +247,7 @@ def _abort_group() -> None:
 
 
 def _within(seconds: float, close: Callable[[], None]) -> None:
-    """Runs `close` for at most `seconds`. What has not returned by then is left to the end of the process: a second
+    """Run `close` for at most `seconds`. What has not returned by then is left to the end of the process: a second
     failure while closing must neither hide the first nor keep the process alive."""
 
     def attempt() -> None:

@@ -32,7 +32,7 @@ def deterministic_algorithms(asked: bool) -> Iterator[None]:
 
 
 def check_deterministic(options: TrainingOptions, device: torch.device) -> None:
-    """Raises UserError where `--deterministic true` has no effect."""
+    """Raise UserError where `--deterministic true` has no effect."""
     if options.deterministic and device.type != "cuda":
         raise UserError(
             "deterministic: true has no effect without a GPU, where runs agree to the bit anyway; leave it away, "

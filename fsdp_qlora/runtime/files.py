@@ -16,7 +16,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def writing_to(folder: Path, option: str) -> Iterator[None]:
-    """Makes `folder`, the value of `option`, where it is missing. Raises UserError where it, or the block, cannot."""
+    """Make `folder`, the value of `option`, where it is missing. Raises UserError where it, or the block, cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

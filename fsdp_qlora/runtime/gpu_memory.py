@@ -1,4 +1,4 @@
-"""What a process holds of a GPU: PyTorch's allocator's part, and the driver's, libraries' and other processes' beside.
+"""GPU memory of a process: the part of PyTorch's allocator, and those of driver, libraries and other processes.
 
 NVML counts the memory of a card as `nvidia-smi` shows it. Asked before this process has a context on any card, it says
 what others hold; all that comes later is this process's. Without NVML others are taken to hold nothing.
@@ -21,12 +21,12 @@ class _Memory(ctypes.Structure):
 
 
 def note_others() -> None:
-    """Before CUDA is used: remember what is in use of each card."""
+    """Remember the bytes in use on each card, before CUDA is used."""
     _others.update(used_by_card())
 
 
 def used_by_card() -> dict[str, int]:
-    """UUID -> bytes in use, of every card of the machine; {} where NVML does not tell."""
+    """Return UUID -> bytes in use, of every card of the machine; {} where NVML does not tell."""
     found: dict[str, int] = {}
     with suppress(OSError, AttributeError):
         nvml = ctypes.CDLL("libnvidia-ml.so.1")

@@ -1,4 +1,4 @@
-"""How much host memory a rank uses, pages that several ranks share counted once between them."""
+"""Host memory that a rank uses: pages that several ranks share counted once between them."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ CGROUP = Path("/sys/fs/cgroup")  # inside a container: its own group; version 2
 
 
 def host_memory_gib() -> float:
-    """This process's proportional set size, GiB: private pages whole, a page shared by n processes as 1/n.
+    """Return this process's proportional set size, GiB: private pages whole, a page shared by n processes as 1/n.
 
     The sum over ranks is what the job takes from the machine. Resident set size where the kernel does not tell.
     The kernel walks every mapped page for this: about 10 ms per GiB held in 4 KiB pages."""
@@ -30,7 +30,7 @@ def host_memory_gib() -> float:
 
 
 def available_host_bytes() -> int:
-    """Host memory that can still be had without swapping: the machine's, or the container's where that has less."""
+    """Return the host memory still to be had without swapping: the machine's, or the container's if that is less."""
     found = psutil.virtual_memory().available
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -60,7 +60,7 @@ class HostMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="host memory")
 
     def read(self) -> float:
-        """A fresh reading, GiB; counts for the peak too."""
+        """Return a fresh reading, GiB; counts for the peak too."""
         now = host_memory_gib()  # not by way of `self.now`: the thread may write an older reading there meanwhile
         self.now = now
         self.peak = max(self.peak, now)

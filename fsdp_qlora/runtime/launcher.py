@@ -1,4 +1,4 @@
-"""What the launcher says about this process, read from environment variables; imports nothing heavy, not even torch."""
+"""The launcher's environment variables about this process; imports nothing heavy, not even torch."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ class Launch:
 
 
 def rank_from_environment() -> int:
-    """This process's rank (0 when started alone), from the launcher's variables; never fails, needs no torch."""
+    """Return this process's rank (0 when started alone), from the launcher's variables; never fails, needs no torch."""
     for name in ("RANK", "SLURM_PROCID"):
         value = os.environ.get(name, "")
         if value.isdecimal():
@@ -38,7 +38,7 @@ def rank_from_environment() -> int:
 
 
 def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
-    """Torchrun's variables as a `Launch`. Raises UserError when they are incomplete, malformed or contradictory,
+    """Return torchrun's variables as a `Launch`. Raises UserError when they are incomplete, malformed or contradictory,
     and when srun started several processes without torchrun, which would be several unconnected runs."""
     environ = os.environ if environ is None else environ
     present = [name for name in TORCHRUN_VARIABLES if name in environ]
@@ -68,7 +68,7 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
 
 
 def check_launch(asked: LaunchOptions, launch: Launch) -> None:
-    """Raises UserError, with the torchrun command that would do it, when the options ask for another launch."""
+    """Raise UserError, with the torchrun command that would do it, when the options ask for another launch."""
     wrong = []
     if asked.world_size not in (-1, launch.size):
         wrong.append(f"--world_size {asked.world_size}, but {launch.size} rank{'s' * (launch.size > 1)} started")
@@ -91,7 +91,7 @@ def check_launch(asked: LaunchOptions, launch: Launch) -> None:
 
 
 def user_set_omp_threads() -> bool:
-    """Whether OMP_NUM_THREADS is the user's own wish. Torchrun sets it to 1 for several ranks when it is unset, so
+    """Return whether OMP_NUM_THREADS is the user's wish. Torchrun sets it to 1 for several ranks when it is unset, so
     the variable alone does not tell; the environment that torchrun itself was started with does."""
     value = os.environ.get("OMP_NUM_THREADS")
     if value is None:
@@ -106,7 +106,7 @@ def user_set_omp_threads() -> bool:
 
 
 def usable_cores(physical: int | None) -> int:
-    """Cores this process may use: affinity and control-group quota counted, hyper-threads not.
+    """Return the cores that this process may use: affinity and control-group quota counted, hyper-threads not.
 
     physical: the machine's physical cores, None where unknown."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -122,7 +122,7 @@ def usable_cores(physical: int | None) -> int:
 
 
 def choose_allocator() -> None:
-    """Before torch is imported: have its GPU memory grow page by page, unless the user has set the allocator's ways.
+    """Let GPU memory grow page by page, set before torch is imported, unless the user has set the allocator's ways.
 
     Tensors that a block keeps lie between others that come and go; in segments of fixed size the holes between them
     cost a tenth of a 24 GiB card at 70B. Not under WSL, whose driver lacks what it takes."""
@@ -131,13 +131,13 @@ def choose_allocator() -> None:
 
 
 def allocator_grows() -> bool:
-    """Whether PyTorch was told to let its GPU memory grow page by page."""
+    """Return whether PyTorch was told to let its GPU memory grow page by page."""
     told = (os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
     return any("expandable_segments:true" in text.lower() for text in told)
 
 
 def keep_cpu_products_inside() -> None:
-    """Before torch multiplies on a CPU: no AMX products, unless the user has set oneDNN's instruction set.
+    """Forbid AMX products, before torch multiplies on a CPU, unless the user has set oneDNN's instruction set.
 
     In bfloat16 oneDNN's (PyTorch 2.11 to 2.13) read the left matrix's rows beyond their end where their length is no
     multiple of 32, and multiply what they find there by 0: NaN, where the memory has an infinity or a NaN."""
@@ -145,7 +145,7 @@ def keep_cpu_products_inside() -> None:
 
 
 def make_libraries_repeatable() -> None:
-    """Before torch is imported: have cuBLAS work in workspaces of its own for each stream, where several streams that
+    """Let cuBLAS work, once torch is imported, in workspaces of its own for each stream, where several streams that
     multiply would else share them, and flash-attn, as transformers calls it, sum in a fixed order.
 
     Raises UserError where the user has set workspaces that PyTorch does not count as deterministic."""

@@ -19,7 +19,7 @@ SETTINGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def go_offline_if_unreachable(environ: MutableMapping[str, str] = os.environ) -> str | None:
-    """Where nobody answers at the hub's address, tell its clients to use what is cached; a line for the user, or None.
+    """Tell the hub's clients to use their cache if the hub does not answer; return a line for the user, or None.
 
     Before they are imported: that is when they read their settings. Does nothing where the user has set one of them.
     """
@@ -46,7 +46,7 @@ def installed(package: str) -> bool:
 
 
 def silence() -> None:
-    """From now on these messages are not shown. Before the libraries are imported: some speak at once."""
+    """Stop showing these messages from now on. Call it before the libraries are imported: some print at once."""
     for logger in SILENCED:
         logging.getLogger(logger).addFilter(_is_worth_telling)
 

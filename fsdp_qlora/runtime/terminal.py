@@ -14,7 +14,7 @@ class Outliving:
         self._gone = False
 
     def write(self, text: str) -> int:
-        """Write, or do nothing once nobody reads."""
+        """Write, or do nothing once the reader has gone."""
         if not self._gone:
             try:
                 return self._stream.write(text)
@@ -23,7 +23,7 @@ class Outliving:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or do nothing once nobody reads."""
+        """Flush, or do nothing once the reader has gone."""
         if not self._gone:
             try:
                 self._stream.flush()
