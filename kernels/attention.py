@@ -54,7 +54,7 @@ def attend(
 ) -> tuple[torch.Tensor, Stats]:
     """(out [B, S, N, D], stats) from q [B, S, N, D], k and v [B, S, K, D], outside autograd."""
     if q.is_meta:
-        return forward_on_meta(q, k, v, backend)
+        return forward_on_meta(q, k, v, masking.window, backend)
     return _FORWARD[_able(backend, q)](q, k, v, masking)
 
 
@@ -70,7 +70,7 @@ def attend_backward(
 ) -> Gradients:
     """(d_q, d_k, d_v), shaped as q, k, v, from what `attend` was given and returned."""
     if q.is_meta:
-        return backward_on_meta(q, k, v, backend)
+        return backward_on_meta(q, k, v, masking.window, backend)
     return _BACKWARD[_able(backend, q)](d_out, q, k, v, out, stats, masking)
 
 

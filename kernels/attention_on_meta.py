@@ -1,4 +1,5 @@
-"""What each attention backend allocates, as tensors on the meta device: so that a plan can run a block there.
+"""What each attention backend allocates, as tensors on the meta device, and its FLOPs: so that a plan can run a block
+there.
 
 The operators' own meta forms, where they have one, leave out the workspace that a backend takes while it runs. Here it
 is a tensor that lives as long as the call.
@@ -11,19 +12,22 @@ from contextlib import contextmanager
 
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, count
 from fsdp_qlora.kernels.device import cdiv
 
 FLOAT = 4  # bytes of float32
 QUERIES = 512  # at a time in the math backend (`attention._PIECE`)
 SCORES = 5  # score matrices of a piece alive at once in its backward: scores, p, d_p, d_scores, mask
+BACKWARD = 2.5  # FLOPs of its backward per FLOP of its forward: five products for two
 PADDING = 128  # rows beside each sequence's in FlashAttention's sums
 _multiprocessors = 0  # of the card that is counted for, where its backward is deterministic
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, backend: str
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]]:
     """(out [B, S, N, D], stats) as `attention.attend` returns them."""
+    count(Cost(attention=flops(q, window)))
     scratch = _scratch(q, workspace(backend, q, k)[0])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sums = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
@@ -32,9 +36,10 @@ def forward(
 
 
 def backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(d_q, d_k, d_v) as `attention.attend_backward` returns them."""
+    count(Cost(attention_backward=BACKWARD * flops(q, window)))
     scratch = _scratch(q, workspace(backend, q, k)[1])
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     del scratch
@@ -69,6 +74,18 @@ def workspace(backend: str, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]
     if _multiprocessors and backend in ("flash", "flash_attn"):
         sums = cdiv(_multiprocessors, batch * heads) * (queries + PADDING * batch * heads * q.shape[3])
     return 0, sums * FLOAT + tokens * heads * FLOAT + shared
+
+
+def flops(q: torch.Tensor, window: int | None) -> float:
+    """Return the FLOPs of a forward: two products of queries with the keys each one sees (FlashAttention, arXiv
+    2205.14135)."""
+    return 4 * keys_seen(q.shape[1], window) * q.numel()
+
+
+def keys_seen(context: int, window: int | None) -> float:
+    """Return the mean number of keys that a causal query sees: (S + 1) / 2, fewer through a window."""
+    w = context if window is None else min(window, context)
+    return (w * (w + 1) / 2 + (context - w) * w) / context
 
 
 def _scratch(q: torch.Tensor, nbytes: int) -> torch.Tensor:

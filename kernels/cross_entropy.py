@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import empty, empty_like, launch, next_power_of_2, no_autocast, on_triton, tl, triton
 from fsdp_qlora.kernels.tanh import tanh
 
@@ -281,6 +282,12 @@ def _row_kernel(
                     d_z = d_z * (1 - bent * bent)
                 d_x = (d_z * d_scale).to(logits_ptr.dtype.element_ty)
                 tl.store(logits_ptr + start + column, d_x, mask=live)
+
+
+@cost_of(_row_kernel)
+def _cost(logits: torch.Tensor, *_: Any, GRADIENT: bool, **__: Any) -> Cost:
+    """Read twice and written once, or read once."""
+    return Cost(bytes=(3 if GRADIENT else 1) * logits.nbytes)
 
 
 def _launch(

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.cost import count_launch
+
 try:
     import triton
     import triton.language as tl
@@ -41,7 +43,6 @@ __all__ = [
     "empty_like",
     "interpreting",
     "launch",
-    "launches_on_meta",
     "next_power_of_2",
     "no_autocast",
     "on_triton",
@@ -52,7 +53,6 @@ __all__ = [
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 _interpreting = False
-_launched = 0  # kernels on the meta device
 
 Source = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
 _source: Source | None = None
@@ -69,17 +69,11 @@ def deterministic() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Start a Triton kernel; on the meta device only count it. args: its arguments, a tensor first."""
-    global _launched
+    """Start a Triton kernel; on the meta device only count what it would cost. args: its arguments, a tensor first."""
     if args[0].is_meta:
-        _launched += 1
+        count_launch(kernel, args, options)
     else:
         kernel[grid](*args, **options)
-
-
-def launches_on_meta() -> int:
-    """Return how many kernels `launch` has counted so far."""
-    return _launched
 
 
 def empty(shape: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

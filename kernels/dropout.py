@@ -7,8 +7,11 @@ activations that checkpointing frees. Drawing is a function of (seed, position) 
 2011), PyTorch's own generator elsewhere, so a seed gives other masks on other devices but always the same on one.
 """
 
+from typing import Any
+
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, empty_like, launch, on_triton, tl, triton
 
 
@@ -50,3 +53,8 @@ def _kernel(x_ptr, out_ptr, n, p, grow, seed, ADD: tl.constexpr, TILE: tl.conste
     if ADD:
         y += tl.load(out_ptr + at, mask=live, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@cost_of(_kernel)
+def _cost(x: torch.Tensor, *_: Any, ADD: bool, **__: Any) -> Cost:
+    return Cost(bytes=(3 if ADD else 2) * x.nbytes)

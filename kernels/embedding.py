@@ -13,8 +13,11 @@ torch's `pin_memory` and memory registered with `cudaHostRegister` both have one
 V vocabulary, H hidden.
 """
 
+from typing import Any
+
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, empty, launch, next_power_of_2, on_triton, tl, triton
 
 
@@ -66,6 +69,11 @@ def _gather_kernel(
     # Masked out, an id outside the table touches no memory at all.
     numbers = tl.load(table_ptr + row * row_stride + column, mask=(column < H) & inside, other=float("nan"))
     tl.store(out_ptr + number * H + column, numbers, mask=column < H)
+
+
+@cost_of(_gather_kernel)
+def _cost(table: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, *_: Any, **__: Any) -> Cost:
+    return Cost(bytes=2 * out.nbytes)
 
 
 def _launch(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, empty_like, launch, next_power_of_2, on_triton, tl, triton
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -161,6 +162,16 @@ def _backward_kernel(
     tl.store(d_h_ptr + column, (act * up).to(dtype), mask=live)
     tl.store(gate_ptr + column, (d_h * up * slope).to(dtype), mask=live)
     tl.store(up_ptr + column, (d_h * act).to(dtype), mask=live)
+
+
+@cost_of(_forward_kernel)
+def _forward_cost(gate: torch.Tensor, *_: Any, **__: Any) -> Cost:
+    return Cost(bytes=3 * gate.nbytes)
+
+
+@cost_of(_backward_kernel)
+def _backward_cost(gate: torch.Tensor, *_: Any, **__: Any) -> Cost:
+    return Cost(bytes=6 * gate.nbytes)
 
 
 def _launch(kernel: Any, activation: str, gate: torch.Tensor, up: torch.Tensor, third: torch.Tensor) -> None:

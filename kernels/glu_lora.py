@@ -14,12 +14,16 @@ them; sums are float32. (Forward with down's x A^T in one pass is slower than tw
 T tokens, I intermediate, R a rank.
 """
 
+from typing import Any
+
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, launch, next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.glu import _activation, _check, glu_backward_
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+BANDWIDTH = 0.75  # of copy bandwidth that the pass reaches with the adapters' sums in it
 MOST_RANK = 64  # three sums of so many columns are what a multiprocessor has registers for
 
 
@@ -118,6 +122,11 @@ def _kernel(
 
 
 COLUMNS, ROWS, WARPS, STAGES = 64, 32, 4, 3  # of 84 tilings the best over three shapes, bfloat16 on an H100
+
+
+@cost_of(_kernel)
+def _cost(d_h: torch.Tensor, *_: Any, **__: Any) -> Cost:
+    return Cost(bytes=5 * d_h.nbytes / BANDWIDTH)
 
 
 def _launch(

@@ -28,9 +28,11 @@ T tokens, H in features, O out features, R the sum of the ranks of an input's ad
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, empty, launch, next_power_of_2, on_triton, tl, triton
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.glu_lora import MOST_RANK, Pair, glu_backward_lora_
@@ -283,6 +285,11 @@ def _lay_kernel(
         )  # fmt: skip
     else:
         _below(laid_ptr, a0_ptr, a1_ptr, a2_ptr, stride, program - b_programs, O, H, RANK, COUNT, TILES, TILE)
+
+
+@cost_of(_lay_kernel)
+def _lay_cost(laid: torch.Tensor, *_: Any, O: int, H: int, R: int, **__: Any) -> Cost:
+    return Cost(bytes=2 * (O + H) * R * laid.itemsize)
 
 
 def _launch(projection: Projection, laid: torch.Tensor, out_features: int, in_features: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, empty, launch, on_triton, tl, triton
 
 MOST = 0x7FFF
@@ -91,3 +92,8 @@ def _split_kernel(value_ptr, high_ptr, low_ptr, stride, length, TILE: tl.constex
     low = tl.where(number, tl.minimum(bits - (high << 16), 0x7FFF), 0)
     tl.store(high_ptr + apart, high.to(tl.int16), mask=live)
     tl.store(low_ptr + at, low.to(tl.int16), mask=live)
+
+
+@cost_of(_join_kernel, _split_kernel)
+def _cost(value: torch.Tensor, high: torch.Tensor, low: torch.Tensor, *_: Any) -> Cost:
+    return Cost(bytes=value.nbytes + high.nbytes + low.nbytes)

@@ -24,9 +24,11 @@ need a second form for sizes that are odd.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import launch as launch_kernel
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 
@@ -283,6 +285,17 @@ def _dequantize_rows_kernel(
                 program - third, codes2_ptr, scale2_ptr, nested2_ptr, offset2_ptr, tables_ptr, out2_ptr, n_bytes2, n2,
                 out_stride, NESTED, ROWS, APART, I,
             )  # fmt: skip
+
+
+@cost_of(_dequantize_kernel)
+def _cost(codes: torch.Tensor, scale: torch.Tensor, *rest: Any, **_: Any) -> Cost:
+    return Cost(dequantized=codes.nbytes + scale.nbytes + rest[3].nbytes)
+
+
+@cost_of(_dequantize_rows_kernel)
+def _rows_cost(*args: Any, COUNT: int, **_: Any) -> Cost:
+    codes, scales, outs = args[:COUNT], args[3 : 3 + COUNT], args[13 : 13 + COUNT]
+    return Cost(dequantized=sum(x.nbytes for x in (*codes, *scales, *outs)))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, empty_like, launch, next_power_of_2, on_triton, tl, triton
 
 
@@ -243,6 +244,16 @@ def _backward_kernel(
         skip = tl.load(skip_ptr + row[:, None] * skip_stride + column[None, :], mask=live, other=0.0)
         d_h += skip.to(tl.float32)
     tl.store(out_ptr + row[:, None] * out_stride + column[None, :], d_h.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@cost_of(_forward_kernel)
+def _forward_cost(x: torch.Tensor, *_: Any, RESIDUAL: bool, **__: Any) -> Cost:
+    return Cost(bytes=(4 if RESIDUAL else 2) * x.nbytes)
+
+
+@cost_of(_backward_kernel)
+def _backward_cost(d_y: torch.Tensor, *_: Any, SKIP: bool, **__: Any) -> Cost:
+    return Cost(bytes=(4 if SKIP else 3) * d_y.nbytes)
 
 
 _TILE = 2048  # numbers a program holds at least

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, launch, next_power_of_2, on_triton, tl, triton
 
 
@@ -200,6 +201,11 @@ def _rope_kernel(
         live = (head < n)[:, None] & (feature < 2 * HALF + REST)[None, :]
         same = tl.load(heads + feature[None, :], mask=live, other=0.0)
         tl.store(heads_out + feature[None, :], same, mask=live)
+
+
+@cost_of(_rope_kernel)
+def _cost(q: torch.Tensor, k: torch.Tensor, *_: Any, **__: Any) -> Cost:
+    return Cost(bytes=2 * (q.nbytes + k.nbytes))
 
 
 def _launch(

@@ -8,9 +8,10 @@ not depend on the candidate is computed once, so that the search can afford thou
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fsdp_qlora.plan.inputs import KEEP, Facts
+from fsdp_qlora.kernels.cost import Cost
+from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.plan.memory import Candidate, Memory
-from fsdp_qlora.plan.work import BlockWork, Work, head_work, update_bytes
+from fsdp_qlora.plan.update import gradient_bytes, update_bytes
 
 PREFETCH = 2  # blocks that FSDP2 gathers ahead (`placement.PREFETCH`)
 SKINNY_BANDWIDTH = 0.8  # of copy bandwidth that an adapter's products reach: 22 ms for 18 ms of bytes (performance.md)
@@ -55,15 +56,14 @@ class Clock:
 
     def __init__(self, facts: Facts, rates: Rates) -> None:
         self.facts, self.rates, self.memory = facts, rates, Memory(facts)
-        work = BlockWork(facts)
-        levels = range(len(KEEP)) if facts.fused or not facts.remat else [0]
-        self.forward = self._of(work.forward())
-        self.backward = {KEEP[level]: self._of(work.backward(level)) for level in levels}
-        if not facts.fused:  # autograd under checkpointing computes the whole forward again
-            again = self.forward if facts.remat else 0.0
-            self.backward = dict.fromkeys(KEEP, self._of(work.backward(KEEP.index("all"))) + again)
+        summing = Cost(bytes=gradient_bytes(facts))
+        on_gpu = {keep: cost for (keep, offloaded), cost in self.memory.of.items() if not offloaded}
+        self.forward = {keep: self._of(cost.forward) for keep, cost in on_gpu.items()}
+        self.backward = {keep: self._of(cost.backward + summing) for keep, cost in on_gpu.items()}
+        if not facts.fused and facts.remat:  # autograd under checkpointing computes the whole forward again
+            self.backward = {keep: seconds + self.forward[keep] for keep, seconds in self.backward.items()}
         embedding = facts.tokens * facts.hidden * facts.stream_bytes / rates.h2d if facts.embedding_on_host else 0.0
-        self.head = self._of(head_work(facts)) + embedding
+        self.head = self._of(self.memory.head.cost) + embedding
         others = (facts.ranks - 1) / facts.ranks
         gradients, values = facts.adapter_parameters * facts.sent_bytes, facts.all_adapters * facts.compute_bytes
         if facts.exchange_by_host:  # out and in one after the other; new values go out once for all
@@ -78,7 +78,7 @@ class Clock:
         self.publish_out = values / facts.ranks * by_link / facts.layers / facts.accumulation
         self.publish_in = self.publish_out * (facts.ranks - 1)
         # New adapters travel behind the next forward; only what outlasts it is waited for.
-        late = max(self.publish / facts.layers, self.publish - facts.layers * self.forward)
+        late = max(self.publish / facts.layers, self.publish - facts.layers * min(self.forward.values()))
         self.beside = update_bytes(facts) / rates.copy + STEP_WAIT + self.reduction + late
 
     def seconds(self, candidate: Candidate) -> float:
@@ -93,8 +93,11 @@ class Clock:
 
     def arithmetic(self, candidate: Candidate) -> float:
         """Seconds of a micro-batch that the GPU computes, with nothing to wait for."""
-        backward = sum(self.backward[b.keep] for b in candidate.blocks)
-        return self.forward * self.facts.layers + backward + self.head
+        return sum(self.passes(b.keep) for b in candidate.blocks) + self.head
+
+    def passes(self, keep: str) -> float:
+        """Seconds of a block's two passes at a keep level."""
+        return self.forward[keep] + self.backward[keep]
 
     def link(self, candidate: Candidate) -> tuple[float, float]:
         """Seconds of a micro-batch in which bytes come to the GPU, and in which kept tensors leave it."""
@@ -109,14 +112,14 @@ class Clock:
         moved += self.facts.head_bytes if head else 0
         return (moved + away) / self.rates.h2d + exchanged, away / self.rates.h2d
 
-    def _of(self, work: Work) -> float:
+    def _of(self, cost: Cost) -> float:
         """Seconds of some work: its kernels one after the other, or their launches if those take longer."""
         r = self.rates
-        seconds = work.forward / r.matmul_forward + work.backward / r.matmul_backward
-        seconds += work.attend / r.attention_forward + work.attend_backward / r.attention_backward
-        seconds += work.bytes / r.copy + work.decoded / r.dequantize
-        skinny = (work.skinny_bytes / (SKINNY_BANDWIDTH * r.copy), work.skinny / (SKINNY_MATMUL * r.matmul_forward))
-        return max(SUSTAINED * (seconds + max(skinny)), work.launches * r.launch)
+        seconds = cost.forward / r.matmul_forward + cost.backward / r.matmul_backward
+        seconds += cost.attention / r.attention_forward + cost.attention_backward / r.attention_backward
+        seconds += cost.bytes / r.copy + cost.dequantized / r.dequantize
+        skinny = (cost.skinny_bytes / (SKINNY_BANDWIDTH * r.copy), cost.skinny / (SKINNY_MATMUL * r.matmul_forward))
+        return max(SUSTAINED * (seconds + max(skinny)), cost.launches * r.launch)
 
     @staticmethod
     def _over(nbytes: float, rate: float) -> float:
@@ -214,9 +217,9 @@ class Walk:
 
     def _forward(self) -> None:
         order, there = self._arrivals([*self.streamed, *([-1] if self.streams_head else [])], self.keeps, 0.0)
-        pass_seconds, left = self.clock.forward * self.crowding, 0.0
-        for i in range(len(self.blocks)):
-            self.now = max(self.now, there.get(i, 0.0)) + pass_seconds
+        left = 0.0
+        for i, block in enumerate(self.blocks):
+            self.now = max(self.now, there.get(i, 0.0)) + self.clock.forward[block.keep] * self.crowding
             if i in there:
                 self._next(order, there)
             self._exchange(self.clock.publish_out, self.clock.publish_in)

@@ -1,12 +1,46 @@
-"""Bytes of Hugging Face's own layers and head, where blocks are not fused: counted by formula, not placed."""
+"""Bytes and work of Hugging Face's own layers and head, where blocks are not fused: bytes by formula, for nothing is
+placed; work as that of a fused block of these sizes that keeps everything."""
 
+from dataclasses import replace
+
+from fsdp_qlora.kernels.cost import Cost
 from fsdp_qlora.kernels.cross_entropy import chunk_tokens
-from fsdp_qlora.plan.costs import BlockBytes
-from fsdp_qlora.plan.inputs import FLOAT, Facts
+from fsdp_qlora.plan.costs import BlockCost, HeadCost, Kind, block_costs
+from fsdp_qlora.plan.costs import head_cost as traced_head
+from fsdp_qlora.plan.inputs import FLOAT, KEEP, Facts
+
+NORM_PASSES = 8 + 15  # over numbers in float32, of Hugging Face's final norm forward and backward
+NORM_LAUNCHES = 45
 
 
-def layer_bytes(facts: Facts) -> BlockBytes:
-    """A Hugging Face layer whose linears are replaced: what autograd keeps of it, all at once where it recomputes.
+def layer_costs(facts: Facts) -> dict[Kind, BlockCost]:
+    """Return what a layer takes and costs: alike for all kinds of block, of which there is one."""
+    like = block_costs(replace(facts, adapted=""))["all", False]
+    multiplied = facts.hidden * (facts.qkv + facts.queries + 3 * facts.inner)
+    scale = facts.linear_numbers / multiplied  # a family's layer may have other linears
+    kept, forward_bytes, backward_bytes = _layer_bytes(facts)
+    forward, backward = (_scaled(cost, scale) for cost in (like.forward, like.backward))
+    cost = BlockCost(kept, 0, forward_bytes, backward_bytes, 0, forward, backward)
+    return {(keep, offloaded): cost for keep in KEEP for offloaded in (False, True)}
+
+
+def head_cost(facts: Facts) -> HeadCost:
+    """Return what Hugging Face's final norm, the head and the loss take and cost, beside what the blocks keep."""
+    numbers = facts.tokens * facts.hidden
+    norm = Cost(bytes=numbers * NORM_PASSES * FLOAT, launches=NORM_LAUNCHES)
+    return HeadCost(_head_bytes(facts), 0, traced_head(facts, normed=False).cost + norm)
+
+
+def _scaled(cost: Cost, scale: float) -> Cost:
+    """With matmuls and weights of so many times the size."""
+    return replace(
+        cost, forward=cost.forward * scale, backward=cost.backward * scale, dequantized=cost.dequantized * scale
+    )
+
+
+def _layer_bytes(facts: Facts) -> tuple[int, int, int]:
+    """Return the bytes that a Hugging Face layer whose linears are replaced keeps, and of working tensors forward and
+    backward: what autograd keeps of it, all at once where it recomputes.
 
     Kept numbers a token: two norms' input in float32 and output, q, k, v and their rotated copies, attention's output,
     the residual sums, gate, up, act(gate), their product, each adapter's middle."""
@@ -19,13 +53,13 @@ def layer_bytes(facts: Facts) -> BlockBytes:
     passing = f.tokens * (2 * f.inner + 2 * f.hidden) * c  # gradients on their way through the MLP
     h = f.tokens * f.hidden * f.stream_bytes
     if f.remat:
-        return BlockBytes(h, 0, h + inside, inside + passing + f.largest_adapters * c, 0)
-    return BlockBytes(h + inside, 0, h + inside, passing + f.largest_adapters * c, 0)
+        return h, h + inside, inside + passing + f.largest_adapters * c
+    return h + inside, h + inside, passing + f.largest_adapters * c
 
 
-def head_bytes(facts: Facts) -> int:
-    """Return the bytes of Hugging Face's final norm, the head and the loss at their worst moment, beside what the
-    blocks keep: the norm keeps the last block's output in float32, of which its backward makes four more."""
+def _head_bytes(facts: Facts) -> int:
+    """Return the bytes at the worst moment: the norm keeps the last block's output in float32, of which its backward
+    makes four more."""
     f, c = facts, facts.compute_bytes
     numbers = f.tokens * f.hidden
     logits = min(chunk_tokens(f.vocabulary), f.tokens) * (-(-f.vocabulary // 16) * 16) * c

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fsdp_qlora.plan.inputs import Facts, keys_seen
+from fsdp_qlora.kernels.attention_on_meta import keys_seen
+from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.plan.memory import Memory
 from fsdp_qlora.plan.search import Budget, Search, Wishes, placements
 from fsdp_qlora.units import GIB, as_gib

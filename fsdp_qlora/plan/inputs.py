@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.config.keep import Keep
+from fsdp_qlora.kernels.attention_on_meta import keys_seen
 
 if TYPE_CHECKING:
     from fsdp_qlora.config.options import Config
@@ -213,12 +214,6 @@ def workspace(device: Any, capability: tuple[int, int] | None = None) -> int:
         return told
     capability = capability or torch.cuda.get_device_capability(device)
     return 32 << 20 if capability >= (9, 0) else (8 << 20) + (128 << 10)
-
-
-def keys_seen(context: int, window: int | None) -> float:
-    """Mean number of keys that a causal query sees: (S + 1) / 2, fewer through a window."""
-    w = context if window is None else min(window, context)
-    return (w * (w + 1) / 2 + (context - w) * w) / context
 
 
 def _shards(strategy: str, group: int, world: "World") -> int:

@@ -13,8 +13,8 @@ from itertools import accumulate
 from typing import Literal
 
 from fsdp_qlora.plan import generic
-from fsdp_qlora.plan.costs import block_bytes, head_bytes
-from fsdp_qlora.plan.inputs import FLOAT, KEEP, Facts, beside, pitch
+from fsdp_qlora.plan.costs import block_costs, head_cost
+from fsdp_qlora.plan.inputs import FLOAT, Facts, beside, pitch
 from fsdp_qlora.plan.loading import Loading
 
 Placed = Literal["replicate", "shard", "shard_offload", "stream"]
@@ -55,13 +55,8 @@ class Memory:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        kinds = {(keep, away) for keep in KEEP for away in (False, True)}
-        if facts.fused:
-            self.of = {kind: block_bytes(facts, *kind) for kind in kinds}
-            self.head, self.head_loose = head_bytes(facts)
-        else:
-            self.of = dict.fromkeys(kinds, generic.layer_bytes(facts))
-            self.head, self.head_loose = generic.head_bytes(facts), 0
+        self.of = block_costs(facts) if facts.fused else generic.layer_costs(facts)
+        self.head = head_cost(facts) if facts.fused else generic.head_cost(facts)
         self.adapters = facts.all_adapters * facts.compute_bytes
         self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
@@ -141,7 +136,7 @@ class Memory:
 
     def _loose(self, blocks: Sequence[BlockPlan]) -> int:
         """Most that operators allocate by themselves, beside the arena."""
-        return max(self.head_loose, *(self.of[kind].loose for kind in {(b.keep, b.offloaded) for b in blocks}))
+        return max(self.head.loose, *(self.of[kind].loose for kind in {(b.keep, b.offloaded) for b in blocks}))
 
     def host_parts(self, candidate: Candidate) -> dict[str, int]:
         """Bytes in host memory of a node, all its ranks together, by name."""
@@ -221,16 +216,16 @@ class Memory:
         first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
         behind = [every - (i + 1) * self.gradient for i in range(len(sizes))]
         worst = max(
-            (before[-1], self.head + head_gathered + fetched, behind[-1]), (0, 0, every + self.unfolded), key=sum
+            (before[-1], self.head.arena + head_gathered + fetched, behind[-1]), (0, 0, every + self.unfolded), key=sum
         )
         last = {id(size): i for i, size in enumerate(sizes)}
         first = {id(size): len(sizes) - 1 - i for i, size in enumerate(reversed(sizes))}
         for i in {*last.values(), *first.values()}:
             size = sizes[i]
             going = fetched if i > first_away else 0  # what was parked last is let go when the next is parked
-            forward = (before[i], size.forward + going, behind[-1])
+            forward = (before[i], size.forward_bytes + going, behind[-1])
             flying = min(IN_FLIGHT, len(sizes) - 1 - i) * self.reduction
-            backward = (before[i + 1], size.backward + size.away + fetched, behind[i] + flying)
+            backward = (before[i + 1], size.backward_bytes + size.away + fetched, behind[i] + flying)
             worst = max(worst, forward, backward, key=sum)
         return worst
 

@@ -117,7 +117,7 @@ class Search:
         assert self.clock is not None
         facts, of, kinds = self.facts, self.memory.of, self._kinds()
         costs = {
-            (keep, away): Cost(self.clock.backward[keep], of[keep, away].kept, of[keep, away].away * facts.local_ranks)
+            (keep, away): Cost(self.clock.passes(keep), of[keep, away].kept, of[keep, away].away * facts.local_ranks)
             for keep, away in kinds
         }
         nothing = replace(like, blocks=blend({kinds[0]: facts.layers}, kinds))

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.plan import costs
-from fsdp_qlora.plan.costs import Shape
+from fsdp_qlora.plan.shape import Shape, block_of
 from fsdp_qlora.runtime.determinism import deterministic_algorithms
 
 
@@ -55,14 +55,14 @@ class Elsewhere:
 def products(block: FusedBlock) -> tuple[Counter[tuple[Any, ...]], Counter[tuple[Any, ...]]]:
     """Of a block's forward and of its backward, on the meta device."""
     forward, backward = Products(), Products()
-    with costs._metered(block) as meter:
-        h, tables = costs._inputs(block, 2, 256, meter)
+    with costs.metered(block, 512) as meter:
+        h, tables = costs.pass_inputs(block, 2, 256, meter)
         with forward:
             out = block(h, *tables)
-        d_out = costs._gradient(block, out)
+        d_out = costs.output_gradient(block, out)
         with backward:
             out.backward(d_out[:, : h.shape[-1]].view(out.shape))
-        costs._let_go(block)
+        costs.release(block)
     return forward.seen, backward.seen
 
 
@@ -73,7 +73,7 @@ def test_what_a_block_keeps_and_where_changes_no_matrix_that_it_multiplies(
 ) -> None:
     """Backward multiplies the same matrices, laid out alike, and beside them some of forward's once more: whichever
     kernels cuBLAS takes, they are the same. Rank 20 leaves rows that are no whole cache lines."""
-    block = costs._block(Shape(1024, 3584, 16, 4, 64, 3, 2, rank, "", False, False, "nf4", 2, dropout, "flash", 0))
+    block = block_of(Shape(1024, 3584, 16, 4, 64, 3, 2, rank, "", False, False, "nf4", 2, dropout, "flash", 0))
     forward, least = products(replace(block, keep=Keep.ALL))
     assert sum(least.values()) > 10
     for keep in Keep:

@@ -15,7 +15,7 @@ from fsdp_qlora.optim.adapter_group import BLOCKS_PER_UPDATE
 from fsdp_qlora.optim.gradient_reduction import IN_FLIGHT
 from fsdp_qlora.placement.load import encode
 from fsdp_qlora.plan import memory
-from fsdp_qlora.plan.costs import BlockBytes, block_bytes, trace, trace_parked
+from fsdp_qlora.plan.costs import BlockCost, block_costs, trace
 from fsdp_qlora.plan.inputs import KEEP, Facts, facts_of
 from fsdp_qlora.plan.loading import Loading
 from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
@@ -49,8 +49,8 @@ def every(facts: Facts, keep: str, offloaded: bool = False, placement: Placed = 
     return Candidate(placement, (BlockPlan(True, keep, offloaded),) * facts.layers, True, 0)
 
 
-def of(known: Facts, keep: str, offloaded: bool = False) -> BlockBytes:
-    return block_bytes(known, keep, offloaded)
+def of(known: Facts, keep: str, offloaded: bool = False) -> BlockCost:
+    return block_costs(known)[keep, offloaded]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,9 +71,8 @@ def test_a_block_made_of_facts_takes_what_the_models_own_takes(family: str, more
     assert isinstance(own, FusedBlock)
     for backend in ("cudnn", "flash", "flash_attn", "math"):
         for keep in KEEP:
-            here = trace(replace(own, keep=Keep.named(keep), backend=backend), known.batch, known.context)
+            here, away = trace(replace(own, backend=backend), known.batch, known.context, Keep.named(keep))
             assert of(replace(known, attention=backend), keep) == here, (backend, keep)
-            away = trace_parked(replace(own, keep=Keep.named(keep), backend=backend), known.batch, known.context, here)
             assert of(replace(known, attention=backend), keep, True) == away, (backend, keep)
 
 

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from fsdp_qlora.config.keep import Keep
+from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.costs import block_costs, trace
 from fsdp_qlora.plan.inputs import KEEP
 from fsdp_qlora.plan.memory import BlockPlan, Candidate
-from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD, BlockWork
 from tests.plan.test_plan_memory import SHAPE
 from tests.support.known_runs import H200, MEASURED, facts
-from tests.support.metered import block_launches, planned
-
-COPIES = (0, 0, 2, 3, 4)  # more launches in forward, of what each level keeps: attention's output and sums, x A^T alone
+from tests.support.metered import planned
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=[row.name for row in MEASURED])
@@ -22,31 +22,68 @@ def test_measured_steps_are_met_within_15_percent(row: Any) -> None:
     assert Clock(row.facts, row.rates).seconds(row.candidate) == pytest.approx(row.seconds, rel=0.15)
 
 
-def test_launches_are_those_of_the_code() -> None:
+def test_a_llama_block_launches_few_kernels() -> None:
+    """Forward copies what each level keeps: attention's output and sums, x A^T alone."""
     model, config, _ = planned(LlamaConfig(**SHAPE), batch_size=1, context_length=128, lora_rank=16)
-    for level, keep in enumerate(KEEP):
-        forward, backward = block_launches(model, config, keep)
-        assert forward == LAUNCHES_FORWARD + COPIES[level], keep
-        assert backward == LAUNCHES_BACKWARD[level], keep
+    block = list(model.blocks.values())[-1].fused  # the first may copy its input
+    assert isinstance(block, FusedBlock)
+    traced = [trace(block, 1, config.data.context_length, keep)[0] for keep in Keep]
+    assert [cost.forward.launches for cost in traced] == [21, 21, 23, 24, 25]
+    assert [cost.backward.launches for cost in traced] == [47, 38, 38, 35, 33]
 
 
 def test_flops_are_four_per_parameter_and_token_and_six_with_everything_recomputed() -> None:
     """But for o and down, which are never, and o, which is at `input` alone."""
-    known = replace(facts("llama2_70b", 2, 512, 0), rank_qkv=0, rank_o=0, rank_gate_up=0, rank_down=0)
-    work, two = BlockWork(known), 2 * known.tokens
+    known = facts("llama2_70b", 2, 512, 0, adapted="0" * 7)
+    costs, two = block_costs(known), 2 * known.tokens
     parameters, down, o = known.linear_numbers, known.hidden * known.inner, known.hidden * known.queries
-    assert work.forward().forward == pytest.approx(two * parameters)
-    assert work.backward(KEEP.index("all")).backward == pytest.approx(two * parameters)
-    assert work.again(KEEP.index("all")).forward == 0
-    assert work.again(KEEP.index("input")).forward == pytest.approx(two * (parameters - down))
-    assert work.again(KEEP.index("halves")).forward == pytest.approx(two * (parameters - down - o))
+    recomputed = {"input": parameters - down, "halves": parameters - down - o, "all": 0}
+    for keep, numbers in recomputed.items():
+        cost = costs[keep, False]
+        assert cost.forward.forward == two * parameters
+        assert cost.backward.backward == two * parameters
+        assert cost.backward.forward == two * numbers
+        assert cost.forward.skinny == cost.backward.skinny == 0
+
+
+def test_an_adapter_is_columns_of_a_matmul_or_a_skinny_one() -> None:
+    bare, adapted = (
+        block_costs(facts("llama2_70b", 2, 512, 16, adapted=mark * 7))["all", False].forward for mark in "01"
+    )
+    known = facts("llama2_70b", 2, 512, 16)
+    two, rank = 2 * known.tokens, known.rank
+    beside = rank * (3 * known.qkv + 2 * 2 * known.inner + known.hidden)  # B's, those of one input side by side
+    assert adapted.forward - bare.forward == two * beside
+    assert adapted.skinny == two * rank * (
+        3 * known.hidden + known.queries + known.hidden + 2 * known.hidden + known.inner
+    )
+
+
+def test_weights_are_dequantized_once_for_a_pass_or_for_both_a_recomputation_and_its_gradients() -> None:
+    known = facts("llama2_70b", 2, 512, 16)
+    o = known.hidden * known.queries / known.linear_numbers
+    for keep, times in (("all", 1), ("halves", 1), ("input", 1 + known.qkv * known.hidden / known.linear_numbers + o)):
+        cost = block_costs(known)[keep, False]
+        assert cost.forward.dequantized == pytest.approx(known.block_bytes + 2 * known.linear_numbers, rel=1e-3)
+        assert cost.backward.dequantized == pytest.approx(times * cost.forward.dequantized, rel=1e-3)
 
 
 def test_flash_attn_is_repeated_at_every_level() -> None:
     for attention, repeated in (("flash_attn", KEEP), ("cudnn", KEEP[: KEEP.index("attention")])):
-        work = BlockWork(facts("llama3_8b", 4, 2048, 16, attention=attention))
-        for level, keep in enumerate(KEEP):
-            assert work.again(level).attend == (work.forward().attend if keep in repeated else 0), (attention, keep)
+        known = facts("llama3_8b", 4, 2048, 16, attention=attention)
+        for (keep, _), cost in block_costs(known).items():
+            flops = 4 * known.tokens * known.keys * known.queries
+            assert cost.forward.attention == flops
+            assert cost.backward.attention == (flops if keep in repeated else 0), (attention, keep)
+            assert cost.backward.attention_backward == 2.5 * flops
+
+
+def test_windows_are_counted_as_the_mean_of_the_blocks() -> None:
+    known = facts("llama3_8b", 1, 4096, 16)
+    whole, half = (block_costs(replace(known, keys=known.keys * n))["input", False] for n in (1, 0.5))
+    assert half.forward.attention == whole.forward.attention / 2
+    assert half.backward.attention_backward == whole.backward.attention_backward / 2
+    assert half.forward.bytes == whole.forward.bytes
 
 
 def streamed(layers: int, resident: int = 0, keep: str = "input", head: bool = True, staging: int = 3) -> Candidate:

@@ -21,7 +21,7 @@ from fsdp_qlora.kernels import attention
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward, fastest, possible
 from fsdp_qlora.kernels.device import deterministic
 from fsdp_qlora.plan.calibrate.rates import key_of
-from fsdp_qlora.plan.costs import block_bytes
+from fsdp_qlora.plan.costs import block_costs
 from fsdp_qlora.plan.inputs import workspace
 from fsdp_qlora.runtime import launcher as environment
 from fsdp_qlora.runtime.determinism import deterministic_algorithms
@@ -234,11 +234,11 @@ def test_flash_attention_repeats_its_bits(strict: None) -> None:
 def test_the_plan_counts_a_sum_for_each_part_of_the_keys(heads: int, parts: int) -> None:
     """An H100's 132 multiprocessors, one row."""
     known = replace(facts("llama3_8b", 1, 4096, 16), attention="flash", heads=heads, kv_heads=heads)
-    plain, apart = (block_bytes(replace(known, multiprocessors=n), "all", False) for n in (0, 132))
+    plain, apart = (block_costs(replace(known, multiprocessors=n))["all", False] for n in (0, 132))
     whole = known.tokens * known.queries * 4
     assert apart.loose - plain.loose == (parts - 1) * whole + parts * 128 * known.queries * 4
     other = replace(known, attention="cudnn", multiprocessors=132)
-    assert block_bytes(other, "all", False) == block_bytes(replace(other, multiprocessors=0), "all", False)
+    assert block_costs(other) == block_costs(replace(other, multiprocessors=0))
 
 
 def test_rates_of_the_default_are_not_those_of_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,38 +9,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.kernels.device import launches_on_meta
 from fsdp_qlora.models.causal_lm import CausalModel, Recipe, assemble
 from fsdp_qlora.models.fuse import Fusion, fuse
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.models.skeleton import build
-from fsdp_qlora.plan.costs import META, ROUND
+from fsdp_qlora.plan.metering import ROUND
+from fsdp_qlora.plan.shape import META
 from fsdp_qlora.weights.codecs import NF4
 from tests.support.runs import flags
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=META)
-NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias"}
 
 
 @dataclass
 class Meter(TorchDispatchMode):
-    """live: bytes alive now; peak: most since `mark`; launches: kernels since then, ours and PyTorch's."""
+    """live: bytes alive now; peak: most since `mark`."""
 
     peak: int = 0
     on: str = "meta"  # the device whose tensors count
-    _launched: int = 0
     _known: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
-
-    @property
-    def launches(self) -> int:
-        return self._launched + launches_on_meta()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -49,13 +42,6 @@ class Meter(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.on:
                 self.add(tensor)
         self.peak = max(self.peak, self.live())
-        name = func.overloadpacket.__name__
-        if (
-            name not in NO_KERNEL
-            and not func.is_view
-            and any(t.device.type == self.on for t in tree_leaves(out) if torch.is_tensor(t))
-        ):
-            self._launched += 1
         return out
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -68,7 +54,7 @@ class Meter(TorchDispatchMode):
 
     def mark(self) -> int:
         """Begin to count anew; bytes alive now."""
-        self._launched, self.peak = -launches_on_meta(), self.live()
+        self.peak = self.live()
         return self.peak
 
 
@@ -83,26 +69,3 @@ def planned(hf_config: PretrainedConfig, **options: Any) -> tuple[CausalModel, A
         if isinstance(block.fused, FusedBlock):
             block.fused = replace(block.fused, backend="cudnn")
     return model, config, replace(fusion, attention=("cudnn",) if fusion.blocks else ())
-
-
-def block_launches(model: CausalModel, config: Any, keep: str) -> tuple[int, int]:
-    """Kernels that a fused block launches forward and back."""
-    block = list(model.blocks.values())[-1]  # the first may copy its input
-    assert isinstance(block.fused, FusedBlock)
-    fused = replace(block.fused, keep=Keep.named(keep))
-    batch, context = config.training.batch_size, config.data.context_length
-    with block.frozen.on_meta(), Meter() as meter:
-        for _ in range(2):  # the first makes the scratch buffer as large as it will be
-            h = torch.empty(batch, context, fused.spec.mlp.down.out_features, dtype=fused.dtype, device=META)
-            cos, sin = (torch.empty(context, fused.spec.attention.head_dim // 2, device=META) for _ in range(2))
-            d_wide = torch.empty(batch * context, 2 * h.shape[-1], dtype=h.dtype, device=META)
-            meter.mark()
-            out = fused(h.requires_grad_(), cos, sin)
-            forward = meter.launches
-            fused.shared.gradient.hand(d_wide)
-            out.backward(d_wide[:, : h.shape[-1]].view(out.shape))
-            backward = meter.launches - forward
-            fused.shared.gradient.forget()
-            for m in block.linears().values():
-                m.lora_A.grad = m.lora_B.grad = None
-    return forward, backward

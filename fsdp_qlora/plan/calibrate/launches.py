@@ -17,8 +17,8 @@ from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.models.fused.spec import BlockSpec, Norm
 from fsdp_qlora.models.generic_block import FrozenLinear
+from fsdp_qlora.plan.costs import block_costs
 from fsdp_qlora.plan.inputs import Facts
-from fsdp_qlora.plan.work import LAUNCHES_BACKWARD, LAUNCHES_FORWARD
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 
 FEW_TOKENS = 16  # of the block that measures launches
@@ -39,7 +39,8 @@ def launches(model: CausalModel, facts: Facts, device: torch.device) -> float:
     def passes() -> None:
         alone(h, cos, sin).backward(d_out)
 
-    return _host_seconds(passes, ROUNDS) / (LAUNCHES_FORWARD + LAUNCHES_BACKWARD[0])
+    cost = block_costs(facts)["input", False]
+    return _host_seconds(passes, ROUNDS) / (cost.forward.launches + cost.backward.launches)
 
 
 def _host_seconds(call: Callable[[], object], rounds: int) -> float:

@@ -17,11 +17,12 @@ from torch import Tensor
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward
+from fsdp_qlora.kernels.attention_on_meta import keys_seen
 from fsdp_qlora.kernels.lora_wide import wide
 from fsdp_qlora.memory.pinned import try_page_lock
 from fsdp_qlora.memory.shared import HostStore
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.plan.inputs import Facts, keys_seen
+from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.torch_compat import all_gather, reduce_scatter
 
 WARM_SECONDS = 0.2  # of products before anything is timed: a cold card clocks higher than a step lets it
