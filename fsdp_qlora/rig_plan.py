@@ -110,7 +110,7 @@ def rig_lines(config: Config, rig: Rig, hf_config: PretrainedConfig) -> list[str
         config = replace(config, model=replace(config.model, precision=WITHOUT_BF16))
     built = build_for(config, rig, hf_config)
     planned = plan_built(built, config, rig)
-    described = describe(built.model, hf_config, planned.config, built.attention, built.fusion, world_of(rig))
+    described = describe(built.model, hf_config, config, built.attention, built.fusion, world_of(rig))
     rates = [rates_line(planned.record["rates"], "not measured: ")] if config.output.verbose else []
     return [*head_lines(config.memory, rig), *said, *described, *planned.lines, *rates, closing_line(rig)]
 

@@ -17,7 +17,8 @@ from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.models.skeleton import max_positions, text_config
-from fsdp_qlora.plan.planning import write_plan
+from fsdp_qlora.plan.plan import Plan
+from fsdp_qlora.plan.planning import with_micro_batch, write_plan
 from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.startup import adapter_count, describe, describe_rows
@@ -61,8 +62,8 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         longest = config.data.context_length if data is None else data.rows.widest
         stages.done("config and data")
         session = prepare(config, world, compute, longest, stages.done)
-        config, planned = session.config, session.planned
-        batches = None if data is None else make_batches(config, data.rows, world)
+        planned, plan = session.planned, session.planned.plan
+        batches = None if data is None else make_batches(config, plan, data.rows, world)
         for line in [*notes, *start_lines(session, data, batches)]:
             world.say(line)
         if only_plan:
@@ -70,11 +71,12 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         assert data is not None
         assert batches is not None
         steps = count_steps(config, batches)
-        metrics = world.together(lambda: Metrics(config, world, steps))
-        world.main_only(lambda: note_run(config, folder, adapter_count(session.model), planned.record))
+        noted = with_micro_batch(config, plan.micro_batch, plan.accumulation)  # what repeats this run
+        metrics = world.together(lambda: Metrics(noted, world, steps))
+        world.main_only(lambda: note_run(noted, folder, adapter_count(session.model), planned.record))
 
         placement = session.place()
-        refit = Refit(planned, session.model, placement, config.training.batch_size * longest, world, folder)
+        refit = Refit(planned, session.model, placement, plan.micro_batch * longest, world, folder)
         adapters = session.load(placement)
         give_back_freed()
         hold_to_card(config.memory.gpu_memory_gib, world.device)
@@ -134,11 +136,8 @@ def note_run(config: Config, folder: Path, adapter_parameters: int, plan: dict[s
         write_plan(folder, plan)
 
 
-def make_batches(config: Config, rows: Rows, world: World) -> Batches:
-    training = config.training
-    return Batches(
-        rows, training.batch_size, training.gradient_accumulation_steps, world.size, world.rank, training.seed
-    )
+def make_batches(config: Config, plan: Plan, rows: Rows, world: World) -> Batches:
+    return Batches(rows, plan.micro_batch, plan.accumulation, world.size, world.rank, config.training.seed)
 
 
 def count_steps(config: Config, batches: Batches) -> int:

@@ -44,7 +44,7 @@ class Compute:
 class Session:
     """A model that is built and planned. Its weights are not read yet: a run can still end before a download."""
 
-    config: Config  # with the micro-batch that was planned
+    config: Config  # as it was given
     world: World
     compute: Compute
     model: CausalModel
@@ -63,7 +63,9 @@ class Session:
         Raises UserError on every rank alike, before anything is read, if the checkpoint is not this model's."""
         model, world = self.model, self.world
         world.first_on_node(lambda: check_names(model, self.weights))
-        adapters = ShardedAdapters(model, world, self.config, draw=False)
+        adapters = ShardedAdapters(
+            model, world, self.config, accumulates=self.planned.plan.accumulation > 1, draw=False
+        )
         placement.prepare(model)  # page-locks host memory from here on
         drawn = beside(adapters.draw, world.device)
         adapters.exchange = choose_exchange(adapters.largest, self.config.memory, world)
@@ -102,7 +104,7 @@ def prepare(
     done("model")
     planned = plan_run(model, config, fusion, longest, world)
     done("plan")
-    return Session(planned.config, world, compute, model, fusion, weights, planned)
+    return Session(config, world, compute, model, fusion, weights, planned)
 
 
 def build_model(

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fsdp_qlora.config.options import Config
+from fsdp_qlora.config.options import MemoryOptions
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.exchange.base import Exchange, Pending
 from fsdp_qlora.kernels.device import empty
@@ -23,11 +23,14 @@ IN_FLIGHT = 2  # reductions whose buffers are alive at once; each is one block's
 class GradientReduction:
     """The gradients of the groups, from backward to this rank's float32 slices of their sums."""
 
-    def __init__(self, groups: Sequence[AdapterGroup], exchange: Exchange, world: World, config: Config) -> None:
+    def __init__(
+        self, groups: Sequence[AdapterGroup], exchange: Exchange, world: World, memory: MemoryOptions, accumulates: bool
+    ) -> None:
+        """accumulates: an optimizer step has several micro-batches."""
         self.groups, self.exchange, self.world = groups, exchange, world
-        self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.memory.reduce_dtype]
-        self._no_sync = config.memory.no_sync  # sum over micro-batches on each rank, reduce once a step
-        self._accumulates = config.training.gradient_accumulation_steps > 1
+        self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[memory.reduce_dtype]
+        self._no_sync = memory.no_sync  # sum over micro-batches on each rank, reduce once a step
+        self._accumulates = accumulates
         # (reduction, its group, its output, its input: to be kept alive)
         self._in_flight: deque[tuple[Pending, AdapterGroup, Tensor, Tensor]] = deque()
         self._next = -1  # the group that is reduced next; -1: none

@@ -35,8 +35,11 @@ class ShardedAdapters:
     gathers of `publish` continue behind the next forward: each block waits for its own adapters before it computes.
     """
 
-    def __init__(self, model: CausalModel, world: World, config: Config, draw: bool = True) -> None:
-        """Replace the model's adapters. draw: give them their first values; else all are zero until `draw`."""
+    def __init__(
+        self, model: CausalModel, world: World, config: Config, *, accumulates: bool, draw: bool = True
+    ) -> None:
+        """Replace the model's adapters. accumulates: an optimizer step has several micro-batches. draw: give them their
+        first values; else all are zero until `draw`."""
         self.world, self._seed = world, config.training.seed
         self._kind = choose_adapter(config.model.train_type)
         self._update_begins: torch.cuda.Event | None = None  # of the last `update`
@@ -44,7 +47,7 @@ class ShardedAdapters:
         by_path = make_groups(model, world)
         self.groups = list(by_path.values())
         exchange = Collectives()
-        self.reduction = GradientReduction(self.groups, exchange, world, config)
+        self.reduction = GradientReduction(self.groups, exchange, world, config.memory, accumulates)
         self.parameter_gather = ParameterGather(self.groups, exchange, world)
         if world.size > 1:
             for path, group in by_path.items():

@@ -35,6 +35,7 @@ __all__ = [
 class Plan:
     """What a run does.
 
+    micro_batch: rows of a rank at a time; accumulation: of which so many make an optimizer step.
     device_bytes: predicted peak that PyTorch allocates on a rank's GPU while it trains; parts: of it, by name.
     loading_bytes: while it loads.
     host_bytes: frozen bytes and kept tensors in host memory, per node, all ranks. seconds: of an optimizer step, None
@@ -44,6 +45,8 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     head_resident: bool
     staging: int
+    micro_batch: int
+    accumulation: int
     device_bytes: int
     host_bytes: int
     seconds: float | None
@@ -146,6 +149,8 @@ def _plan(memory: Memory, candidate: Candidate, seconds: float | None, arena: Ca
         candidate.blocks,
         candidate.head_resident,
         candidate.staging,
+        memory.facts.batch,
+        memory.facts.accumulation,
         sum(parts.values()),
         memory.host_bytes(candidate),
         seconds,

@@ -48,8 +48,8 @@ HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, its table for the user, its record for `write_plan`, and what it was made from: options, facts, rates,
-    budget. layout: where the tensors of a step lie, None where blocks are not fused."""
+    """A plan, its table for the user, its record for `write_plan`, and what it was made from: options as given, facts,
+    rates, budget. layout: where the tensors of a step lie, None where blocks are not fused."""
 
     plan: Plan
     lines: list[str]
@@ -115,7 +115,7 @@ def fastest_of(
         assert refused is not None
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
-    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[4].training.batch_size)
+    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[0].micro_batch)
     layout = layouts(sized, facts) if layouts is not None and facts.fused else None
     if layout is not None:
         try:
@@ -123,7 +123,7 @@ def fastest_of(
         except UserError as error:
             raise error.on_every_rank(world.rank) from None
     lines, record = table(plan, facts, rates, left), plan_record(plan, facts, rates)
-    return Planned(plan, lines, record, sized, facts, rates, left, layout)
+    return Planned(plan, lines, record, config, facts, rates, left, layout)
 
 
 def refit_run(planned: Planned, world: World) -> Planned | None:
@@ -208,10 +208,13 @@ def micro_batches(config: Config) -> list[Config]:
         return [config]
     rows = training.gradient_accumulation_steps
     sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
-    return [
-        replace(config, training=replace(training, batch_size=size, gradient_accumulation_steps=rows // size))
-        for size in sizes
-    ]
+    return [with_micro_batch(config, size, rows // size) for size in sizes]
+
+
+def with_micro_batch(config: Config, rows: int, accumulation: int) -> Config:
+    """Return the options as who knows the plan's choice would give them."""
+    training = replace(config.training, batch_size=rows, gradient_accumulation_steps=accumulation)
+    return replace(config, training=training)
 
 
 def wishes_of(memory: MemoryOptions, ranks: int) -> Wishes:

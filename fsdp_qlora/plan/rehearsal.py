@@ -86,12 +86,13 @@ def rehearse(
     places, labels = (torch.zeros(tokens, dtype=torch.int64, device=META) for _ in range(2))
     recorder = Recorder()
     with _on_meta(model, blocks, tokens) as offload:
-        adapters = ShardedAdapters(model, there, config, draw=False)
+        accumulates = training.gradient_accumulation_steps > 1
+        adapters = ShardedAdapters(model, there, config, accumulates=accumulates, draw=False)
         adapters.exchange = _Nowhere(widens)
         take_from(recorder)
         try:
             # Where gradients are summed up over micro-batches first, what is reduced after the last has no place.
-            summed = config.memory.no_sync and training.gradient_accumulation_steps > 1
+            summed = config.memory.no_sync and accumulates
             adapters.begin_micro_batch(last=not summed)
             model(ids, places, labels, 1.0).backward()
             adapters.finish()

@@ -45,11 +45,10 @@ def describe(
 
 def describe_rows(config: Config, batches: Batches, total_steps: int, world: World) -> list[str]:
     """Its lines on data and steps."""
-    training = config.training
     return [
         f"data      {batches.rows.summary}",
         f"run       {total_steps} steps of {batches.rows_per_step} rows "
-        f"({training.batch_size} x {training.gradient_accumulation_steps} x {_ranks(world)}), "
+        f"({batches.batch_size} x {batches.accumulation} x {_ranks(world)}), "
         f"context {config.data.context_length}",
     ]
 

@@ -41,7 +41,9 @@ def test_ranks_and_threads_change_none(monkeypatch, tmp_path, precision, threads
     with built(options) as ours:
         config = parse(flags(options))
         for rank in (0, 3):
-            adapters = ShardedAdapters(ours.model, replace(ours.world, rank=rank, size=5), config, draw=False)
+            adapters = ShardedAdapters(
+                ours.model, replace(ours.world, rank=rank, size=5), config, accumulates=False, draw=False
+            )
             assert not any(group.working.any() for group in adapters.groups)
             adapters.draw()
             linears = ours.model.linears()

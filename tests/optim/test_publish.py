@@ -83,7 +83,7 @@ def half(request, tmp_path):
     options = OPTIONS | {"model_name": model, "fused": request.param}
     with built(options) as ours:
         pair = replace(ours.world, size=2)
-        half = Half(ours, ShardedAdapters(ours.model, pair, parse(flags(options))))
+        half = Half(ours, ShardedAdapters(ours.model, pair, parse(flags(options)), accumulates=False))
         for index, block in enumerate(ours.model.blocks.values()):
             block.register_forward_hook(lambda *_, index=index: half.events.append(("forward", index)))
         half.adapters.exchange = half
@@ -220,7 +220,9 @@ def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync
         truth = ours.backward(ours.loss(ids, ids, 1.0) + ours.loss(ids, ids, 1.0))
         slices = []
         for rank in range(5):  # 3 * (64 + 64) = 384 values of a block are 5 * 77 - 1
-            adapters = ShardedAdapters(ours.model, replace(ours.world, rank=rank, size=5), parse(flags(options)))
+            adapters = ShardedAdapters(
+                ours.model, replace(ours.world, rank=rank, size=5), parse(flags(options)), accumulates=True
+            )
             adapters.exchange = summing = Summing(rank)
             for last in (False, True):
                 adapters.begin_micro_batch(last)

@@ -182,7 +182,7 @@ def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
     def plan_of(known, *_):
         if known.batch == 8:
             raise UserError("does not fit")
-        return SimpleNamespace(seconds=1 / known.batch)
+        return SimpleNamespace(seconds=1 / known.batch, micro_batch=known.batch, accumulation=8 // known.batch)
 
     def facts_of(model, config, *_):
         return facts("llama2_70b", config.training.batch_size, 64, 8)
@@ -196,7 +196,8 @@ def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
     config = parse(["--model_name", "m", "--batch_size", "-1", "--gradient_accumulation_steps", "8"])
     with open_world(config.launch, 0) as world:
         planned = planning.plan_run(None, config, None, 64, world)
-        assert (planned.config.training.batch_size, planned.config.training.gradient_accumulation_steps) == (4, 2)
+        assert (planned.plan.micro_batch, planned.plan.accumulation) == (4, 2)
+        assert planned.config == config, "as it was given"
         monkeypatch.setattr(planning, "make_plan", lambda *_: plan_of(SimpleNamespace(batch=8)))
         with pytest.raises(UserError, match="does not fit"):
             planning.plan_run(None, config, None, 64, world)

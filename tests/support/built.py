@@ -75,6 +75,6 @@ def build_in(world: World, options: Options, change: Callable[[Plan], Plan] = la
     plan = change(session.planned.plan)
     session = replace(session, planned=replace(session.planned, plan=plan))
     placement = session.place()
-    most_tokens = config.training.batch_size * config.data.context_length
+    most_tokens = plan.micro_batch * config.data.context_length
     keep_activations(session.model, plan.blocks, most_tokens, world.device)
     return Built(session.model, session.load(placement), placement, session.fusion, world)
