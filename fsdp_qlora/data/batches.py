@@ -82,9 +82,9 @@ class Batches:
         width = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, self.rows.context_length)
         input_ids = torch.full((len(chosen), width), self.rows.pad_id)
         labels = torch.full((len(chosen), width), IGNORE)
-        for place, row in enumerate(chosen):
+        for i, row in enumerate(chosen):
             part = slice(self.rows.offsets[row], self.rows.offsets[row + 1])
             ids = torch.from_numpy(self.rows.ids[part].astype(np.int64))
-            input_ids[place, : len(ids)] = ids
-            labels[place, : len(ids)] = torch.where(torch.tensor(self.rows.trains[part]), ids, IGNORE)
+            input_ids[i, : len(ids)] = ids
+            labels[i, : len(ids)] = torch.where(torch.tensor(self.rows.trains[part]), ids, IGNORE)
         return Batch(input_ids, labels, self.rows.index[chosen].tolist(), int(lengths.sum()))

@@ -97,9 +97,9 @@ class ChatTemplate:
         self.wants_parts = self._wants_parts()
         self.ends: list[str] | None = None
 
-    def __call__(self, row: Row, place: str) -> Example:
+    def __call__(self, row: Row, location: str) -> Example:
         """Return the row as text and what of it is learnt. Raises BadRow where that is not certain."""
-        talk = self.reader.read(row, place)
+        talk = self.reader.read(row, location)
         try:
             whole = self._whole(talk)
             if self.whole_row:
@@ -107,7 +107,7 @@ class ChatTemplate:
             spans = self._spans(talk, whole)
         except Exception as error:  # a template is a program: it raises whatever it raises
             raise BadRow(
-                f"{place}: the model's chat template does not take these messages ({first_line(error)})"
+                f"{location}: the model's chat template does not take these messages ({first_line(error)})"
             ) from error
         return self._example(talk, whole, spans)
 

@@ -119,13 +119,13 @@ class Columns:
         self.seen: set[str] = set()
         self.used: set[str] = set(named.values())
 
-    def fields(self, row: Row, place: str) -> Row:
+    def fields(self, row: Row, location: str) -> Row:
         """Return the row's values by field; where a needed one is missing, the row as it is: its template says which.
 
         Raises BadRow where a column that the user has named is not there.
         """
         self.seen.update(map(str, row))
-        named = renamed(row, self.named, place)
+        named = renamed(row, self.named, location)
         if self.form.takes_all:
             self.used.update(map(str, row))
             return named
@@ -141,12 +141,12 @@ class Columns:
         return sorted(self.seen - self.used)
 
 
-def renamed(row: Row, named: Mapping[str, str], place: str) -> Row:
+def renamed(row: Row, named: Mapping[str, str], location: str) -> Row:
     """Return the row with the columns of `named` ({field: column}) under their fields' names."""
     if not named:
         return row
     for name, column in named.items():
         if column not in row:
-            raise BadRow(f"{place}: columns: {name}={column}, but the row has only {', '.join(map(str, row))}")
+            raise BadRow(f"{location}: columns: {name}={column}, but the row has only {', '.join(map(str, row))}")
     rest = {column: value for column, value in row.items() if column not in named.values()}
     return rest | {name: row[column] for name, column in named.items()}

@@ -43,27 +43,27 @@ class TalkReader:
     def __init__(self, template: str):
         self.template = template
 
-    def read(self, row: Row, place: str) -> Talk:
+    def read(self, row: Row, location: str) -> Talk:
         """Return the conversation of a row's `messages`, or of `prompt` and `completion` that are lists of messages.
 
         Raises BadRow for what is no conversation, for roles that nobody knows and for parts that are no text.
         """
         if "completion" in row and "messages" not in row:
-            asked, answers = _list(row, "prompt", place), _list(row, "completion", place)
-            given = [*({**_object(m, place, i), "weight": 0} for i, m in enumerate(asked)), *answers]
+            asked, answers = _list(row, "prompt", location), _list(row, "completion", location)
+            given = [*({**_object(m, location, i), "weight": 0} for i, m in enumerate(asked)), *answers]
         else:
-            given = _list(row, "messages", place)
+            given = _list(row, "messages", location)
         talk = Talk([], [])
-        system = text_of(row, "system", place, optional=True)
+        system = text_of(row, "system", location, optional=True)
         if system and not self._is_system(given[0]):
             talk.messages.append({"role": "system", "content": system})
             talk.learn.append(False)
         for number, message in enumerate(given):
-            self._add(talk, _object(message, place, number), f"{place}: message {number}")
-        talk.tools = _tools(row, place)
+            self._add(talk, _object(message, location, number), f"{location}: message {number}")
+        talk.tools = _tools(row, location)
         settings = row.get("chat_template_kwargs") or {}
         if not isinstance(settings, dict) or set(settings) & RESERVED:
-            raise BadRow(f"{place}: 'chat_template_kwargs' must be an object of the template's variables")
+            raise BadRow(f"{location}: 'chat_template_kwargs' must be an object of the template's variables")
         talk.settings = dict(settings)
         if talk.tools and "tools" not in self.template:
             talk.notes.append("tools given, but the chat template has no place for them")
@@ -108,21 +108,23 @@ class TalkReader:
         return role
 
 
-def _list(row: Row, key: str, place: str) -> list[Any]:
+def _list(row: Row, key: str, location: str) -> list[Any]:
     value: Any = row.get(key)
     if isinstance(value, str) and value.lstrip().startswith("["):  # as a CSV file holds it
-        value = _json(value, f"{place}: {key!r}")
+        value = _json(value, f"{location}: {key!r}")
     if not isinstance(value, list):
         found = "missing" if key not in row else "null" if value is None else type(value).__name__
-        raise BadRow(f"{place}: {key!r} must be a list of {{role, content}}, but is {found}")
+        raise BadRow(f"{location}: {key!r} must be a list of {{role, content}}, but is {found}")
     if not value:
-        raise BadRow(f"{place}: {key!r} is an empty list")
+        raise BadRow(f"{location}: {key!r} is an empty list")
     return value
 
 
-def _object(message: Any, place: str, number: int) -> dict[str, Any]:
+def _object(message: Any, location: str, number: int) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise BadRow(f"{place}: message {number} must be an object with 'role' and 'content', but is {message!r:.80}")
+        raise BadRow(
+            f"{location}: message {number} must be an object with 'role' and 'content', but is {message!r:.80}"
+        )
     return message
 
 
@@ -192,16 +194,16 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {"type": "function", **made, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _tools(row: Row, place: str) -> list[dict[str, Any]] | None:
+def _tools(row: Row, location: str) -> list[dict[str, Any]] | None:
     """Return the row's tools: a list, or the JSON text of one; OpenAI's older `functions` too."""
     key = "tools" if row.get("tools") else "functions"
     value: Any = row.get(key)
     if isinstance(value, str):
-        value = _json(value, f"{place}: {key!r}") if value.strip() else None
+        value = _json(value, f"{location}: {key!r}") if value.strip() else None
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadRow(f"{place}: {key!r} must be a list of objects, or its JSON text, but is {value!r:.80}")
+        raise BadRow(f"{location}: {key!r} must be a list of objects, or its JSON text, but is {value!r:.80}")
     return [{"type": "function", "function": tool} if key == "functions" else tool for tool in value]
 
 

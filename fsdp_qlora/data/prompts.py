@@ -28,20 +28,21 @@ class PromptTemplate:
         self.path = path
         self.template = environment.from_string(MARKING + as_calls(text) if self.marked else text)
 
-    def __call__(self, row: Row, place: str) -> Example:
+    def __call__(self, row: Row, location: str) -> Example:
         """Return the row as text. Raises BadRow where the template cannot render it, or it has no answer."""
         try:
             rendered = self.template.render(**{str(key): value for key, value in row.items()})
         except Exception as error:  # a template is a program: it raises whatever it raises
-            raise BadRow(f"{place}: prompt_template {self.path} does not take it ({first_line(error)})") from error
+            raise BadRow(f"{location}: prompt_template {self.path} does not take it ({first_line(error)})") from error
         if not self.marked:
             answer = next((column for column in ANSWERS if column in row), None)
             if answer is None:
                 raise BadRow(
-                    f"{place}: has no answer: mark it in {self.path} with {{% generation %}} and {{% endgeneration %}} "
-                    f"or name its column with --columns output=COLUMN; it has {', '.join(map(str, row))}"
+                    f"{location}: has no answer: mark it in {self.path} with {{% generation %}} and "
+                    "{% endgeneration %} or name its column with --columns output=COLUMN; it has "
+                    f"{', '.join(map(str, row))}"
                 )
-            return Example([Piece(rendered, False), Piece(text_of(row, answer, place), True)])
+            return Example([Piece(rendered, False), Piece(text_of(row, answer, location), True)])
         example = Example()
         for part in rendered.split(OPENS):
             answer_text, closes, rest = part.partition(CLOSES)

@@ -1,4 +1,4 @@
-"""Files of rows: JSON, JSON lines, CSV, TSV, Parquet and Arrow, also compressed; each row with its place."""
+"""Files of rows: JSON, JSON lines, CSV, TSV, Parquet and Arrow, also compressed; each row with its location."""
 
 import bz2
 import csv
@@ -35,7 +35,7 @@ def kind_of(path: Path) -> str:
 
 
 def read_file(path: Path, kind: str = "") -> Iterator[Placed]:
-    """Yield (place, row) of a file. Raises UserError for a file that cannot be read, BadRow for a row that cannot."""
+    """Yield (location, row) of a file. Raises UserError if the file cannot be read, BadRow if a row cannot."""
     kind = kind or kind_of(path)
     name = f"dataset {str(path)!r}"
     if not kind:
@@ -81,22 +81,22 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-def parse_line(place: str, raw: Raw) -> dict[str, Any]:
+def parse_line(location: str, raw: Raw) -> dict[str, Any]:
     """Return the row of a JSON line; one that is a row already as it is. Raises BadRow with the line."""
     row: Any = raw
     if isinstance(raw, bytes):
         try:
             row = json.loads(raw)
         except json.JSONDecodeError as error:
-            raise BadRow(f"{place}, column {error.colno}: malformed JSON ({error.msg})") from error
+            raise BadRow(f"{location}, column {error.colno}: malformed JSON ({error.msg})") from error
         except UnicodeDecodeError as error:
-            raise BadRow(f"{place}: is not UTF-8 text ({error.reason} at byte {error.start} of the line)") from error
+            raise BadRow(f"{location}: is not UTF-8 text ({error.reason} at byte {error.start} of the line)") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
-            raise BadRow(f"{place}: malformed JSON ({first_line(error)})") from error
+            raise BadRow(f"{location}: malformed JSON ({first_line(error)})") from error
     if not isinstance(row, dict):
-        raise BadRow(f"{place} is {type(row).__name__}, but each row must be an object")
+        raise BadRow(f"{location} is {type(row).__name__}, but each row must be an object")
     if WRONG in row:
-        raise BadRow(f"{place} {row[WRONG]}")
+        raise BadRow(f"{location} {row[WRONG]}")
     return row
 
 
@@ -268,13 +268,13 @@ def _delimited(path: Path, name: str, delimiter: str) -> Iterator[Placed]:
             header = next((fields for fields in reader if fields), [])
             _check_names(header, name)
             for fields in reader:
-                place = f"line {reader.line_num}"
+                location = f"line {reader.line_num}"
                 if not fields:
                     continue
                 if len(fields) != len(header):
-                    yield place, {WRONG: f"does not have the header's {len(header)} fields, but {len(fields)}"}
+                    yield location, {WRONG: f"does not have the header's {len(header)} fields, but {len(fields)}"}
                 else:
-                    yield place, dict(zip(header, fields, strict=True))
+                    yield location, dict(zip(header, fields, strict=True))
         except csv.Error as error:
             raise UserError(
                 f"{name}: line {reader.line_num}: malformed {'CSV' if delimiter == ',' else 'TSV'} ({error})"

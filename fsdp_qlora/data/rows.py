@@ -95,14 +95,14 @@ def _tokenized(
 def _first(source: Source, options: DataOptions, named: dict[str, str]) -> tuple[list[Placed], Form, list[Placed]]:
     """Return the first row that can be read, the form that it shows, and the rows before it."""
     bad: list[Placed] = []
-    for place, raw in source.rows:
-        where = f"dataset {source.name!r}: {place}"
+    for location, raw in source.rows:
+        where = f"dataset {source.name!r}: {location}"
         try:
             row = renamed(parse_line(where, raw), named, where)
         except BadRow:
             if options.bad_rows != "skip":
                 raise
-            bad.append((place, raw))
+            bad.append((location, raw))
             continue
         if options.prompt_template is not None:
             form = PromptTemplate.FORM
@@ -111,7 +111,7 @@ def _first(source: Source, options: DataOptions, named: dict[str, str]) -> tuple
         else:
             form = form_of(row, options.dataset_format, source.name)
         _check_effect(form, options, source.name)
-        return [(place, raw)], form, bad
+        return [(location, raw)], form, bad
     if bad:
         raise UserError(f"dataset {source.name!r}: none of its {len(bad):,} rows can be read")
     raise UserError(f"dataset {source.name!r}: has no rows")

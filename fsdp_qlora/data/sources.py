@@ -45,7 +45,7 @@ NAMES = {
 
 @dataclass
 class Source:
-    """Rows on their way in. `rows` yields (place, row); place says where a bad row is, e.g. 'line 17'. Read it once.
+    """Rows on their way in. `rows` yields (location, row), as ('line 17', {...}). Read it once.
 
     content: a number that changes with what the rows hold (hexadecimal), or '' where that cannot be told cheaply.
     """
@@ -215,8 +215,8 @@ def _words(file: Path, root: Path) -> set[str]:
 
 def _of_files(files: list[Path], root: Path) -> Iterator[Placed]:
     for file in files:
-        for place, row in read_file(file):
-            yield f"{file.relative_to(root)}, {place}", row
+        for location, row in read_file(file):
+            yield f"{file.relative_to(root)}, {location}", row
 
 
 def _hub(dataset: str, named: Named, samples: int | None) -> Source:

@@ -35,7 +35,7 @@ class Example:
     empty: str = ""
 
 
-Template = Callable[[Row, str], Example]  # (row by field names, place for messages) -> Example
+Template = Callable[[Row, str], Example]  # (row by field names, location for messages) -> Example
 
 # Stanford Alpaca's two prompts, and fsdp_qlora's two for question/answer rows: programs that serve such adapters use
 # these words.
@@ -53,7 +53,7 @@ CONTEXT_QUESTION = "###Context:\n{context}\n" + QUESTION
 TURN = re.compile(r"(### (?:Human|Assistant):)")
 
 
-def text_of(row: Row, key: str, place: str, optional: bool = False) -> str:
+def text_of(row: Row, key: str, location: str, optional: bool = False) -> str:
     """Return the row's text under `key`; numbers are written out, an absent or null optional one is ''.
 
     Raises BadRow for all else, NaN and the infinities among it: written out they would be words.
@@ -62,67 +62,67 @@ def text_of(row: Row, key: str, place: str, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if isinstance(value, float) and not math.isfinite(value):
-        raise BadRow(f'{place}: {key!r} is {value}, which is no text; write null or ""')
+        raise BadRow(f'{location}: {key!r} is {value}, which is no text; write null or ""')
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         found = "missing" if key not in row else "null" if value is None else type(value).__name__
-        raise BadRow(f"{place}: {key!r} must be text, but is {found}; the row has {', '.join(map(str, row))}")
+        raise BadRow(f"{location}: {key!r} must be text, but is {found}; the row has {', '.join(map(str, row))}")
     return str(value)
 
 
-def alpaca(row: Row, place: str) -> Example:
+def alpaca(row: Row, location: str) -> Example:
     """Render instruction, input (may be empty), output; prompt as Stanford Alpaca's.
 
     LLaMA-Factory's two columns: `system` takes the place of the first sentences, `history` holds earlier rounds of
     [instruction, answer], whose answers are learnt too.
     """
-    given = text_of(row, "input", place, optional=True)
+    given = text_of(row, "input", location, optional=True)
     asked = ALPACA if given else ALPACA_NO_INPUT
-    system = text_of(row, "system", place, optional=True) or (ALPACA_SYSTEM if given else ALPACA_SYSTEM_NO_INPUT)
+    system = text_of(row, "system", location, optional=True) or (ALPACA_SYSTEM if given else ALPACA_SYSTEM_NO_INPUT)
     example, lead = Example(), system + "\n\n"
-    for question, answer in _history(row, place):
+    for question, answer in _history(row, location):
         example.pieces.append(Piece(lead + ALPACA_NO_INPUT.format(instruction=question), False))
         example.pieces.append(Piece(answer, True, ends=True))
         lead = "\n\n"
-    prompt = lead + asked.format(instruction=text_of(row, "instruction", place), input=given)
-    example.pieces += [Piece(prompt, False), Piece(text_of(row, "output", place), True)]
+    prompt = lead + asked.format(instruction=text_of(row, "instruction", location), input=given)
+    example.pieces += [Piece(prompt, False), Piece(text_of(row, "output", location), True)]
     return example
 
 
-def _history(row: Row, place: str) -> Iterator[tuple[str, str]]:
+def _history(row: Row, location: str) -> Iterator[tuple[str, str]]:
     rounds = row.get("history") or []
     if not isinstance(rounds, list):
-        raise BadRow(f"{place}: 'history' must be a list of [instruction, answer], but is {type(rounds).__name__}")
+        raise BadRow(f"{location}: 'history' must be a list of [instruction, answer], but is {type(rounds).__name__}")
     for number, pair in enumerate(rounds):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRow(f"{place}: round {number} of 'history' must be [instruction, answer], but is {pair!r:.80}")
+            raise BadRow(f"{location}: round {number} of 'history' must be [instruction, answer], but is {pair!r:.80}")
         both = {"instruction": pair[0], "answer": pair[1]}
-        where = f"{place}, round {number} of 'history'"
+        where = f"{location}, round {number} of 'history'"
         yield text_of(both, "instruction", where), text_of(both, "answer", where)
 
 
-def question_answer(row: Row, place: str) -> Example:
+def question_answer(row: Row, location: str) -> Example:
     """Render question, answer, and context if there is one; prompt as fsdp_qlora's for sql and orca_math."""
-    context = text_of(row, "context", place, optional=True)
+    context = text_of(row, "context", location, optional=True)
     prompt = (CONTEXT_QUESTION if context else QUESTION).format(
-        question=text_of(row, "question", place), context=context
+        question=text_of(row, "question", location), context=context
     )
-    return Example([Piece(prompt, False), Piece(text_of(row, "answer", place), True)])
+    return Example([Piece(prompt, False), Piece(text_of(row, "answer", location), True)])
 
 
-def prompt_completion(row: Row, place: str) -> Example:
+def prompt_completion(row: Row, location: str) -> Example:
     """Render prompt and completion as they are: their author put the spaces where they belong."""
-    return Example([Piece(text_of(row, "prompt", place), False), Piece(text_of(row, "completion", place), True)])
+    return Example([Piece(text_of(row, "prompt", location), False), Piece(text_of(row, "completion", location), True)])
 
 
-def text(row: Row, place: str) -> Example:
+def text(row: Row, location: str) -> Example:
     """Render text: everything trains."""
-    return Example([Piece(text_of(row, "text", place), True)])
+    return Example([Piece(text_of(row, "text", location), True)])
 
 
-def guanaco(row: Row, place: str) -> Example:
+def guanaco(row: Row, location: str) -> Example:
     """Render text of '### Human: ...### Assistant: ...' turns: what follows '### Assistant:' is the answer."""
     example, speaker = Example(), ""
-    for part in TURN.split(text_of(row, "text", place)):
+    for part in TURN.split(text_of(row, "text", location)):
         if TURN.fullmatch(part):
             speaker = part
             example.pieces.append(Piece(part, False))

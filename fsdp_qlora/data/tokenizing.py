@@ -1,4 +1,4 @@
-"""Rows of one dataset -> tokens, in chunks, on all cores; bad rows with their place; what was left out and why."""
+"""Rows of one dataset -> tokens, in chunks, on all cores; bad rows with their location; what was left out and why."""
 
 import ctypes
 import multiprocessing
@@ -74,9 +74,9 @@ class Work:
         examples: list[Example] = []
         numbers: list[int] = []
         bad: list[str] = []
-        for number, (place, raw) in enumerate(rows, start=first):
+        for number, (location, raw) in enumerate(rows, start=first):
             try:
-                examples.append(self._example(place, raw))
+                examples.append(self._example(location, raw))
                 numbers.append(number)
             except BadRow as error:
                 if not self.skip_bad:
@@ -84,8 +84,8 @@ class Work:
                 bad.append(str(error).removeprefix(f"dataset {self.name!r}: "))
         return self._collect(numbers, examples, bad, len(rows))
 
-    def _example(self, place: str, raw: object) -> Example:
-        where = f"dataset {self.name!r}: {place}"
+    def _example(self, location: str, raw: object) -> Example:
+        where = f"dataset {self.name!r}: {location}"
         example = self.template(self.columns.fields(parse_line(where, raw), where), where)  # type: ignore[arg-type]
         for piece in example.pieces:
             if not piece.text.isascii():

@@ -143,8 +143,8 @@ def _token_at(encoding: Any, edge: int, length: int) -> int | None:
     Space that a tokenizer takes for no token's is passed over."""
     if edge == 0:
         return 0
-    for place in range(edge, length):
-        token = encoding.char_to_token(place)
+    for character in range(edge, length):
+        token = encoding.char_to_token(character)
         if token is not None:
             if encoding.token_to_chars(token)[0] < edge:
                 return None

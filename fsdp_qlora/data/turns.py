@@ -165,11 +165,11 @@ class TurnFinder:
         except Exception:
             return places
         own = []
-        for place in places:
-            left[plan.numbers[place]] -= 1
-            if left[plan.numbers[place]] < 0:
+        for i in places:
+            left[plan.numbers[i]] -= 1
+            if left[plan.numbers[i]] < 0:
                 break
-            own.append(place)
+            own.append(i)
         return own
 
     def _wordless(self, talk: Talk, made: list[Message], plan: Plan, number: int) -> Edge | None:

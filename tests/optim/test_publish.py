@@ -209,6 +209,7 @@ class Summing(Collectives):
         return Late(shard, shard.clone(), 0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("no_sync", ["false", "true"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync, dtype, tmp_path):
