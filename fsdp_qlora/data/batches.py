@@ -1,4 +1,4 @@
-"""Data: the rows of a dataset, and the batches that each rank takes from them.
+"""The order of a dataset's rows, and the micro-batches that each rank takes of them.
 
 The order of rows, and the rows of each optimizer step, depend on the seed, the epoch and the global batch alone, never
 on how many ranks share them. Within a step rows are dealt by length: those of one micro-batch are about equally long,
@@ -6,34 +6,15 @@ so little is padding, and ranks working at the same time have about the same wor
 labels, so it does not notice.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from fsdp_qlora.data.row_set import PAD_TO, Rows
+from fsdp_qlora.data.collate import Batch, collate
+from fsdp_qlora.data.row_set import Rows
 from fsdp_qlora.data.rows import load_rows
 from fsdp_qlora.data.tokens import load_tokenizer
 
-__all__ = ["IGNORE", "Batch", "Batches", "Rows", "load_rows", "load_tokenizer"]
-
-IGNORE = -100  # the label of a position without loss
-
-
-@dataclass
-class Batch:
-    """A micro-batch, padded on the right to its longest row.
-
-    input_ids: LongTensor [B,S]. labels: LongTensor [B,S], aligned with input_ids (NOT shifted), -100 = no loss; column
-    0 is always -100. rows: the rows' numbers in the dataset, for messages; empty for a filler. tokens: real tokens,
-    padding not counted.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    rows: list[int]
-    tokens: int
+__all__ = ["Batches", "Rows", "load_rows", "load_tokenizer"]
 
 
 class Batches:
@@ -67,24 +48,12 @@ class Batches:
         # array_split gives the first pieces one more; reversed, so that the long rows are in the smaller micro-batches
         sizes = [len(piece) for piece in np.array_split(chosen, slots)][::-1]
         edges = np.cumsum([0, *sizes])
-        return [self._batch(chosen[edges[slot] : edges[slot + 1]]) for slot in range(self.rank, slots, self.world_size)]
+        return [
+            collate(self.rows, chosen[edges[slot] : edges[slot + 1]])
+            for slot in range(self.rank, slots, self.world_size)
+        ]
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
         return self._order
-
-    def _batch(self, chosen: npt.NDArray[np.int64]) -> Batch:
-        if not len(chosen):
-            filler = torch.full((1, 1), self.rows.pad_id)
-            return Batch(filler, torch.full_like(filler, IGNORE), [], 0)
-        lengths = self.rows.lengths[chosen]
-        width = min(-(-int(lengths.max()) // PAD_TO) * PAD_TO, self.rows.context_length)
-        input_ids = torch.full((len(chosen), width), self.rows.pad_id)
-        labels = torch.full((len(chosen), width), IGNORE)
-        for i, row in enumerate(chosen):
-            part = slice(self.rows.offsets[row], self.rows.offsets[row + 1])
-            ids = torch.from_numpy(self.rows.ids[part].astype(np.int64))
-            input_ids[i, : len(ids)] = ids
-            labels[i, : len(ids)] = torch.where(torch.tensor(self.rows.trains[part]), ids, IGNORE)
-        return Batch(input_ids, labels, self.rows.index[chosen].tolist(), int(lengths.sum()))

@@ -1,3 +1,3 @@
-"""Optimizers over float32 slices: each rank owns a part of all master copies and of their state."""
+"""Optimizers over float32 slices: each rank owns a part of all master weights and of their state."""
 
-__all__ = ["optimizers", "sharded_adapters"]
+__all__ = ["optimizers", "schedules", "sharded_adapters"]

@@ -1,58 +1,46 @@
-"""Optimizers and learning-rate schedules, over the float32 slices that each rank owns."""
+"""Optimizers over the float32 slices that each rank owns, in a table."""
 
-import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from fsdp_qlora.config.options import TrainingOptions
 from fsdp_qlora.errors import UserError, first_line
 
-# How bitsandbytes' AdamW keeps its state. In 8 bits: with a float32 scale for each 256 values, and slices of less than
-# 4,096 values in 32 bits all the same. Paged: in unified memory, slices of less than 100,000 values on the GPU.
-BITSANDBYTES: dict[str, dict[str, object]] = {
-    "adamw_8bit": {"optim_bits": 8},
-    "paged_adamw": {"is_paged": True},
-    "paged_adamw_8bit": {"optim_bits": 8, "is_paged": True},
-}
-SMALLEST_PAGED = 100_000
+SMALLEST_PAGED = 100_000  # values of a slice; bitsandbytes leaves the state of smaller ones on the GPU
+MOMENTS_32BIT, MOMENTS_8BIT = 8, 2  # bytes per parameter of two moments
+SCALES_8BIT = 2 * 4 / 256  # bytes per parameter: a float32 scale for each 256 values of a moment
+
+# Makes one for (parameters, lr and weight_decay, device).
+Make = Callable[[list[nn.Parameter], dict[str, object], torch.device], Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer as the plan and the step know it."""
+
+    make: Make
+    state_bytes: float  # of state in GPU memory per adapter parameter; pages give way, so they count as none
+    host_bytes: int = 0  # of state in pages per adapter parameter, which wait in host memory where a GPU is full
+    # Whether its step divides gradients by a tensor `grad_scale` and does nothing where a tensor `found_inf` is 1, as
+    # PyTorch's fused kernels do: the host need not know the numbers when it launches the step.
+    takes_device_scale: Callable[[torch.device], bool] = lambda device: False
+    library: str | None = None  # that it comes from, where that is not PyTorch: it may not run on every device
 
 
 def make_optimizer(options: TrainingOptions, parameters: Iterable[nn.Parameter], device: torch.device) -> Optimizer:
-    """The optimizer of `--optimizer`. adam and adamw use PyTorch's fused kernel on a GPU; fused_* everywhere.
-
-    On a CPU the paged ones page nothing: their state lies in its memory anyway."""
-    parameters = list(parameters)
+    """Make the optimizer of `--optimizer`."""
     settings: dict[str, object] = {"lr": options.lr, "weight_decay": options.wd}
-    if options.optimizer in BITSANDBYTES:
-        # It takes seconds to import: this is its one door for optimizers.
-        from bitsandbytes import optim as bitsandbytes
-
-        settings |= BITSANDBYTES[options.optimizer]
-        settings["is_paged"] = settings.get("is_paged", False) and device.type == "cuda"
-        made: Optimizer = bitsandbytes.AdamW(parameters, **settings)
-        return made
-    makers: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD, "adadelta": Adadelta}
-    kind = options.optimizer.removeprefix("fused_")
-    if kind in ("adam", "adamw"):
-        settings["fused"] = options.optimizer.startswith("fused_") or device.type == "cuda"
-    else:
-        settings["foreach"] = True
-    return makers[kind](parameters, **settings)
-
-
-def scales_and_skips(optimizer: Optimizer) -> bool:
-    """Whether its step divides gradients by a tensor `grad_scale` and does nothing where a tensor `found_inf` is 1, as
-    PyTorch's fused kernels do: nobody need know the numbers when it is launched."""
-    return isinstance(optimizer, Adam | AdamW) and bool(optimizer.defaults.get("fused"))
+    return OPTIMIZERS[options.optimizer].make(list(parameters), settings, device)
 
 
 def check_optimizer(options: TrainingOptions, device: torch.device) -> None:
-    """Raises UserError where bitsandbytes cannot do on `device` what `--optimizer` asks of it: tried on one slice."""
-    if options.optimizer not in BITSANDBYTES:
+    """Raise UserError where a library cannot do on `device` what `--optimizer` asks of it: tried on one slice."""
+    library = OPTIMIZERS[options.optimizer].library
+    if library is None:
         return
     slice_ = nn.Parameter(torch.zeros(SMALLEST_PAGED, device=device))
     slice_.grad = torch.ones_like(slice_)
@@ -60,48 +48,71 @@ def check_optimizer(options: TrainingOptions, device: torch.device) -> None:
         make_optimizer(options, [slice_], device).step()
     except (ImportError, RuntimeError, AttributeError, OSError, NotImplementedError) as error:
         raise UserError(
-            f"optimizer: {options.optimizer} does not run on {device.type} with the bitsandbytes that is installed "
-            f"({first_line(error)}); see `python -m bitsandbytes`, or take adamw, which needs no bitsandbytes"
+            f"optimizer: {options.optimizer} does not run on {device.type} with the {library} that is installed "
+            f"({first_line(error)}); see `python -m {library}`, or take adamw, which needs no {library}"
         ) from error
 
 
 def state_bytes(optimizer: str, device: str = "cuda") -> float:
-    """Bytes of optimizer state in a device's memory per adapter parameter, by `--optimizer`.
+    """Return the bytes of optimizer state in a device's memory per adapter parameter, by `--optimizer`.
 
-    On a GPU the moments of the paged ones count as none, since they give way: they take what memory is free there while
-    they are used, and wait in host memory otherwise."""
-    kind = optimizer.removeprefix("fused_")
-    if kind == "sgd":
-        return 0.0
-    paged = kind.startswith("paged_") and device == "cuda"
-    if kind.endswith("_8bit"):
-        return 2 * ((0 if paged else 1) + 4 / 256)
-    return 0.0 if paged else 8.0
+    On a GPU pages count as none: they take what memory is free there while they are used, and wait in host memory
+    otherwise. On a CPU nothing is paged."""
+    spec = OPTIMIZERS[optimizer]
+    return spec.state_bytes + (0 if device == "cuda" else spec.host_bytes)
 
 
 def paged_bytes(optimizer: str) -> int:
-    """Bytes of optimizer state in host memory per adapter parameter, on a GPU that has no room for it."""
-    if not optimizer.startswith("paged_"):
-        return 0
-    return 2 if optimizer.endswith("_8bit") else 8
+    """Return the bytes of optimizer state in host memory per adapter parameter, on a GPU without memory for it."""
+    return OPTIMIZERS[optimizer].host_bytes
 
 
-def make_schedule(options: TrainingOptions, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Warm-up over `warmup_ratio` of the steps, then cosine or linear to zero; constant has no warm-up.
+def _on_gpus(device: torch.device) -> bool:
+    return device.type == "cuda"
 
-    Step i (from 0) of w warm-up steps takes i/w of `lr`, so the first of them takes 0; the fall begins with the whole
-    `lr` at step w, and zero is reached after the last step, which still learns. As transformers' `get_scheduler`, whose
-    import brings PEFT and bitsandbytes along: a quarter of the time of all imports, on every rank."""
-    warm_up = round(options.warmup_ratio * total_steps)
 
-    def share(step: int) -> float:
-        if options.lr_scheduler == "constant":
-            return 1.0
-        if step < warm_up:
-            return step / warm_up
-        falling = max(1, total_steps - warm_up)
-        if options.lr_scheduler == "linear":
-            return max(0.0, (total_steps - step) / falling)
-        return (1 + math.cos(math.pi * min(1.0, (step - warm_up) / falling))) / 2
+def _everywhere(device: torch.device) -> bool:
+    return True
 
-    return LambdaLR(optimizer, share)
+
+def _adam(kind: type[Adam] | type[AdamW], is_fused: Callable[[torch.device], bool]) -> OptimizerSpec:
+    """is_fused: by device, whether PyTorch's fused kernel is used."""
+
+    def make(parameters: list[nn.Parameter], settings: dict[str, object], device: torch.device) -> Optimizer:
+        return kind(parameters, **settings, fused=is_fused(device))  # type: ignore[arg-type]
+
+    return OptimizerSpec(make, MOMENTS_32BIT, takes_device_scale=is_fused)
+
+
+def _foreach(kind: Callable[..., Optimizer]) -> Make:
+    return lambda parameters, settings, device: kind(parameters, **settings, foreach=True)
+
+
+def _bitsandbytes(is_paged: bool = False, **more: object) -> Make:
+    """Its AdamW. In 8 bits, slices of less than 4,096 values are kept in 32 all the same."""
+
+    def make(parameters: list[nn.Parameter], settings: dict[str, object], device: torch.device) -> Optimizer:
+        from bitsandbytes import optim as bitsandbytes  # takes seconds to import
+
+        made: Optimizer = bitsandbytes.AdamW(
+            parameters, **settings, **more, is_paged=is_paged and device.type == "cuda"
+        )
+        return made
+
+    return make
+
+
+# By `--optimizer`.
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": _adam(AdamW, _on_gpus),
+    "adam": _adam(Adam, _on_gpus),
+    "fused_adam": _adam(Adam, _everywhere),
+    "fused_adamw": _adam(AdamW, _everywhere),
+    "adamw_8bit": OptimizerSpec(_bitsandbytes(optim_bits=8), MOMENTS_8BIT + SCALES_8BIT, library="bitsandbytes"),
+    "paged_adamw": OptimizerSpec(_bitsandbytes(is_paged=True), 0.0, MOMENTS_32BIT, library="bitsandbytes"),
+    "paged_adamw_8bit": OptimizerSpec(
+        _bitsandbytes(is_paged=True, optim_bits=8), SCALES_8BIT, MOMENTS_8BIT, library="bitsandbytes"
+    ),
+    "sgd": OptimizerSpec(_foreach(SGD), 0.0),
+    "adadelta": OptimizerSpec(_foreach(Adadelta), MOMENTS_32BIT),
+}

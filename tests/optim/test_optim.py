@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 
 from fsdp_qlora.config.options import OPTIONS, TrainingOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.optim.optimizers import check_optimizer, make_optimizer, make_schedule, state_bytes
+from fsdp_qlora.optim.optimizers import OPTIMIZERS, check_optimizer, make_optimizer, state_bytes
+from fsdp_qlora.optim.schedules import SCHEDULES, make_schedule
 from tests.support import tiny
 from tests.support.runs import Run, run_alone, run_ranks
 from tests.support.truth import DEVICE
@@ -77,6 +78,17 @@ def test_adamw_in_8_bits_goes_nearly_the_same_way(optimizer, truth, moved):
     torch.testing.assert_close(ours[nothing], truth[nothing], rtol=1e-5, atol=0)
     error = float((ours - truth).norm() / moved.norm())
     assert 1e-4 < error < 0.1, error
+
+
+def test_the_options_choices_are_the_tables_keys():
+    assert set(OPTIMIZERS) == set(OPTIONS["optimizer"].choices)
+    assert set(SCHEDULES) == set(OPTIONS["lr_scheduler"].choices)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_only_fused_kernels_take_their_scale_from_the_device(optimizer):
+    made = make_optimizer(TrainingOptions(optimizer=optimizer), [nn.Parameter(torch.zeros(9, device=DEVICE))], DEVICE)
+    assert OPTIMIZERS[optimizer].takes_device_scale(DEVICE) == bool(made.defaults.get("fused"))
 
 
 @pytest.mark.parametrize("optimizer", OPTIONS["optimizer"].choices)

@@ -6,8 +6,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from fsdp_qlora.config.parse import parse
-from fsdp_qlora.data.batches import Batch
+from fsdp_qlora.data.collate import Batch, shift_labels
 from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.training.host_update import HostUpdate
 from fsdp_qlora.training.step import Stepper
 from tests.support import tiny
 from tests.support.built import built
@@ -34,7 +35,7 @@ class Stepping:
 
     def begin(self, step: int) -> None:
         ids = torch.arange(4, 28)[None] + step
-        self.stepper.begin(self.stepper.prepare([Batch(ids, ids, [step], ids.numel())]))
+        self.stepper.begin(self.stepper.prepare([Batch(ids, *shift_labels(ids), [step], ids.numel())]))
 
     def step(self, step: int) -> tuple[float, float]:
         self.begin(step)
@@ -54,8 +55,11 @@ def test_it_is_the_same_update(precision, norm, options):
     for ahead in (True, False):
         with built(changes) as ours:
             stepping = Stepping(ours, changes)
-            assert stepping.stepper.ahead
-            stepping.stepper.ahead = ahead
+            stepper = stepping.stepper
+            assert stepper.update.is_queued
+            if not ahead:
+                max_norm = float(norm) if norm else None
+                stepper.update = HostUpdate(stepper.optimizer, stepper.adapters, stepper.scale, max_norm)
             results.append(stepping.all())
     (losses, adapters), (told, expected) = results
     assert losses[-1][0] < losses[0][0], "nothing was learnt"
@@ -73,7 +77,7 @@ def test_only_fused_kernels_can(options):
     for optimizer, can in {"fused_adam": True, "fused_adamw": True, "sgd": False, "adadelta": False}.items():
         changes = options | {"optimizer": optimizer}
         with built(changes) as ours:
-            assert Stepping(ours, changes).stepper.ahead == can
+            assert Stepping(ours, changes).stepper.update.is_queued == can
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -99,16 +103,16 @@ def test_nothing_is_updated_by_sums_that_lack_a_rank(options):
         stepping = Stepping(ours, changes)
         stepping.step(0)
         adapters, before, saved = ours.adapters, stepping.adapters.named_tensors(), {}
-        exchanged, check = adapters.gather_numbers, adapters.check
+        exchanged, check = adapters.gather_numbers, adapters.rescue.check
 
         def rescued(numbers: Tensor) -> Tensor:
             saved.update(adapters.working_tensors())
             return exchanged(numbers)
 
         adapters.gather_numbers = rescued
-        adapters.check = lambda: None  # on a GPU the host has launched all of this before
+        adapters.rescue.check = lambda: None  # on a GPU the host has launched all of this before
         stepping.begin(1)
-        adapters.check = check
+        adapters.rescue.check = check
         with pytest.raises(RuntimeError, match="remote process exited"):
             stepping.stepper.end(0.0, 0.0)
         assert all(torch.equal(before[name].bfloat16(), saved[name]) for name in saved)
