@@ -16,7 +16,6 @@ from tests.support import tiny
 from tests.support.runs import Options, flags
 from tests.support.torchrun import ROOT
 
-pytestmark = pytest.mark.slow  # all ask for one run of a copy of the sources
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 STEPS = 3
 WORKER = """
