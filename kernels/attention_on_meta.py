@@ -16,7 +16,7 @@ from fsdp_qlora.kernels.cost import Cost, count
 from fsdp_qlora.kernels.device import cdiv
 
 FLOAT = 4  # bytes of float32
-QUERIES = 512  # at a time in the math backend (`attention._PIECE`)
+QUERIES = 512  # at a time in the math backend (`attention_math.PIECE`)
 SCORES = 5  # score matrices of a piece alive at once in its backward: scores, p, d_p, d_scores, mask
 BACKWARD = 2.5  # FLOPs of its backward per FLOP of its forward: five products for two
 PADDING = 128  # rows beside each sequence's in FlashAttention's sums
@@ -24,23 +24,23 @@ _multiprocessors = 0  # of the card that is counted for, where its backward is d
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, backend: str
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, workspace: int, saves_inputs: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | tuple[torch.Tensor, ...], ...]]:
-    """(out [B, S, N, D], stats) as `attention.attend` returns them."""
+    """Return (out [B, S, N, D], stats) as `attention.attend` does. workspace: bytes."""
     count(Cost(attention=flops(q, window)))
-    scratch = _scratch(q, workspace(backend, q, k)[0])
+    scratch = _scratch(q, workspace)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sums = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     del scratch
-    return out, ((q, k, v), out, sums) if backend == "flash_attn" else (sums,)  # that package's graph holds its inputs
+    return out, ((q, k, v), out, sums) if saves_inputs else (sums,)
 
 
 def backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, backend: str
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, workspace: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(d_q, d_k, d_v) as `attention.attend_backward` returns them."""
+    """Return (d_q, d_k, d_v) as `attention.attend_backward` does. workspace: bytes."""
     count(Cost(attention_backward=BACKWARD * flops(q, window)))
-    scratch = _scratch(q, workspace(backend, q, k)[1])
+    scratch = _scratch(q, workspace)
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     del scratch
     return d_q, d_k, d_v
@@ -60,20 +60,34 @@ def splitting_over(multiprocessors: int) -> Iterator[None]:
         _multiprocessors = before
 
 
-def workspace(backend: str, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
-    """Bytes that a backend takes beside its outputs, forward and backward: float32 sums of d_q, and keys' gradients for
-    each query head; in the math backend score matrices and float32 copies."""
+def math_workspace(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes besides outputs, forward and backward, of score matrices and float32 copies."""
     batch, sequence, heads, _ = q.shape
-    tokens, queries = batch * sequence, q.numel()
-    if backend in ("math", "cpu"):
-        scores = batch * heads * min(QUERIES, sequence) * sequence * FLOAT
-        wide = (queries + 2 * k.numel()) * FLOAT
-        return wide + 3 * scores + queries * FLOAT, 2 * wide + SCORES * scores + queries * FLOAT
-    shared = 2 * queries * q.element_size() if k.shape[2] < heads else 0
-    sums = queries
-    if _multiprocessors and backend in ("flash", "flash_attn"):
-        sums = cdiv(_multiprocessors, batch * heads) * (queries + PADDING * batch * heads * q.shape[3])
-    return 0, sums * FLOAT + tokens * heads * FLOAT + shared
+    scores = batch * heads * min(QUERIES, sequence) * sequence * FLOAT
+    wide = (q.numel() + 2 * k.numel()) * FLOAT
+    return wide + 3 * scores + q.numel() * FLOAT, 2 * wide + SCORES * scores + q.numel() * FLOAT
+
+
+def fused_workspace(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes besides outputs, forward and backward: float32 sums of d_q, and keys' gradients for each query
+    head."""
+    return 0, _backward_workspace(q, k, q.numel())
+
+
+def split_workspace(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
+    """Return the bytes of FlashAttention: as `fused_workspace`, or of its deterministic form (`splitting_over`)."""
+    sums, (batch, _, heads, head_dim) = q.numel(), q.shape
+    if _multiprocessors:
+        sums = cdiv(_multiprocessors, batch * heads) * (q.numel() + PADDING * batch * heads * head_dim)
+    return 0, _backward_workspace(q, k, sums)
+
+
+def _backward_workspace(q: torch.Tensor, k: torch.Tensor, sums: int) -> int:
+    """Return the bytes of so many sums of d_q, of each row's own sum, and of gradients of keys and values that heads
+    share."""
+    tokens, heads = q.shape[0] * q.shape[1], q.shape[2]
+    shared = 2 * q.numel() * q.element_size() if k.shape[2] < heads else 0
+    return sums * FLOAT + tokens * heads * FLOAT + shared
 
 
 def flops(q: torch.Tensor, window: int | None) -> float:

@@ -1,18 +1,7 @@
 """NF4 to floats: packed 4-bit weights become a matrix that can be multiplied, bit for bit as in bitsandbytes.
 
-The format (QLoRA, Dettmers et al. 2023, arXiv 2305.14314; as bitsandbytes stores it). A tensor is read as one flat run
-of n numbers. Byte i holds numbers 2i (high nibble) and 2i+1 (low nibble), each an index into 16 fixed levels. Every 64
-numbers share one float32 scale, so
-
-    number = round_to_dtype(LEVELS[code] * scale)                          one float32 product, one rounding
-
-With double quantization the scales are themselves 8-bit indices into a fixed 256-entry map, 256 of them sharing one
-float32, all shifted by one offset:
-
-    scale = (MAP[index] * nested_absmax) + offset                          two float32 roundings, never one fused
-
-Equal bits matter: a checkpoint quantized elsewhere must mean the same weights here. So the kernel is compiled without
-fused multiply-add, and the plain form below is its oracle.
+The format is in `nf4_format.py`. Equal bits matter: a checkpoint quantized elsewhere must mean the same weights here.
+So the kernel is compiled without fused multiply-add, and the plain form below is its oracle.
 
 How the kernel is laid out: a row of its tile is 4 packed bytes, which become 8 numbers, so in bf16 a thread loads 4
 bytes and stores 16, both contiguous across the warp. The 16 levels are put into shared memory and fetched from there by
@@ -22,7 +11,6 @@ need a second form for sizes that are odd.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,36 +19,9 @@ import torch
 from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import launch as launch_kernel
 from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, check_out, check_stored, dynamic_map
 
-BLOCK = 64  # numbers that share a scale
-NESTED_BLOCK = 256  # scales that share a nested scale
-Scales = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-# Quantiles of a normal distribution, scaled to [-1, 1] and with an exact zero (QLoRA, appendix E).
-# fmt: off
-LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-# fmt: on
 _CHUNK = 1 << 18  # numbers decoded at a time on the CPU: the float32 intermediate stays in cache (4x faster than whole)
-
-
-def dynamic_map() -> torch.Tensor:
-    """The 256 levels of the 8-bit scales: float32 [256], ascending, on the CPU.
-
-    Dettmers, "8-bit approximations for parallelism in deep learning" (arXiv 1511.04561): seven decades, 1e-6 to 1, and
-    each decade up twice as many evenly spread levels as the one below; both signs, 0 and 1.
-    """
-    decades = []
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        centres = (edges[:-1] + edges[1:]) / 2
-        decades.append(10 ** (decade - 6) * centres)
-    positive = torch.cat(decades)
-    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
 def dequantize_nf4(
@@ -78,8 +39,8 @@ def dequantize_nf4(
     contiguous, or two-dimensional with rows that lie further apart, as the first I columns of a wider [O, I + R] do.
     dtype: bfloat16, float16 or float32. Raises ValueError for anything else.
     """
-    n = _check_stored(codes, absmax, shape)
-    _check_out(out, shape, dtype)
+    n = check_stored(codes, absmax, shape)
+    check_out(out, shape, dtype)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=codes.device)
     _decode(codes, absmax, out, n)
@@ -94,14 +55,14 @@ def nf4_rows(
 
     stored: (codes, absmax) of each, rows: how many it has; these and out are as `dequantize_nf4` has them, and the
     scales of all quantized in one way."""
-    sizes = [_check_stored(*one, (count, width)) for one, count in zip(stored, rows, strict=True)]
+    sizes = [check_stored(*one, (count, width)) for one, count in zip(stored, rows, strict=True)]
     lengths, shape = list(rows), (sum(rows), width)
     together = 1 < len(stored) <= 3 and all(sizes) and len({type(absmax) for _, absmax in stored}) == 1
     launch: Callable[[torch.Tensor], None] | None = None
 
     def decode(out: torch.Tensor) -> None:
         nonlocal launch
-        _check_out(out, shape, out.dtype)
+        check_out(out, shape, out.dtype)
         if together and on_triton(out):
             launch = launch or _rows_launch(stored, rows, sizes)
             launch(out)
@@ -121,40 +82,6 @@ def _decode(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> N
         whole = torch.empty(n, dtype=out.dtype, device=codes.device)
         _plain(codes.view(-1), _plain_scales(absmax), whole, n)
         out.copy_(whole.view(out.shape))
-
-
-def _check_stored(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...]) -> int:
-    """The numbers in a tensor of that shape."""
-    n = math.prod(shape)
-    blocks = -(-n // BLOCK)
-    parts = [("codes", codes, torch.uint8, -(-n // 2))]
-    if isinstance(absmax, torch.Tensor):
-        parts.append(("absmax", absmax, torch.float32, blocks))
-    else:
-        parts.append(("absmax indices", absmax[0], torch.uint8, blocks))
-        parts.append(("nested absmax", absmax[1], torch.float32, -(-blocks // NESTED_BLOCK)))
-        parts.append(("offset", absmax[2], torch.float32, 1))
-    for name, tensor, want, numel in parts:
-        if tensor.dtype != want or tensor.numel() != numel or not tensor.is_contiguous():
-            raise ValueError(
-                f"NF4 {name} for shape {tuple(shape)} must be {numel} contiguous {want}, "
-                f"got {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        if tensor.device != codes.device:
-            raise ValueError(f"NF4 {name} must be on {codes.device} like its codes, got {tensor.device}")
-    return n
-
-
-def _check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"NF4 decodes to bfloat16, float16 or float32, got {dtype}")
-    if out is not None:
-        apart = out.ndim == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
-        if out.shape != torch.Size(shape) or out.dtype != dtype or not (apart or out.is_contiguous()):
-            raise ValueError(
-                f"out must be {tuple(shape)} {dtype}, contiguous but for a distance between its rows, "
-                f"got {tuple(out.shape)} {out.dtype} with strides {out.stride()}"
-            )
 
 
 # ---- meaning, and the path on a CPU

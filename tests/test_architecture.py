@@ -19,8 +19,6 @@ ROOMS = (
 )  # fmt: skip
 MOST_NAMES = 8  # in a door
 MOST_LINES, MEDIAN_LINES = 350, 150
-# Longer, and to be cut.
-LONG = {"attention.py", "nf4.py"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
@@ -82,5 +80,5 @@ def test_no_import_goes_in_a_circle():
 
 def test_no_file_holds_two_ideas():
     lines = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in [*FILES, *KERNELS]}
-    assert not {name: count for name, count in lines.items() if count > MOST_LINES and not name.endswith(tuple(LONG))}
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES}
     assert median(count for name, count in lines.items() if not name.endswith("__init__.py")) <= MEDIAN_LINES

@@ -23,6 +23,9 @@ ACTIVATIONS = {
     type(ACT2FN["gelu_pytorch_tanh"]): "gelu_tanh",
     type(ACT2FN["gelu_new"]): "gelu_tanh",
 }
+# Names of a layer's norms before and after attention, before and after the MLP.
+PLAIN_NORMS = ("input_layernorm", "", "post_attention_layernorm", "")
+FOUR_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 class NotFusable(Exception):
@@ -42,21 +45,15 @@ def eps_of(norm: Any) -> float:
     return float(getattr(norm, "variance_epsilon", None) or norm.eps)
 
 
-def plain_norms(layer: nn.Module, frozen: FrozenBytes, *, shift: float = 0.0, config_window: bool = False) -> BlockSpec:
-    """Return the spec of a layer with a norm before each half. shift, config_window: see `_spec`."""
-    return _spec(layer, frozen, ("input_layernorm", "", "post_attention_layernorm", ""), shift, config_window)
-
-
-def four_norms(layer: nn.Module, frozen: FrozenBytes) -> BlockSpec:
-    """Return the spec of a layer with a norm before and after each half, as Gemma 2 and 3 have them."""
-    before_after = ("input_layernorm", "post_attention_layernorm")
-    return _spec(layer, frozen, (*before_after, "pre_feedforward_layernorm", "post_feedforward_layernorm"), 1.0, False)
-
-
-def _spec(
-    layer: nn.Module, frozen: FrozenBytes, norms: tuple[str, str, str, str], shift: float, config_window: bool
+def standard_layer(
+    layer: nn.Module,
+    frozen: FrozenBytes,
+    *,
+    norms: tuple[str, str, str, str] = PLAIN_NORMS,
+    shift: float = 0.0,
+    config_window: bool = False,
 ) -> BlockSpec:
-    """Return the spec of a layer of self_attn and mlp.
+    """Return the spec of a layer of self_attn and mlp. Raises NotFusable.
 
     norms: names of its four norms in order of use, '' where there is none. shift: 1 where norms multiply by 1 + w.
     config_window: every layer has the config's sliding window, unless its attention says otherwise."""
@@ -117,14 +114,14 @@ def _check_attention(layer: nn.Module, attention: Any) -> None:
         raise NotFusable("its attention looks both ways")
 
 
-# Class of the layer -> its spec. A new family is one entry, and a function where it differs from these.
+# Class of the layer -> its spec. A new family is one entry, and a function where it differs from the standard layer.
 FAMILIES: dict[str, Callable[[nn.Module, FrozenBytes], BlockSpec]] = {
-    "LlamaDecoderLayer": plain_norms,
-    "MistralDecoderLayer": partial(plain_norms, config_window=True),
-    "Qwen2DecoderLayer": plain_norms,
-    "Qwen3DecoderLayer": plain_norms,
-    "Phi3DecoderLayer": partial(plain_norms, config_window=True),
-    "GemmaDecoderLayer": partial(plain_norms, shift=1.0),
-    "Gemma2DecoderLayer": four_norms,
-    "Gemma3DecoderLayer": four_norms,
+    "LlamaDecoderLayer": standard_layer,
+    "MistralDecoderLayer": partial(standard_layer, config_window=True),
+    "Qwen2DecoderLayer": standard_layer,
+    "Qwen3DecoderLayer": standard_layer,
+    "Phi3DecoderLayer": partial(standard_layer, config_window=True),
+    "GemmaDecoderLayer": partial(standard_layer, shift=1.0),
+    "Gemma2DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0),
+    "Gemma3DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0),
 }

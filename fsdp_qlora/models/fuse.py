@@ -1,6 +1,5 @@
 """Turns a model's blocks into fused ones where their family is known, all of them or none, and says which and why."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -11,14 +10,14 @@ from transformers import AttentionInterface
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.options import Config, MemoryOptions, ModelOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.kernels.attention import Masking, fastest
+from fsdp_qlora.kernels.attention import fastest
 from fsdp_qlora.kernels.rms_norm import rms_norm
+from fsdp_qlora.models.attention import Chooser, choose_backend
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.families import NotFusable, eps_of, recognise
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
-from fsdp_qlora.models.fused.spec import AttentionSpec, BlockSpec
-from fsdp_qlora.models.precision import Precision
+from fsdp_qlora.models.fused.spec import BlockSpec
 
 NO_MASKS = "fsdp_qlora_fused"  # an attention that Hugging Face builds no masks for: fused blocks know what is seen
 
@@ -68,9 +67,6 @@ class HalfTables(nn.Module):
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
-Chooser = Callable[[torch.device, torch.dtype, tuple[int, int, int, int, int], Masking], str]  # as `fastest`
-
-
 def fuse(model: CausalModel, config: Config, device: torch.device, choose: Chooser = fastest) -> Fusion:
     """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be.
 
@@ -84,7 +80,7 @@ def fuse(model: CausalModel, config: Config, device: torch.device, choose: Choos
         return Fusion(0, 0, (), str(why))
     shared, backends = Shared.on(device, model.precision.compute), []
     for block, spec in zip(model.blocks.values(), specs, strict=True):
-        backend = _attention(options, model.precision, spec.attention, shape, device, choose)
+        backend = choose_backend(options.attention, model.precision, spec.attention, shape, device, choose)
         backends.append(backend)
         block.fused = FusedBlock(spec, Keep.INPUT, shared, backend)
     first = next(iter(model.blocks.values()))
@@ -127,21 +123,6 @@ def _specs(model: CausalModel, options: ModelOptions) -> list[BlockSpec]:
     if not isinstance(getattr(model.backbone, "rotary_emb", None), nn.Module):
         raise NotFusable("the model has no rotary tables of its own")
     return [recognise(block.layer, block.frozen) for block in model.blocks.values()]
-
-
-def _attention(
-    options: ModelOptions,
-    precision: Precision,
-    spec: AttentionSpec,
-    shape: tuple[int, int],
-    device: torch.device,
-    choose: Chooser,
-) -> str:
-    """The backend: flash-attn's own where it is asked for, else what is fastest here."""
-    if options.attention == "flash_attention_2":
-        return "flash_attn"
-    whole = (*shape, spec.heads, spec.kv_heads, spec.head_dim)
-    return choose(device, precision.compute, whole, spec.masking)
 
 
 def _unused(*args: object, **kwargs: object) -> None:

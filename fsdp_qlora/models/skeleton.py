@@ -1,7 +1,6 @@
 """A Hugging Face model without weights: its config read and checked, its modules built on the meta device."""
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.models.precision import Precision
-from fsdp_qlora.runtime.libraries import installed
 from fsdp_qlora.weights.checkpoint_files import check_folder
 
 # Families of a text model wrapped with a vision tower, by model type: text alone goes through them as through the text
@@ -104,10 +102,10 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 def is_wrapper(config: PretrainedConfig) -> bool:
     """Whether its model holds a text model among others (a vision tower, ...)."""
     text = config.sub_configs.get("text_config")
-    return text is not None and getattr(_model_class(config), "config_class", None) is not text
+    return text is not None and getattr(model_class(config), "config_class", None) is not text
 
 
-def _model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """The class that transformers' auto classes open the checkpoint with, None where they have none."""
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
@@ -171,45 +169,6 @@ def _check_heads(model: PreTrainedModel) -> None:
                 f"model_name: the config.json has {heads} attention heads and {shared} key/value heads; the first must "
                 "be a multiple of the second"
             )
-
-
-@dataclass(frozen=True)
-class Attention:
-    """An attention implementation of transformers, and why it was chosen."""
-
-    name: str
-    reason: str
-
-
-def choose_attention(wanted: str, config: PretrainedConfig, precision: Precision, device: torch.device) -> Attention:
-    """`auto` is FlashAttention-2 where flash-attn is installed and card and dtype allow it, else sdpa where it can."""
-    able = device.type == "cuda" and precision.compute is not torch.float32
-    has_flash_attn = installed("flash_attn")
-    sdpa_can = _runs_on_sdpa(config)
-    if wanted == "auto":
-        if able and has_flash_attn and torch.cuda.get_device_capability(device) >= (8, 0):
-            return Attention("flash_attention_2", "flash-attn is installed")
-        if not sdpa_can:
-            return Attention(
-                "eager", f"sdpa cannot do what {config.model_type} does, flash-attn can; memory is quadratic"
-            )
-        return Attention("sdpa", "flash-attn is not installed" if able else "flash-attn is for 16-bit compute on a GPU")
-    if wanted == "flash_attention_2" and not (able and has_flash_attn):
-        why = "is not installed (pip install flash-attn)" if able else "needs a GPU and 16-bit compute"
-        raise UserError(f"attention: flash_attention_2 {why}; use --attention auto or sdpa")
-    if wanted == "sdpa" and not sdpa_can:
-        raise UserError(
-            f"attention: sdpa cannot do what {config.model_type} does (a softcap); use --attention auto or eager"
-        )
-    return Attention(wanted, "as asked")
-
-
-def _runs_on_sdpa(config: PretrainedConfig) -> bool:
-    """Whether the model's class says so and its scores have no softcap, which PyTorch's attention cannot apply: the
-    Gemma 2 of transformers 5.17 says that it can, and leaves the softcap out."""
-    if getattr(text_config(config), "attn_logit_softcapping", None) is not None:
-        return False
-    return bool(getattr(_model_class(config), "_supports_sdpa", True))  # of none, `build` says what is wrong with it
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:

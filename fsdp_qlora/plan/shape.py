@@ -92,4 +92,4 @@ def block_of(shape: Shape) -> FusedBlock:
             activation="silu",
         ),
     )
-    return FusedBlock(spec, Keep.INPUT, Shared.on(META, dtype), s.attention)
+    return FusedBlock(spec, Keep.INPUT, Shared.on(META, dtype), s.attention or "cudnn")  # generic blocks name none

@@ -6,9 +6,9 @@ from transformers import PretrainedConfig
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.models.attention import Attention
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fuse import Fusion
-from fsdp_qlora.models.skeleton import Attention
 from fsdp_qlora.units import GIB, as_gib
 
 

@@ -1,5 +1,6 @@
 """Attention with its backward apart: every backend against float64, with groups, windows, softcaps, odd sizes."""
 
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -7,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fsdp_qlora.kernels import attention
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward, fastest, possible
 from tests.support.truth import DEVICE, assert_as_good_as_plain
 
@@ -229,7 +229,7 @@ def test_pytorchs_ops_take_what_they_are_given(backend, window):
 def test_what_is_possible(monkeypatch):
     gpu, cpu, bf16 = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
     packages = set()
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
     assert possible(cpu, bf16, 512, 128, Masking(1.0)) == ["cpu", "math"]
     assert possible(cpu, bf16, 512, 128, Masking(1.0, window=100)) == ["math"]
     assert possible(cpu, bf16, 512, 128, Masking(1.0, softcap=50.0)) == ["math"]

@@ -1,5 +1,6 @@
 """`--deterministic true`: where it is refused, what it sets before and in PyTorch, and which kernels are left then."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_inside_pytorch_is_strict_and_writes_no_memory_and_outside_all_is_as_bef
 
 def test_only_deterministic_backends_are_possible(strict: None, monkeypatch: pytest.MonkeyPatch) -> None:
     packages: set[str] = set()
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
     assert possible(GPU, BF16, 512, 128, PLAIN) == ["flash", "math"]
     assert possible(GPU, torch.float32, 512, 128, PLAIN) == ["math"]
     assert possible(torch.device("cpu"), BF16, 512, 128, PLAIN) == ["cpu", "math"]
@@ -186,7 +187,7 @@ def test_the_choice_does_not_hang_on_the_clock(monkeypatch: pytest.MonkeyPatch) 
             raise RuntimeError("not on this card")
         return milliseconds[arguments[-1]]
 
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(attention, "_time", timed)
     monkeypatch.setattr(attention.torch, "randn", lambda *size, device, dtype: real["randn"](*size, dtype=dtype))
     attention._chosen.cache_clear()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.kernels.nf4 import LEVELS, dequantize_nf4, dynamic_map
+from fsdp_qlora.kernels.nf4 import dequantize_nf4
+from fsdp_qlora.kernels.nf4_format import LEVELS, dynamic_map
 from fsdp_qlora.weights.codecs import NF4, Plain, companions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

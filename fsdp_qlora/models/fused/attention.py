@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fsdp_qlora.config.keep import Keep
-from fsdp_qlora.kernels.attention import Stats, attend, attend_backward
+from fsdp_qlora.kernels.attention import BACKENDS, Stats, attend, attend_backward
 from fsdp_qlora.kernels.device import empty
 from fsdp_qlora.kernels.lora import Gradients, Projection, project
 from fsdp_qlora.kernels.lora_wide import (
@@ -71,7 +71,7 @@ class AttentionHalf:
     def keep(self, saved: AttentionSaved, level: Keep) -> AttentionSaved | None:
         """Release what `level` does not save, and what saved tensors are only views of."""
         saved.qkv, saved.xs = (saved.qkv, own(saved.xs)) if level >= Keep.QKV else (None, None)
-        if level < Keep.ATTENTION or self.backend == "flash_attn":  # its stats hold q, k, v
+        if level < Keep.ATTENTION or BACKENDS[self.backend].saves_inputs:
             saved.out = saved.stats = None
         else:  # the operator's own memory is for its next call
             saved.out, saved.stats = own(saved.out), own_stats(saved.stats)

@@ -13,15 +13,8 @@ from torch import Tensor
 
 from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.kernels.nf4 import (
-    BLOCK,
-    LEVELS,
-    NESTED_BLOCK,
-    Scales,
-    dequantize_nf4,
-    dynamic_map,
-    nf4_rows,
-)
+from fsdp_qlora.kernels.nf4 import dequantize_nf4, nf4_rows
+from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, dynamic_map
 from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, Decoder, Parts, Stored
 
 ABSMAX, QUANT_STATE = ".absmax", ".quant_state.bitsandbytes__nf4"
