@@ -1,4 +1,4 @@
-"""Activations that wait for backward in host memory, copied out and back beside the arithmetic, never in its way.
+"""Offload of saved activations to host memory until backward; both copies overlap with computation.
 
 A block parks what it keeps when its forward ends; backward takes the blocks in the opposite order, so when one is
 fetched, the copy of the one parked before it is started, and that of the last one when backward begins. Host buffers
@@ -57,7 +57,7 @@ class ActivationOffload:
         self._parked: list[Parked] = []
 
     def reserve(self, blocks: Sequence[Sequence[int]]) -> None:
-        """Start making host buffers ahead of the first step, beside what the caller does. Returns at once.
+        """Start making host buffers ahead of the first step. Returns at once.
 
         blocks: for each that will park, in the order of forward, the bytes per token of each tensor."""
         if self._pool is not None:
@@ -85,7 +85,7 @@ class ActivationOffload:
         return parked
 
     def fetch(self, parked: Parked) -> list[Tensor]:
-        """The tensors again, on the device; starts the copy of those parked just before."""
+        """Return the tensors, back on the device, and start the copy of those parked just before."""
         self._start(parked)
         place = next(i for i, p in enumerate(self._parked) if p is parked)
         if place:
@@ -133,7 +133,7 @@ class ActivationOffload:
         parked.buffers, parked.there = [], []
 
     def _here(self) -> list[torch.cuda.Event]:
-        """This point of the computing stream."""
+        """Return an event of this point of the computing stream, on a GPU."""
         if self._now is None:
             return []
         self._now.record(torch.cuda.current_stream(self.device))

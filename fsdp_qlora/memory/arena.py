@@ -6,7 +6,7 @@ alive at once, where an allocator that is asked as it goes takes up to 15 % and 
 (docs/performance.md). An `Arena` then hands out the places, in the order of the asking.
 
 A place is used again as soon as the tensor that had it is gone, in the order of the computing stream, as a caching
-allocator would do it: whoever lets another stream read or write a tensor keeps it until the computing stream waits.
+allocator would do it: code that lets another stream read or write a tensor keeps it until the computing stream waits.
 """
 
 import sys
@@ -38,7 +38,7 @@ class Recorder:
         return tensor
 
     def lives(self) -> list[Life]:
-        """Return the lives so far; who is still alive dies at the end."""
+        """Return the lives so far; what is still alive dies at the end."""
         self._sweep()
         end = len(self._born)
         deaths = [end if death < 0 else death for death in self._deaths]

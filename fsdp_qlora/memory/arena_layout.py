@@ -86,8 +86,10 @@ def _schedule(lives: Sequence[Life], offsets: list[int]) -> Schedule:
 
 
 def _stacked(lives: Sequence[Life], least: int, known: int) -> Schedule | None:
-    """What blocks keep from the bottom up, block by block; what lives from some backward to the step's end (gradients)
-    from the top down; the rest in between, the largest first. In the least height of a few in which that finds room."""
+    """Return a layout in the least height of a few that suffices, or None.
+
+    Saved activations go from the bottom up, block by block. What lives from some backward to the step's end (gradients)
+    goes from the top down. The rest goes in between, the largest first."""
     end = len(lives)
     latest = max((life.death for life in lives if life.span > LONG and life.death < end), default=end)
     fits: list[Fit] = []

@@ -1,8 +1,8 @@
-"""Copies between page-locked host memory and a GPU that leave the link to other copies in between.
+"""Copies between pinned host memory and a GPU that leave the link to other copies in between.
 
 A copy engine stays with a stream for as long as that has copies ready, in pieces or not: a small copy of another stream
 waits behind all of them (docs/LOG.md, 2026-11-25). So the pieces of a `HostLink` take turns on two streams, and each
-waits for the piece before it on the other. No stream has a second copy ready, and the engine looks around after each.
+waits for the piece before it on the other. No stream has a second copy ready, so the engine may switch after each.
 """
 
 import ctypes
@@ -73,7 +73,7 @@ class HostLink:
     ) -> torch.cuda.Event | None:
         """Queue the copies behind those before them and the events `after`; the event of their end, None without a GPU.
 
-        done: an event to record again for that; nobody may still have to begin waiting for its last use. The tensors
+        done: an event to record again for that, once every wait for its last use has been queued. The tensors
         must live until the copies are over."""
         if not self._streams:
             for target, tensor in transfer.pairs:

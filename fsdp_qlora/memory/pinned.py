@@ -1,4 +1,4 @@
-"""Page-locked host memory: exactly as much as asked for, registered with the driver once."""
+"""Pinned (page-locked) host memory: exactly as much as asked for, registered with the driver once."""
 
 import ctypes
 import mmap
@@ -19,7 +19,7 @@ MADV_HUGEPAGE, MADV_POPULATE_WRITE = 14, 23  # Linux 5.14 knows the second; wher
 
 
 def large_pages(nbytes: int) -> Tensor:
-    """uint8 [nbytes], in pages of 2 MiB where the system gives any: such are page-locked in about half the time
+    """Return uint8 [nbytes], in pages of 2 MiB where the system has any: such are pinned in about half the time
     (docs/performance.md)."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system that has none
@@ -28,7 +28,7 @@ def large_pages(nbytes: int) -> Tensor:
 
 
 def populate(address: int, nbytes: int) -> bool:
-    """Have the kernel fill in fresh pages, without Python's lock; False where it does not know how.
+    """Make the kernel fill in fresh pages, without Python's lock; return False where it does not know how.
 
     In steps, between which other threads can change the process's address space."""
     for offset in range(0, nbytes, POPULATE_STEP):
@@ -38,7 +38,7 @@ def populate(address: int, nbytes: int) -> bool:
 
 
 def ask_large_pages(address: int, nbytes: int) -> None:
-    """Have the kernel use pages of 2 MiB there, where it has any."""
+    """Make the kernel use pages of 2 MiB there, where it has any."""
     _advise()(address, nbytes, MADV_HUGEPAGE)
 
 
@@ -63,9 +63,9 @@ def page_lock(tensor: Tensor, what: str) -> Tensor:
 
 
 def try_page_lock(tensor: Tensor) -> int:
-    """0, or CUDA's error code where the system refuses.
+    """Pin the memory that `tensor` has; return 0, or CUDA's error code where the system refuses.
 
-    It is let go with the last tensor that has the memory. Otherwise the addresses, once they are somebody else's, would
+    It is unpinned with the last tensor that has the memory. Otherwise the addresses, once they are used again, would
     still be the old pages to the driver: copies of other tensors would bring their bytes, or fail."""
     address = tensor.data_ptr()
     status = register(address, tensor.nbytes)
@@ -75,7 +75,7 @@ def try_page_lock(tensor: Tensor) -> int:
 
 
 def register(address: int, nbytes: int) -> int:
-    """0, or CUDA's error code. Whoever calls it must `unregister` before the memory goes."""
+    """Pin memory; return 0, or CUDA's error code. The caller must `unregister` it before it is freed."""
     status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
     if status != 0:
         _forget_error()
@@ -88,6 +88,6 @@ def unregister(address: int) -> None:
 
 
 def _forget_error() -> None:
-    """The runtime keeps what it refused and gives it to whoever asks next, which is the check after the next kernel."""
+    """Clear the error that the runtime keeps of a refused call: the check after the next kernel would raise it."""
     with suppress(RuntimeError):
         torch.zeros(1, device="cuda")

@@ -1,4 +1,4 @@
-"""A pool of page-locked host buffers, of which a plan's are made by threads ahead of their first use.
+"""A pool of pinned host buffers; threads make those of a plan ahead of their first use.
 
 Page-locking takes seconds a gigabyte, so what a run is known to need is made while the model is loaded, in the order
 in which it will be needed. One region has the buffers of one block: fewer calls of the driver than a buffer each, and
@@ -30,7 +30,7 @@ class HostBuffer:
     per_token: int  # bytes
 
     def like(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Its beginning, in that shape and dtype."""
+        """Return its beginning, in that shape and dtype."""
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         return self.memory[:nbytes].view(dtype).view(shape)
 
@@ -55,7 +55,7 @@ class HostPool:
         do_in_order([partial(self._make_ahead, sizes) for sizes in blocks], THREADS, self.device)
 
     def take(self, per_token: int, tokens: int) -> HostBuffer:
-        """A buffer for `tokens`: a free one, the next that a thread makes of that size, or one made now."""
+        """Return a buffer for `tokens`: a free one, the next that a thread makes of that size, or one made now."""
         with self._changed:
             self._changed.wait_for(lambda: self._free[per_token] or not self._coming[per_token] or self._error)
             if self._free[per_token]:
@@ -72,13 +72,13 @@ class HostPool:
 
     @property
     def free(self) -> int:
-        """Buffers that nobody has."""
+        """Buffers that are not in use."""
         return sum(map(len, self._free.values()))
 
     def _make_ahead(self, sizes: Sequence[int]) -> None:
         try:
             made = self._made(sizes, self.most_tokens, ahead=True)
-        except Exception as error:  # whoever waits for these shall have it
+        except Exception as error:  # raised in the thread that waits for these
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

@@ -1,7 +1,7 @@
-"""Host memory that all ranks of a node share: page-locked once by each, gone with them.
+"""Host memory that all ranks of a node share: pinned once by each, freed with them.
 
 The memory is a memfd: it has no name, so nothing can be left behind in /dev/shm, whatever kills the ranks, and a
-container's small /dev/shm does not limit it. The first rank of the node makes it; the others open it through /proc,
+container's small /dev/shm does not limit it. The first rank of the node makes it; its peers open it through /proc,
 which needs no more than the same user. Its pages are filled in ahead of use by a thread of each rank, for the kernel
 takes longer to clear 35 GB than a disk to read them.
 """
@@ -44,8 +44,8 @@ class HostStore:
     def __init__(
         self, nbytes: int, world: World, fails: str = BASE, instead: str = INSTEAD, pieces: Sequence[int] = ()
     ) -> None:
-        """fails, instead: what cannot be done without this memory and what can, for messages. pieces: bytes of those
-        that will be taken first, in order: threads page-lock them ahead.
+        """Map the memory. fails, instead: what cannot be done without this memory and what can, for messages. pieces:
+        bytes of those that will be taken first, in order: threads pin them ahead.
 
         A collective. Raises UserError on every rank where the memory cannot be had."""
         self.world, self.nbytes, self.refused = world, nbytes, 0
@@ -64,7 +64,7 @@ class HostStore:
             self._lock_ahead(pieces)
 
     def take(self, nbytes: int) -> Tensor:
-        """uint8 [nbytes], on pages of its own, page-locked for this rank where a GPU is there to read it."""
+        """Return uint8 [nbytes], on pages of its own, pinned for this rank if it has a GPU."""
         assert self._taken + nbytes <= self.nbytes, "the store was made too small"
         piece = self._piece(self._taken, nbytes)
         self._taken += rounded(nbytes)
@@ -94,12 +94,12 @@ class HostStore:
         self._ahead.extend(zip(sizes, locking, strict=True))
 
     def share(self, nbytes: int) -> slice:
-        """The part of a piece of `nbytes` that this rank writes, when all ranks of the node have its contents."""
+        """Return the part of a piece of `nbytes` that this rank writes where all ranks have its contents."""
         step = rounded(-(-nbytes // self.world.local_size))
         return slice(min(nbytes, step * self.world.local_rank), min(nbytes, step * (self.world.local_rank + 1)))
 
     def _make(self, nbytes: int) -> int:
-        """A descriptor of fresh memory; -1 where this rank shares it with none."""
+        """Return a descriptor of fresh memory; -1 where this rank shares it with none."""
         if self.world.local_size == 1:
             return -1
         if not hasattr(os, "memfd_create"):
@@ -146,7 +146,7 @@ def _unlock(addresses: list[int]) -> None:
 
 
 def _populate(memory: mmap.mmap, world: World) -> None:
-    """Have the kernel clear this rank's share of the pages, in the order in which they will be written."""
+    """Make the kernel clear this rank's share of the pages, in the order in which they will be written."""
     start, nbytes = torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), len(memory)
     ask_large_pages(start, nbytes)
     for offset in range(world.local_rank * POPULATE_STEP, nbytes, world.local_size * POPULATE_STEP):
@@ -155,5 +155,5 @@ def _populate(memory: mmap.mmap, world: World) -> None:
 
 
 def rounded(nbytes: int) -> int:
-    """What a piece of `nbytes` takes of a store."""
+    """Return the bytes that a piece of `nbytes` takes of a store."""
     return -(-nbytes // PAGE) * PAGE

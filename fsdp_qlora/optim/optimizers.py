@@ -76,7 +76,7 @@ def _everywhere(device: torch.device) -> bool:
 
 
 def _adam(kind: type[Adam] | type[AdamW], is_fused: Callable[[torch.device], bool]) -> OptimizerSpec:
-    """is_fused: by device, whether PyTorch's fused kernel is used."""
+    """Return the spec of an Adam. is_fused: by device, whether PyTorch's fused kernel is used."""
 
     def make(parameters: list[nn.Parameter], settings: dict[str, object], device: torch.device) -> Optimizer:
         return kind(parameters, **settings, fused=is_fused(device))  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ def _foreach(kind: Callable[..., Optimizer]) -> Make:
 
 
 def _bitsandbytes(is_paged: bool = False, **more: object) -> Make:
-    """Its AdamW. In 8 bits, slices of less than 4,096 values are kept in 32 all the same."""
+    """Return the maker of its AdamW. In 8 bits, slices of less than 4,096 values are kept in 32 all the same."""
 
     def make(parameters: list[nn.Parameter], settings: dict[str, object], device: torch.device) -> Optimizer:
         from bitsandbytes import optim as bitsandbytes  # takes seconds to import

@@ -166,7 +166,7 @@ class ShardedAdapters:
         return gather_masters(self.groups, self.exchange, self.world)
 
     def working_tensors(self) -> dict[str, Tensor]:
-        """As `named_tensors`, from this rank's copy in compute dtype: waits for no peer and no stream that hangs.
+        """Return `named_tensors` of this rank's working copy: waits for no peer and no stream that hangs.
 
         Some are of the step before the last unless all have arrived (`has_arrived`). No step can end after this."""
         if self.is_update_pending or self.has_arrived():  # else what released gathers bring is not worth saving

@@ -16,7 +16,7 @@ class Logger(Protocol):
 
     @property
     def place(self) -> str:
-        """Where a person finds what was logged."""
+        """Location of what was logged, for the user."""
 
 
 class LoggerSpec(NamedTuple):
@@ -27,7 +27,7 @@ class LoggerSpec(NamedTuple):
 
 
 def check_installed(config: Config) -> None:
-    """Raises UserError when `log_to` names a logger that is not installed: the same on every rank of a machine."""
+    """Raise UserError when `log_to` names a logger that is not installed: the same on every rank of a machine."""
     for name, logger in LOGGERS.items():
         if name in config.output.log_to and logger.package is not None and not installed(logger.package):
             raise UserError(
@@ -37,7 +37,7 @@ def check_installed(config: Config) -> None:
 
 
 def open_loggers(config: Config) -> list[Logger]:
-    """The loggers that `log_to` names, started; to be called on one rank. Raises UserError when one cannot start."""
+    """Start the loggers that `log_to` names, on one rank. Raises UserError when one cannot start."""
     check_installed(config)
     return [logger.open(config) for name, logger in LOGGERS.items() if name in config.output.log_to]
 

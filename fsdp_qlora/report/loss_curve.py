@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def draw_loss_curve(path: Path, losses: Sequence[float], title: str) -> None:
-    """Writes a PNG of `losses` (one per step, from step 1), with a running mean where there are enough of them."""
+    """Write a PNG of `losses` (one per step, from step 1), with a running mean where there are enough of them."""
     # Only here: importing matplotlib takes half a second and no rank but the first draws, once.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -25,7 +25,7 @@ class Stages:
         self._seconds: dict[str, float] = {}
 
     def done(self, name: str) -> None:
-        """What has happened since the stage before is `name`."""
+        """End the stage `name`, which began when the one before ended."""
         now = time.time()
         self._seconds[name] = now - self._last
         self._last = now
@@ -36,7 +36,7 @@ class Stages:
 
 
 def machine_lines(world: World) -> list[str]:
-    """Cards, host and versions, of all ranks. A collective."""
+    """Return lines on cards, host and versions of all ranks. A collective."""
     everyone: list[tuple[str, ...]] = [()] * world.size
     dist.all_gather_object(everyone, (_card(world), platform.node(), _host()))
     cards = _counted([card for card, _, _ in everyone])
@@ -50,7 +50,7 @@ def machine_lines(world: World) -> list[str]:
 
 
 def rates_line(rates: Mapping[str, float], said: str = "") -> str:
-    """`plan.clock.Rates` in the units of data sheets. said: of them, before all else."""
+    """Return `plan.clock.Rates` in the units of data sheets. said: of them, before all else."""
 
     def pair(first: str, second: str, unit: float) -> str:
         return f"{rates[first] / unit:,.0f} / {rates[second] / unit:,.0f}"

@@ -21,7 +21,7 @@ WARM_UP_STEPS = 3  # the first steps compile kernels, grow the allocator's pools
 
 
 class Metrics:
-    """Takes a `StepRecord` per step and tells it on; every rank makes one, only rank 0 writes and prints.
+    """Takes a `StepRecord` per step, records and shows it; every rank makes one, only rank 0 writes and prints.
 
     Raises UserError when a logger that was asked for is not installed or cannot start, or when `output_dir` cannot be
     written: make it before anything is loaded. A context manager, so that what was recorded survives a failure."""
@@ -43,7 +43,7 @@ class Metrics:
         self._loggers = open_loggers(config)
 
     def step(self, record: StepRecord) -> None:
-        """Tells one step on. The JSON line is on its way to the disk when this returns."""
+        """Record and show one step. The JSON line is written and flushed when this returns."""
         if not self.world.is_main:
             return
         self._records.append(record)
@@ -58,7 +58,7 @@ class Metrics:
             progress.show(record, self._records)
 
     def _write(self, line: str) -> None:
-        """Training is worth more than its record: a full disk ends the record, not the run."""
+        """Write a line of the record. Training is worth more than it: a full disk ends the record, not the run."""
         if self._file_failed:
             return
         try:
@@ -72,10 +72,10 @@ class Metrics:
             )
 
     def close(self, saved: Sequence[str | Path] = (), host_peak_gib: Sequence[float] = ()) -> None:
-        """Draws the loss curve and prints the summary; a second call does nothing.
+        """Draw the loss curve and print the summary; a second call does nothing.
 
         saved: what else was written, for the summary's last lines. host_peak_gib: each rank's highest reading, loading
-        included, where somebody kept it; else the highest of the records."""
+        included, where it was kept; else the highest of the records."""
         if self._closed or not self.world.is_main:
             return
         self._closed = True
@@ -107,7 +107,7 @@ class Metrics:
         self.close()
 
     def _start_progress(self) -> list[Progress]:
-        """Chosen at the first step, for until then others may print."""
+        """Choose and start the progress displays: at the first step, as other lines may be printed until then."""
         where, chosen = self.config.output.log_to, list[Progress]()
         if "stdout" in where:
             chosen.append(Lines(self.world.say, self.total_steps, every_seconds=0))
@@ -155,7 +155,7 @@ class Metrics:
 
 
 def _scalars(record: StepRecord) -> dict[str, float]:
-    """What loggers plot: one number each, the fullest card and the whole host for memory."""
+    """Return what loggers plot: one number each, the fullest card and the whole host for memory."""
     values = {
         "train/loss": record.loss,
         "train/lr": record.lr,
@@ -172,7 +172,7 @@ def _scalars(record: StepRecord) -> dict[str, float]:
 
 
 def _rounded(line: dict[str, Any]) -> dict[str, Any]:
-    """GiB to a MiB and seconds to 0.1 ms; loss, lr and norm keep every digit, for runs are compared by them."""
+    """Round GiB to a MiB and seconds to 0.1 ms; loss, lr and norm keep every digit, for runs are compared by them."""
     for name in ("gpu_allocated_gib", "gpu_reserved_gib", "host_rss_gib"):
         line[name] = [round(gib, 3) for gib in line[name]]
     return line | {"seconds": round(line["seconds"], 4), "epoch": round(line["epoch"], 4)}

@@ -16,7 +16,7 @@ STEPS_RECORDED = 3
 
 @contextmanager
 def profiled(options: ProfileOptions, world: World, total_steps: int) -> Iterator[Callable[[], None]]:
-    """Yields a function to call at the end of every optimizer step; it does nothing unless `profile` is on.
+    """Yield a function to call at the end of every optimizer step; it does nothing unless `profile` is on.
 
     Leaves out the first two steps where the run is long enough, then records three and writes, per rank, what the
     options ask for to `profiling_output`, and a table of the costliest operations on rank 0. A run that ends earlier
@@ -66,7 +66,7 @@ def _write(recording: profile, options: ProfileOptions, world: World, folder: Pa
 
 
 def _table(recording: profile, options: ProfileOptions, world: World) -> str:
-    """The costliest operations, one row each; grouped further by shape or source line where those were recorded."""
+    """Return a table of the costliest operations, grouped by shape or source line too where those were recorded."""
     averages = recording.key_averages(
         group_by_input_shape=options.with_shapes, group_by_stack_n=5 if options.with_stack else 0
     )

@@ -13,7 +13,7 @@ from fsdp_qlora.report.step_record import StepRecord
 
 class Progress(Protocol):
     def show(self, step: StepRecord, so_far: Sequence[StepRecord]) -> None:
-        """so_far: all steps up to and including this one."""
+        """Show one step. so_far: all steps up to and including this one."""
 
     def close(self) -> None: ...
 
@@ -60,7 +60,7 @@ class Lines:
 
 
 def as_time(seconds: float) -> str:
-    """7 -> 0:07, 3725 -> 1:02:05."""
+    """Return seconds as a clock shows them: 7 -> 0:07, 3725 -> 1:02:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

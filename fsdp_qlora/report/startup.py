@@ -24,7 +24,7 @@ def describe(
     fusion: Fusion,
     world: World,
 ) -> list[str]:
-    """The model's lines of the start-up table."""
+    """Return the model's lines of the start-up table."""
     linears = model.linears()
     weights = sum(torch.Size(e.shape).numel() for u in model.units for e in u.frozen.layout.entries.values())
     codec = next(iter(linears.values())).weight
@@ -44,7 +44,7 @@ def describe(
 
 
 def describe_rows(config: Config, batches: Batches, total_steps: int, world: World) -> list[str]:
-    """Its lines on data and steps."""
+    """Return its lines on data and steps."""
     return [
         f"data      {batches.rows.summary}",
         f"run       {total_steps} steps of {batches.rows_per_step} rows "

@@ -1,4 +1,4 @@
-"""The training loop: steps until the end or until somebody asks to stop; what was learned is saved however it ends."""
+"""The training loop: steps until the end or until a signal; the adapter is saved however it ends."""
 
 import sys
 import threading
@@ -67,7 +67,7 @@ class Loop:
         return 0 if finished else interrupt.exit_code
 
     def _steps(self, interrupt: Interrupt) -> bool:
-        """Whether every step was taken, rather than a signal ending them."""
+        """Take the steps; return False if a signal ended them early."""
         with profiled(self.config.profile, self.world, self.steps) as profiler_step:
             ready = self._ready(0)
             for step in range(self.steps):
@@ -97,7 +97,7 @@ class Loop:
         return self.stepper.prepare(self.batches.step(*divmod(step, self.batches.steps_per_epoch)))
 
     def _save(self) -> Path:
-        """Every rank takes part; rank 0 writes."""
+        """Save the adapter. Every rank takes part; rank 0 writes."""
         tensors = self.stepper.adapters.named_tensors()
         self.world.main_only(lambda: self._write(tensors))
         return self.folder
@@ -118,7 +118,7 @@ class Loop:
         return f". The adapter as of step {self.stepper.done} is saved in {self.folder}"
 
     def _rescue_if_possible(self) -> str:
-        """`_rescue`, without letting its own failure hide what happened first."""
+        """Call `_rescue`, without letting its own failure hide what happened first."""
         try:
             return self._rescue()
         except (TrainingStopped, RuntimeError) as error:

@@ -1,7 +1,7 @@
 """A step that ran out of GPU memory is tried again with less saved for backward, by all ranks together.
 
 Nothing is lost: before the optimizer has stepped, a step leaves no trace but its gradients, and keep levels and
-offloading change no bit of a result. Here is what a rank does around that: what it lets go of, what it restores, what
+offloading change no bit of a result. This file has what a rank does then: what it frees, what it restores, what
 the blocks keep from then on, and what the user is told. `training/step.py` says when.
 """
 
@@ -81,7 +81,7 @@ class Refit:
         while ran_out:
             self._plan_less(step, ran_out)
             arena, why = self._arena()
-            ran_out = who_ran_out(why, self.world)  # others may have taken what was free a moment ago
+            ran_out = who_ran_out(why, self.world)  # other processes may have taken what was free a moment ago
             if ran_out:
                 arena = None
         self._apply()
@@ -104,7 +104,7 @@ class Refit:
         self.planned = replace(self.planned, layout=None)
 
     def _arena(self) -> tuple[Arena | None, str]:
-        """(the arena, ""), or (None, why there is none)."""
+        """Return (the arena, ""), or (None, why there is none)."""
         try:
             return make_arena(self.planned.schedule, self.world), ""
         except RuntimeError as error:
