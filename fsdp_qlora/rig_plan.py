@@ -25,11 +25,12 @@ from fsdp_qlora.models.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import MODES, Precision, needs_bf16
 from fsdp_qlora.models.skeleton import build, read_config
 from fsdp_qlora.optim.optimizers import state_bytes
-from fsdp_qlora.plan.clock import Rates
+from fsdp_qlora.plan.budget import HOST_SHARE
 from fsdp_qlora.plan.expected import expected_rates, link_rate
 from fsdp_qlora.plan.inputs import Facts, facts_of
 from fsdp_qlora.plan.plan import Budget
-from fsdp_qlora.plan.planning import HOST_SHARE, Planned, fastest_of, micro_batches, sending
+from fsdp_qlora.plan.planning import Planned, fastest_of, micro_batches, sending
+from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.report.machine import rates_line
 from fsdp_qlora.report.startup import describe
 from fsdp_qlora.runtime.determinism import deterministic_algorithms

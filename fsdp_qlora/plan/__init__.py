@@ -1,3 +1,3 @@
 """The plan: where bytes live and what blocks keep for backward, for the fastest step that fits."""
 
-__all__ = ["clock", "expected", "inputs", "plan", "planning"]
+__all__ = ["budget", "expected", "inputs", "plan", "planning", "rates"]

@@ -5,15 +5,15 @@ that is free. `Clock.seconds` walks one micro-batch through both, block by block
 not depend on the candidate is computed once, so that the search can afford thousands of walks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from fsdp_qlora.kernels.cost import Cost
+from fsdp_qlora.plan.candidate import Candidate
 from fsdp_qlora.plan.inputs import Facts
-from fsdp_qlora.plan.memory import Candidate, Memory
+from fsdp_qlora.plan.memory import Memory
+from fsdp_qlora.plan.placements import PLACEMENT_COSTS, PREFETCH
+from fsdp_qlora.plan.rates import Rates
+from fsdp_qlora.plan.simulate import Walk
 from fsdp_qlora.plan.update import gradient_bytes, update_bytes
 
-PREFETCH = 2  # blocks that FSDP2 gathers ahead (`placement.PREFETCH`)
 SKINNY_BANDWIDTH = 0.8  # of copy bandwidth that an adapter's products reach: 22 ms for 18 ms of bytes (performance.md)
 SKINNY_MATMUL = 0.5  # of the matmul rate where these products are bound by arithmetic: one operand is R wide
 # Over seconds a card clocks lower than in the 20 ms in which its rates are measured, and its kernels have small gaps:
@@ -22,33 +22,6 @@ SUSTAINED = 1.06
 # Seconds the GPU idles at a step's one wait and until the host has queued work again (performance.md), measured before
 # the update was queued ahead: too much since, but for optimizers that need the host's word.
 STEP_WAIT = 0.004
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a machine does, slowest rank of all. Bytes per second unless another unit is named; 0.0: not measured.
-
-    matmul_forward, matmul_backward: FLOP/s of a block's products with the weight transposed and not, at the run's
-    tokens. attention_forward, attention_backward: FLOP/s, counting the keys that are seen. copy: in device memory, read
-    and written both counted. dequantize: stored bytes read and numbers written. h2d: pinned host memory to the device;
-    h2d_both, d2h_both: each direction while the other is busy as well; all ranks of the node at once. gather,
-    reduce: received by a rank in an all-gather and a reduce-scatter over all ranks. crowding: how many times longer a
-    product takes while a gather runs beside it. launch: seconds of the host per kernel or op.
-    """
-
-    matmul_forward: float
-    matmul_backward: float
-    attention_forward: float
-    attention_backward: float
-    copy: float
-    dequantize: float
-    h2d: float
-    h2d_both: float
-    d2h_both: float
-    gather: float
-    reduce: float
-    crowding: float
-    launch: float
 
 
 class Clock:
@@ -103,14 +76,8 @@ class Clock:
         """Seconds of a micro-batch in which bytes come to the GPU, and in which kept tensors leave it."""
         away = sum(self.memory.of[b.keep, b.offloaded].away for b in candidate.blocks)
         exchanged = (self.reduction_in + self.publish_in) * self.facts.layers
-        if candidate.placement in ("shard", "shard_offload"):
-            blocks = self._passes() * self.facts.layers * self._gather(candidate)
-            return blocks + self._gather_head(candidate) + away / self.rates.h2d + exchanged, away / self.rates.h2d
-        streamed = sum(not b.resident for b in candidate.blocks)
-        head = not candidate.head_resident  # in a buffer that would have kept a block where the passes turn round
-        moved = max(0, 2 * (streamed - candidate.staging) + head) * self.facts.block_bytes
-        moved += self.facts.head_bytes if head else 0
-        return (moved + away) / self.rates.h2d + exchanged, away / self.rates.h2d
+        arrivals = PLACEMENT_COSTS[candidate.placement].arrival_seconds(self.facts, self.rates, candidate)
+        return arrivals + away / self.rates.h2d + exchanged, away / self.rates.h2d
 
     def _of(self, cost: Cost) -> float:
         """Seconds of some work: its kernels one after the other, or their launches if those take longer."""
@@ -125,149 +92,21 @@ class Clock:
     def _over(nbytes: float, rate: float) -> float:
         return nbytes / rate if nbytes else 0.0
 
-    def _gather(self, candidate: Candidate) -> float:
-        """Seconds until a block is whole. Offloaded shards come over the link that the others' bytes use as well, in
-        both directions where there is no peer access."""
-        f, r = self.facts, self.rates
-        received = f.block_bytes * (f.shards - 1) / f.shards
-        seconds = self._over(received, r.gather)
-        if candidate.placement == "shard_offload":
-            through_host = received if r.gather < r.h2d else 0.0
-            seconds = max(seconds, (f.block_bytes / f.shards + through_host) / r.h2d_both)
-        return seconds
-
-    def _passes(self) -> int:
-        """In how many of a micro-batch's two passes blocks are gathered."""
-        return 2 if self.facts.reshard else 1
-
-    def _gather_head(self, candidate: Candidate) -> float:
-        """The head, and an embedding that is not in host memory, are gathered when they are wanted."""
-        f = self.facts
-        tables = f.head_bytes + (0 if f.embedding_on_host else f.embedding_bytes * (1 if f.head_bytes else 2))
-        return self._gather(candidate) * tables / f.block_bytes
-
     def _walk(self, candidate: Candidate) -> float:
-        gathered = candidate.placement in ("shard", "shard_offload")
+        facts, rates, cost = self.facts, self.rates, PLACEMENT_COSTS[candidate.placement]
         crowding = self._crowding(candidate)
-        if gathered:
-            unit = self._gather(candidate)
-            walk = Walk(self, candidate, crowding, PREFETCH + 1, unit, self._gather_head(candidate), keeps=False)
+        if cost.shards:
+            unit, head = cost.gather_seconds(facts, rates), cost.gather_head_seconds(facts, rates)
+            walk = Walk(self, candidate, crowding, PREFETCH + 1, unit, head, keeps=False)
         else:
-            unit, head = self.facts.block_bytes / self.rates.h2d, 0.0
-            walk = Walk(self, candidate, crowding, candidate.staging, unit, head, keeps=True)
+            unit = facts.block_bytes / rates.h2d
+            walk = Walk(self, candidate, crowding, candidate.staging, unit, 0.0, keeps=True)
         return walk.run()
 
     def _crowding(self, candidate: Candidate) -> float:
         """How many times longer blocks take because NCCL's kernels have some of the multiprocessors."""
         arithmetic = self.arithmetic(candidate)
         moving = 0.0 if self.facts.exchange_by_host else self.reduction * self.facts.layers + self.publish
-        if candidate.placement in ("shard", "shard_offload"):
-            moving += self._passes() * self.facts.layers * self._gather(candidate)
+        cost = PLACEMENT_COSTS[candidate.placement]
+        moving += cost.passes(self.facts) * self.facts.layers * cost.gather_seconds(self.facts, self.rates)
         return 1 + (max(self.rates.crowding, 1.0) - 1) * min(1.0, moving / arithmetic)
-
-
-class Walk:
-    """One micro-batch: blocks forward, head, blocks back, with the link's copies beside them.
-
-    unit: seconds to bring a block. buffers: units that may be there at once. keeps: the last units of a pass are there
-    for the next one, which turns round, and are not brought again."""
-
-    def __init__(
-        self,
-        clock: Clock,
-        candidate: Candidate,
-        crowding: float,
-        buffers: int,
-        unit: float,
-        head: float,
-        keeps: bool,
-    ) -> None:
-        self.clock, self.candidate, self.crowding = clock, candidate, crowding
-        self.buffers, self.unit, self.head, self.keeps = buffers, unit, head, keeps
-        self.blocks = candidate.blocks
-        facts, rates = clock.facts, clock.rates
-        self.streamed = [i for i, b in enumerate(self.blocks) if not (keeps and b.resident)]
-        self.streams_head = keeps and not candidate.head_resident
-        self.head_copy = facts.head_bytes / rates.h2d if self.streams_head else 0.0
-        self.slower = rates.h2d / rates.h2d_both  # while the other direction is busy
-        self.slower_out = rates.h2d / rates.d2h_both
-        self.away = [clock.memory.of[b.keep, b.offloaded].away / rates.h2d for b in self.blocks]
-        self.now = self.in_free = self.out_free = 0.0
-
-    def run(self) -> float:
-        self._forward()
-        self._backward()
-        return self.now
-
-    def _bring(self, seconds: float, earliest: float) -> float:
-        """When a copy to the GPU is done that may start at `earliest`."""
-        start = max(self.in_free, earliest)
-        self.in_free = start + seconds * (self.slower if self.out_free > start else 1.0)
-        return self.in_free
-
-    def _take_out(self, seconds: float) -> float:
-        start = max(self.out_free, self.now)
-        self.out_free = start + seconds * (self.slower_out if self.in_free > start else 1.0)
-        return self.out_free
-
-    def _exchange(self, out: float, back: float) -> None:
-        """Adapters through host memory: the link's other bytes wait for theirs, and nothing here does."""
-        if back:
-            self._bring(back, self._take_out(out))
-
-    def _forward(self) -> None:
-        order, there = self._arrivals([*self.streamed, *([-1] if self.streams_head else [])], self.keeps, 0.0)
-        left = 0.0
-        for i, block in enumerate(self.blocks):
-            self.now = max(self.now, there.get(i, 0.0)) + self.clock.forward[block.keep] * self.crowding
-            if i in there:
-                self._next(order, there)
-            self._exchange(self.clock.publish_out, self.clock.publish_in)
-            if self.away[i]:
-                self.now = max(self.now, left)  # the block parked before is out before this one's memory is given back
-                left = self._take_out(self.away[i])
-        self.now = max(self.now, there.get(-1, 0.0)) + self.clock.head + self.head
-
-    def _backward(self) -> None:
-        held = self.buffers - self.streams_head if self.keeps else 0
-        if not self.keeps and not self.clock.facts.reshard:
-            held = len(self.streamed)
-        order, there = self._arrivals(self.streamed[::-1], self.keeps, self.now, held)
-        parked = [i for i, seconds in enumerate(self.away) if seconds]
-        fetched: dict[int, float] = {}
-        reduced = self.now
-        if parked and not self.away[-1]:  # the first block back parked nothing, and starts the copy of what was last
-            fetched[parked[-1]] = self._bring(self.away[parked[-1]], max(self.now, self.out_free))
-        for i in range(len(self.blocks) - 1, -1, -1):
-            if self.away[i]:
-                self._fetch(parked, fetched)
-            ready = max(there.get(i, 0.0), fetched.get(i, 0.0))
-            self.now = max(self.now, ready) + self.clock.backward[self.blocks[i].keep] * self.crowding
-            if i in there:
-                self._next(order, there)
-            self._exchange(self.clock.reduction_out, self.clock.reduction_in)
-            reduced = max(reduced, self.now) + self.clock.reduction
-        self.now = max(self.now, reduced - self.clock.reduction)
-
-    def _fetch(self, parked: list[int], fetched: dict[int, float]) -> None:
-        """The block's own tensors, if they are not on their way, and those of the block parked before it."""
-        for i in (parked.pop(), *parked[-1:]):
-            if i not in fetched:
-                fetched[i] = self._bring(self.away[i], max(self.now, self.out_free))
-
-    def _arrivals(
-        self, units: Sequence[int], keeps: bool, start: float, held: int | None = None
-    ) -> tuple[list[int], dict[int, float]]:
-        """(units still to bring, last first; unit -> when it is there, of those that are or may start now)."""
-        held = (self.buffers if keeps else 0) if held is None else held
-        there = dict.fromkeys(units[:held], 0.0)
-        order = list(units[held:])[::-1]
-        for _ in range(self.buffers - held):
-            self._next(order, there, start)
-        return order, there
-
-    def _next(self, order: list[int], there: dict[int, float], start: float | None = None) -> None:
-        """A buffer is free: bring the next unit."""
-        if order:
-            unit = order.pop()
-            there[unit] = self._bring(self.head_copy if unit == -1 else self.unit, self.now if start is None else start)

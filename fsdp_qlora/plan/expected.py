@@ -6,8 +6,8 @@ measured seconds. That other cards reach the same shares is an assumption: such 
 """
 
 from fsdp_qlora.config.cards import Card
-from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.inputs import Facts
+from fsdp_qlora.plan.rates import Rates
 
 TERA, GIGA = 1e12, 1e9
 PRODUCTS = 0.936  # of `reached`, forward [0.88, 0.99] and backward [0.89, 1.00]; 0.92 at 512 to 1,024 tokens

@@ -8,46 +8,23 @@ Sizes are read off the program's own passes (`costs.py`).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 from fsdp_qlora.plan import generic
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
 from fsdp_qlora.plan.costs import block_costs, head_cost
 from fsdp_qlora.plan.inputs import FLOAT, Facts, beside, pitch
 from fsdp_qlora.plan.loading import Loading
+from fsdp_qlora.plan.placements import PLACEMENT_COSTS
 
-Placed = Literal["replicate", "shard", "shard_offload", "stream"]
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`gradient_reduction.IN_FLIGHT`)
 TOGETHER = 4  # blocks that are updated at a time (`adapter_group.BLOCKS_PER_UPDATE`)
 EXCHANGES = 2  # of which a rank's bytes wait in host memory to be read (`exchange/host.SLOTS`)
-GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
-HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
 THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autograd's
 # What the allocator reserves over what is allocated. With an arena the last page of a segment and the ends of blocks;
-# under FSDP2, whose gathers allocate as they go on streams of their own, and around Hugging Face's own layers a share.
+# under FSDP2, whose gathers allocate as they go on streams of their own, and around Hugging Face's own layers a share
+# (`PlacementCost.unplaced`).
 ENDS = 48 << 20
-UNPLACED = {"replicate": 1.05, "stream": 1.03, "shard": 1.10, "shard_offload": 1.10}
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """One decoder block. resident: its frozen bytes stay on the GPU. keep: one of `fused.KEEP`. offloaded: what it
-    keeps waits in host memory."""
-
-    resident: bool
-    keep: str
-    offloaded: bool
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What a plan chooses. staging: GPU buffers that streamed units are copied into, 0 where nothing is streamed."""
-
-    placement: Placed
-    blocks: tuple[BlockPlan, ...]
-    head_resident: bool
-    staging: int
 
 
 class Memory:
@@ -95,15 +72,17 @@ class Memory:
 
     def limit(self, placement: Placed, device_bytes: float) -> int:
         """Of what PyTorch may reserve, how much may be allocated."""
-        if self.facts.fused and not placement.startswith("shard"):
+        cost = PLACEMENT_COSTS[placement]
+        if self.facts.fused and not cost.shards:
             return int(device_bytes) - ENDS
-        return int(device_bytes / UNPLACED[placement])
+        return int(device_bytes / cost.unplaced)
 
     def reserved(self, placement: Placed, allocated: int) -> int:
         """What PyTorch reserves where so much is allocated."""
-        if self.facts.fused and not placement.startswith("shard"):
+        cost = PLACEMENT_COSTS[placement]
+        if self.facts.fused and not cost.shards:
             return allocated + ENDS
-        return math.ceil(allocated * UNPLACED[placement])
+        return math.ceil(allocated * cost.unplaced)
 
     def loading_parts(self, candidate: Candidate) -> dict[str, int]:
         """What is on a GPU when the unit is encoded that takes most, those before it being where they stay."""
@@ -140,17 +119,11 @@ class Memory:
 
     def host_parts(self, candidate: Candidate) -> dict[str, int]:
         """Bytes in host memory of a node, all its ranks together, by name."""
-        facts, blocks, kind = self.facts, candidate.blocks, candidate.placement
-        embedding = facts.embedding_bytes if facts.embedding_on_host else 0
-        copies = 1 if kind == "stream" else facts.local_ranks
-        frozen = 0
-        if kind == "stream":
-            frozen = facts.block_bytes * sum(not b.resident for b in blocks)
-            frozen += 0 if candidate.head_resident else facts.head_bytes
-        elif kind == "shard_offload":
-            frozen = self._frozen_shared() * facts.local_ranks // facts.shards
+        facts, blocks, cost = self.facts, candidate.blocks, PLACEMENT_COSTS[candidate.placement]
+        embedding = facts.embedding_bytes * cost.embeddings(facts) if facts.embedding_on_host else 0
+        frozen = cost.host_bytes(facts, candidate)
         kept = sum(self.of[b.keep, b.offloaded].away for b in blocks) * facts.local_ranks
-        parts = {"frozen base": frozen, "embedding": embedding * copies, "kept for backward": kept}
+        parts = {"frozen base": frozen, "embedding": embedding, "kept for backward": kept}
         if facts.exchange_by_host:
             parts["exchange"] = EXCHANGES * (facts.ranks - 1) * FLOAT * facts.largest_adapters
         return parts
@@ -158,48 +131,17 @@ class Memory:
     def host_bytes(self, candidate: Candidate) -> int:
         return sum(self.host_parts(candidate).values())
 
-    def staged(self, candidate: Candidate) -> int:
-        """Bytes of a staging buffer: as many as the largest streamed unit has."""
-        units = [self.facts.block_bytes] if not all(b.resident for b in candidate.blocks) else []
-        units += [] if candidate.head_resident else [self.facts.head_bytes]
-        return max(units, default=0)
-
-    def _frozen_shared(self) -> int:
-        """Frozen bytes that a placement decides about."""
-        facts = self.facts
-        embedding = 0 if facts.embedding_on_host else facts.embedding_bytes
-        return facts.layers * facts.block_bytes + facts.head_bytes + embedding
-
     def _resident(self, candidate: Candidate) -> int:
-        facts = self.facts
-        if candidate.placement == "shard":
-            return -(-self._frozen_shared() // facts.shards) + facts.rest_bytes
-        if candidate.placement == "shard_offload":
-            return facts.rest_bytes
-        blocks = sum(b.resident for b in candidate.blocks) * facts.block_bytes
-        embedding = 0 if facts.embedding_on_host else facts.embedding_bytes
-        return blocks + self._head_here(candidate) + embedding + facts.rest_bytes
+        return PLACEMENT_COSTS[candidate.placement].resident_bytes(self.facts, candidate)
 
     def _head_here(self, candidate: Candidate) -> int:
-        return self.facts.head_bytes if candidate.head_resident and _whole(candidate) else 0
+        return PLACEMENT_COSTS[candidate.placement].resident_head_bytes(self.facts, candidate)
 
     def _moving(self, candidate: Candidate) -> int:
-        if candidate.placement == "stream":
-            streamed = sum(not b.resident for b in candidate.blocks) + (not candidate.head_resident)
-            return min(candidate.staging, streamed) * self.staged(candidate)
-        return 0 if _whole(candidate) else self._gathered()
+        return PLACEMENT_COSTS[candidate.placement].moving_bytes(self.facts, candidate)
 
     def _head_gathered(self, candidate: Candidate) -> int:
-        """What the head needs beyond `_moving` while it is gathered: no block is then."""
-        if _whole(candidate):
-            return 0
-        facts = self.facts
-        return HEAD_COPIES * (facts.head_bytes or facts.embedding_bytes) - (self._gathered() if facts.reshard else 0)
-
-    def _gathered(self) -> int:
-        """Bytes of blocks that are whole at once."""
-        facts = self.facts
-        return (GATHERED if facts.reshard else facts.layers) * facts.block_bytes
+        return PLACEMENT_COSTS[candidate.placement].gathered_head_bytes(self.facts)
 
     def _unreduced(self) -> int:
         facts = self.facts
@@ -228,11 +170,6 @@ class Memory:
             backward = (before[i + 1], size.backward_bytes + size.away + fetched, behind[i] + flying)
             worst = max(worst, forward, backward, key=sum)
         return worst
-
-
-def _whole(candidate: Candidate) -> bool:
-    """Whether a rank reads frozen bytes that it has for itself, and none are gathered."""
-    return candidate.placement in ("replicate", "stream")
 
 
 def _reduction(facts: Facts) -> int:

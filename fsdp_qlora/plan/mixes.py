@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate
 from fsdp_qlora.plan.inputs import KEEP
-from fsdp_qlora.plan.memory import BlockPlan, Candidate
 
 Kind = tuple[str, bool]  # keep level, offloaded
 

@@ -10,13 +10,16 @@ from functools import cache
 from typing import Any
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
+from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.infeasible import refusal
 from fsdp_qlora.plan.inputs import Facts
-from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.memory import Memory
+from fsdp_qlora.plan.placements import PLACEMENT_COSTS
+from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.plan.refit import LoadedMemory, refit
 from fsdp_qlora.plan.report import kept_text, lines
-from fsdp_qlora.plan.search import PLACEMENTS, SIMPLER, Budget, Found, Search, Wishes, placements, spread
+from fsdp_qlora.plan.search import SIMPLER, Budget, Found, Search, Wishes, placements, spread
 
 __all__ = [
     "BlockPlan",
@@ -72,7 +75,7 @@ def make_plan(
     budget: Budget,
     arena: Callable[[Blocks], int] | None = None,
 ) -> Plan:
-    """The fastest plan within the budget, of the first placement of `PLACEMENTS` that is within `SIMPLER` of it.
+    """The fastest plan within the budget, of the first placement of `PLACEMENT_COSTS` that is within `SIMPLER` of it.
 
     arena: bytes that the placed tensors of a step of such blocks take; if not given, the most that is alive at once.
     Without rates (no GPU): everything on one rank, shards on several, or as wished, with no time and no limit.
@@ -86,7 +89,7 @@ def make_plan(
     if not best:
         raise UserError(refusal(facts, wishes, budget))
     fastest = min(found.seconds for found in best.values())
-    chosen = next(best[p] for p in PLACEMENTS if p in best and best[p].seconds <= fastest * SIMPLER)
+    chosen = next(best[p] for p in PLACEMENT_COSTS if p in best and best[p].seconds <= fastest * SIMPLER)
     left = budget
     if arena is not None:  # room for what a layout usually takes beyond what is alive at once
         left = replace(budget, device_bytes=int(budget.device_bytes * (1 - SPARE)))
@@ -165,12 +168,14 @@ def _simplest(facts: Facts, wishes: Wishes) -> Candidate:
     natural: Placed = "replicate" if facts.ranks == 1 else "shard"
     allowed = placements(facts, wishes)
     placement = natural if natural in allowed else allowed[0]
-    resident = facts.layers if placement == "replicate" else 0
-    if placement == "stream":
+    cost = PLACEMENT_COSTS[placement]
+    resident = 0 if cost.shards else facts.layers
+    if cost.streams:
         resident = min(wishes.resident_blocks or 0, facts.layers)
+    head_resident, staging = cost.forms(facts)[0]
     keep = wishes.keep or "input"
     blocks = tuple(BlockPlan(stays, keep, bool(wishes.offload)) for stays in spread(resident, facts.layers))
-    return Candidate(placement, blocks, True, 3 if placement == "stream" else 0)
+    return Candidate(placement, blocks, head_resident, staging)
 
 
 def table(plan: Plan, facts: Facts, rates: Rates | None, budget: Budget) -> list[str]:

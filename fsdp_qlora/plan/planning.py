@@ -4,7 +4,6 @@ The plan itself (`plan/`) is arithmetic; here are its inputs read and its words 
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,34 +15,25 @@ from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.options import Config, MemoryOptions
 from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import OR_ELSEWHERE, UserError
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.exchange.choose import through_host
 from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.arena import Arena
-from fsdp_qlora.memory.arena_layout import Schedule, place
+from fsdp_qlora.memory.arena_layout import Schedule
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fuse import Fusion
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.optim.optimizers import paged_bytes, state_bytes
+from fsdp_qlora.plan.budget import HOST_SHARE, agreed_budget, device_bytes, find_budget
 from fsdp_qlora.plan.calibrate.rates import calibrate
-from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.inputs import Facts, facts_of
+from fsdp_qlora.plan.layouts import Layouts
 from fsdp_qlora.plan.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, refit_plan, table
-from fsdp_qlora.plan.rehearsal import rehearse
-from fsdp_qlora.runtime.gpu_memory import outside_bytes
+from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.runtime.host_memory import available_host_bytes
-from fsdp_qlora.runtime.launcher import allocator_grows
-from fsdp_qlora.units import GIB
 
-# Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
-# are first used, tables of the host memory that the GPU reads.
-LATER, BY_NCCL = 208 << 20, 224 << 20  # (0.16 GiB on one rank, 0.35 to 0.40 on two: H100, H200)
-# Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
-# beyond the share that every plan leaves.
-PIECES = 0.06
 # Attention's backends by the memory that they take, least first; "": Hugging Face's own, of generic blocks.
 ATTENTION = ("", "cudnn", "flash", "flash_attn", "cpu", "math")
-HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class Planned:
     facts: Facts
     rates: Rates | None
     budget: Budget
-    layout: "Layouts | None"
+    layout: Layouts | None
 
     @property
     def schedule(self) -> Schedule | None:
@@ -93,7 +83,7 @@ def fastest_of(
     budget: Budget,
     world: World,
     known: Callable[[Config], tuple[Facts, Rates | None]],
-    layouts: "Callable[[Config, Facts], Layouts] | None" = None,
+    layouts: Callable[[Config, Facts], Layouts] | None = None,
 ) -> Planned:
     """The plan of the fastest micro-batch that fits. known: facts and rates of the options with one of them. layouts:
     where the tensors of a step with these lie; without, they are taken to need no more than is alive at once.
@@ -139,37 +129,6 @@ def refit_run(planned: Planned, world: World) -> Planned | None:
         return None
     record = plan_record(plan, planned.facts, planned.rates)
     return replace(planned, plan=plan, lines=[], record=record)
-
-
-class Layouts:
-    """Where the tensors of a step lie, for rows of `longest` tokens, by what the blocks keep."""
-
-    def __init__(self, model: CausalModel, config: Config, longest: int, widens: bool, world: World) -> None:
-        self.model, self.config, self.longest, self.widens, self.world = model, config, longest, widens, world
-        self._known: dict[tuple[tuple[str, bool], ...], tuple[Schedule, list[list[int]]]] = {}
-
-    def of(self, blocks: Sequence[BlockPlan]) -> Schedule:
-        return self._of(blocks)[0]
-
-    def parked(self, blocks: Sequence[BlockPlan]) -> list[list[int]]:
-        """For each block that parks what it keeps, the bytes per token of each tensor (`ActivationOffload.reserve`)."""
-        return self._of(blocks)[1]
-
-    def _of(self, blocks: Sequence[BlockPlan]) -> tuple[Schedule, list[list[int]]]:
-        kinds = tuple((block.keep, block.offloaded) for block in blocks)
-        if kinds not in self._known:
-            done = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
-            self._known[kinds] = place(done.lives), done.parked
-        return self._known[kinds]
-
-    def nbytes(self, blocks: Sequence[BlockPlan]) -> int:
-        return self.of(blocks).nbytes
-
-    def exchanged(self, widens: bool) -> None:
-        """Follow the exchange that came to be, which may not be the one that was planned for."""
-        if widens != self.widens:
-            self.widens = widens
-            self._known.clear()
 
 
 def agreed(facts: Facts, world: World) -> Facts:
@@ -238,40 +197,6 @@ def _placements(memory: MemoryOptions, ranks: int) -> tuple[str, ...]:
         return ("shard",)
     resident = ("replicate", "shard") if ranks > 1 else ("replicate",)
     return resident if memory.use_cpu_offload is False else (*resident, "stream")
-
-
-def find_budget(memory: MemoryOptions, world: World) -> Budget:
-    """What the plan may use of this machine: the least of any rank's. A collective.
-
-    Raises UserError for a limit that limits nothing."""
-    if memory.host_memory_gib is not None and world.device.type != "cuda":
-        raise UserError(
-            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}"
-        ).on_every_rank(world.rank)
-    device = device_bytes(memory, world)
-    given = memory.host_memory_gib
-    host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
-    return agreed_budget(device, host, world)
-
-
-def agreed_budget(device: float, host: float, world: World) -> Budget:
-    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective."""
-    least = [min(column) for column in zip(*world.gather([device, host]), strict=True)]
-    return Budget(*(nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least))
-
-
-def device_bytes(memory: MemoryOptions, world: World) -> float:
-    """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
-    without a GPU."""
-    device = world.device
-    if device.type != "cuda":
-        return float("inf")
-    free, _ = torch.cuda.mem_get_info(device)
-    nbytes: float = free + torch.cuda.memory_reserved(device)
-    if memory.gpu_memory_gib is not None:
-        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device))
-    nbytes -= LATER + (BY_NCCL if world.size > 1 else 0)
-    return nbytes * (1 if allocator_grows() else 1 - PIECES)
 
 
 def keep_activations(

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 
-from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate
+from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.inputs import KEEP, Facts
-from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory
+from fsdp_qlora.plan.memory import Memory
+from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.plan.search import Budget, Search, Wishes, spread
 
 MIB = 1 << 20
@@ -41,7 +43,7 @@ class _Search(Search):
         self.most_resident = _residents(now)
 
     def _forms(self) -> list[tuple[bool, int]]:
-        if self.placement != "stream":
+        if not self.cost.streams:
             return [(self.now.head_resident, self.now.staging)]
         return [
             (head, staging)
@@ -56,7 +58,7 @@ class _Search(Search):
         return min(fitting)[2] if fitting else None
 
     def _alike(self) -> Iterator[Candidate]:
-        given = self.placement == "stream" and self.wishes.resident_blocks is None
+        given = self.cost.streams and self.wishes.resident_blocks is None
         for residents in {self.most_resident, 0} if given else {self.most_resident}:
             for head, staging in self._forms():
                 for keep, offloaded in self._kinds():

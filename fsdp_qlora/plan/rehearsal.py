@@ -22,7 +22,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
-from fsdp_qlora.plan.memory import BlockPlan
+from fsdp_qlora.plan.candidate import BlockPlan
 
 META = torch.device("meta")
 

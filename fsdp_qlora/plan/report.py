@@ -4,25 +4,22 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
+from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.inputs import Facts
-from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.memory import Memory
+from fsdp_qlora.plan.placements import PLACEMENT_COSTS
+from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.plan.search import Found
 from fsdp_qlora.units import GIB
 
 MIB = 2**20  # bytes
-WHERE = {
-    "replicate": "the frozen base on every {place}, every block resident",
-    "shard": "each {place} has its share of the frozen base, blocks gathered ahead of use",
-    "shard_offload": "each rank has its share of the frozen base in host memory, blocks gathered ahead of use",
-    "stream": "the frozen base in host memory, once per node, blocks copied ahead of use",
-}
 
 
 def where_line(candidate: Candidate, gpus: bool) -> str:
-    where = WHERE[candidate.placement].format(place="GPU" if gpus else "rank")
+    where = PLACEMENT_COSTS[candidate.placement].where.format(place="GPU" if gpus else "rank")
     text = f"plan      {candidate.placement}: {where}"
-    if candidate.placement != "stream":
+    if not PLACEMENT_COSTS[candidate.placement].streams:
         return text
     resident = sum(b.resident for b in candidate.blocks)
     head = "resident" if candidate.head_resident else "streamed"

@@ -12,20 +12,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
 from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.inputs import KEEP, Facts
-from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.memory import Memory
 from fsdp_qlora.plan.mixes import Cost, Kind, blend, climb, corners, edges
+from fsdp_qlora.plan.placements import PLACEMENT_COSTS
 
-STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so that the link need not wait for a block
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one
 TIE = 1.0005  # plans within 0.05 % of the fastest count as equally fast: the most frugal of them is taken
 CORNERS = 30  # mixes of three kinds that are tried
 WALKS = 1500  # candidates walked through at most, best bounds first: some 0.3 s
 
-# In the order of how much there is to move; of the fastest that are within SIMPLER of each other the first is taken.
-PLACEMENTS: tuple[Placed, ...] = ("replicate", "shard", "stream", "shard_offload")
-SIMPLER = 1.01
+SIMPLER = 1.01  # of placements whose plans' times are within this ratio the first of `PLACEMENT_COSTS` is taken
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ def placements(facts: Facts, wishes: Wishes) -> list[Placed]:
     if wishes.resident_blocks is not None:
         return ["stream"] if wishes.resident_blocks < facts.layers else ["replicate"]
     if wishes.placements is not None:
-        unknown = set(wishes.placements) - set(PLACEMENTS)
+        unknown = set(wishes.placements) - set(PLACEMENT_COSTS)
         assert not unknown, f"placements {unknown}"
         alone = facts.ranks == 1 and "shard" in wishes.placements
-        return [p for p in PLACEMENTS if p in wishes.placements or (alone and p == "replicate")]
-    return [p for p in PLACEMENTS if facts.ranks > 1 or not p.startswith("shard")]
+        return [p for p in PLACEMENT_COSTS if p in wishes.placements or (alone and p == "replicate")]
+    return [p for p, cost in PLACEMENT_COSTS.items() if facts.ranks > 1 or not cost.shards]
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,8 @@ class Search:
     def __init__(self, memory: Memory, clock: Clock | None, placement: Placed, wishes: Wishes, budget: Budget) -> None:
         self.facts: Facts = memory.facts
         self.memory, self.clock, self.placement, self.wishes, self.budget = memory, clock, placement, wishes, budget
+        self.cost = PLACEMENT_COSTS[placement]
+        self.is_whole = not (self.cost.shards or self.cost.streams)  # every block is resident
         self.limit = memory.limit(placement, budget.device_bytes)
         self.most_resident = self.facts.layers - 1  # of `stream`: all of them would be `replicate`
 
@@ -121,7 +122,7 @@ class Search:
             for keep, away in kinds
         }
         nothing = replace(like, blocks=blend({kinds[0]: facts.layers}, kinds))
-        if self.placement == "stream" and self.wishes.resident_blocks is not None:  # theirs is not to be had
+        if self.cost.streams and self.wishes.resident_blocks is not None:  # theirs is not to be had
             nothing = _with_resident(nothing, min(self.wishes.resident_blocks, facts.layers - 1))
         away = facts.layers * costs[kinds[0]].host
         gpu = self.limit - self.memory.device_bytes(nothing) + facts.layers * costs[kinds[0]].gpu
@@ -139,10 +140,10 @@ class Search:
     def _evaluate(self, candidate: Candidate) -> Found | None:
         """With as many resident blocks as fit, or as were asked for; None where it does not fit."""
         candidate = replace(candidate, blocks=tuple(replace(b, resident=False) for b in candidate.blocks))
-        if self.placement == "replicate":
+        if self.is_whole:
             candidate = replace(candidate, blocks=tuple(replace(b, resident=True) for b in candidate.blocks))
         peak = self.memory.peak(candidate)
-        if self.placement == "stream":
+        if self.cost.streams:
             spare = self.limit - self.memory.device_bytes(candidate, peak)
             wanted = self.wishes.resident_blocks
             resident = spare // self.facts.block_bytes if wanted is None else wanted
@@ -193,7 +194,7 @@ class Search:
         for candidate, peak in self._candidates(counts, pairs):
             if self.memory.device_bytes(candidate, peak) > self.limit:
                 continue
-            if self.placement == "stream":
+            if self.cost.streams:
                 candidate = _with_resident(candidate, self._residents(candidate, peak))
             device = self.memory.device_bytes(candidate, peak)
             if device <= self.limit and self.memory.host_bytes(candidate) <= self.budget.host_bytes:
@@ -210,7 +211,7 @@ class Search:
         """With so few resident blocks that the rest just has room in host memory."""
         for candidate, _ in self._candidates(self._counts(), None):
             over = self.memory.host_bytes(candidate) - self.budget.host_bytes
-            if self.placement == "stream":
+            if self.cost.streams:
                 wanted = self.wishes.resident_blocks
                 resident = max(0, -(-over // self.facts.block_bytes)) if wanted is None else wanted
                 candidate = _with_resident(candidate, min(resident, self.facts.layers - 1))
@@ -220,7 +221,7 @@ class Search:
 
     def _candidates(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None) -> Iterator[tuple[Candidate, int]]:
         """(every mix of kinds, with no resident block under `stream`; its peak)."""
-        resident, forms = self.placement == "replicate", self._forms()
+        resident, forms = self.is_whole, self._forms()
         for first, second, count in _mixes(self._kinds(), counts, self.facts.layers, pairs):
             blocks = _blocks(first, second, count, self.facts.layers, resident)
             peak = self.memory.peak(Candidate(self.placement, blocks, True, 0))
@@ -229,11 +230,7 @@ class Search:
 
     def _forms(self) -> list[tuple[bool, int]]:
         """(whether the head is resident, buffers)."""
-        if self.placement != "stream":
-            return [(True, 0)]
-        return [
-            (head, staging) for head in ((True, False) if self.facts.head_bytes else (True,)) for staging in STAGING
-        ]
+        return self.cost.forms(self.facts)
 
     def _kinds(self) -> list[Kind]:
         wishes = self.wishes

@@ -12,7 +12,8 @@ from fsdp_qlora.exchange import choose
 from fsdp_qlora.exchange.choose import EXCHANGES, check_exchange, choose_exchange, through_host
 from fsdp_qlora.exchange.collectives import Collectives
 from fsdp_qlora.exchange.host import HostExchange, store_bytes
-from fsdp_qlora.plan.memory import Candidate, Memory
+from fsdp_qlora.plan.candidate import Candidate
+from fsdp_qlora.plan.memory import Memory
 from tests.support.known_runs import facts
 from tests.support.torchrun import run_torchrun
 

@@ -17,8 +17,8 @@ from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.plan.calibrate import launches, measure
 from fsdp_qlora.plan.calibrate import rates as calibrating
 from fsdp_qlora.plan.calibrate.rates import NAMES, cache_file, calibrate, key_of, read, slowest, write
-from fsdp_qlora.plan.clock import Rates
 from fsdp_qlora.plan.inputs import facts_of
+from fsdp_qlora.plan.rates import Rates
 from tests.plan.test_plan_memory import SHAPE
 from tests.support.known_runs import H200, facts
 from tests.support.metered import META, WORLD, planned

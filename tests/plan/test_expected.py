@@ -8,9 +8,10 @@ import pytest
 
 from fsdp_qlora.config.cards import CARDS, Card
 from fsdp_qlora.plan import expected
-from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.expected import expected_rates, link_rate
 from fsdp_qlora.plan.inputs import Facts
+from fsdp_qlora.plan.rates import Rates
 from tests.plan.test_plan_grid import NAMES, ROWS, candidate_of
 from tests.support.known_runs import facts
 

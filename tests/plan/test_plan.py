@@ -11,12 +11,13 @@ import pytest
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan import mixes
-from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.infeasible import CONTEXT_STEP, RANK_STEP, Nearest, nearest, with_context, with_rank
 from fsdp_qlora.plan.inputs import KEEP, Facts
 from fsdp_qlora.plan.memory import Memory
 from fsdp_qlora.plan.mixes import Cost, blend, corners, edges
 from fsdp_qlora.plan.plan import BlockPlan, Budget, Plan, Wishes, _best, make_plan, plan_record, table
+from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.plan.search import spread
 from fsdp_qlora.units import GIB
 from tests.support.known_runs import H200, facts

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import plan_grid
-from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate
+from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.inputs import Facts
-from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory
+from fsdp_qlora.plan.memory import Memory
 from fsdp_qlora.plan.plan import Budget, Wishes, make_plan, plan_record
+from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.units import GIB
 from tests.support.known_runs import H200, facts
 

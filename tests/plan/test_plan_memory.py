@@ -15,10 +15,12 @@ from fsdp_qlora.optim.adapter_group import BLOCKS_PER_UPDATE
 from fsdp_qlora.optim.gradient_reduction import IN_FLIGHT
 from fsdp_qlora.placement.load import encode
 from fsdp_qlora.plan import memory
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
 from fsdp_qlora.plan.costs import BlockCost, block_costs, trace
 from fsdp_qlora.plan.inputs import KEEP, Facts, facts_of
 from fsdp_qlora.plan.loading import Loading
-from fsdp_qlora.plan.memory import BlockPlan, Candidate, Memory, Placed
+from fsdp_qlora.plan.memory import Memory
+from fsdp_qlora.plan.placements import staged_bytes
 from fsdp_qlora.plan.rehearsal import rehearse
 from fsdp_qlora.units import GIB
 from fsdp_qlora.weights.codecs import NF4, Parts
@@ -164,7 +166,7 @@ def test_streamed_blocks_are_in_host_memory_once_and_in_buffers_on_the_gpu() -> 
     assert memory.device_bytes(ten) - memory.device_bytes(none) == 10 * known.block_bytes
     assert memory.host_bytes(none) - memory.host_bytes(ten) == 10 * known.block_bytes
     # A streamed head makes every buffer as large as it is.
-    assert memory.staged(streamed(0, False)) == known.head_bytes > known.block_bytes == memory.staged(none)
+    assert staged_bytes(known, streamed(0, False)) == known.head_bytes > known.block_bytes == staged_bytes(known, none)
     assert memory.device_bytes(ten) == sum(memory.step_parts(ten).values())
     assert memory.host_bytes(streamed(0, False)) - memory.host_bytes(none) == known.head_bytes
 

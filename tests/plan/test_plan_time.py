@@ -8,10 +8,11 @@ from transformers import LlamaConfig
 
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.models.fused.block import FusedBlock
-from fsdp_qlora.plan.clock import Clock, Rates
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate
+from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.costs import block_costs, trace
 from fsdp_qlora.plan.inputs import KEEP
-from fsdp_qlora.plan.memory import BlockPlan, Candidate
+from fsdp_qlora.plan.rates import Rates
 from tests.plan.test_plan_memory import SHAPE
 from tests.support.known_runs import H200, MEASURED, facts
 from tests.support.metered import planned

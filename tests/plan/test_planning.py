@@ -18,7 +18,8 @@ from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import open_world
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan import planning
-from fsdp_qlora.plan.planning import agreed, find_budget, micro_batches, wishes_of
+from fsdp_qlora.plan.budget import find_budget
+from fsdp_qlora.plan.planning import agreed, micro_batches, wishes_of
 from fsdp_qlora.runtime import host_memory
 from fsdp_qlora.runtime.host_memory import available_host_bytes
 from fsdp_qlora.units import GIB

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fsdp_qlora.kernels.attention_on_meta import keys_seen
-from fsdp_qlora.plan.clock import Rates
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
 from fsdp_qlora.plan.inputs import Facts
-from fsdp_qlora.plan.memory import BlockPlan, Candidate, Placed
+from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.units import GIB
 
 BF16, FLOAT = 2, 4  # bytes

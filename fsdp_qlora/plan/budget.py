@@ -1,0 +1,56 @@
+"""The memory that a plan may use of this machine: of a rank's GPU, and of a node's host memory."""
+
+import math
+
+import torch
+
+from fsdp_qlora.config.options import MemoryOptions
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import OR_ELSEWHERE, UserError
+from fsdp_qlora.plan.search import Budget
+from fsdp_qlora.runtime.gpu_memory import outside_bytes
+from fsdp_qlora.runtime.host_memory import available_host_bytes
+from fsdp_qlora.runtime.launcher import allocator_grows
+from fsdp_qlora.units import GIB
+
+# Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
+# are first used, tables of the host memory that the GPU reads.
+LATER, BY_NCCL = 208 << 20, 224 << 20  # (0.16 GiB on one rank, 0.35 to 0.40 on two: H100, H200)
+# Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
+# beyond the share that every plan leaves.
+PIECES = 0.06
+HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
+
+
+def find_budget(memory: MemoryOptions, world: World) -> Budget:
+    """What the plan may use of this machine: the least of any rank's. A collective.
+
+    Raises UserError for a limit that limits nothing."""
+    if memory.host_memory_gib is not None and world.device.type != "cuda":
+        raise UserError(
+            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}"
+        ).on_every_rank(world.rank)
+    device = device_bytes(memory, world)
+    given = memory.host_memory_gib
+    host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
+    return agreed_budget(device, host, world)
+
+
+def agreed_budget(device: float, host: float, world: World) -> Budget:
+    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective."""
+    least = [min(column) for column in zip(*world.gather([device, host]), strict=True)]
+    return Budget(*(nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least))
+
+
+def device_bytes(memory: MemoryOptions, world: World) -> float:
+    """Return the bytes that PyTorch may have of this rank's GPU as things are now, those that it has included; no limit
+    without a GPU."""
+    device = world.device
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    nbytes: float = free + torch.cuda.memory_reserved(device)
+    if memory.gpu_memory_gib is not None:
+        nbytes = min(nbytes, memory.gpu_memory_gib * GIB - outside_bytes(device))
+    nbytes -= LATER + (BY_NCCL if world.size > 1 else 0)
+    return nbytes * (1 if allocator_grows() else 1 - PIECES)
