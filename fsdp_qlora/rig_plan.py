@@ -18,10 +18,11 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.exchange.choose import check_exchange
 from fsdp_qlora.kernels.attention import Masking, possible
+from fsdp_qlora.models.assemble import assemble
 from fsdp_qlora.models.attention import Attention, Chooser, choose_attention
-from fsdp_qlora.models.causal_lm import CausalModel, assemble
+from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fitting import fit, has_its_own_head
-from fsdp_qlora.models.fuse import Fusion, fuse
+from fsdp_qlora.models.fused.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import MODES, Precision, needs_bf16
 from fsdp_qlora.models.skeleton import build, read_config
 from fsdp_qlora.optim.optimizers import state_bytes

@@ -12,10 +12,11 @@ from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.config.options import Config, MemoryOptions
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.exchange.choose import check_exchange, choose_exchange
+from fsdp_qlora.models.assemble import Recipe, assemble
 from fsdp_qlora.models.attention import Attention, choose_attention
-from fsdp_qlora.models.causal_lm import CausalModel, Recipe, assemble
+from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fitting import fit, has_its_own_head, left_over
-from fsdp_qlora.models.fuse import Fusion, fuse
+from fsdp_qlora.models.fused.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import Precision, precision_of
 from fsdp_qlora.models.skeleton import build, quantization_of, read_config
 from fsdp_qlora.optim.optimizers import check_optimizer

@@ -1,3 +1,3 @@
 """Models: a Hugging Face skeleton over frozen bytes, its blocks fused where their family is known."""
 
-__all__ = ["attention", "causal_lm", "fitting", "fuse", "fused", "generic_block", "precision", "skeleton"]
+__all__ = ["assemble", "attention", "causal_lm", "fitting", "fused", "generic_block", "precision", "skeleton"]

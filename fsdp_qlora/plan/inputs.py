@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.config.options import Config
     from fsdp_qlora.distributed.world import World
     from fsdp_qlora.models.causal_lm import CausalModel
-    from fsdp_qlora.models.fuse import Fusion
+    from fsdp_qlora.models.fused.fuse import Fusion
 
 KEEP = tuple(level.label for level in Keep)
 FLOAT = 4  # bytes of float32

@@ -21,8 +21,8 @@ from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.memory.arena_layout import Schedule
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fuse import Fusion
 from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.optim.optimizers import paged_bytes, state_bytes
 from fsdp_qlora.plan.budget import HOST_SHARE, agreed_budget, device_bytes, find_budget
 from fsdp_qlora.plan.calibrate.rates import calibrate

@@ -8,7 +8,7 @@ from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.models.attention import Attention
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fuse import Fusion
+from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.units import GIB, as_gib
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsdp_qlora.models.fuse import Fusion
+from fsdp_qlora.models.fused.fuse import Fusion
 from tests.support import plain
 from tests.support.built import built
 from tests.support.runs import Options

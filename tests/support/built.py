@@ -10,7 +10,7 @@ from torch import Tensor
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fuse import Fusion
+from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.placement.base import Placement
 from fsdp_qlora.plan.plan import Plan

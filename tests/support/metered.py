@@ -11,9 +11,10 @@ from transformers import PretrainedConfig
 
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.models.causal_lm import CausalModel, Recipe, assemble
-from fsdp_qlora.models.fuse import Fusion, fuse
+from fsdp_qlora.models.assemble import Recipe, assemble
+from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.fused.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.models.skeleton import build
 from fsdp_qlora.plan.metering import ROUND

@@ -1,3 +1,3 @@
 """A decoder block as one autograd function over fused kernels."""
 
-__all__ = ["block", "scratch", "spec"]
+__all__ = ["block", "fuse", "scratch", "spec"]
