@@ -20,7 +20,6 @@ from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line
 from fsdp_qlora.runtime.gpu_memory import note_others
 from fsdp_qlora.runtime.launcher import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
-from fsdp_qlora.runtime.launcher import rank_from_environment as rank_from_environment
 from fsdp_qlora.torch_compat import HashStore, abort_process_group
 
 # A rank that dies is noticed by torchrun in a second, so this only bounds real deadlocks. It must outlast what ranks

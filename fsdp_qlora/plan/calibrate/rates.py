@@ -17,9 +17,9 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.plan.inputs import Facts
-from fsdp_qlora.plan.rates import Rates as Rates
+from fsdp_qlora.plan.rates import Rates
 
-VERSION = 3  # of how rates are measured: others' files are measured again
+VERSION = 4  # of how rates are measured: others' files are measured again
 SLOWER_IS_MORE = {"crowding", "launch"}  # of all other rates the slowest rank has the least
 NAMES = [field.name for field in fields(Rates)]
 
