@@ -1,6 +1,7 @@
 """Bytes on a GPU while weights are loaded and encoded."""
 
 from fsdp_qlora.plan.inputs import Facts
+from fsdp_qlora.weights.codecs import codec_named
 
 
 class Loading:
@@ -15,8 +16,8 @@ class Loading:
         received = 0 if f.ranks == 1 else 1
         dense = f.linear_numbers * f.stream_bytes
         largest = max(f.qkv if f.qkv_linears == 1 else f.queries, f.inner * (3 - f.gate_up_linears)) * f.hidden
-        # One weight's, not yet among the unit's bytes: half a byte a number, and the scale of 64 twice in float32.
-        self.parts = largest * 5 // 8 if f.codec.startswith("nf4") else 0
+        # One weight's, not yet among the unit's bytes.
+        self.parts = codec_named(f.codec).encode_scratch_bytes((largest,))
         self.first = (2 + received) * f.embedding_bytes + (dense if f.dummy else 0)
         weights = 2 * dense if f.dummy else largest * f.stream_bytes
         self.block = weights + self.parts + f.block_bytes * (1 + received)

@@ -14,7 +14,7 @@ from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.models.fused.spec import AttentionSpec, BlockSpec, GatedMlpSpec, Norm
 from fsdp_qlora.models.generic_block import FrozenLinear
 from fsdp_qlora.plan.inputs import Facts
-from fsdp_qlora.weights.codecs import NF4, Codec, Plain
+from fsdp_qlora.weights.codecs import Plain, codec_named
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 from fsdp_qlora.weights.layout import Layout
 
@@ -54,7 +54,7 @@ def dtype_of(nbytes: int) -> torch.dtype:
 def block_of(shape: Shape) -> FusedBlock:
     """Return a block of that shape on the meta device."""
     s, dtype = shape, dtype_of(shape.compute_bytes)
-    codec: Codec = NF4(s.codec == NF4(True).name) if s.codec.startswith("nf4") else Plain(dtype)
+    codec = codec_named(s.codec)
     queries, pairs = s.heads * s.head_dim, s.kv_heads * s.head_dim
     linears = {"o": (s.hidden, queries), "down": (s.hidden, s.inner)}
     linears |= {"q": (queries, s.hidden), "k": (pairs, s.hidden), "v": (pairs, s.hidden)}

@@ -3,6 +3,17 @@
 from fsdp_qlora.weights.codecs.base import Codec, Decoder, Parts
 from fsdp_qlora.weights.codecs.nf4 import NF4
 from fsdp_qlora.weights.codecs.plain import Plain
-from fsdp_qlora.weights.codecs.table import choose_codec, companions, is_quantized, stored_codec
+from fsdp_qlora.weights.codecs.table import choose_codec, codec_named, companions, is_quantized, stored_codec
 
-__all__ = ["NF4", "Codec", "Decoder", "Parts", "Plain", "choose_codec", "companions", "is_quantized", "stored_codec"]
+__all__ = [
+    "NF4",
+    "Codec",
+    "Decoder",
+    "Parts",
+    "Plain",
+    "choose_codec",
+    "codec_named",
+    "companions",
+    "is_quantized",
+    "stored_codec",
+]

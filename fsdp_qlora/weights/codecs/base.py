@@ -31,6 +31,10 @@ class Codec(Protocol):
         It needs no weight, so a layout is computed before any is read."""
         ...
 
+    def encode_scratch_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the most bytes that `encode` takes on the weight's device, its result included, its argument not."""
+        ...
+
     def encode(self, weight: Tensor) -> Parts:
         """Return the parts of a floating-point weight, contiguous, on the weight's device."""
         ...
@@ -66,6 +70,10 @@ class CheckpointCodec(Codec, Protocol):
 
 class CodecFamily(ABC):
     """The codecs of one kind. The defaults are for a kind in which no checkpoints are published."""
+
+    @abstractmethod
+    def named(self, name: str) -> Codec | None:
+        """Return the codec of this family whose `name` this is, None if it has none. For plans, which are numbers."""
 
     @abstractmethod
     def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:

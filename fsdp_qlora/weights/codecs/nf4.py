@@ -70,6 +70,9 @@ class NF4:
             "offset": (torch.float32, (1,)),
         }
 
+    def encode_scratch_bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * 5 // 8  # half a byte a number, and the scale of 64 twice in float32
+
     def encode(self, weight: Tensor) -> Parts:
         codes, state = _quantizer()(
             weight.detach().contiguous(),
@@ -127,6 +130,9 @@ class NF4:
 
 class NF4Family(CodecFamily):
     """NF4, with block scales in float32 or double-quantized."""
+
+    def named(self, name: str) -> Codec | None:
+        return next((codec for codec in (NF4(True), NF4(False)) if codec.name == name), None)
 
     def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
         return NF4(options.double_quant)

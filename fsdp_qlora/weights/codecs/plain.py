@@ -27,6 +27,9 @@ class Plain:
     def parts(self, shape: tuple[int, ...]) -> Stored:
         return {"values": (self.dtype, tuple(shape))}
 
+    def encode_scratch_bytes(self, shape: tuple[int, ...]) -> int:
+        return 0  # read in this dtype already
+
     def encode(self, weight: Tensor) -> Parts:
         return {"values": weight.detach().to(self.dtype).contiguous()}
 
@@ -48,6 +51,10 @@ class Plain:
 
 class PlainFamily(CodecFamily):
     """Floats in the compute dtype."""
+
+    def named(self, name: str) -> Codec | None:
+        dtype = getattr(torch, name, None)
+        return Plain(dtype) if isinstance(dtype, torch.dtype) else None
 
     def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
         return Plain(compute_dtype)

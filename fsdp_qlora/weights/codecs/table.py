@@ -41,6 +41,12 @@ def choose_codec(
     return codec, True
 
 
+def codec_named(name: str) -> Codec:
+    """Return the codec whose `name` this is."""
+    found = (family.named(name) for family in CODECS.values())
+    return next(codec for codec in found if codec is not None)
+
+
 def companions(weight: str) -> list[str]:
     """Return the names of the tensors that a checkpoint may have for a quantized weight, itself excluded."""
     return [name for family in CODECS.values() for name in family.companions(weight)]
