@@ -10,9 +10,9 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.memory.pinned import page_lock
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
 from fsdp_qlora.placement.resident import keep_whole
+from fsdp_qlora.plan.placements import PREFETCH
 from fsdp_qlora.plan.plan import Plan
 
-PREFETCHED_BLOCKS = 2  # blocks gathered ahead of use: one crosses from the host while the one before it is gathered
 
 
 class Sharded:
@@ -59,8 +59,8 @@ class Sharded:
                 shard(unit.frozen, True)
         shard(model, False)  # the root: starts and ends each pass, and holds no bytes of its own
         for i, block in enumerate(blocks):
-            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + PREFETCHED_BLOCKS])
-            block.set_modules_to_backward_prefetch(blocks[max(0, i - PREFETCHED_BLOCKS) : i][::-1])
+            block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + PREFETCH])
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - PREFETCH) : i][::-1])
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         if unit.home != "shared":

@@ -8,7 +8,7 @@ from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.plan.rates import Rates
 
 GATHERED = 4  # blocks that FSDP2 holds whole at once: in use, two gathered ahead, one being copied out of its gather
-PREFETCH = 2  # blocks that FSDP2 gathers ahead (`sharded.PREFETCHED_BLOCKS`)
+PREFETCH = 2  # blocks that FSDP2 gathers ahead: one crosses from the host while the one before it is gathered
 HEAD_COPIES = 2  # of a gathered head or embedding: as it arrives and as it is read
 STAGING = (3, 2, 4)  # buffers tried: one in use, one ahead, and one more so that the link need not wait for a block
 
