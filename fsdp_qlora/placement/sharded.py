@@ -14,7 +14,6 @@ from fsdp_qlora.plan.placements import PREFETCH
 from fsdp_qlora.plan.plan import Plan
 
 
-
 class Sharded:
     """FSDP2: 1/shards of each unit's bytes on each rank, on its GPU or in its host memory, gathered ahead of use.
 
