@@ -42,7 +42,7 @@ class Metrics:
             self._file: IO[str] = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
         self._loggers = open_loggers(config)
 
-    def step(self, record: StepRecord) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Record and show one step. The JSON line is written and flushed when this returns."""
         if not self.world.is_main:
             return

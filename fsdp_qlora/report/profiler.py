@@ -1,7 +1,7 @@
 """torch.profiler around a few training steps: tables for people, and a trace and a memory timeline when asked for."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,20 +9,33 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from fsdp_qlora.config.options import ProfileOptions
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.report.step_record import StepRecord
 from fsdp_qlora.runtime.files import writing_to
 
 STEPS_RECORDED = 3
 
 
+class Profiler:
+    """A count of the steps for a recording; without one it does nothing."""
+
+    def __init__(self, recording: profile | None) -> None:
+        self._recording = recording
+
+    def on_step(self, record: StepRecord) -> None:
+        """Tell the recording that an optimizer step has ended."""
+        if self._recording is not None:
+            self._recording.step()
+
+
 @contextmanager
-def profiled(options: ProfileOptions, world: World, total_steps: int) -> Iterator[Callable[[], None]]:
-    """Yield a function to call at the end of every optimizer step; it does nothing unless `profile` is on.
+def profiled(options: ProfileOptions, world: World, total_steps: int) -> Iterator[Profiler]:
+    """Yield what is to be told of every optimizer step; it does nothing unless `profile` is on.
 
     Leaves out the first two steps where the run is long enough, then records three and writes, per rank, what the
     options ask for to `profiling_output`, and a table of the costliest operations on rank 0. A run that ends earlier
     leaves what was recorded until then. Raises UserError when the folder cannot be written."""
     if not options.profile:
-        yield _nothing
+        yield Profiler(None)
         return
     folder = Path(options.profiling_output)
     with writing_to(folder, "profiling_output"):
@@ -40,11 +53,7 @@ def profiled(options: ProfileOptions, world: World, total_steps: int) -> Iterato
         with_stack=options.with_stack or timeline,
         acc_events=True,
     ) as recording:
-        yield recording.step
-
-
-def _nothing() -> None:
-    pass
+        yield Profiler(recording)
 
 
 def _write(recording: profile, options: ProfileOptions, world: World, folder: Path) -> None:

@@ -18,6 +18,7 @@ from fsdp_qlora.export.peft import save_adapter_somewhere, saved_since
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import profiled
 from fsdp_qlora.runtime.host_memory import HostMemory
+from fsdp_qlora.training.callbacks import Callback
 from fsdp_qlora.training.retry import Refit, out_of_memory
 from fsdp_qlora.training.step import Ready, Stepper
 
@@ -68,20 +69,22 @@ class Loop:
 
     def _steps(self, interrupt: Interrupt) -> bool:
         """Take the steps; return False if a signal ended them early."""
-        with profiled(self.config.profile, self.world, self.steps) as profiler_step:
+        with profiled(self.config.profile, self.world, self.steps) as profiler:
+            callbacks: list[Callback] = [self.metrics, profiler]
             ready = self._ready(0)
             for step in range(self.steps):
                 self._begin(ready, step + 1)
                 if step + 1 < self.steps:
                     ready = self._ready(step + 1)  # while the GPU is at work
                 completed = (step + 1) / self.batches.steps_per_epoch
-                self.metrics.step(self.stepper.end(completed, self.host.now))
+                record = self.stepper.end(completed, self.host.now)
+                for callback in callbacks:
+                    callback.on_step(record)
                 if self.stepper.overflowed:
                     self.world.say(
                         f"step {step + 1}: float16 gradients overflowed, so it was left out; "
                         f"the loss scale is {self.stepper.scale.value:g} now"
                     )
-                profiler_step()
                 if interrupt.agreed() and step + 1 < self.steps:
                     return False
         return True

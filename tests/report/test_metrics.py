@@ -51,7 +51,7 @@ def record(step: int, seconds: float = 0.5, gpu: bool = True, retries: int = 0) 
 def test_every_step_is_a_json_line_as_soon_as_it_is_taken(tmp_path):
     with Metrics(config_for(tmp_path), MAIN, 3) as metrics:
         for step in (1, 2):
-            metrics.step(record(step))
+            metrics.on_step(record(step))
             lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
             assert len(lines) == step
     assert lines[1]["loss"] == 2.0
@@ -63,7 +63,7 @@ def test_every_step_is_a_json_line_as_soon_as_it_is_taken(tmp_path):
 def test_the_summary_tells_steps_speed_loss_memory_and_places(tmp_path, capsys):
     metrics = Metrics(config_for(tmp_path), MAIN, 10)
     for step in range(1, 9):
-        metrics.step(record(step, seconds=60.0 if step <= 2 else 0.5))  # a slow warm-up must not show in tok/s
+        metrics.on_step(record(step, seconds=60.0 if step <= 2 else 0.5))  # a slow warm-up must not show in tok/s
     metrics.close(saved=["out/adapter_model.safetensors"], host_peak_gib=[9.0, 0.25])
     metrics.close()
     out = capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_memory_that_was_too_tight_is_told(tmp_path, capsys):
     for retries in (0, 3):
         metrics = Metrics(config_for(tmp_path), MAIN, 2)
         for step in (1, 2):
-            metrics.step(record(step, retries=retries))
+            metrics.on_step(record(step, retries=retries))
         metrics.close()
         told = "the allocator stopped 3 times to give memory back after step 1" in capsys.readouterr().out
         assert told is bool(retries)
@@ -90,7 +90,7 @@ def test_memory_that_was_too_tight_is_told(tmp_path, capsys):
 def test_what_was_recorded_survives_a_failure(tmp_path, capsys):
     def fail() -> None:
         with Metrics(config_for(tmp_path, "tqdm"), MAIN, 10) as metrics:
-            metrics.step(record(1))
+            metrics.on_step(record(1))
             raise KeyError("step 3")
 
     with pytest.raises(KeyError, match="step 3"):
@@ -101,7 +101,7 @@ def test_what_was_recorded_survives_a_failure(tmp_path, capsys):
 
 def test_only_rank_0_writes_and_prints(tmp_path, capsys):
     with Metrics(config_for(tmp_path / "out", "tqdm", "stdout", "tensorboard"), OTHER, 2) as metrics:
-        metrics.step(record(1))
+        metrics.on_step(record(1))
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr() == ("", "")
 
@@ -109,7 +109,7 @@ def test_only_rank_0_writes_and_prints(tmp_path, capsys):
 def test_a_pipe_gets_few_whole_lines_and_stdout_every_step(tmp_path, capsys):
     with Metrics(config_for(tmp_path, "tqdm"), MAIN, 50) as metrics:
         for step in range(1, 51):
-            metrics.step(record(step, gpu=False))
+            metrics.on_step(record(step, gpu=False))
         captured = capsys.readouterr()
     shown = captured.out.splitlines()
     assert [line.split()[1] for line in shown] == ["1/50", "50/50"]
@@ -121,7 +121,7 @@ def test_a_pipe_gets_few_whole_lines_and_stdout_every_step(tmp_path, capsys):
     capsys.readouterr()
     with Metrics(config_for(tmp_path, "tqdm", "stdout"), MAIN, 50) as metrics:
         for step in range(1, 6):
-            metrics.step(record(step))
+            metrics.on_step(record(step))
         shown = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in shown] == [f"{step}/50" for step in range(1, 6)]
 
@@ -137,7 +137,7 @@ def test_a_terminal_gets_a_bar_with_loss_speed_memory_and_time_left(tmp_path, mo
     monkeypatch.setenv("COLUMNS", "140")
     with Metrics(config_for(tmp_path, "tqdm"), MAIN, 4) as metrics:
         for step in range(1, 4):
-            metrics.step(record(step, seconds=90.0))
+            metrics.on_step(record(step, seconds=90.0))
             time.sleep(0.11)  # tqdm redraws ten times a second
     drawn = terminal.getvalue().split("\r")
     assert any(re.search(r"3/4 steps \|.*loss 1\.3333 .*11 tok/s  8\.0 GiB  1:30 left", frame) for frame in drawn), (
@@ -175,7 +175,7 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
     with Metrics(config_for(tmp_path, "tensorboard"), MAIN, 2) as metrics:
         for step in (1, 2):
-            metrics.step(record(step))
+            metrics.on_step(record(step))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 4.0), (2, 2.0)]
@@ -215,10 +215,10 @@ def test_profiling_writes_what_was_asked_for_and_nothing_otherwise(tmp_path):
     world = replace(MAIN, device=device)
 
     def run(options: ProfileOptions, steps: int) -> list[str]:
-        with profiled(options, world, steps) as step_done:
+        with profiled(options, world, steps) as profiler:
             for _ in range(steps):
                 torch.mm(torch.ones(64, 64, device=device), torch.ones(64, 64, device=device))
-                step_done()
+                profiler.on_step(record(1))
         folder = Path(options.profiling_output)
         return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
