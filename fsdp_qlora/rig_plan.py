@@ -92,12 +92,12 @@ def check_rig(config: Config) -> Rig:
     if config.launch.world_size not in (-1, rig.count):
         raise UserError(
             f"world_size: {config.launch.world_size}, but plan_for {memory.plan_for} has {rig.count} ranks, one a "
-            "card; leave world_size out, or change one of them"
+            "card; omit world_size, or change one of them"
         )
     if memory.gpu_memory_gib is not None and memory.gpu_memory_gib > rig.card.gib:
         raise UserError(
             f"gpu_memory_gib: {memory.gpu_memory_gib:g} is more than the card of plan_for {memory.plan_for} has "
-            f"({rig.card.gib:.1f} GiB); leave it away or lower it"
+            f"({rig.card.gib:.1f} GiB); omit it or lower it"
         )
     return rig
 

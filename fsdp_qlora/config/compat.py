@@ -7,7 +7,7 @@ from fsdp_qlora.config.option import NOT_BUILT, Option, option, options_of
 
 
 def _refuse_llama_pro(_: str) -> None:
-    raise ValueError(f"block expansion (Llama-Pro) {NOT_BUILT}; leave it out")
+    raise ValueError(f"block expansion (Llama-Pro) {NOT_BUILT}; omit it")
 
 
 @dataclass

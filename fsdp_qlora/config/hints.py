@@ -2,8 +2,8 @@
 
 NOT_YET = "is not built yet"
 AT_END = "the adapter is saved at the end, on Ctrl-C and on SIGTERM; checkpoints in between are not built yet"
-TORCHRUN = "torchrun tells each process who it is; leave it out"
-EVALUATION = f"evaluation on held-out rows {NOT_YET}; leave it out and keep those rows in another file"
+TORCHRUN = "torchrun tells each process who it is; omit it"
+EVALUATION = f"evaluation on held-out rows {NOT_YET}; omit it and keep those rows in another file"
 HINTS = {
     **dict.fromkeys(("local_rank", "rank", "node_rank"), TORCHRUN),
     **dict.fromkeys(("resume_from_checkpoint", "resume", "auto_resume"), f"resuming an interrupted run {NOT_YET}"),
@@ -13,12 +13,12 @@ HINTS = {
         EVALUATION,
     ),
     **dict.fromkeys(("save_steps", "save_strategy", "save_total_limit", "checkpoint_every"), AT_END),
-    **dict.fromkeys(("do_train", "task_type", "stage"), "to train is all that this program does; leave it out"),
-    **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is logged; leave it out, or see log_to"),
+    **dict.fromkeys(("do_train", "task_type", "stage"), "to train is all that this program does; omit it"),
+    **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is logged; omit it, or see log_to"),
     **dict.fromkeys(("packing", "sample_packing"), f"packing {NOT_YET}; rows of a step are dealt by length"),
     **dict.fromkeys(
         ("deepspeed", "fsdp_config", "ddp_find_unused_parameters", "device_map"),
-        "the plan decides what goes where; leave it out, or see sharding_strategy and use_cpu_offload",
+        "the plan decides what goes where; omit it, or see sharding_strategy and use_cpu_offload",
     ),
     **dict.fromkeys(("load_in_8bit", "quantization_bit"), "the base is in 4 bits, or as it is with --train_type lora"),
     **dict.fromkeys(("bf16", "bf16_full_eval"), "use --precision bf16"),
@@ -26,15 +26,15 @@ HINTS = {
     "fp32": "use --precision fp32",
     "tf32": "use --precision bf16; float32 matmuls are not rounded",
     "bnb_4bit_compute_dtype": "use --precision",
-    "bnb_4bit_quant_type": "nf4 is the only one; leave it out",
-    "dataloader_num_workers": "rows are tokenized once, before training; leave it out",
-    "preprocessing_num_workers": "rows are tokenized on all cores; leave it out",
+    "bnb_4bit_quant_type": "nf4 is the only one; omit it",
+    "dataloader_num_workers": "rows are tokenized once, before training; omit it",
+    "preprocessing_num_workers": "rows are tokenized on all cores; omit it",
     "warmup_steps": "use --warmup_ratio, a share of all steps",
     "push_to_hub": "nothing is uploaded; use `hf upload` with output_dir afterwards",
     "hub_model_id": "nothing is uploaded; use `hf upload` with output_dir afterwards",
-    "trust_remote_code": "code of a checkpoint is never run; leave it out",
+    "trust_remote_code": "code of a checkpoint is never run; omit it",
     "modules_to_save": f"training whole modules beside the adapter {NOT_YET}",
     "lora_bias": f"training biases {NOT_YET}",
     "neftune_noise_alpha": f"NEFTune {NOT_YET}",
-    "use_dora": f"DoRA {NOT_YET}; leave it out",
+    "use_dora": f"DoRA {NOT_YET}; omit it",
 }  # fmt: skip

@@ -105,7 +105,7 @@ NEEDS = (
         ("dataset_format", "chat_template", "text_overflow"),
         "prompt_template",
         lambda c: c.data.prompt_template is None,
-        "leave prompt_template out",
+        "omit prompt_template",
     ),
     Needs(
         ("project_name", "name", "group", "entity"),
@@ -200,7 +200,7 @@ def broken_rules(
     """
     for name, rule in without_effect(config).items():
         if name in given and not {name, rule.decider} & set(unknown):
-            yield f"{written(name)}: has no effect with {written(rule.decider)}; leave {name} out, or {rule.remedy}"
+            yield f"{written(name)}: has no effect with {written(rule.decider)}; omit {name}, or {rule.remedy}"
     for conflict in CONFLICTS:
         if conflict.broken(config) and not set(conflict.options) & set(unknown):
             yield f"{' with '.join(map(written, conflict.options))}: {conflict.text}"

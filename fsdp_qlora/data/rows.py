@@ -122,12 +122,12 @@ def _check_effect(form: Form, options: DataOptions, name: str) -> None:
     if options.chat_template is not None and form.name not in CHAT:
         raise UserError(
             f"chat_template {options.chat_template}: has no effect on rows of the form {form.name} (dataset {name!r}); "
-            "leave it out"
+            "omit it"
         )
     if options.text_overflow != "auto" and form.name != "text":
         raise UserError(
             f"text_overflow {options.text_overflow}: has no effect on rows of the form {form.name} (dataset {name!r}), "
-            "which are cut; leave it out"
+            "which are cut; omit it"
         )
 
 

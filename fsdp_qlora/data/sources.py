@@ -76,7 +76,7 @@ def parts_of(dataset: str) -> list[Part]:
     if weighted and len(weighted) < len(parts):
         raise UserError(f"dataset {dataset!r}: give every dataset a weight (a.jsonl:0.7,b.jsonl:0.3), or none")
     if len(parts) == 1 and weighted:
-        raise UserError(f"dataset {dataset!r}: a weight says nothing about one dataset alone; leave it out")
+        raise UserError(f"dataset {dataset!r}: a weight says nothing about one dataset alone; omit it")
     if len(parts) > 1 and "dummy" in [part.name for part in parts]:
         raise UserError(f"dataset {dataset!r}: dummy has no rows to mix with others; give it alone")
     if len({part.name for part in parts}) < len(parts):
@@ -89,7 +89,7 @@ def _part(text: str) -> Part:
     if not colon or not re.fullmatch(r"\d+|\d*\.\d+(e-?\d+)?", last) or Path(text).expanduser().exists():
         return Part(text)
     if float(last) <= 0:
-        raise UserError(f"dataset {text!r}: its weight must be above 0; leave the dataset out instead")
+        raise UserError(f"dataset {text!r}: its weight must be above 0; omit the dataset instead")
     return Part(name, float(last))
 
 
@@ -112,7 +112,7 @@ def open_source(dataset: str, samples: int | None) -> Source:
     if path.is_file() or kind_of(path) or dataset.startswith((".", "/", "~")):
         return Source(dataset, islice(read_file(path), samples), content=lambda: digest([path]))
     if Path(dataset.partition(":")[0]).expanduser().exists():
-        raise UserError(f"dataset {dataset!r}: a local path takes no config or split after a colon; leave it out")
+        raise UserError(f"dataset {dataset!r}: a local path takes no config or split after a colon; omit it")
     hub_id, _, rest = dataset.partition(":")
     config, _, split = rest.partition(":")
     return _hub(dataset, Named(hub_id, config or None, split or "train", exact=bool(split)), samples)

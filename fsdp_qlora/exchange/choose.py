@@ -36,7 +36,7 @@ def check_exchange(options: MemoryOptions, world: World) -> None:
         return
     if world.size == 1 or world.device.type != "cuda":
         where = "without GPUs" if world.device.type != "cuda" else "on one rank"
-        raise UserError(f"exchange_by: {options.exchange_by} has no effect {where}; leave it away")
+        raise UserError(f"exchange_by: {options.exchange_by} has no effect {where}; omit it")
     if options.exchange_by == "host" and world.local_size != world.size:
         raise UserError("exchange_by: host is for ranks of one node, and these are several; take auto or nccl")
 

@@ -28,7 +28,7 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
     Raises UserError for a limit that limits nothing."""
     if memory.host_memory_gib is not None and world.device.type != "cuda":
         raise UserError(
-            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}"
+            f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; omit it, {OR_ELSEWHERE}"
         ).on_every_rank(world.rank)
     device = device_bytes(memory, world)
     given = memory.host_memory_gib

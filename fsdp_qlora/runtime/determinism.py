@@ -35,6 +35,6 @@ def check_deterministic(options: TrainingOptions, device: torch.device) -> None:
     """Raise UserError where `--deterministic true` has no effect."""
     if options.deterministic and device.type != "cuda":
         raise UserError(
-            "deterministic: true has no effect without a GPU, where runs agree to the bit anyway; leave it away, "
+            "deterministic: true has no effect without a GPU, where runs agree to the bit anyway; omit it, "
             f"{OR_ELSEWHERE}"
         )

@@ -59,12 +59,10 @@ def cap_gpu_memory(gib: float | None, device: torch.device) -> None:
     if gib is None:
         return
     if device.type != "cuda":
-        raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; leave it away, {OR_ELSEWHERE}")
+        raise UserError(f"gpu_memory_gib: {gib:g} has no effect without a GPU; omit it, {OR_ELSEWHERE}")
     total = torch.cuda.get_device_properties(device).total_memory
     if gib * GIB > total:
-        raise UserError(
-            f"gpu_memory_gib: {gib:g} is more than the card has ({as_gib(total)}); leave it away or lower it"
-        )
+        raise UserError(f"gpu_memory_gib: {gib:g} is more than the card has ({as_gib(total)}); omit it or lower it")
     torch.cuda.set_per_process_memory_fraction(gib * GIB / total, device)
 
 

@@ -85,7 +85,7 @@ def check_launch(asked: LaunchOptions, launch: Launch) -> None:
     if asked.master_port is not None:
         command.append(f"--master_port={asked.master_port}")
     raise UserError(
-        f"{'; '.join(wrong)}: the launcher decides this, so leave the option away or start with "
+        f"{'; '.join(wrong)}: the launcher decides this, so omit the option or start with "
         f"`{' '.join(command)} train.py ...`"
     )
 

@@ -196,7 +196,7 @@ REFUSED = [
         for name in ("full", "hqq_lora", "bnb_dora", "hqq_dora", "bnb_llama_pro", "hqq_llama_pro")
     ],
     ("--train_type qlor", ["--train_type qlor", "did you mean qlora?"]),
-    ("--llama_pro_path x", ["--llama_pro_path x", "block expansion (Llama-Pro) is known but not built yet; leave it"]),
+    ("--llama_pro_path x", ["--llama_pro_path x", "block expansion (Llama-Pro) is known but not built yet; omit it"]),
     ("--low_memory false", ["--low_memory false", "not built yet"]),
     *[(f"--n_bits {bits}", [f"--n_bits {bits}", "not built yet", "use 4"]) for bits in (2, 3, 8)],
     ("--n_bits 5", ["--n_bits 5", "give 4"]),
