@@ -90,7 +90,9 @@ def _buffers(sizes: list[int], dtype: torch.dtype, world: World) -> Iterator[tup
             count = min(BLOCKS_PER_UPDATE, blocks - first)
             working = torch.zeros(count, padded, dtype=dtype, device=world.device)
             masters = Masters(working.view(count, world.size, -1)[:, world.rank])
-            yield from ((row, masters, i) for i, row in enumerate(working))
+            # `data`: with a version counter of its own. Gloo's thread writes a block's new values while the forward of
+            # a block before it, in the same tensor, saves its adapters for backward, which autograd would refuse.
+            yield from ((row.data, masters, i) for i, row in enumerate(working))
 
 
 def _make_parameters(group: AdapterGroup, linears: dict[str, FrozenLinear]) -> None:
