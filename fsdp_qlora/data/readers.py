@@ -8,6 +8,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -200,40 +201,45 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def _refusing(name: str, what: str) -> Iterator[None]:
+    """Raise UserError in place of what pyarrow raises for a file that is not `what`."""
+    import pyarrow
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{name}: is not {what} ({first_line(error)})") from error
+
+
 def _parquet(path: Path, name: str) -> Iterator[Placed]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     number = 0
-    try:
-        with open_bytes(path) as packed, pyarrow.parquet.ParquetFile(packed) as file:
-            _check_names(file.schema_arrow.names, name)
-            for batch in file.iter_batches(batch_size=1024):
-                yield from _table(batch.to_pylist(), number)
-                number += batch.num_rows
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: is not a parquet file ({first_line(error)})") from error
+    with (
+        _refusing(name, "a parquet file"),
+        open_bytes(path) as packed,
+        pyarrow.parquet.ParquetFile(packed) as file,
+    ):
+        _check_names(file.schema_arrow.names, name)
+        for batch in file.iter_batches(batch_size=1024):
+            yield from _table(batch.to_pylist(), number)
+            number += batch.num_rows
 
 
 def _arrow(path: Path, name: str) -> Iterator[Placed]:
-    import pyarrow.ipc  # type: ignore[import-untyped]
-
     number = 0
-    try:
-        with open_bytes(path) as packed:
-            for batch in _record_batches(packed):
-                _check_names(batch.schema.names, name)
-                yield from _table(batch.to_pylist(), number)
-                number += batch.num_rows
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{name}: is not an Arrow file ({first_line(error)})") from error
+    with _refusing(name, "an Arrow file"), open_bytes(path) as packed:
+        for batch in _record_batches(packed):
+            _check_names(batch.schema.names, name)
+            yield from _table(batch.to_pylist(), number)
+            number += batch.num_rows
 
 
 def _record_batches(packed: IO[bytes]) -> Iterator[Any]:
-    import pyarrow.ipc
+    import pyarrow.ipc  # type: ignore[import-untyped]
 
     try:
         stream = pyarrow.ipc.open_stream(packed)

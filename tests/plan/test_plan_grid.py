@@ -47,12 +47,15 @@ def candidate_of(row: dict[str, Any]) -> Candidate:
     return Candidate(plan["placement"], blocks, plan["head_resident"], plan["staging"])
 
 
-@pytest.mark.parametrize("row", SWEEP, ids=[row["name"] for row in SWEEP])
+def copied(row: dict[str, Any]) -> bool:
+    """Return whether gate and up were copied when they were offloaded, as they were at rank 16 and are not now."""
+    return row["facts"]["rank"] == 16 and any(b["keep"] == "all" and b["offloaded"] for b in row["plan"]["blocks"])
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row["name"]) for row in SWEEP if not copied(row)])
 def test_memory_is_met_within_3_percent(row: dict[str, Any]) -> None:
     """Of rows since a step's tensors have places, before they are laid out; but where loading is the peak, which
-    PyTorch's allocator gives. Gate and up that were parked at rank 16 were copied for that then, and are not now."""
-    if row["facts"]["rank"] == 16 and any(b["keep"] == "all" and b["offloaded"] for b in row["plan"]["blocks"]):
-        pytest.skip("measured with a copy that is not made any more")
+    PyTorch's allocator gives."""
     memory, candidate = Memory(Facts(**row["facts"])), candidate_of(row)
     step, loading = (sum(parts(candidate).values()) for parts in (memory.step_parts, memory.loading_parts))
     bound = 0.03 if step > loading else 0.05
