@@ -39,6 +39,9 @@ class Interrupt:
         self.agreed_signal: int | None = None  # that the ranks stop for
         self._polled = False
         self._hurry = False  # decided by the watcher alone, which hears of a signal when it comes
+        self._raised = False  # by the handler, once: a second KeyboardInterrupt would break into the unwinding
+        self._leaving = False
+        self._nudging = threading.Lock()  # held to signal the main thread, which must not have left by then
         self._left = threading.Event()
         self._main_thread = threading.get_ident()
 
@@ -76,6 +79,10 @@ class Interrupt:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._leaving = True
+        with self._nudging:
+            pass
+        signal.pthread_sigmask(signal.SIG_BLOCK, [])  # a system call: what was sent by now is handled here, not by the old handlers
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         if kind is not None and issubclass(kind, Exception) and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -89,7 +96,8 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal, in the main thread between any two bytecodes: so it takes no lock and prints nothing."""
-        if self._hurry:
+        if self._hurry and not self._raised and not self._leaving:
+            self._raised = True
             raise KeyboardInterrupt
         if self.signal_number is None:
             self.signal_number = number
@@ -119,7 +127,9 @@ class Interrupt:
                 elif number in HURRY and time.monotonic() - first > SAME_REQUEST_SECONDS:
                     if not self._hurry:  # its handler raises as soon as the main thread runs Python again
                         self._hurry = True
-                        signal.pthread_kill(self._main_thread, signal.SIGINT)
+                        with self._nudging:
+                            if not self._leaving:
+                                signal.pthread_kill(self._main_thread, signal.SIGINT)
                     self._left.wait(UNWIND_SECONDS)
                     if not self._left.is_set():
                         self._leave(128 + number, f"rank {self.world.rank}: left at once, without saving")

@@ -92,6 +92,17 @@ def start_one(size: int, body: str, rescue: str = "None", nohup: bool = False) -
     return process
 
 
+def until_heard(process: subprocess.Popen[str]) -> str:
+    """Return what the process wrote until it said that it had heard of the signal: its clock runs from there."""
+    assert process.stderr is not None
+    said = ""
+    while "stopping after this step" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    return said
+
+
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
@@ -104,13 +115,30 @@ def test_a_second_ctrl_c_ends_at_once_but_an_echo_does_not(body, code, words):
     process = start_one(1, body)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)  # torchrun and a batch system may both tell: one wish
+    heard = until_heard(process)
     time.sleep(0.6)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == code, (out, err)
     assert words in out + err
-    assert err.count("stopping after this step") == 1
+    assert (heard + err).count("stopping after this step") == 1
+
+
+def test_signals_that_come_together_do_not_break_into_the_unwinding():
+    body = (
+        "interrupt.UNWIND_SECONDS = 60\n"
+        "        try: HashStore().wait(['never'], timedelta(seconds=4))\n"
+        "        except RuntimeError: pass\n"
+        "        while True: time.sleep(0.01)"
+    )
+    process = start_one(1, body)
+    process.send_signal(signal.SIGINT)
+    until_heard(process)
+    time.sleep(0.6)
+    process.send_signal(signal.SIGTERM)  # both handlers, this one's and the nudge's, run when C++ returns
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (7, "unwound\n"), err
 
 
 @pytest.mark.parametrize(
@@ -121,7 +149,7 @@ def test_a_second_ctrl_c_ends_at_once_but_an_echo_does_not(body, code, words):
 def test_a_rank_stuck_on_a_dead_peer_says_so_before_torchrun_kills_it(rescue, words):
     process = start_one(2, "stuck()", rescue)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 1, (out, err)
     assert "rank 0: no step ended within" in err
     assert "another rank has probably ended" in err
@@ -133,7 +161,7 @@ def test_a_rank_that_has_begun_to_save_is_not_taken_for_stuck():
         2, "time.sleep(0.2)\n        while not stop.requested: time.sleep(0.01)\n        time.sleep(2.5)"
     )
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, (out, err)
 
 
@@ -144,7 +172,7 @@ WAITS = "for _ in range(400):\n            time.sleep(0.02)\n            if stop
 def test_signals_that_would_kill_ask_for_an_orderly_end(number):
     process = start_one(1, WAITS)
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, (out, err)
     assert f"{number.name}: stopping after this step, then saving" in err
 
@@ -155,7 +183,7 @@ def test_a_hangup_that_comes_twice_is_no_hurry():
     for _ in range(3):
         process.send_signal(signal.SIGHUP)
         time.sleep(0.5)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, (out, err)
     assert err.count("the terminal or connection was closed") == 1
 
@@ -163,7 +191,7 @@ def test_a_hangup_that_comes_twice_is_no_hurry():
 def test_under_nohup_a_hangup_is_nothing():
     process = start_one(1, "time.sleep(1)\n        print(stop.requested)", nohup=True)
     process.send_signal(signal.SIGHUP)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "False\n"), err
 
 
