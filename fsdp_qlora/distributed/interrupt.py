@@ -82,7 +82,8 @@ class Interrupt:
         self._leaving = True
         with self._nudging:
             pass
-        signal.pthread_sigmask(signal.SIG_BLOCK, [])  # a system call: what was sent by now is handled here, not by the old handlers
+        # A system call: what was sent by now is handled here, and not by the handlers from before.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [])
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         if kind is not None and issubclass(kind, Exception) and "TORCHELASTIC_RUN_ID" in os.environ:

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.loggers import Logger, check_installed, open_loggers
 from fsdp_qlora.report.loss_curve import draw_loss_curve
 from fsdp_qlora.report.progress import Bar, Lines, Progress, as_time
@@ -20,7 +21,7 @@ from fsdp_qlora.runtime.files import writing_to
 WARM_UP_STEPS = 3  # the first steps compile kernels, grow the allocator's pools and fill caches: not typical
 
 
-class Metrics:
+class Metrics(Callback):
     """Takes a `StepRecord` per step, records and shows it; every rank makes one, only rank 0 writes and prints.
 
     Raises UserError when a logger that was asked for is not installed or cannot start, or when `output_dir` cannot be

@@ -9,13 +9,14 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from fsdp_qlora.config.options import ProfileOptions
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.step_record import StepRecord
 from fsdp_qlora.runtime.files import writing_to
 
 STEPS_RECORDED = 3
 
 
-class Profiler:
+class Profiler(Callback):
     """A count of the steps for a recording; without one it does nothing."""
 
     def __init__(self, recording: profile | None) -> None:

@@ -15,10 +15,10 @@ from fsdp_qlora.distributed.interrupt import Interrupt
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
 from fsdp_qlora.export.peft import save_adapter_somewhere, saved_since
+from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import profiled
 from fsdp_qlora.runtime.host_memory import HostMemory
-from fsdp_qlora.training.callbacks import Callback
 from fsdp_qlora.training.retry import Refit, out_of_memory
 from fsdp_qlora.training.step import Ready, Stepper
 

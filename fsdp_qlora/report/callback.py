@@ -1,0 +1,19 @@
+"""The base of what follows a run step by step: metrics, the profiler, and what a later feature adds."""
+
+from pathlib import Path
+
+from fsdp_qlora.report.eval_record import EvalRecord
+from fsdp_qlora.report.step_record import StepRecord
+
+
+class Callback:
+    """A listener of the training loop, on every rank; the loop calls its listeners in order, between two steps."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Take note of a finished optimizer step."""
+
+    def on_eval(self, record: EvalRecord) -> None:
+        """Take note of a finished evaluation."""
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        """Take note of a checkpoint, as of `step`, that is whole on disk."""
