@@ -26,6 +26,7 @@ from fsdp_qlora.kernels.attention_math import Gradients, Masking, Stats
 from fsdp_qlora.kernels.attention_on_meta import backward as backward_on_meta
 from fsdp_qlora.kernels.attention_on_meta import forward as forward_on_meta
 from fsdp_qlora.kernels.device import deterministic
+from fsdp_qlora.kernels.segments import Segments
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +37,7 @@ __all__ = [
     "attend",
     "attend_backward",
     "fastest",
+    "for_segments",
     "possible",
 ]
 
@@ -43,15 +45,25 @@ __all__ = [
 # nothing, and which of the two is faster cannot be asked, since the answer may differ from run to run.
 DETERMINISTIC = ("cpu", "flash", "flash_attn", "math")
 
+# Backends that take documents one after the other, the one to be taken first: as for `DETERMINISTIC`.
+SEGMENTED = ("flash", "flash_attn", "math")
+
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking, backend: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    masking: Masking,
+    backend: str,
+    segments: Segments | None = None,
 ) -> tuple[torch.Tensor, Stats]:
-    """(out [B, S, N, D], stats) from q [B, S, N, D], k and v [B, S, K, D], outside autograd."""
+    """(out [B, S, N, D], stats) from q [B, S, N, D], k and v [B, S, K, D], outside autograd.
+
+    segments: of the documents that one row (B = 1) consists of. No token sees another document."""
     if q.is_meta:
         chosen = BACKENDS[backend]
         return forward_on_meta(q, k, v, masking.window, chosen.workspace_bytes(q, k)[0], chosen.saves_inputs)
-    return BACKENDS[_able(backend, q)].forward(q, k, v, masking)
+    return BACKENDS[_able(backend, q, masking, segments)].forward(q, k, v, masking, segments)
 
 
 def attend_backward(
@@ -63,16 +75,30 @@ def attend_backward(
     stats: Stats,
     masking: Masking,
     backend: str,
+    segments: Segments | None = None,
 ) -> Gradients:
     """(d_q, d_k, d_v), shaped as q, k, v, from what `attend` was given and returned."""
     if q.is_meta:
         return backward_on_meta(q, k, v, masking.window, BACKENDS[backend].workspace_bytes(q, k)[1])
-    return BACKENDS[_able(backend, q)].backward(d_out, q, k, v, out, stats, masking)
+    able = _able(backend, q, masking, segments)
+    return BACKENDS[able].backward(d_out, q, k, v, out, stats, masking, segments)
 
 
-def _able(backend: str, q: torch.Tensor) -> str:
+def _able(backend: str, q: torch.Tensor, masking: Masking, segments: Segments | None) -> str:
     """A backend is chosen for the longest rows; cuDNN does not take those of one token, of which there may be a few."""
+    if segments is not None:
+        return for_segments(backend, q.device.type, q.dtype, q.shape[3], masking)
     return "math" if backend == "cudnn" and q.shape[1] == 1 else backend
+
+
+@functools.cache
+def for_segments(backend: str, device: str, dtype: torch.dtype, head_dim: int, masking: Masking) -> str:
+    """Return what computes documents one after the other where `backend` computes rows of one length: itself, if it
+    can."""
+    if BACKENDS[backend].takes_segments:
+        return backend
+    can = (name for name in SEGMENTED if BACKENDS[name].supports(torch.device(device), dtype, 1, head_dim, masking))
+    return next(can)
 
 
 def possible(device: torch.device, dtype: torch.dtype, sequence: int, head_dim: int, masking: Masking) -> list[str]:

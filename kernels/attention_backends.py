@@ -15,18 +15,25 @@ import torch
 
 from fsdp_qlora.kernels.attention_math import Gradients, Masking, Stats, math_backward, math_forward
 from fsdp_qlora.kernels.attention_on_meta import fused_workspace, math_workspace, split_workspace
+from fsdp_qlora.kernels.attention_segments import backward_by_parts, forward_by_parts, one_by_one
 from fsdp_qlora.kernels.device import deterministic
+from fsdp_qlora.kernels.segments import Group, Segments
 
 
 class Backend(NamedTuple):
-    """One implementation of attention's two passes."""
+    """One implementation of attention's two passes.
+
+    segments: bounds of documents that q, k and v [1, T, heads, D] hold one after the other; None: each of the B rows is
+    one."""
 
     name: str
     supports: Callable[[torch.device, torch.dtype, int, int, Masking], bool]  # sequence and head dim in the middle
-    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Masking], tuple[torch.Tensor, Stats]]
-    backward: Callable[..., Gradients]  # takes the stats that its own forward returned
+    # (q, k, v, masking, segments) -> out, stats
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Masking, Segments | None], tuple[torch.Tensor, Stats]]
+    backward: Callable[..., Gradients]  # takes the stats that its own forward returned, and the segments last
     workspace_bytes: Callable[[torch.Tensor, torch.Tensor], tuple[int, int]]  # (forward, backward) from q and k
     saves_inputs: bool = False  # True: its stats hold q, k and v
+    takes_segments: bool = True
 
 
 def is_windowed(masking: Masking, sequence: int) -> bool:
@@ -94,6 +101,14 @@ def _cpu_backward(
     return d_q.transpose(1, 2), d_k, d_v
 
 
+def _cpu_sums(q: torch.Tensor, k: torch.Tensor) -> tuple[int, ...]:
+    return 1, q.shape[2], q.shape[1]
+
+
+def _math_sums(q: torch.Tensor, k: torch.Tensor) -> tuple[int, ...]:
+    return 1, k.shape[2], q.shape[2] // k.shape[2], q.shape[1]
+
+
 # ---- FlashAttention-2 inside PyTorch, in its form for rows of any lengths one after the other
 
 
@@ -101,16 +116,42 @@ def _flash_window(masking: Masking) -> dict[str, int]:
     return {} if masking.window is None else {"window_size_left": masking.window - 1, "window_size_right": 0}
 
 
+def _equal_starts(q: torch.Tensor) -> torch.Tensor:
+    """Return int32 [B + 1], the first token of each row and the end."""
+    b, s = q.shape[:2]
+    return torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
+
+
+def _groups(q: torch.Tensor, segments: Segments | None, starts: torch.Tensor | None) -> list[Group]:
+    """Return the groups of documents; where there are none, all rows, with these starts, as one."""
+    if starts is None:
+        assert segments is not None
+        return segments.groups()
+    return [Group(slice(0, q.shape[0] * q.shape[1]), starts, q.shape[1])]
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """[B, S, heads, D] -> [1, T, heads, D]."""
+    return x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:])
+
+
 def _flash_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    b, s, n, d = q.shape
-    starts = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
-    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        *(x.reshape(b * s, -1, d) for x in (q, k, v)), starts, starts, s, s, 0.0, True, False,
-        scale=masking.scale, **_flash_window(masking),
-    )  # fmt: skip
-    return out.view(b, s, n, d), (lse, starts, rng, unused)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking, segments: Segments | None
+) -> tuple[torch.Tensor, Stats]:
+    first = _equal_starts(q) if segments is None else None
+    groups, rngs = _groups(q, segments, first), list[Stats]()
+
+    def call(i: int, *qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, starts, longest = groups[i]
+        out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+            *(x[0] for x in qkv), starts, starts, longest, longest, 0.0, True, False,
+            scale=masking.scale, **_flash_window(masking),
+        )  # fmt: skip
+        rngs.append((rng, unused))
+        return out[None], lse
+
+    out, sums = forward_by_parts([group.tokens for group in groups], _flat(q), _flat(k), _flat(v), call)
+    return out.view(q.shape), (sums, first, rngs)
 
 
 def _flash_backward(
@@ -119,24 +160,40 @@ def _flash_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    stats: tuple[torch.Tensor, ...],
+    stats: tuple[torch.Tensor, torch.Tensor | None, Sequence[tuple[torch.Tensor, torch.Tensor]]],
     masking: Masking,
+    segments: Segments | None,
 ) -> Gradients:
-    b, s, _, d = q.shape
-    lse, starts, rng, unused = stats
-    grads = torch.ops.aten._flash_attention_backward(
-        *(x.reshape(b * s, -1, d) for x in (d_out, q, k, v, out)), lse, starts, starts, s, s, 0.0, True, rng, unused,
-        scale=masking.scale, **_flash_window(masking),
-    )  # fmt: skip
-    d_q, d_k, d_v = (grad.view(x.shape) for grad, x in zip(grads, (q, k, v), strict=True))
-    return d_q, d_k, d_v
+    sums, first, rngs = stats
+    groups = _groups(q, segments, first)
+
+    def call(
+        i: int,
+        d_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> Gradients:
+        _, starts, longest = groups[i]
+        d_q, d_k, d_v = torch.ops.aten._flash_attention_backward(
+            *(x[0] for x in (d_out, q, k, v, out)), sums.view(q.shape[2], -1), starts, starts, longest, longest,
+            0.0, True, *rngs[i], scale=masking.scale, **_flash_window(masking),
+        )  # fmt: skip
+        return d_q[None], d_k[None], d_v[None]
+
+    d_flat, q_flat, k_flat, v_flat, out_flat = (_flat(x) for x in (d_out, q, k, v, out))
+    parts = [group.tokens for group in groups]
+    d_q, d_k, d_v = backward_by_parts(parts, d_flat, q_flat, k_flat, v_flat, out_flat, sums, call)
+    return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape)
 
 
 # ---- cuDNN
 
 
 def _cudnn_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking, segments: Segments | None
 ) -> tuple[torch.Tensor, list[Stats]]:
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     out, *stats, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -153,6 +210,7 @@ def _cudnn_backward(
     out: torch.Tensor,
     stats: Sequence[Stats],
     masking: Masking,
+    segments: Segments | None,
 ) -> Gradients:
     lse, starts_q, starts_k, max_q, max_k, seed, offset = stats
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -167,18 +225,26 @@ def _cudnn_backward(
 
 
 def _package_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking
-) -> tuple[torch.Tensor, tuple[list[torch.Tensor], torch.Tensor]]:
-    from flash_attn import flash_attn_func
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masking: Masking, segments: Segments | None
+) -> tuple[torch.Tensor, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    import flash_attn
 
     window = (-1, -1) if masking.window is None else (masking.window - 1, 0)
+    options = {
+        "softmax_scale": masking.scale, "causal": True, "window_size": window, "softcap": masking.softcap or 0.0,
+        "deterministic": deterministic(),
+    }  # fmt: skip
+    leaves, outs = list[torch.Tensor](), list[torch.Tensor]()
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = flash_attn_func(
-            *leaves, softmax_scale=masking.scale, causal=True, window_size=window, softcap=masking.softcap or 0.0,
-            deterministic=deterministic(),
-        )  # fmt: skip
-    return out.detach(), (leaves, out)
+        if segments is None:
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            outs = [flash_attn.flash_attn_func(*leaves, **options)]
+        for tokens, starts, longest in [] if segments is None else segments.groups():
+            group = [x[0, tokens].detach().requires_grad_() for x in (q, k, v)]
+            leaves += group
+            outs.append(flash_attn.flash_attn_varlen_func(*group, starts, starts, longest, longest, **options))
+    out = outs[0].detach() if len(outs) == 1 else torch.cat([out.detach() for out in outs])
+    return out.view(q.shape), (leaves, outs)
 
 
 def _package_backward(
@@ -187,24 +253,29 @@ def _package_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    stats: tuple[list[torch.Tensor], torch.Tensor],
+    stats: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
     masking: Masking,
+    segments: Segments | None,
 ) -> Gradients:
-    leaves, graph = stats
-    d_q, d_k, d_v = torch.autograd.grad(graph, leaves, d_out)
-    return d_q, d_k, d_v
+    leaves, outs = stats
+    if segments is None:
+        d_q, d_k, d_v = torch.autograd.grad(outs, leaves, d_out)
+        return d_q, d_k, d_v
+    grads = torch.autograd.grad(outs, leaves, [d_out[0, group.tokens] for group in segments.groups()])
+    d_q, d_k, d_v = (grads[i] if len(outs) == 1 else torch.cat(grads[i::3]) for i in range(3))
+    return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape)
 
 
 # In order of preference where nothing can be measured; the last one takes everything.
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cpu", _cpu_supports, _cpu_forward, _cpu_backward, math_workspace),
+        Backend("cpu", _cpu_supports, *one_by_one(_cpu_forward, _cpu_backward, _cpu_sums), math_workspace),
         Backend(
             "flash_attn", _package_supports, _package_forward, _package_backward, split_workspace, saves_inputs=True
         ),
         Backend("flash", _flash_supports, _flash_forward, _flash_backward, split_workspace),
-        Backend("cudnn", _cudnn_supports, _cudnn_forward, _cudnn_backward, fused_workspace),
-        Backend("math", _math_supports, math_forward, math_backward, math_workspace),
+        Backend("cudnn", _cudnn_supports, _cudnn_forward, _cudnn_backward, fused_workspace, takes_segments=False),
+        Backend("math", _math_supports, *one_by_one(math_forward, math_backward, _math_sums), math_workspace),
     )
 }

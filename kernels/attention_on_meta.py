@@ -14,12 +14,12 @@ import torch
 
 from fsdp_qlora.kernels.cost import Cost, count
 from fsdp_qlora.kernels.device import cdiv
+from fsdp_qlora.kernels.segments import padded_rows
 
 FLOAT = 4  # bytes of float32
 QUERIES = 512  # at a time in the math backend (`attention_math.PIECE`)
 SCORES = 5  # score matrices of a piece alive at once in its backward: scores, p, d_p, d_scores, mask
 BACKWARD = 2.5  # FLOPs of its backward per FLOP of its forward: five products for two
-PADDING = 128  # rows beside each sequence's in FlashAttention's sums
 _multiprocessors = 0  # of the card that is counted for, where its backward is deterministic
 
 
@@ -76,9 +76,9 @@ def fused_workspace(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
 
 def split_workspace(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
     """Return the bytes of FlashAttention: as `fused_workspace`, or of its deterministic form (`splitting_over`)."""
-    sums, (batch, _, heads, head_dim) = q.numel(), q.shape
-    if _multiprocessors:
-        sums = cdiv(_multiprocessors, batch * heads) * (q.numel() + PADDING * batch * heads * head_dim)
+    batch, sequence, heads, head_dim = q.shape
+    parts = cdiv(_multiprocessors, batch * heads) if _multiprocessors else 1
+    sums = parts * padded_rows(batch * sequence, batch) * heads * head_dim
     return 0, _backward_workspace(q, k, sums)
 
 

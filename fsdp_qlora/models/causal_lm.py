@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.device import empty, no_autocast
 from fsdp_qlora.kernels.embedding import gather_rows
+from fsdp_qlora.kernels.segments import Segments
 from fsdp_qlora.models.generic_block import Block, FrozenLinear, FrozenViews
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
@@ -84,6 +85,12 @@ class Head(nn.Module):
             )
 
 
+class CurrentSegments:
+    """The bounds of documents in the row that a forward is running for; None where a row is a document."""
+
+    segments: Segments | None = None
+
+
 class Picked(torch.autograd.Function):
     """Rows of a matrix at places that are all different: index_select, in memory that `kernels.device.empty` gives."""
 
@@ -119,19 +126,30 @@ class CausalModel(nn.Module):
         self.final_norm: nn.Module = nn.Identity()  # of labelled rows, where the backbone's last module is not the norm
         self.embedding, self.blocks, self.units, self.rest = (embedding,), blocks, units, rest
         self.precision = precision
+        self.current = CurrentSegments()  # of which fused blocks hear with their rotary tables
         self.linear_paths = linear_paths  # of every linear in the Hugging Face model, those that do not train included
 
-    def forward(self, input_ids: Tensor, places_L: Tensor, labels_L: Tensor, divisor: float) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        places_L: Tensor,
+        labels_L: Tensor,
+        divisor: float,
+        segments: Segments | None = None,
+    ) -> Tensor:
         """The sum of the L cross-entropies over `divisor`, float32.
 
         input_ids: int64 [B, S]. places_L: int64 [L], the positions in B*S whose next token is a label. labels_L: int64
-        [L], that token. divisor: the label tokens of the whole step, on all ranks (over the loss scale).
+        [L], that token. divisor: the label tokens of the whole step, on all ranks (over the loss scale). segments: of
+        documents that lie one after the other in input_ids [1, T]; for fused blocks alone.
         """
         self.rest.bind()
+        self.current.segments = segments
+        positions = {} if segments is None else {"position_ids": segments.positions}
         kind = input_ids.device.type
         mixed = self.precision.autocast and kind != "meta"
         with torch.autocast(kind, self.precision.compute) if mixed else no_autocast(input_ids):
-            hidden_TH = self.backbone(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)
+            hidden_TH = self.backbone(input_ids=input_ids, use_cache=False, **positions)[0].flatten(0, 1)
             hidden_LH = Picked.apply(hidden_TH, places_L)
             loss: Tensor = self.head(self.final_norm(hidden_LH), labels_L, divisor)
         return loss

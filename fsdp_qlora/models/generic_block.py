@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 
-FusedForward = Callable[[Tensor, Tensor, Tensor], Tensor]  # (h, cos, sin) -> h
+FusedForward = Callable[..., Tensor]  # (h, what the rotary embedding gives) -> h
 
 
 class _FrozenMatmul(torch.autograd.Function):

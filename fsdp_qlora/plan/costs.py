@@ -136,12 +136,12 @@ def _head(hidden: int, vocabulary: int, compute_bytes: int, tokens: int, normed:
     return HeadCost(meter.peak - before, meter.loose.peak, meter.cost())
 
 
-def pass_inputs(block: FusedBlock, batch: int, context: int, meter: Meter) -> tuple[Tensor, list[Tensor]]:
+def pass_inputs(block: FusedBlock, batch: int, context: int, meter: Meter) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Return (h [B, S, H], the rotary tables)."""
     h = meter((batch, context, block.spec.mlp.down.out_features), block.dtype, META).requires_grad_()
-    tables = [torch.empty(context, block.spec.attention.head_dim // 2, device=META) for _ in range(2)]
-    meter.loose.know([*tables, block.shared.weights.buffer])
-    return h, tables
+    cos, sin = (torch.empty(context, block.spec.attention.head_dim // 2, device=META) for _ in range(2))
+    meter.loose.know([cos, sin, block.shared.weights.buffer])
+    return h, (cos, sin)
 
 
 def output_gradient(block: FusedBlock, out: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class AttentionHalf:
         spec, saved, qkv = self.spec, AttentionSaved(), self.qkv.projection()
         self._project_qkv(saved, x.normed(spec.norm, self.qkv.padding), qkv, context)
         q, k, v = self._heads(saved, context, rotate=True)
-        saved.out, saved.stats = attend(q, k, v, spec.masking, self.backend)
+        saved.out, saved.stats = self._attend(q, k, v, context)
         (added,), saved.oa = project(
             _rows(saved.out), [self.o.projection()], scale=spec.o.scale, **context.dropout.at(DropoutSite.O)
         )
@@ -91,7 +91,9 @@ class AttentionHalf:
         d_a = gradients_of_a_wide(d_oa, _rows(saved.out), self.o.bare(), **dropout.at(DropoutSite.O))
         del d_oa
         assert saved.out is not None
-        d_q, d_k, d_v = attend_backward(d_out, q, k, v, saved.out, saved.stats, spec.masking, self.backend)
+        d_q, d_k, d_v = attend_backward(
+            d_out, q, k, v, saved.out, saved.stats, spec.masking, self.backend, context.segments
+        )
         del d_out, q, k, v
         saved.out = saved.stats = None
         d_q, d_k = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
@@ -139,7 +141,7 @@ class AttentionHalf:
             saved.xs = as_saved(saved.xs)
             q, k, v = self._heads(saved, context, rotate=True)
         if saved.out is None or saved.stats is None:
-            saved.out, saved.stats = attend(q, k, v, self.spec.masking, self.backend)
+            saved.out, saved.stats = self._attend(q, k, v, context)
         return laid, q, k, v
 
     def _through_rotation(
@@ -184,6 +186,10 @@ class AttentionHalf:
         if rotate:
             rope_(q, k, *context.rotary)
         return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: PassContext) -> tuple[Tensor, Stats]:
+        """Return (out [B, S, N, D], what backward needs of it)."""
+        return attend(q, k, v, self.spec.masking, self.backend, context.segments)
 
     def _split(self, qkv: Tensor | None, context: PassContext) -> list[Tensor]:
         """Return views of q, k, v [B, S, heads, D]."""

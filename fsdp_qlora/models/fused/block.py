@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.kernels.device import empty_like, no_autocast
+from fsdp_qlora.kernels.segments import Segments
 from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.models.fused.attention import AttentionHalf, AttentionSaved
 from fsdp_qlora.models.fused.copies import own
@@ -30,7 +31,9 @@ from fsdp_qlora.models.fused.spec import BlockSpec
 
 @dataclass(frozen=True)
 class FusedBlock:
-    """The passes of one block. Called with h [B, S, H] and float32 tables cos, sin [S, D/2]."""
+    """The passes of one block. Called with h [B, S, H] and float32 tables cos, sin [S, D/2].
+
+    segments: bounds of documents that lie one after the other in h [1, T, H]; the tables have a line a token then."""
 
     spec: BlockSpec
     keep: Keep
@@ -55,12 +58,12 @@ class FusedBlock:
         """The second half."""
         return GatedMlpHalf(self.spec.mlp, self.shared.weights)
 
-    def __call__(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, cos: Tensor, sin: Tensor, segments: Segments | None = None) -> Tensor:
         linears = self.spec.linears
         matrices = [m for linear in linears if linear.lora_A is not None for m in (linear.lora_A, linear.lora_B)]
         p = max(linear.dropout for linear in linears) if any(linear.training for linear in linears) else 0.0
         seed = int(torch.randint(1 << 62, ()).item()) if p else 0
-        context = PassContext((h.shape[0], h.shape[1]), (cos, sin), Dropout(p, seed))
+        context = PassContext((h.shape[0], h.shape[1]), (cos, sin), Dropout(p, seed), segments)
         block = self if torch.is_grad_enabled() else replace(self, parks=False)  # no backward would fetch it
         with no_autocast(h):  # as in backward, which recomputes: a product stays float32
             out: Tensor = _Fused.apply(h, block, context, *matrices)

@@ -12,8 +12,9 @@ from fsdp_qlora.config.options import Config, MemoryOptions, ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.attention import fastest
 from fsdp_qlora.kernels.rms_norm import rms_norm
+from fsdp_qlora.kernels.segments import Segments
 from fsdp_qlora.models.attention import Chooser, choose_backend
-from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.models.causal_lm import CausalModel, CurrentSegments
 from fsdp_qlora.models.families import NotFusable, eps_of, recognise
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
@@ -54,17 +55,20 @@ class Fusion:
 class HalfTables(nn.Module):
     """A rotary embedding's tables in float32, without their repeated half: (cos, sin), each [S, D/2].
 
-    Hugging Face rounds them to the model's dtype, which in bfloat16 turns keys by wrong angles at long context."""
+    Hugging Face rounds them to the model's dtype, which in bfloat16 turns keys by wrong angles at long context. It
+    hands what it gets here to every decoder layer, the bounds of documents with it."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, current: CurrentSegments) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.current = inner, current
 
-    def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor, Segments | None]:
         likeness = torch.empty(0, device=x.device, dtype=torch.float32)
         cos, sin = self.inner(likeness, position_ids, *args, **kwargs)
         half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), self.current.segments
 
 
 def fuse(model: CausalModel, config: Config, device: torch.device, choose: Chooser = fastest) -> Fusion:
@@ -92,7 +96,7 @@ def fuse(model: CausalModel, config: Config, device: torch.device, choose: Choos
     if isinstance(norm, nn.Module) and type(norm) is type(first.layer.input_layernorm):
         model.final_norm = FinalNorm(norm, specs[0].attention.norm.shift)
         model.backbone.norm = nn.Identity()
-    model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb)
+    model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb, model.current)
     AttentionInterface.register(NO_MASKS, _unused)
     model.backbone.config._attn_implementation = NO_MASKS
     projections = sum(len(spec.linears) for spec in specs)

@@ -12,10 +12,11 @@ from torch import Tensor
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.kernels.device import empty_like
 from fsdp_qlora.kernels.lora import Gradients
+from fsdp_qlora.kernels.segments import Segments
 from fsdp_qlora.models.fused.projection import normed_wide
 from fsdp_qlora.models.fused.spec import Norm
 
-Tables = tuple[Tensor, Tensor]  # float32 cos and sin [S, D/2]
+Tables = tuple[Tensor, Tensor]  # float32 cos and sin [S, D/2], a line for each token of a row
 
 
 class DropoutSite(IntEnum):
@@ -51,6 +52,7 @@ class PassContext:
     shape: tuple[int, int]  # B, S
     rotary: Tables
     dropout: Dropout
+    segments: Segments | None  # of the documents that one row (B = 1) consists of; None: a row is a document
 
 
 @dataclass
