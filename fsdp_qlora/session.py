@@ -27,8 +27,8 @@ from fsdp_qlora.placement.load import check_names, load
 from fsdp_qlora.plan.planning import Planned, micro_batches, plan_run
 from fsdp_qlora.runtime.background import beside
 from fsdp_qlora.runtime.gpu_memory import cap_gpu_memory
-from fsdp_qlora.weights.choose import open_weights
-from fsdp_qlora.weights.codecs import Codec, Plain, choose_codec, is_quantized
+from fsdp_qlora.weights.choose import codec_chooser, open_weights
+from fsdp_qlora.weights.codecs import is_quantized
 from fsdp_qlora.weights.hub import OnHub
 from fsdp_qlora.weights.source import Weights
 
@@ -144,7 +144,7 @@ def make_recipe(
     """Return how the options and the checkpoint say that the model's pieces are made."""
     return Recipe(
         precision,
-        codec_chooser(config, hf_config, weights, precision),
+        codec_chooser(config.model, quantization_of(hf_config), weights, precision.compute),
         checkpointing_kind(config.memory),
         shards=world.size,  # also if the placement shards nothing: the padding is a few hundred bytes
         host_embedding=world.device.type == "cuda",
@@ -153,15 +153,6 @@ def make_recipe(
         buffers=weights.names() is not None,
         adapter=choose_adapter(config.model.train_type),
     )
-
-
-def codec_chooser(
-    config: Config, hf_config: PretrainedConfig, weights: Weights, precision: Precision
-) -> Callable[[str], Codec]:
-    """Return checkpoint name of a linear's weight -> its codec. A quantized checkpoint may hold some unquantized."""
-    codec, prequantized = choose_codec(config.model, quantization_of(hf_config), precision.compute)
-    plain = Plain(precision.compute)
-    return lambda name: codec if not prequantized or is_quantized(name, weights.names()) else plain
 
 
 def checkpointing_kind(options: MemoryOptions) -> str | None:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fsdp_qlora"
 GROUND = ("atomic_files", "errors", "torch_compat", "units")
 ROOMS = (
     "kernels", "config", "runtime", "distributed", "memory", "exchange", "data", "adapters", "weights", "models",
-    "optim", "export", "report", "plan", "placement", "training",
+    "optim", "report", "plan", "placement", "export", "training", "commands",
 )  # fmt: skip
 MOST_NAMES = 8  # in a door
 MOST_LINES, MEDIAN_LINES = 350, 150
@@ -46,7 +46,14 @@ def door(room: str) -> list[str]:
 
 def test_every_file_is_in_a_room_or_known():
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} == set(ROOMS)
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *GROUND, "run", "rig_plan", "session"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {
+        "__init__",
+        "__main__",
+        *GROUND,
+        "run",
+        "rig_plan",
+        "session",
+    }
 
 
 @pytest.mark.parametrize("path", [*FILES, *KERNELS], ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,6 +1,7 @@
 """The protocol of adapters: the trainable parameters that a linear gets, their first values, their form in PEFT."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -28,4 +29,18 @@ class AdapterKind(Protocol):
         self, options: AdapterOptions, base_model: str, revision: str | None, targets: list[str]
     ) -> dict[str, object]:
         """Return adapter_config.json: what `PeftModel.from_pretrained` rebuilds these adapters from."""
+        ...
+
+    def from_peft_name(self, name: str) -> tuple[str, str] | None:
+        """Return (path, parameter) of a tensor in adapter_model.safetensors, None if no parameter of this kind."""
+        ...
+
+    def from_peft_config(self, settings: Mapping[str, Any]) -> AdapterOptions | None:
+        """Return what adapter_config.json says, None if it is of another kind.
+
+        Raises UserError where it says what this kind does not do."""
+        ...
+
+    def merged(self, weight: Tensor, values: Mapping[str, Tensor], options: AdapterOptions) -> Tensor:
+        """Return weight and adapter in one matrix, computed in float32 on the weight's device. values: by parameter."""
         ...

@@ -2,10 +2,27 @@
 
 import hashlib
 import math
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Generator, Tensor
 
 from fsdp_qlora.config.options import AdapterOptions
+from fsdp_qlora.errors import UserError
+
+PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+# What other programs' LoRA may have and this one does not: setting of adapter_config.json -> its values that mean no.
+ABSENT: dict[str, tuple[object, ...]] = {
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None, []),
+}
 
 
 def lora_scale(options: AdapterOptions) -> float:
@@ -54,6 +71,27 @@ class LoRA:
             inference_mode=True,
         ).to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+    def from_peft_name(self, name: str) -> tuple[str, str] | None:
+        found = PEFT_NAME.fullmatch(name)
+        return (found[1], found[2]) if found else None
+
+    def from_peft_config(self, settings: Mapping[str, Any]) -> AdapterOptions | None:
+        if settings.get("peft_type") != "LORA":
+            return None
+        for name, no in ABSENT.items():
+            if settings.get(name) not in no:
+                raise UserError(f"adapter: it has {name} {settings[name]}, which is not done here; merge it with PEFT")
+        return AdapterOptions(
+            lora_rank=int(settings["r"]),
+            lora_alpha=float(settings["lora_alpha"]),
+            use_rslora=bool(settings.get("use_rslora", False)),
+        )
+
+    def merged(self, weight: Tensor, values: Mapping[str, Tensor], options: AdapterOptions) -> Tensor:
+        a, b = (values[name].to(weight.device).float() for name in ("lora_A", "lora_B"))
+        summed = weight.to(a.dtype, copy=True)
+        return summed.addmm_(b, a, alpha=lora_scale(options))
 
 
 def linear_seed(seed: int, path: str) -> int:

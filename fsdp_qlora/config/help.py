@@ -2,32 +2,31 @@
 
 import shutil
 import textwrap
+from typing import Any
 
 from fsdp_qlora.config.option import REQUIRED, Option, show
-from fsdp_qlora.config.options import GROUPS, OPTIONS
+from fsdp_qlora.config.parse import TRAIN
+from fsdp_qlora.config.program import Program
 
-USAGE = "torchrun --nproc_per_node GPUS train.py --model_name MODEL [--config FILE] [--option value ...]"
-INTRO = """Fine-tunes a causal language model with LoRA over a frozen base, in 4 bits by default, divided among the
-GPUs. Without torchrun, `python train.py ...` runs one process. Names may be written with underscores or hyphens;
---option=value works too; an option of true or false given alone means true; the items of a list are separated by commas
-or spaces. --config reads the same names from a YAML or JSON file, written flat; flags go over the file. An option that
-could have no effect in the run is refused, as is a name that does not exist; all mistakes are shown together, before
-anything is loaded."""
+FORM = """Names may be written with underscores or hyphens; --option=value works too; an option of true or false given
+alone means true; the items of a list are separated by commas or spaces. --config reads the same names from a YAML or
+JSON file, written flat; flags go over the file. An option that could have no effect in the run is refused, as is a name
+that does not exist; all mistakes are shown together, before anything is loaded."""
 
 
-def help_text(width: int | None = None) -> str:
-    """Return all options by group, wrapped to `width` columns (the terminal's, within 50 and 110)."""
+def help_text(width: int | None = None, program: Program[Any] = TRAIN) -> str:
+    """Return all options of a program by group, wrapped to `width` columns (the terminal's, within 50 and 110)."""
     width = width or min(max(shutil.get_terminal_size((100, 24)).columns, 50), 110)
-    lines = [f"usage: {USAGE}", "", *_wrap(INTRO, width), ""]
+    lines = [f"usage: {program.usage}", "", *_wrap(f"{program.intro} {FORM}", width), ""]
     lines += [
         "  -h, --help",
         "      Show this and stop.",
         "  --config FILE",
         "      Read options from a YAML or JSON file.",
     ]
-    for group, kind in GROUPS.items():
+    for group, kind in program.groups.items():
         lines += ["", *_wrap(_title(kind), width)]
-        for option in _options(group):
+        for option in _options(program, group):
             head = f"--{option.name} {_metavar(option)}  ({_facts(option)})"
             lines += _wrap(head, width, "  ", " " * 8)
             for text in (option.spec.meaning, _reasons(option)):
@@ -37,16 +36,18 @@ def help_text(width: int | None = None) -> str:
 
 def markdown() -> str:
     """Return the contents of docs/options.md."""
+    intro = f"{TRAIN.intro} {FORM}"
     parts = [
         "# Options",
         "<!-- Written by `python -m fsdp_qlora.config.help > docs/options.md`; "
         "the source is fsdp_qlora/config/groups/. -->",
-        f"`{USAGE}`",
-        " ".join(INTRO.replace("--config", "`--config`").replace("--option=value", "`--option=value`").split()),
+        f"`{TRAIN.usage}`",
+        " ".join(intro.replace("--config", "`--config`").replace("--option=value", "`--option=value`").split()),
     ]
-    for group, kind in GROUPS.items():
+    for group, kind in TRAIN.groups.items():
         parts.append(f"## {_title(kind).rstrip('.')}")
-        parts += [f"**`{o.name}`** ({_facts(o)}): {o.spec.meaning} {_reasons(o)}".rstrip() for o in _options(group)]
+        options = _options(TRAIN, group)
+        parts += [f"**`{o.name}`** ({_facts(o)}): {o.spec.meaning} {_reasons(o)}".rstrip() for o in options]
     return "\n\n".join(part.replace("hybrid_*", "`hybrid_*`") for part in parts)
 
 
@@ -55,8 +56,8 @@ def _wrap(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def _options(group: str) -> list[Option]:
-    return [option for option in OPTIONS.values() if option.group == group]
+def _options(program: Program[Any], group: str) -> list[Option]:
+    return [option for option in program.options.values() if option.group == group]
 
 
 def _title(kind: type) -> str:

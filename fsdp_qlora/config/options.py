@@ -1,4 +1,4 @@
-"""All options of a run: the groups joined, and every option by its name."""
+"""All options of a training run: the groups joined, every option by its name; and what commands make theirs of."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,20 +13,28 @@ from fsdp_qlora.config.groups.model import ModelOptions
 from fsdp_qlora.config.groups.output import OutputOptions
 from fsdp_qlora.config.groups.profile import ProfileOptions
 from fsdp_qlora.config.groups.training import TrainingOptions
-from fsdp_qlora.config.option import Option, options_of
+from fsdp_qlora.config.option import REQUIRED, Option, option, options_of
+from fsdp_qlora.config.program import Asked, Conflict, Needs, Program, command
 
 __all__ = [
     "GROUPS",
     "OPTIONS",
+    "REQUIRED",
     "AdapterOptions",
+    "Asked",
     "Config",
+    "Conflict",
     "DataOptions",
     "LaunchOptions",
     "MemoryOptions",
     "ModelOptions",
+    "Needs",
     "OutputOptions",
     "ProfileOptions",
+    "Program",
     "TrainingOptions",
+    "command",
+    "option",
 ]
 
 

@@ -1,27 +1,40 @@
 """Flags and a config file become a checked Config; every mistake in them is found before the first is reported."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.files import Given, read_file
 from fsdp_qlora.config.hints import HINTS
-from fsdp_qlora.config.option import REQUIRED, nearest, show
-from fsdp_qlora.config.options import OPTIONS, Config
+from fsdp_qlora.config.option import REQUIRED, Option, nearest, show
+from fsdp_qlora.config.options import GROUPS, OPTIONS, Config
+from fsdp_qlora.config.program import Asked, Program
 from fsdp_qlora.config.rules import broken_rules
 from fsdp_qlora.errors import UserError
 
 CONFIG = "config"
-KNOWN = OPTIONS | COMPATIBILITY
 CLOSE = 0.72  # how alike an unknown name must be to be taken for a misspelling; below it a hint leads astray
 
 
+TRAIN = Program(
+    "torchrun --nproc_per_node GPUS train.py --model_name MODEL [--config FILE] [--option value ...]",
+    """Fine-tunes a causal language model with LoRA over a frozen base, in 4 bits by default, divided among the GPUs.
+    Without torchrun, `python train.py ...` runs one process.""",
+    GROUPS, OPTIONS, Config.from_flat, broken_rules, COMPATIBILITY, HINTS,
+)  # fmt: skip
+
+
 def parse(argv: Sequence[str]) -> Config:
-    """Return the Config that `argv` (without the program's name) asks for: defaults, then --config's file, then flags.
+    """Return the Config that train.py's `argv` (without the program's name) asks for, as `parse_as` does."""
+    return parse_as(TRAIN, argv)
+
+
+def parse_as(program: Program[Asked], argv: Sequence[str]) -> Asked:
+    """Return what `argv` asks of a program: defaults, then --config's file, then flags.
 
     Raises UserError that holds all mistakes, one a line, each with what was written, what is allowed and what to do.
     """
-    flags, mistakes = read_flags(argv)
+    flags, mistakes = read_flags(argv, program.known)
     in_file: list[Given] = []
     lost = False  # of a file that cannot be read nothing is known, not even that it lacks a required option
     for flag in flags:
@@ -30,14 +43,14 @@ def parse(argv: Sequence[str]) -> Config:
             mistakes += wrong
             lost = bool(wrong) and not in_file
     in_file, wrong = _once(in_file)
-    config, mistaken = _resolve(in_file, [flag for flag in flags if flag.name != CONFIG], lost)
+    asked, mistaken = _resolve(program, in_file, [flag for flag in flags if flag.name != CONFIG], lost)
     mistakes += wrong + mistaken
     if mistakes:
         raise UserError("\n".join(" ".join(mistake.split()) for mistake in mistakes))
-    return config
+    return asked
 
 
-def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
+def read_flags(argv: Sequence[str], known: Mapping[str, Option]) -> tuple[list[Given], list[str]]:
     """Return (flags with values, mistakes of form). No value begins with `--`: a lone flag is true or lacks one."""
     given, mistakes, rest = [], [], list(argv)
     while rest:
@@ -48,7 +61,7 @@ def read_flags(argv: Sequence[str]) -> tuple[list[Given], list[str]]:
             continue
         flag, equals, text = token.partition("=")
         name = flag[2:].replace("-", "_")
-        option = KNOWN.get(name)
+        option = known.get(name)
         takes_many = not equals and (option.many if option else name != CONFIG)
         values = [text] if equals else []
         while rest and not rest[0].startswith("--") and (takes_many or not values):
@@ -79,41 +92,44 @@ def _once(given: Iterable[Given]) -> tuple[list[Given], list[str]]:
     return list(seen.values()), mistakes
 
 
-def _resolve(in_file: Iterable[Given], flags: Iterable[Given], file_is_lost: bool) -> tuple[Config, list[str]]:
-    """Return the Config of the values that can be read, and the mistakes in all of them."""
+def _resolve(
+    program: Program[Asked], in_file: Iterable[Given], flags: Iterable[Given], file_is_lost: bool
+) -> tuple[Asked, list[str]]:
+    """Return what the program makes of the values that can be read, and the mistakes in all of them."""
+    known = program.known
     values: dict[str, Any] = {}
     written: dict[str, str] = {}
     unread: set[str] = set()
     mistakes = []
     for item in [*in_file, *flags]:
-        if item.name not in KNOWN:
-            mistakes.append(f"{item.written}: there is no such option; {_did_you_mean(item.name)}")
+        if item.name not in known:
+            mistakes.append(f"{item.written}: there is no such option; {_did_you_mean(program, item.name)}")
             continue
         written[item.name] = item.written
         unread.discard(item.name)
         try:
-            values[item.name] = KNOWN[item.name].read(item.raw)
+            values[item.name] = known[item.name].read(item.raw)
         except ValueError as error:
             mistakes.append(f"{item.written}: {error}")
             unread.add(item.name)
-    for name, option in OPTIONS.items():
+    for name, option in program.options.items():
         if option.default is REQUIRED and name not in values:
             if name not in unread and not file_is_lost:
                 mistakes.append(f"{name}: is required and not given; add --{name}. {option.spec.meaning}")
             unread.add(name)
             values[name] = ""
-    config = Config.from_flat({name: value for name, value in values.items() if name in OPTIONS})
-    mistakes += broken_rules(config, values.keys(), unread, lambda name: written.get(name) or _default(name))
-    return config, mistakes
+    asked = program.make({name: value for name, value in values.items() if name in program.options})
+
+    def shown(name: str) -> str:
+        return written.get(name) or f"{name} {show(program.options[name].default)} (its default)"
+
+    mistakes += program.rules(asked, values.keys(), unread, shown)
+    return asked, mistakes
 
 
-def _did_you_mean(name: str) -> str:
-    meant = {alias: option.name for option in KNOWN.values() for alias in (option.name, *option.spec.known_as)}
-    if name in HINTS and name not in meant:
-        return HINTS[name]
+def _did_you_mean(program: Program[Asked], name: str) -> str:
+    meant = {alias: option.name for option in program.known.values() for alias in (option.name, *option.spec.known_as)}
+    if name in program.hints and name not in meant:
+        return program.hints[name]
     near = name if name in meant else nearest(name, list(meant), CLOSE)
     return f"did you mean {meant[near]}?" if near else "--help lists all"
-
-
-def _default(name: str) -> str:
-    return f"{name} {show(OPTIONS[name].default)} (its default)"

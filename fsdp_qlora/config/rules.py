@@ -1,35 +1,16 @@
 """Rules between options: which need another to have any effect, and which contradict each other."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fsdp_qlora.config.columns import FIELDS, read_columns
 from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.options import Config
+from fsdp_qlora.config.program import Conflict, Needs, broken, unmet
 from fsdp_qlora.config.train_types import TRAIN_TYPES
 
-
-@dataclass(frozen=True)
-class Needs:
-    """`options` do nothing unless `holds`; what decides is the option `decider`, to be set as `remedy` says."""
-
-    options: tuple[str, ...]
-    decider: str
-    holds: Callable[[Config], bool]
-    remedy: str
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """`options` cannot go together while `broken`; the text says why and what to do."""
-
-    options: tuple[str, ...]
-    broken: Callable[[Config], bool]
-    text: str
-
-
-NEEDS = (
+NEEDS: tuple[Needs[Config], ...] = (
     Needs(("plan_for",), "plan_only", lambda c: c.memory.plan_only, "set plan_only to true"),
     Needs(("link_gbps",), "plan_for", lambda c: c.memory.plan_for is not None, "set plan_for to a rig, as 2x4090"),
     Needs(
@@ -128,7 +109,7 @@ NEEDS = (
     ),
 )
 
-CONFLICTS = (
+CONFLICTS: tuple[Conflict[Config], ...] = (
     Conflict(
         ("columns",),
         lambda c: not _are_columns(c.data.columns or []),
@@ -183,24 +164,17 @@ def _are_columns(items: Sequence[str]) -> bool:
     return True
 
 
-def without_effect(config: Config) -> dict[str, Needs]:
+def without_effect(config: Config) -> dict[str, Needs[Config]]:
     """Return {option: the rule} of options that do nothing in `config` and ask for something (not false, not null)."""
-    values = config.to_flat() | {name: option.default for name, option in COMPATIBILITY.items()}
-    unmet = [rule for rule in NEEDS if not rule.holds(config)]
-    return {name: rule for rule in unmet for name in rule.options if values[name] not in (False, None)}
+    return unmet(config, _values(config), NEEDS)
 
 
 def broken_rules(
     config: Config, given: Collection[str], unknown: Collection[str], written: Callable[[str], str]
 ) -> Iterator[str]:
-    """Yield one line for each broken rule.
+    """Yield one line for each broken rule, as `Program.rules` does."""
+    yield from broken(config, _values(config), NEEDS, CONFLICTS, given, unknown, written)
 
-    given: the options that the user set. unknown: those whose value could not be read; rules about them stay silent.
-    written: option -> how the user wrote it, or its default.
-    """
-    for name, rule in without_effect(config).items():
-        if name in given and not {name, rule.decider} & set(unknown):
-            yield f"{written(name)}: has no effect with {written(rule.decider)}; omit {name}, or {rule.remedy}"
-    for conflict in CONFLICTS:
-        if conflict.broken(config) and not set(conflict.options) & set(unknown):
-            yield f"{' with '.join(map(written, conflict.options))}: {conflict.text}"
+
+def _values(config: Config) -> dict[str, Any]:
+    return config.to_flat() | {name: option.default for name, option in COMPATIBILITY.items()}

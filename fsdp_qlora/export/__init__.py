@@ -1,3 +1,3 @@
-"""Results of a run in the form of other programs: a PEFT adapter and its tokenizer."""
+"""Results of a run in the form of other programs: a PEFT adapter, a merged Hugging Face model."""
 
-__all__ = ["peft"]
+__all__ = ["merge", "peft"]

@@ -25,14 +25,19 @@ from fsdp_qlora.weights.source import Shape, Weights
 
 def expected_tensors(unit: Unit, weights: Weights) -> dict[str, Shape]:
     """Return checkpoint name -> shape of what `unit` is made from; a quantized weight's companions included."""
-    names, expected = weights.names(), dict[str, Shape]()
+    expected = dict[str, Shape]()
     for entry, source in unit.sources.items():
-        if names is None or not is_quantized(source, names):
-            expected[source] = unit.frozen.layout.entries[entry].shape
-            continue
-        # Checked by the codec when read.
-        expected |= {name: None for name in (source, *companions(source)) if name in names}
+        expected |= expected_of(source, unit.frozen.layout.entries[entry].shape, weights)
     return expected
+
+
+def expected_of(source: str, shape: tuple[int, ...], weights: Weights) -> dict[str, Shape]:
+    """Return checkpoint name -> shape of what one weight is made from; its companions where it is quantized."""
+    names = weights.names()
+    if names is None or not is_quantized(source, names):
+        return {source: shape}
+    # Checked by the codec when read.
+    return {name: None for name in (source, *companions(source)) if name in names}
 
 
 def check_names(model: CausalModel, weights: Weights) -> None:
@@ -74,11 +79,12 @@ def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> T
     layout = unit.frozen.layout
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
     for entry, source in unit.sources.items():
-        layout.write(buffer, entry, _encoded(layout.entries[entry], source, tensors, device))
+        layout.write(buffer, entry, encode_entry(layout.entries[entry], source, tensors, device))
     return buffer
 
 
-def _encoded(form: Entry, source: str, tensors: Mapping[str, Tensor], device: torch.device) -> Parts:
+def encode_entry(form: Entry, source: str, tensors: Mapping[str, Tensor], device: torch.device) -> Parts:
+    """Return one entry's parts on `device`, from the checkpoint's tensors of that name."""
     stored = stored_codec(source, tensors)
     if stored is not None:
         if isinstance(form.codec, type(stored)):

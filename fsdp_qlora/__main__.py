@@ -1,0 +1,76 @@
+"""Commands for before and after training: `python -m fsdp_qlora merge --adapter output ...` (or `fsdp-qlora merge`).
+
+This file is the door, as train.py is for training: it reads the options, so that a mistake is told before PyTorch is
+imported, and turns how a command ended into one line and an exit code: 0, 2 for a mistake of the user's, 1 for work
+that stopped in the middle, 130 for Ctrl-C.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from fsdp_qlora.commands.table import COMMANDS
+from fsdp_qlora.config.help import help_text
+from fsdp_qlora.config.parse import parse_as, wants_help
+from fsdp_qlora.errors import RunEnded, UserError
+from fsdp_qlora.runtime.launcher import keep_cpu_products_inside, read_launch
+from fsdp_qlora.runtime.libraries import silence
+from fsdp_qlora.runtime.terminal import prepare_streams, print_to_pager
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if name in ("-h", "--help"):
+        print_to_pager(_overview())
+        return 0
+    if name not in COMMANDS:
+        wrong = f"{name}: there is no such command" if name else "a command is missing"
+        return _tell("fsdp_qlora", UserError(f"{wrong}; give one of {', '.join(COMMANDS)}, or --help"))
+    command = COMMANDS[name]
+    if wants_help(rest):
+        print_to_pager(help_text(program=command.program))
+        return 0
+    try:
+        asked = parse_as(command.program, rest)
+        if read_launch().size > 1:
+            raise UserError(f"{name} runs in one process: start it without torchrun")
+        silence()
+        keep_cpu_products_inside()
+        command.run(asked)
+    except RunEnded as ended:
+        return _tell(name, ended)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def entry() -> int:
+    """Run the command of this process's arguments, as the console script does. Returns the exit code."""
+    prepare_streams()
+    return main()
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.does}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m fsdp_qlora COMMAND [--option value ...]",
+            "",
+            *lines,
+            "",
+            "COMMAND --help lists its options.",
+        ]
+    )
+
+
+def _tell(name: str, ended: RunEnded) -> int:
+    sys.stderr.write(f"{name}: {ended}\n")
+    sys.stderr.flush()
+    return 2 if isinstance(ended, UserError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

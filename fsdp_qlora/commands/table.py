@@ -1,0 +1,8 @@
+"""The commands by name."""
+
+from typing import Any
+
+from fsdp_qlora.commands.base import Command
+from fsdp_qlora.commands.merge import MERGE
+
+COMMANDS: dict[str, Command[Any]] = {"merge": MERGE}

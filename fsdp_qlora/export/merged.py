@@ -1,0 +1,170 @@
+"""A base and its adapter as one source of weights, tensor by tensor: never more than a few tensors in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
+
+from fsdp_qlora.config.options import AdapterOptions, ModelOptions
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.export.adapter_folder import SavedAdapter
+from fsdp_qlora.models.assemble import Recipe, assemble
+from fsdp_qlora.models.fitting import Fitted, fit, has_its_own_head
+from fsdp_qlora.models.precision import MODES, Precision
+from fsdp_qlora.models.skeleton import build, quantization_of, read_config
+from fsdp_qlora.placement.load import check_names, encode_entry, expected_of
+from fsdp_qlora.weights.checkpoint_files import some
+from fsdp_qlora.weights.choose import codec_chooser, open_weights
+from fsdp_qlora.weights.codecs import Codec, Plain, is_quantized
+from fsdp_qlora.weights.hub import fetch
+from fsdp_qlora.weights.layout import Entry
+
+MergeBase = Literal["trained", "original"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a merged model: its names in model and checkpoint, and the linear that is adapted, if any."""
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: a float, in whatever dtype is asked for
+    linear: str | None
+
+    def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self.dtype is None else self.dtype
+
+
+class Merged:
+    """The tensors of base + adapter under the checkpoint's names.
+
+    skeleton: the Hugging Face model on the meta device. folder: of the base. pieces: in the checkpoint's order."""
+
+    def __init__(
+        self, options: ModelOptions, adapter: SavedAdapter | None, merge_base: MergeBase, device: torch.device
+    ) -> None:
+        """Read config and headers. Raises UserError where base and adapter do not belong together."""
+        self.adapter, self.merge_base, self.device = adapter, merge_base, device
+        self.precision: Precision = MODES[options.precision]
+        self.hf_config: PretrainedConfig = read_config(options.model_name, options.revision)
+        quantized = quantization_of(self.hf_config)
+        if merge_base == "original" and quantized is not None:
+            raise UserError(
+                f"merge_base: original is the unquantized checkpoint, and {options.model_name} is published quantized; "
+                "use --merge_base trained, or name the unquantized one as --model_name"
+            )
+        # Whether the base's 4-bit form is made anew, and with scales that CPUs and GPUs round differently.
+        self.requantizes = merge_base == "trained" and quantized is None and options.train_type == "qlora"
+        self.requantizes = self.requantizes and options.double_quant
+        self.skeleton: PreTrainedModel = self.build()
+        state = self.skeleton.state_dict()
+        if adapter is not None:
+            _check_adapter(adapter, {name: tuple(tensor.shape) for name, tensor in state.items()}, options.model_name)
+            _check_head(adapter, self.skeleton)
+        self.folder = _folder_of(options)
+        local = ModelOptions(model_name=str(self.folder), loading_workers=options.loading_workers)
+        weights = fit(self.skeleton, open_weights(local, self.precision.stream))
+        assert isinstance(weights, Fitted)
+        self.weights = weights
+        self._entries, self._computed = self._encoding(options, quantized)
+        linears = {f"{path}.weight": path for path in (adapter.linears if adapter is not None else ())}
+        pieces: dict[str, Piece] = {}
+        for name, stored in weights.fitted.stored.items():
+            if name in state and (stored not in pieces or name in linears):
+                dtype = None if state[name].is_floating_point() else state[name].dtype
+                pieces[stored] = Piece(name, stored, tuple(state[name].shape), dtype, linears.get(name))
+        self.pieces = [pieces[stored] for stored in sorted(pieces, key=dot_natural_key)]
+
+    def build(self) -> PreTrainedModel:
+        """Return a skeleton of the model that computes in float32, with the attention that every family has."""
+        return build(self.hf_config, Precision(torch.float32, torch.float32), "eager")
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Piece]:
+        """Return name in the model -> piece."""
+        return {piece.name: piece for piece in self.pieces}
+
+    def base(self, piece: Piece) -> Tensor:
+        """Return a tensor of the base: of `trained`, the very numbers that training computed with; of `original`, the
+        checkpoint's."""
+        entry = self._entries.get(piece.name) if self.merge_base == "trained" else None
+        tensors = self.weights.read(expected_of(piece.name, piece.shape, self.weights), self.device)
+        if entry is None:
+            return tensors[piece.name].to(self.device)
+        parts = encode_entry(entry, piece.name, tensors, self.device)
+        del tensors
+        computed = piece.name in self._computed
+        return entry.codec.decode(parts, entry.shape, self.precision.compute if computed else self.precision.stream)
+
+    def added(self, piece: Piece, base: Tensor) -> Tensor:
+        """Return base + adapter in float32, unrounded; the base itself where the piece has no adapter."""
+        if piece.linear is None or self.adapter is None:
+            return base
+        return self.adapter.kind.merged(base, self.adapter.values(piece.linear), self.adapter.options)
+
+    def _encoding(
+        self, options: ModelOptions, quantized: dict[str, object] | None
+    ) -> tuple[dict[str, Entry], frozenset[str]]:
+        """Return name -> how a run with these options stores it, and the names that it decodes to the compute dtype.
+
+        Raises UserError for a checkpoint that is not the model's, or that such a run does not take."""
+        precision = self.precision
+        codec_of = codec_chooser(options, quantized, self.weights, precision.compute)
+        if self.merge_base == "original":
+            plain: Codec = Plain(precision.compute)
+            codec_of = lambda name: plain  # noqa: E731
+        skeleton = self.build()
+        recipe = Recipe(
+            precision,
+            codec_of,
+            remat=None,
+            shards=1,
+            own_head=has_its_own_head(skeleton, self.weights),
+            is_quantized=lambda name: is_quantized(name, self.weights.names()),
+            buffers=True,
+        )
+        model = assemble(skeleton, recipe, AdapterOptions())
+        check_names(model, self.weights)
+        entries = {
+            name: unit.frozen.layout.entries[entry] for unit in model.units for entry, name in unit.sources.items()
+        }
+        return entries, frozenset(f"{path}.{leaf}" for path in model.linear_paths for leaf in ("weight", "bias"))
+
+
+def _folder_of(options: ModelOptions) -> Path:
+    local = Path(options.model_name)
+    return local if local.is_dir() else fetch(options.model_name, options.revision)
+
+
+def _check_adapter(adapter: SavedAdapter, shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
+    """Raise UserError for an adapter of another base: of linears that it lacks, or of other sizes."""
+    absent = [path for path in adapter.linears if f"{path}.weight" not in shapes]
+    if absent:
+        raise UserError(f"adapter: {adapter.folder} is of another model than {base}, which has no {some(absent)}")
+    wrong: Sequence[str] = []
+    for path in adapter.linears:
+        rows, width = shapes[f"{path}.weight"][0], shapes[f"{path}.weight"][-1]
+        wanted = adapter.kind.parameters(rows, width, adapter.options)
+        found = adapter.shapes_of(path)
+        if found != wanted:
+            wrong = [*wrong, f"{path} of {found} where {wanted} belong"]
+    if wrong:
+        raise UserError(f"adapter: {adapter.folder} is of another model than {base}: {some(list(wrong), 1)}")
+
+
+def _check_head(adapter: SavedAdapter, model: PreTrainedModel) -> None:
+    """Raise UserError for an adapter of a tied matrix: merged, it would change both uses."""
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    shared = [path for path in adapter.linears if f"{path}.weight" in tied]
+    if shared:
+        raise UserError(
+            f"adapter: {adapter.folder} adapts {some(shared)}, whose matrix is also the embedding (tied): merged, it "
+            "would change both"
+        )

@@ -1,0 +1,298 @@
+"""An adapter merged into its base and saved as a Hugging Face model, file by file, going on where it was stopped."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fsdp_qlora.atomic_files import atomic_file
+from fsdp_qlora.config.options import ModelOptions
+from fsdp_qlora.data.batches import load_tokenizer
+from fsdp_qlora.errors import TrainingStopped, UserError, first_line
+from fsdp_qlora.export.adapter_folder import SavedAdapter
+from fsdp_qlora.export.merged import MergeBase, Merged, Piece
+from fsdp_qlora.export.peft import TokenizerNotSaved, save_tokenizer
+from fsdp_qlora.export.tensor_files import INDEX, Shard, plan_shards, write_index, write_shard
+from fsdp_qlora.runtime.files import Claim
+from fsdp_qlora.units import GIB, as_gib
+
+JOURNAL = "merge.json"  # what is merged, and what of it is done: beside the files, for a resume and for the record
+ROWS = 1024  # of a matrix, in which what rounding loses is summed
+LEAST_KEPT, MOST_NOISE = 0.97, 0.5  # of what was learnt, below and above which the user is warned
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Rounding:
+    """Sums over all elements that adapters change: of learnt^2, of learnt * changed and of (changed - learnt)^2.
+
+    learnt: what the adapter adds, exactly. changed: by how much the number that is saved differs from the base's."""
+
+    learnt: float = 0.0
+    kept: float = 0.0
+    noise: float = 0.0
+
+    def add(self, base: Tensor, exact: Tensor, saved: Tensor) -> None:
+        for rows in zip(base.split(ROWS), exact.split(ROWS), saved.split(ROWS), strict=True):
+            before, summed, after = (row.float() for row in rows)
+            learnt, changed = summed - before, after - before
+            self.learnt += float(learnt.square().sum(dtype=torch.float64))
+            self.kept += float((learnt * changed).sum(dtype=torch.float64))
+            self.noise += float((changed - learnt).square().sum(dtype=torch.float64))
+
+    def share_kept(self) -> float:
+        """Return how much of the learnt change is in the saved numbers, 1 for all: its projection on the learnt one."""
+        return self.kept / self.learnt if self.learnt else 1.0
+
+    def share_noise(self) -> float:
+        """Return the size of the rounding's noise over that of the learnt change."""
+        return math.sqrt(self.noise / self.learnt) if self.learnt else 0.0
+
+
+@dataclass
+class Journal:
+    """merge.json. asked: what is merged into what. done: file -> the sums of its rounding. finished: all is there."""
+
+    asked: Mapping[str, Any]
+    done: dict[str, Rounding] = field(default_factory=dict)
+    finished: bool = False
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write the file. Raises OSError."""
+        done = {name: vars(sums) for name, sums in self.done.items()}
+        text = json.dumps(
+            {"asked": self.asked, "done": done, "finished": self.finished, "report": self.report}, indent=2
+        )
+        with atomic_file(folder / JOURNAL) as part:
+            part.write_text(text + "\n")
+
+    def rounding(self) -> Rounding:
+        """Return the sums of all files."""
+        sums = self.done.values()
+        return Rounding(sum(s.learnt for s in sums), sum(s.kept for s in sums), sum(s.noise for s in sums))
+
+
+def read_journal(folder: Path) -> Journal | None:
+    """Return the journal of a folder, None where there is none that can be read."""
+    try:
+        found = json.loads((folder / JOURNAL).read_text())
+        done = {name: Rounding(**sums) for name, sums in found["done"].items()}
+        return Journal(found["asked"], done, bool(found["finished"]), found["report"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked of a merge beside base and adapter."""
+
+    folder: Path
+    dtype: str  # "auto" or of DTYPES
+    overwrite: bool
+    most_shard_bytes: int
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A merged model on disk, and what it was made from."""
+
+    source: Merged
+    journal: Journal
+    folder: Path
+    dtype: torch.dtype
+    files: int
+    nbytes: int
+
+
+def merge(
+    adapter: SavedAdapter, base: ModelOptions, merge_base: MergeBase, wanted: Wanted, claim: Claim
+) -> MergedModel:
+    """Write base + adapter to `wanted.folder`, each file whole or not at all; files of an earlier start stay.
+
+    Raises UserError for what can be known before the first weight is read, TrainingStopped for a disk that fails."""
+    folder = wanted.folder
+    asked = _fingerprint(adapter, base, merge_base, wanted)
+    begun = _take(folder, asked, wanted.overwrite, claim)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = Merged(base, adapter, merge_base, device)
+    dtype = DTYPES.get(wanted.dtype) or source.precision.compute
+    if source.requantizes and adapter.was_on_gpu() and device.type == "cpu":
+        print(
+            "note      the base was quantized on a GPU and is here on the CPU, which rounds a few scales of double "
+            "quantization to the next code; merge on a machine with a GPU for the very same numbers",
+            flush=True,
+        )
+    journal = begun or Journal(asked)
+    shards = plan_shards(source.pieces, dtype, wanted.most_shard_bytes)
+    todo = [shard for shard in shards if shard.file not in journal.done or not (folder / shard.file).is_file()]
+    _check_space(folder, sum(shard.nbytes for shard in todo))
+    if len(todo) < len(shards):
+        print(f"resuming  {len(shards) - len(todo)} of {len(shards)} files are there already", flush=True)
+    try:
+        if begun is None:
+            _clear(folder)
+        _write(folder, todo, source, dtype, journal)
+        write_index(folder, shards)
+        _write_tokenizer(folder, adapter, base, source)
+        _write_configs(folder, source.folder, dtype)  # last: until then nothing opens the folder as a model
+        journal.finished = True
+        journal.save(folder)
+    except OSError as error:
+        raise TrainingStopped(
+            f"output_dir: {folder} cannot be written ({error.strerror or error}); free some space there and start the "
+            "same command again: it goes on from the last whole file"
+        ) from error
+    return MergedModel(source, journal, folder, dtype, len(shards), sum(shard.nbytes for shard in shards))
+
+
+def rounding_lines(journal: Journal, dtype: torch.dtype) -> list[str]:
+    """Return what rounding to `dtype` did to what was learnt, for the user, with a warning where it did harm."""
+    sums = journal.rounding()
+    name = next(name for name, known in DTYPES.items() if known is dtype)
+    kept, noise = sums.share_kept(), sums.share_noise()
+    if not sums.learnt:
+        return ["warning   the adapter changes nothing: its B matrices are all zero"]
+    lines = [
+        f"rounding  to {name}: {kept:.1%} of what the adapter learnt is in the saved weights; the rounding's noise is "
+        f"{noise:.1%} of its size"
+    ]
+    if kept < LEAST_KEPT or noise > MOST_NOISE:
+        better = "--dtype fp16 or fp32" if dtype is torch.bfloat16 else "--dtype fp32"
+        lines.append(
+            f"warning   many learnt changes are smaller than half a step of {name} and vanish: merge with {better}, or "
+            "serve base and adapter apart"
+        )
+    return lines
+
+
+def _write(folder: Path, shards: Sequence[Shard], source: Merged, dtype: torch.dtype, journal: Journal) -> None:
+    total = sum(shard.nbytes for shard in shards)
+    with tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar:
+        for shard in shards:
+            sums = Rounding()
+            write_shard(folder, shard, _tensors(shard.pieces, source, dtype, sums, bar), dtype)
+            journal.done[shard.file] = sums
+            journal.save(folder)
+
+
+def _tensors(
+    pieces: Sequence[Piece], source: Merged, dtype: torch.dtype, sums: Rounding, bar: "tqdm[Any]"
+) -> Iterator[Tensor]:
+    """Yield merged tensors in their order; the base's next one is read and encoded meanwhile."""
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(source.base, pieces[0])
+        for i, piece in enumerate(pieces):
+            base = coming.result()
+            if i + 1 < len(pieces):
+                coming = ahead.submit(source.base, pieces[i + 1])
+            exact = source.added(piece, base)
+            saved = exact.to(piece.dtype_in(dtype))
+            _check_finite(piece, exact, saved)
+            if piece.linear is not None:
+                sums.add(base, exact, saved)
+            del base, exact
+            yield saved
+            bar.update(saved.nbytes)
+
+
+def _check_finite(piece: Piece, exact: Tensor, saved: Tensor) -> None:
+    """Raise UserError where a number does not fit the dtype, and where the adapter holds NaN."""
+    if not saved.is_floating_point() or bool(torch.stack(saved.aminmax()).isfinite().all()):
+        return
+    if bool(torch.stack(exact.aminmax()).isfinite().all()):
+        raise UserError(f"dtype: {piece.name} has numbers beyond float16's largest, 65504; use --dtype bf16")
+    raise UserError(f"adapter: {piece.name} comes out with NaN or infinity: the adapter or the base is damaged")
+
+
+def _fingerprint(adapter: SavedAdapter, base: ModelOptions, merge_base: str, wanted: Wanted) -> dict[str, Any]:
+    """Return what a folder's files must have been made from to be gone on with."""
+    file = (adapter.folder / "adapter_model.safetensors").stat()
+    return {
+        "adapter": str(adapter.folder.resolve()),
+        "adapter_bytes": file.st_size,
+        "adapter_written": file.st_mtime_ns,
+        "model_name": base.model_name,
+        "revision": base.revision,
+        "merge_base": merge_base,
+        "train_type": base.train_type,
+        "double_quant": base.double_quant,
+        "precision": base.precision,
+        "dtype": wanted.dtype,
+        "max_shard_bytes": wanted.most_shard_bytes,
+    }
+
+
+def _take(folder: Path, asked: Mapping[str, Any], overwrite: bool, claim: Claim) -> Journal | None:
+    """Take the folder; return the journal of an earlier start of the same merge."""
+    before = read_journal(folder)
+    begun = before if before is not None and before.done and not before.finished else None
+    resumes = begun is not None and begun.asked == asked
+    if begun is not None and not resumes and not overwrite:
+        differing = [name for name, value in asked.items() if begun.asked.get(name) != value]
+        raise UserError(
+            f"output_dir: {folder} holds an unfinished merge of something else ({', '.join(differing)} differ); choose "
+            "another folder, or --overwrite_output_dir true"
+        )
+    claim.take(folder, overwrite or resumes)
+    return begun if resumes else None
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of an earlier model, which would be mixed with this one."""
+    for file in folder.glob("*"):
+        if file.suffix == ".safetensors" or file.name in (INDEX, JOURNAL, "config.json"):
+            file.unlink()
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"output_dir: {folder} has {as_gib(free, 2)} free and the merged model will take {needed / GIB:.2f}; free "
+            "some space there, choose another folder, or write a GGUF instead (`gguf`)"
+        )
+
+
+def _write_tokenizer(folder: Path, adapter: SavedAdapter, base: ModelOptions, source: Merged) -> None:
+    """Write the tokenizer that the adapter was trained with, its chat template included; else the base's."""
+    own = (adapter.folder / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = load_tokenizer(str(adapter.folder) if own else base.model_name, None if own else base.revision)
+    except UserError as error:
+        print(f"note      no tokenizer is written: {first_line(error)}", flush=True)
+        return
+    try:
+        save_tokenizer(folder, tokenizer)
+    except TokenizerNotSaved as error:
+        raise OSError(str(error.__cause__)) from error
+    for name in ("tokenizer.model", "vocab.json", "merges.txt"):  # which other programs read
+        with suppress(OSError):
+            if (source.folder / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(source.folder / name, folder / name)
+
+
+def _write_configs(folder: Path, base: Path, dtype: torch.dtype) -> None:
+    """Write the base's own config.json without its quantization, and its generation_config.json."""
+    config = json.loads((base / "config.json").read_text())
+    config.pop("quantization_config", None)
+    name = str(dtype).removeprefix("torch.")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in ("torch_dtype", "dtype"):
+            if key in part or (part is config and key == "dtype" and "torch_dtype" not in part):
+                part[key] = name
+    if (base / "generation_config.json").is_file():
+        with atomic_file(folder / "generation_config.json") as part_file:
+            part_file.write_bytes((base / "generation_config.json").read_bytes())
+    with atomic_file(folder / "config.json") as part_file:
+        part_file.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,300 @@
+"""A merged model is base + adapter: of PEFT, of bitsandbytes' dequantized base, and for transformers that opens it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from fsdp_qlora.__main__ import main
+from fsdp_qlora.export import merged_folder
+from tests.support import plain, tiny
+from tests.support.runs import Options, flags, run_alone
+from tests.support.saved_adapters import save_random_adapter
+
+# Rows of whole quantization blocks: bitsandbytes' dequantization on the CPU takes no others.
+SHAPE = tiny.SHAPE | {"intermediate_size": 192}
+IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130, 140]])
+TIED = {"head_dim": 16, "tie_word_embeddings": True, "query_pre_attn_scalar": 16}
+FAMILIES: dict[str, dict] = {
+    "Llama": {},
+    "Qwen2": {},  # biases
+    "Phi3": {},  # q, k, v in one, gate and up in one
+    "Gemma2": TIED | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = getattr(transformers, f"{request.param}Config")(**SHAPE | FAMILIES[request.param])
+    return tiny.save_model(config, tmp_path_factory.mktemp(request.param), torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(transformers.LlamaConfig(**SHAPE), tmp_path_factory.mktemp("llama"), torch.bfloat16)
+
+
+def merge(capsys: pytest.CaptureFixture[str], code: int = 0, **options: object) -> str:
+    """What the command says: on stdout where it ends well, else its one line on stderr."""
+    capsys.readouterr()
+    assert main(["merge", *flags(options)]) == code
+    said = capsys.readouterr()
+    if code:
+        lines = [line for line in said.err.splitlines() if line.strip() and not line.startswith("merging:")]
+        assert len(lines) == 1, said.err
+    return said.err if code else said.out
+
+
+def dequantized(model: PreTrainedModel, double_quant: bool, dtype: torch.dtype) -> None:
+    """Give the linears of the decoder layers the numbers that bitsandbytes' 4-bit weights are."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            codes, state = quantize_4bit(
+                module.weight.data.bfloat16(), blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+            )
+            state.dtype = dtype
+            module.weight.data = dequantize_4bit(codes, state).to(module.weight.dtype)
+
+
+def with_peft(base: Path, adapter: Path, quantized: bool, double_quant: bool = True) -> PreTrainedModel:
+    """Base + adapter as PEFT merges them, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if quantized:
+        dequantized(model, double_quant, torch.bfloat16)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def logits(folder_or_model: Path | PreTrainedModel) -> Tensor:
+    model = folder_or_model
+    if isinstance(model, Path):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("double_quant", ["true", "false"])
+def test_merged_in_float32_is_bitsandbytes_base_plus_adapter(base, double_quant, tmp_path, capsys):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": base, "double_quant": double_quant})
+    merge(capsys, adapter=adapter, output_dir=tmp_path / "m", dtype="fp32", check_rows=0)
+    theirs = with_peft(base, adapter, quantized=True, double_quant=double_quant == "true")
+    state, plain = theirs.state_dict(), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    ours = tensors_of(tmp_path / "m")
+    moved = 0
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-7)
+        moved += not torch.equal(tensor, plain[name])
+    assert moved == len([name for name in ours if "_proj.weight" in name])
+    torch.testing.assert_close(logits(tmp_path / "m"), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_in_bf16_is_rounded_once_and_what_it_moved_is_said(base, tmp_path, capsys):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": base}, size=0.005)
+    said = merge(capsys, adapter=adapter, output_dir=tmp_path / "m", check_rows=4)
+    exact = with_peft(base, adapter, quantized=True)
+    wrong = total = 0
+    for name, tensor in tensors_of(tmp_path / "m").items():
+        assert tensor.dtype == torch.bfloat16
+        once = exact.state_dict()[name].bfloat16()
+        wrong, total = wrong + int((tensor != once).sum()), total + tensor.numel()
+    assert wrong < total / 1000  # the order of a float32 sum
+
+    told = json.loads((tmp_path / "m" / "merge.json").read_text())["report"]
+    assert f"at most {told['merged']:.3g} from those of base + adapter" in said
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    dequantized(before, True, torch.bfloat16)
+    merged = learnt = 0.0
+    for text in merged_texts():
+        ids = torch.tensor([tokenizer(text)["input_ids"][:128]])
+        with torch.no_grad():
+            one, other, third = saved(ids).logits, exact(ids).logits, before(ids).logits
+        merged, learnt = max(merged, (one - other).abs().max().item()), max(learnt, (other - third).abs().max().item())
+    assert told["merged"] == pytest.approx(merged, rel=1e-2)
+    assert told["learnt"] == pytest.approx(learnt, rel=1e-2)
+    assert 0 < merged < learnt
+
+
+def merged_texts() -> tuple[str, ...]:
+    from fsdp_qlora.export.check_rows import TEXTS
+
+    return TEXTS
+
+
+def test_original_is_the_checkpoints_own_weights_plus_adapter(llama, tmp_path, capsys):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama, "use_rslora": True})
+    merge(capsys, adapter=adapter, output_dir=tmp_path / "m", merge_base="original", dtype="fp32", check_rows=0)
+    state = with_peft(llama, adapter, quantized=False).state_dict()
+    for name, tensor in tensors_of(tmp_path / "m").items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_base_that_is_published_in_4_bits_is_dequantized_as_it_is(llama, tmp_path, capsys):
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        llama, dtype=torch.bfloat16, device_map=str(plain.DEVICE), quantization_config=settings
+    )
+    theirs.save_pretrained(tmp_path / "4bit")
+    tiny.save_tokenizer(tmp_path / "4bit")
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": tmp_path / "4bit", "double_quant": "false"})
+    asked = {"adapter": adapter, "output_dir": tmp_path / "m", "dtype": "fp32"}
+    assert "is published quantized; use --merge_base trained" in merge(capsys, 2, **asked, merge_base="original")
+    merge(capsys, **asked)
+    assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    for name, module in theirs.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            weight = model.get_submodule(name).weight
+            weight.data = plain.decoded(module).view_as(weight).float().cpu()
+    theirs = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    torch.testing.assert_close(logits(tmp_path / "m"), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_the_text_part_of_a_vision_language_model_is_merged_and_the_rest_kept(tmp_path, capsys):
+    text = SHAPE | TIED | {"sliding_window": 16, "num_hidden_layers": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=260, boi_token_index=261,
+        eoi_token_index=262,
+    )  # fmt: skip
+    base = tiny.save_model(config, tmp_path / "b", torch.bfloat16)
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": base, "train_type": "lora"})
+    merge(capsys, adapter=adapter, output_dir=tmp_path / "m", dtype="fp32")
+    theirs = PeftModel.from_pretrained(
+        transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), adapter
+    ).merge_and_unload()
+    ours = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "m")
+    assert ours.dtype == torch.float32
+    state = theirs.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_run_merges_as_it_answers_and_opens_with_its_tokenizer(llama, tmp_path, capsys):
+    rows = tiny.save_rows(tmp_path / "rows.jsonl", 8)
+    options: Options = {
+        "model_name": llama, "dataset": rows, "train_type": "lora", "precision": "fp32", "batch_size": 4,
+        "context_length": 32, "lora_rank": 4, "lr": 1e-2, "log_to": "stdout",
+    }  # fmt: skip
+    adapter = run_alone(options, tmp_path / "a").folder
+    said = merge(capsys, adapter=adapter, output_dir=tmp_path / "m")
+    assert f"4 rows of {rows}" in said
+    torch.testing.assert_close(
+        logits(tmp_path / "m"), logits(with_peft(llama, adapter, quantized=False)), rtol=1e-5, atol=1e-5
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "m")("ant")["input_ids"][0] == 1
+    assert (tmp_path / "m" / "generation_config.json").is_file()
+
+
+def test_an_adapter_of_peft_alone_needs_to_be_told_how_its_base_was_stored(llama, tmp_path, capsys):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(llama), LoraConfig(r=3, target_modules=["q_proj", "down_proj", "lm_head"])
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "a")
+    asked = {"adapter": tmp_path / "a", "output_dir": tmp_path / "m", "dtype": "fp32", "check_rows": 1}
+    said = merge(capsys, 2, **asked)
+    assert "add --train_type, --precision as it was trained, or --merge_base original" in said
+    assert "add --double_quant" in merge(capsys, 2, **asked, train_type="qlora", precision="bf16")
+    assert not (tmp_path / "m").exists()
+    merge(capsys, **asked, train_type="qlora", precision="bf16", double_quant="true")
+    state = with_peft(llama, tmp_path / "a", quantized=True).state_dict()
+    for name, tensor in tensors_of(tmp_path / "m").items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-6, atol=1e-7)
+
+
+def test_an_interrupted_merge_goes_on_from_its_last_whole_file(llama, tmp_path, capsys, monkeypatch):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
+    asked = {"adapter": adapter, "check_rows": 0, "max_shard_gb": 5e-5}
+    merge(capsys, **asked, output_dir=tmp_path / "whole")
+    write, written = merged_folder.write_shard, []
+
+    def until_the_third(folder, shard, tensors, dtype):
+        if len(written) == 2:
+            next(iter(tensors))
+            (folder / f".{shard.file}.1").write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        written.append(shard.file)
+        write(folder, shard, tensors, dtype)
+
+    monkeypatch.setattr(merged_folder, "write_shard", until_the_third)
+    assert main(["merge", *flags(asked | {"output_dir": tmp_path / "m"})]) == 130
+    assert not (tmp_path / "m" / "config.json").exists()
+    first = [(tmp_path / "m" / name).stat().st_mtime_ns for name in written]
+    monkeypatch.setattr(merged_folder, "write_shard", write)
+    assert "unfinished merge of something else (dtype differ)" in merge(
+        capsys, 2, **asked, output_dir=tmp_path / "m", dtype="fp16"
+    )
+    assert "resuming  2 of" in merge(capsys, **asked, output_dir=tmp_path / "m")
+    assert first == [(tmp_path / "m" / name).stat().st_mtime_ns for name in written]
+    whole = tensors_of(tmp_path / "whole")
+    for name, tensor in tensors_of(tmp_path / "m").items():
+        assert torch.equal(tensor, whole.pop(name))
+    assert not whole
+    done = [json.loads((tmp_path / name / "merge.json").read_text())["done"] for name in ("whole", "m")]
+    assert done[0] == done[1]
+    assert "is not empty" in merge(capsys, 2, **asked, output_dir=tmp_path / "m")
+
+
+def test_rounding_that_loses_what_was_learnt_is_told(llama, tmp_path, capsys):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama, "train_type": "lora"}, size=2e-6)
+    said = merge(capsys, adapter=adapter, output_dir=tmp_path / "m", check_rows=1)
+    assert "warning   many learnt changes are smaller than half a step of bf16" in said
+    said = merge(capsys, adapter=adapter, output_dir=tmp_path / "f", check_rows=1, dtype="fp32")
+    assert "rounding  to fp32: 100.0% of what the adapter learnt" in said
+    assert "warning" not in said
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"adapter": "{tmp}/nowhere"}, "adapter: {tmp}/nowhere has no adapter_config.json and no adapter_model"),
+        ({"model_name": "{tmp}/other"}, "adapter: {tmp}/a is of another model than {tmp}/other"),
+        ({"train_type": "lora"}, "train_type: lora is not what {tmp}/a was trained with (qlora, by its config.yaml)"),
+        ({"precision": "fp32"}, "precision: fp32 is not what {tmp}/a was trained with"),
+        ({"dtype": "fp8"}, "--dtype fp8: 'fp8' is not allowed"),
+        ({"adaptr": "x"}, "--adaptr x: there is no such option; did you mean adapter?"),
+        ({"output_dir": "{tmp}/a"}, "output_dir: {tmp}/a is not empty"),
+        ({"train_type": "lora", "double_quant": "true"}, "--double_quant true: has no effect with --train_type lora"),
+    ],
+)
+def test_a_mistake_is_one_line(llama, tmp_path, capsys, change, says):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
+    tiny.save_model(transformers.LlamaConfig(**tiny.SHAPE | {"hidden_size": 32}), tmp_path / "other")
+    options = {"adapter": adapter, "output_dir": tmp_path / "m"} | change
+    said = merge(capsys, 2, **{name: str(value).format(tmp=tmp_path) for name, value in options.items()})
+    assert says.format(tmp=tmp_path) in said
+    assert not (tmp_path / "m" / "config.json").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(llama, tmp_path, capsys, monkeypatch):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: real._replace(free=1000))
+    assert "has 0.00 GiB free and the merged model will take" in merge(
+        capsys, 2, adapter=adapter, output_dir=tmp_path / "m"
+    )
+    assert not list((tmp_path / "m").glob("*.safetensors"))
+
+
+def test_a_damaged_adapter_is_told_and_nothing_is_left_that_opens(llama, tmp_path, capsys):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama}, size=float("nan"))
+    assert "comes out with NaN or infinity" in merge(capsys, 2, adapter=adapter, output_dir=tmp_path / "m")
+    assert not (tmp_path / "m" / "config.json").exists()
