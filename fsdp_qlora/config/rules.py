@@ -1,14 +1,22 @@
 """Rules between options: which need another to have any effect, and which contradict each other."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.config.columns import FIELDS, read_columns
 from fsdp_qlora.config.compat import COMPATIBILITY
+from fsdp_qlora.config.log_targets import readers
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.config.program import Conflict, Needs, broken, unmet
 from fsdp_qlora.config.train_types import TRAIN_TYPES
+
+
+def _is_read(option: str, config: Config) -> bool:
+    """Return whether a logger that `log_to` names reads `option`."""
+    return bool({*readers(option)} & {*config.output.log_to})
+
 
 NEEDS: tuple[Needs[Config], ...] = (
     Needs(("plan_for",), "plan_only", lambda c: c.memory.plan_only, "set plan_only to true"),
@@ -88,11 +96,9 @@ NEEDS: tuple[Needs[Config], ...] = (
         lambda c: c.data.prompt_template is None,
         "omit prompt_template",
     ),
-    Needs(
-        ("project_name", "name", "group", "entity"),
-        "log_to",
-        lambda c: "wandb" in c.output.log_to,
-        "add wandb to log_to",
+    *(
+        Needs((name,), "log_to", partial(_is_read, name), f"add {' or '.join(readers(name))} to log_to")
+        for name in ("project_name", "name", "group", "entity")
     ),
     Needs(
         (

@@ -34,6 +34,11 @@ class Batches:
     def steps_per_epoch(self) -> int:
         return -(-len(self.rows) // self.rows_per_step)
 
+    def completed(self, steps: int) -> float:
+        """Return the epochs that the rows of the run's first `steps` steps come to: whole after an epoch's last."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs + rest * self.rows_per_step / len(self.rows)
+
     def step(self, epoch: int, index: int) -> list[Batch]:
         """Return this rank's micro-batches of step `index` (0-based) of `epoch` (0-based), as many as every rank's.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import first_line
 from fsdp_qlora.exchange.base import Pending
+from fsdp_qlora.memory.host_link import TRAFFIC
 from fsdp_qlora.memory.shared import HostStore, rounded
 
 SLOTS = 2  # exchanges of a rank whose bytes may wait for a peer to read them
@@ -139,6 +140,7 @@ class HostExchange:
             self._await(self._read(self.world.rank, peer), self.count - SLOTS)
         for i, part in enumerate(parts):
             self._part(self.world.rank, i, part).copy_(part, non_blocking=True)
+            TRAFFIC.from_device += part.nbytes
         for peer in self._peers:
             self._advance(self._written(self.world.rank, peer))
 
@@ -146,6 +148,7 @@ class HostExchange:
         """Queue the copy of part `number` from the peer's slot."""
         self._await(self._written(peer, self.world.rank), self.count)
         into.copy_(self._part(peer, number, into), non_blocking=True)
+        TRAFFIC.to_device += into.nbytes
         self._advance(self._read(peer, self.world.rank))
 
     def _part(self, rank: int, number: int, like: Tensor) -> Tensor:

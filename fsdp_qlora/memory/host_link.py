@@ -21,12 +21,25 @@ Piece = tuple[int, int, int]  # (to, from, bytes)
 Copy = Callable[[int, int, int, int], int]  # (to, from, bytes, stream) -> CUDA error code
 
 
+@dataclass
+class Traffic:
+    """Bytes between host memory and this process's GPU, as queued so far by streamed blocks, offloaded
+    activations and the exchange through host memory. Collectives of NCCL and FSDP2's own offload are not counted."""
+
+    to_device: int = 0
+    from_device: int = 0
+
+
+TRAFFIC = Traffic()
+
+
 @dataclass(frozen=True)
 class Transfer:
     """Tensors to copy, made ready once. turns: the pieces that go together, by address; only a GPU needs them."""
 
     pairs: list[tuple[Tensor, Tensor]]  # (to, from)
     turns: list[list[Piece]]
+    nbytes: int
 
 
 class HostLink:
@@ -36,6 +49,7 @@ class HostLink:
 
     def __init__(self, device: torch.device, to_device: bool, bytes_per_second: float | None = None) -> None:
         self.piece = piece_bytes(bytes_per_second)
+        self._to_device = to_device
         self._streams: list[torch.cuda.Stream] = []
         self._turn = 0
         if device.type != "cuda":
@@ -47,7 +61,8 @@ class HostLink:
 
     def prepare(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Transfer:
         """Cut the copies of (to, from) into turns. Each pair is contiguous and of equal bytes."""
-        transfer = Transfer(list(pairs), [])
+        pairs = list(pairs)
+        transfer = Transfer(pairs, [], sum(to.nbytes for to, _ in pairs))
         if not self._streams:
             return transfer
         room = 0
@@ -75,6 +90,10 @@ class HostLink:
 
         done: an event to record again for that, once every wait for its last use has been queued. The tensors
         must live until the copies are over."""
+        if self._to_device:
+            TRAFFIC.to_device += transfer.nbytes
+        else:
+            TRAFFIC.from_device += transfer.nbytes
         if not self._streams:
             for target, tensor in transfer.pairs:
                 target.copy_(tensor)

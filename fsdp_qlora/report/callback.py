@@ -12,6 +12,9 @@ class Callback:
     def on_step(self, record: StepRecord) -> None:
         """Take note of a finished optimizer step."""
 
+    def on_failed_step(self, record: StepRecord) -> None:
+        """Take note of a step whose loss or gradient is not finite: it updated nothing, and the run ends."""
+
     def on_eval(self, record: EvalRecord) -> None:
         """Take note of a finished evaluation."""
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -12,9 +13,11 @@ from typing import IO, Any
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.report.callback import Callback
-from fsdp_qlora.report.loggers import Logger, check_installed, open_loggers
-from fsdp_qlora.report.loss_curve import draw_loss_curve
+from fsdp_qlora.report.loggers.behind import Behind
+from fsdp_qlora.report.loggers.table import check_installed, open_loggers
+from fsdp_qlora.report.loss_curve import draw_loss_curve, is_finite, what_is_wrong
 from fsdp_qlora.report.progress import Bar, Lines, Progress, as_time
+from fsdp_qlora.report.scalars import step_scalars
 from fsdp_qlora.report.step_record import StepRecord
 from fsdp_qlora.runtime.files import writing_to
 
@@ -30,10 +33,11 @@ class Metrics(Callback):
     def __init__(self, config: Config, world: World, total_steps: int) -> None:
         self.config, self.world, self.total_steps = config, world, total_steps
         self._records: list[StepRecord] = []
+        self._failed: StepRecord | None = None  # the step that ended the run
         self._host_peak: list[float] = []  # per rank
         self._host_peak_sum = 0.0
         self._closed = self._file_failed = False
-        self._loggers: list[Logger] = []
+        self._loggers: list[Behind] = []
         self._progress: list[Progress] = []
         check_installed(config)
         if not world.is_main:
@@ -41,7 +45,7 @@ class Metrics(Callback):
         self.directory = Path(config.output.output_dir)
         with writing_to(self.directory, "output_dir"):
             self._file: IO[str] = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
-        self._loggers = open_loggers(config)
+        self._loggers = open_loggers(config, world.say)
 
     def on_step(self, record: StepRecord) -> None:
         """Record and show one step. The JSON line is written and flushed when this returns."""
@@ -49,14 +53,24 @@ class Metrics(Callback):
             return
         self._records.append(record)
         self._note_host(record.host_rss_gib)
-        line = dataclasses.asdict(record) | {"tokens_per_second": round(record.tokens_per_second, 2)}
-        self._write(json.dumps(_rounded(line)) + "\n")
-        for logger in self._loggers:
-            logger.log(record.step, _scalars(record))
+        self._note(record)
         if not self._progress:
             self._progress = self._start_progress()
         for progress in self._progress:
             progress.show(record, self._records)
+
+    def on_failed_step(self, record: StepRecord) -> None:
+        """Record a step that ended the run: its JSON line says why in `stopped`."""
+        if not self.world.is_main:
+            return
+        self._failed = record
+        self._note(record, stopped=what_is_wrong(record))
+
+    def _note(self, record: StepRecord, **more: str) -> None:
+        line = dataclasses.asdict(record) | {"tokens_per_second": round(record.tokens_per_second, 2)} | more
+        self._write(as_json(_rounded(line)) + "\n")
+        for logger in self._loggers:
+            logger.log(record.step, step_scalars(record))
 
     def _write(self, line: str) -> None:
         """Write a line of the record. Training is worth more than it: a full disk ends the record, not the run."""
@@ -72,25 +86,27 @@ class Metrics(Callback):
                 "without it; free some space before the end, when the adapter is saved"
             )
 
-    def close(self, saved: Sequence[str | Path] = (), host_peak_gib: Sequence[float] = ()) -> None:
+    def close(
+        self, saved: Sequence[str | Path] = (), host_peak_gib: Sequence[float] = (), failed: bool = False
+    ) -> None:
         """Draw the loss curve and print the summary; a second call does nothing.
 
         saved: what else was written, for the summary's last lines. host_peak_gib: each rank's highest reading, loading
-        included, where it was kept; else the highest of the records."""
+        included, where it was kept; else the highest of the records. failed: an error ends the run."""
         if self._closed or not self.world.is_main:
             return
         self._closed = True
         for progress in self._progress:
             progress.close()
         for logger in self._loggers:
-            logger.close()
+            logger.close(failed)
         with suppress(OSError):  # what a full disk did not take is still in the buffer; it has been told
             self._file.close()
         places = [str(place) for place in saved] + [str(self.directory / "metrics.jsonl")]
-        if self._records:
+        if self._records or self._failed is not None:
             curve = self.directory / "loss.png"
             try:
-                draw_loss_curve(curve, [record.loss for record in self._records], self.config.model.model_name)
+                draw_loss_curve(curve, self.config.model.model_name, self._records, (), self._failed)
                 places.append(str(curve))
             except OSError as error:  # a full disk must not take a finished run down with it
                 self.world.say(f"the loss curve {curve} could not be written: {error.strerror}")
@@ -105,7 +121,7 @@ class Metrics(Callback):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.close(failed=exception[0] is not None)
 
     def _start_progress(self) -> list[Progress]:
         """Choose and start the progress displays: at the first step, as other lines may be printed until then."""
@@ -117,6 +133,12 @@ class Metrics(Callback):
         elif "tqdm" in where and not chosen:
             chosen.append(Lines(self.world.say, self.total_steps))
         return chosen
+
+    def _speed(self) -> str:
+        """Return the typical speed. The first steps compile and allocate; a run that has no others says so."""
+        typical = self._records[WARM_UP_STEPS:]
+        speed = statistics.median(record.tokens_per_second for record in typical or self._records)
+        return f"median {speed:,.0f} tok/s {'after' if typical else 'with'} warm-up"
 
     def _note_host(self, per_rank: Sequence[float]) -> None:
         if not per_rank:
@@ -130,11 +152,11 @@ class Metrics(Callback):
             return ["no step was completed"]
         first, last = self._records[0], self._records[-1]
         steps = f"{last.step} of {self.total_steps}" if last.step < self.total_steps else f"{last.step}"
-        typical = self._records[min(WARM_UP_STEPS, len(self._records) // 2) :]
-        speed = statistics.median(record.tokens_per_second for record in typical)
+        left_out = sum(not is_finite(record) for record in self._records)
         lines = [
             f"trained {steps} steps in {as_time(sum(record.seconds for record in self._records))}, "
-            f"{sum(record.tokens for record in self._records):,} tokens, median {speed:,.0f} tok/s after warm-up",
+            f"{sum(record.tokens for record in self._records):,} tokens, {self._speed()}",
+            *([f"        {left_out} of them left out: float16 gradients overflowed"] if left_out else []),
             f"loss    {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}",
         ]
         if last.gpu_allocated_gib:
@@ -155,25 +177,17 @@ class Metrics(Callback):
         return lines
 
 
-def _scalars(record: StepRecord) -> dict[str, float]:
-    """Return what loggers plot: one number each, the fullest card and the whole host for memory."""
-    values = {
-        "train/loss": record.loss,
-        "train/lr": record.lr,
-        "train/grad_norm": record.grad_norm,
-        "train/epoch": record.epoch,
-        "speed/tokens_per_second": record.tokens_per_second,
-        "speed/seconds_per_step": record.seconds,
-        "memory/host_gib": sum(record.host_rss_gib),
-    }
-    if record.gpu_allocated_gib:
-        values["memory/gpu_allocated_gib"] = max(record.gpu_allocated_gib)
-        values["memory/gpu_reserved_gib"] = max(record.gpu_reserved_gib)
-    return values
+def as_json(line: Mapping[str, Any]) -> str:
+    """Return one line of JSON. The format has no NaN and no infinity: null stands for them."""
+    return json.dumps({name: None if _is_wild(value) else value for name, value in line.items()}, allow_nan=False)
+
+
+def _is_wild(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _rounded(line: dict[str, Any]) -> dict[str, Any]:
     """Round GiB to a MiB and seconds to 0.1 ms; loss, lr and norm keep every digit, for runs are compared by them."""
-    for name in ("gpu_allocated_gib", "gpu_reserved_gib", "host_rss_gib"):
+    for name in ("gpu_allocated_gib", "gpu_reserved_gib", "host_rss_gib", "link_to_gpu_gib", "link_from_gpu_gib"):
         line[name] = [round(gib, 3) for gib in line[name]]
-    return line | {"seconds": round(line["seconds"], 4), "epoch": round(line["epoch"], 4)}
+    return line | {"seconds": round(line["seconds"], 4)}

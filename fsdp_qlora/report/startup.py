@@ -45,11 +45,13 @@ def describe(
 
 def describe_rows(config: Config, batches: Batches, total_steps: int, world: World) -> list[str]:
     """Return its lines on data and steps."""
+    last = len(batches.rows) % batches.rows_per_step
+    shorter = f"; an epoch's last of {last}" if last else ""
     return [
         f"data      {batches.rows.summary}",
-        f"run       {total_steps} steps of {batches.rows_per_step} rows "
-        f"({batches.batch_size} x {batches.accumulation} x {_ranks(world)}), "
-        f"context {config.data.context_length}",
+        f"run       {_counted(total_steps, 'step')} of {batches.rows_per_step} rows "
+        f"({batches.batch_size} x {batches.accumulation} x {_ranks(world)}{shorter}), "
+        f"{_counted(batches.completed(total_steps), 'epoch')}, context {config.data.context_length}",
     ]
 
 
@@ -65,7 +67,12 @@ def _recomputation(config: Config, fusion: Fusion, attention: Attention) -> list
 
 
 def _ranks(world: World) -> str:
-    return f"{world.size} rank{'s' * (world.size > 1)}"
+    return _counted(world.size, "rank")
+
+
+def _counted(number: float, what: str) -> str:
+    """Return a number, which may be a part of one, with its word."""
+    return f"{number:.4f}".rstrip("0").rstrip(".") + f" {what}{'s' * (number != 1)}"
 
 
 def _size(nbytes: float) -> str:

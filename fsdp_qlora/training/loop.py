@@ -20,7 +20,7 @@ from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import profiled
 from fsdp_qlora.runtime.host_memory import HostMemory
 from fsdp_qlora.training.retry import Refit, out_of_memory
-from fsdp_qlora.training.step import Ready, Stepper
+from fsdp_qlora.training.step import NotFinite, Ready, Stepper
 
 TURN_SECONDS = 1.0  # that a rank gives the one before it, when one of them has to save alone
 
@@ -76,8 +76,12 @@ class Loop:
                 self._begin(ready, step + 1)
                 if step + 1 < self.steps:
                     ready = self._ready(step + 1)  # while the GPU is at work
-                completed = (step + 1) / self.batches.steps_per_epoch
-                record = self.stepper.end(completed, self.host.now)
+                try:
+                    record = self.stepper.end(self.batches.completed(step + 1), self.host.now)
+                except NotFinite as stopped:
+                    for callback in callbacks:
+                        callback.on_failed_step(stopped.record)
+                    raise
                 for callback in callbacks:
                     callback.on_step(record)
                 if self.stepper.overflowed:

@@ -16,6 +16,7 @@ from fsdp_qlora.data.collate import Batch
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
 from fsdp_qlora.memory.arena import Arena
+from fsdp_qlora.memory.host_link import TRAFFIC
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.optim.optimizers import OPTIMIZERS, make_optimizer
 from fsdp_qlora.optim.schedules import make_schedule
@@ -35,8 +36,17 @@ class Ready:
 
     batches: list[Batch]
     inputs: list[tuple[Tensor, Tensor, Tensor]]  # what the model takes of each; pinned where there is a GPU
-    label_tokens: int  # of the step, on all ranks
+    rows: int  # of the step, on all ranks
+    label_tokens: int  # the same
     tokens: int  # the same
+
+
+class NotFinite(TrainingStopped):
+    """A step's loss or gradient is NaN or infinite: nothing was updated, on any rank."""
+
+    def __init__(self, text: str, record: StepRecord) -> None:
+        super().__init__(text)
+        self.record = record  # of the step
 
 
 class Stepper:
@@ -65,6 +75,7 @@ class Stepper:
         self._begun = 0  # optimizer steps of which the update has begun, or that were left out
         self._updated = 0  # of these, the ones whose new values are published
         self._start = 0.0  # when the current step began, for its record
+        self._moved = TRAFFIC.to_device, TRAFFIC.from_device  # bytes, at the end of the last step
         self._ended: float | None = None  # when the last step ended: the seconds of a step count from there
         # The step between `begin` and `end`: its batches, and each rank's loss and squared norm.
         self._current: tuple[Ready, AsyncNumbers] | None = None
@@ -86,9 +97,10 @@ class Stepper:
 
     def prepare(self, batches: list[Batch]) -> Ready:
         """Return the micro-batches (as many as every rank's) ready for `begin`. A collective, on the host."""
-        counts = [sum(b.labels.numel() for b in batches), sum(b.tokens for b in batches)]
-        label_tokens, tokens = (int(sum(column)) for column in zip(*self.world.gather(counts), strict=True))
-        return Ready(batches, [_inputs(batch, self.world.device) for batch in batches], label_tokens, tokens)
+        each = [(len(batch.rows), batch.labels.numel(), batch.tokens) for batch in batches]
+        counts = [sum(column) for column in zip(*each, strict=True)]
+        totals = [int(sum(column)) for column in zip(*self.world.gather(counts), strict=True)]
+        return Ready(batches, [_inputs(batch, self.world.device) for batch in batches], *totals)
 
     def begin(self, ready: Ready) -> None:
         """Launch forward and backward over the micro-batches, and the update where it can be queued."""
@@ -129,7 +141,7 @@ class Stepper:
         """Wait for the sums of the current step, and update, if that has not been queued.
 
         epoch: epochs completed after this step. host_gib: this rank's host memory, for the record.
-        Raises TrainingStopped on every rank, with nothing updated, when a loss or a gradient is not finite.
+        Raises NotFinite on every rank, with nothing updated, when a loss or a gradient is not finite.
         """
         assert self._current is not None, "no step was begun"
         (ready, sums), self._current = self._current, None
@@ -138,16 +150,22 @@ class Stepper:
         self.adapters.check()
         loss, norm = sum(losses) / self.scale.value, math.sqrt(sum(squares)) / self.scale.value
         lr = float(self.schedule.get_last_lr()[0])
-        self.overflowed = not self._finish_update(loss, norm, ready.batches, losses)
-        allocated, reserved, retries, host = map(list, zip(*self.world.gather([*memory, host_gib]), strict=True))
+        stop = self._must_stop(loss, norm)
+        if stop:
+            self._begun = self._updated
+        else:
+            self.overflowed = not self._finish_update(loss, norm)
+        numbers = self.world.gather([*memory, *self._link(), host_gib])
+        allocated, reserved, retries, to_gpu, from_gpu, host = map(list, zip(*numbers, strict=True))
         self._ended = time.perf_counter()
         on_gpu = self.world.device.type == "cuda"
-        return StepRecord(
-            step=self._updated,
+        record = StepRecord(
+            step=self._updated + stop,
             epoch=epoch,
             loss=loss,
             lr=lr,
             grad_norm=norm,
+            rows=ready.rows,
             tokens=ready.tokens,
             label_tokens=ready.label_tokens,
             seconds=self._ended - self._start,
@@ -155,8 +173,13 @@ class Stepper:
             gpu_reserved_gib=reserved if on_gpu else [],
             gpu_retries=[int(count) for count in retries] if on_gpu else [],
             host_rss_gib=host,
+            link_to_gpu_gib=to_gpu if on_gpu else [],
+            link_from_gpu_gib=from_gpu if on_gpu else [],
             step_retries=self._retries,
         )
+        if stop:
+            self._stop(record, ready.batches, losses)
+        return record
 
     def _begin(self, ready: Ready) -> None:
         self._ran_out, self._passed = "", 0
@@ -205,12 +228,14 @@ class Stepper:
         self.adapters.finish()
         return total
 
-    def _finish_update(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> bool:
+    def _must_stop(self, loss: float, norm: float) -> bool:
+        """Return whether a sum is not finite and a lower loss scale would not help."""
+        may_shrink = self.scale.enabled and self.scale.value > 1
+        return not math.isfinite(loss) or not (math.isfinite(norm) or may_shrink)
+
+    def _finish_update(self, loss: float, norm: float) -> bool:
         """Update, unless that has been queued, and publish; or neither, and return False."""
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite and not (self.scale.enabled and math.isfinite(loss) and self.scale.value > 1):
-            self._begun = self._updated
-            self._stop(loss, norm, batches, losses)
         if not self.update.is_queued:
             self._begun += 1
         if finite:
@@ -228,19 +253,28 @@ class Stepper:
             self.arena.stop()
         return finite
 
-    def _stop(self, loss: float, norm: float, batches: list[Batch], losses: list[float]) -> NoReturn:
+    def _stop(self, record: StepRecord, batches: list[Batch], losses: list[float]) -> NoReturn:
         rows: list[list[int]] = [[] for _ in range(self.world.size)]
         dist.all_gather_object(rows, [row for batch in batches for row in batch.rows])
         bad = [rank for rank, value in enumerate(losses) if not math.isfinite(value)] or range(self.world.size)
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        finite = math.isfinite(record.loss)
+        what = f"the gradient's norm is {record.grad_norm}" if finite else f"the loss is {record.loss}"
         where = "; ".join(f"rank {rank}: {', '.join(map(str, rows[rank])) or 'none'}" for rank in bad)
         damaged = "" if self._updated else "; so early the checkpoint itself may be damaged"
-        stopped = TrainingStopped(
-            f"step {self._updated + 1}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): "
+        stopped = NotFinite(
+            f"step {record.step}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): "
             f"{where}. Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream)"
-            f"{damaged}"
+            f"{damaged}",
+            record,
         )
         raise stopped.on_every_rank(self.world.rank)
+
+    def _link(self) -> tuple[float, float]:
+        """Return GiB to and from the GPU that were queued since the last call."""
+        now = TRAFFIC.to_device, TRAFFIC.from_device
+        moved = (now[0] - self._moved[0]) / GIB, (now[1] - self._moved[1]) / GIB
+        self._moved = now
+        return moved
 
     def _memory(self) -> tuple[float, float, float]:
         """Return the peaks of allocated and reserved GiB, and the allocator's retries, so far."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fsdp_qlora.memory import host_link
-from fsdp_qlora.memory.host_link import LEAST_PIECE, PIECE, HostLink, piece_bytes
+from fsdp_qlora.memory.host_link import LEAST_PIECE, PIECE, TRAFFIC, HostLink, piece_bytes
 from tests.support.slow_gpu import CUDA, SlowGpu, slow_gpu
 
 KIB = 1 << 10
@@ -102,3 +102,14 @@ def test_a_gpu_lets_a_small_copy_through():
     link.synchronize()
     assert torch.equal(target.cpu(), source)
     assert torch.equal(small.cpu(), source[: 1 << 20])
+
+
+def test_bytes_are_counted_by_direction_each_time_they_are_copied():
+    cpu = torch.device("cpu")
+    to_device, from_device = HostLink(cpu, to_device=True), HostLink(cpu, to_device=False)
+    before = TRAFFIC.to_device, TRAFFIC.from_device
+    transfer = to_device.prepare([(torch.zeros(9, dtype=torch.uint8), numbered(1, 9)), (torch.zeros(4), torch.ones(4))])
+    for _ in range(3):
+        to_device.copy(transfer)
+    from_device.copy(from_device.prepare([(torch.zeros(7, dtype=torch.uint8), numbered(1, 7))]))
+    assert (TRAFFIC.to_device - before[0], TRAFFIC.from_device - before[1]) == (3 * 25, 7)

@@ -57,13 +57,14 @@ def step(streamer: Streamer) -> None:
 def test_every_unit_finds_its_bytes_and_none_is_copied_needlessly(resident, buffers):
     streamer = Streamer(units(resident), BLOCKS, buffers, DEVICE)
     step(streamer)
-    before = streamer.copied
+    before, counted = streamer.copied, host_link.TRAFFIC.to_device
     for _ in range(3):
         step(streamer)
     moved = [len(set(range(BLOCKS)) - resident), HEAD not in resident]
     size, head_size = (unit.frozen.layout.nbytes for unit in streamer.units[-2:])
     every_use = 3 * (2 * moved[0] * size + moved[1] * head_size)
     copied = streamer.copied - before
+    assert host_link.TRAFFIC.to_device - counted == copied, "what the record of a step tells of the link"
     if buffers >= sum(moved):
         assert copied == 0, "all of them have a buffer of their own"
     else:  # the last of a pass are the first of the next: all that are still there but one, which the head may take

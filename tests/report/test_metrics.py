@@ -2,24 +2,32 @@
 
 import io
 import json
+import math
 import mmap
 import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from fsdp_qlora.config.options import Config, ModelOptions, OutputOptions, ProfileOptions
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.report.loggers import check_installed
+from fsdp_qlora.report.eval_record import EvalRecord
+from fsdp_qlora.report.loggers.base import LoggerSpec
+from fsdp_qlora.report.loggers.table import LOGGERS, check_installed
+from fsdp_qlora.report.loss_curve import draw_loss_curve, running_mean
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import profiled
 from fsdp_qlora.report.progress import as_time
+from fsdp_qlora.report.scalars import eval_scalars, step_scalars
 from fsdp_qlora.report.step_record import StepRecord
 from fsdp_qlora.runtime.host_memory import HostMemory, host_memory_gib
 
@@ -38,6 +46,7 @@ def record(step: int, seconds: float = 0.5, gpu: bool = True, retries: int = 0) 
         loss=4.0 / step,
         lr=2e-4,
         grad_norm=1.25,
+        rows=8,
         tokens=1000,
         label_tokens=600,
         seconds=seconds,
@@ -144,6 +153,89 @@ def test_a_terminal_gets_a_bar_with_loss_speed_memory_and_time_left(tmp_path, mo
         drawn
     )
     assert "| 01:30" in drawn[-1], "the first step, after which the bar came up, counts as elapsed"
+
+
+def test_gib_speed_and_link_are_numbers_for_every_logger():
+    moved = replace(record(2), link_to_gpu_gib=[1.0, 3.0], link_from_gpu_gib=[0.25, 0.0])
+    assert step_scalars(moved) == {
+        "train/loss": 2.0, "train/lr": 2e-4, "train/grad_norm": 1.25, "train/epoch": 0.2,
+        "speed/tokens_per_second": 2000.0, "speed/seconds_per_step": 0.5,
+        "memory/gpu_allocated_gib": 5.0, "memory/gpu_reserved_gib": 7.0, "memory/host_gib": 2.0,
+        "link/to_gpu_gib_per_second": 6.0, "link/from_gpu_gib_per_second": 0.5,
+    }  # fmt: skip
+    assert not [name for name in step_scalars(record(1, gpu=False)) if name.startswith(("link/", "memory/gpu"))]
+    evaluation = EvalRecord(2, 0.5, 800.0, 600, 1000, 8, 0.5, is_best=True)
+    assert eval_scalars(evaluation) == {
+        "eval/loss": 800.0, "eval/perplexity": math.inf, "eval/epoch": 0.5, "eval/seconds": 0.5,
+        "eval/tokens_per_second": 2000.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "said"), [(1, "with"), (3, "with"), (4, "after")])
+def test_a_run_of_few_steps_says_that_its_speed_has_the_warm_up_in_it(steps, said, tmp_path, capsys):
+    with Metrics(config_for(tmp_path), MAIN, steps) as metrics:
+        for step in range(1, steps + 1):
+            metrics.on_step(record(step))
+    assert f"median 2,000 tok/s {said} warm-up" in capsys.readouterr().out
+
+
+def test_a_step_without_a_loss_is_told_to_loggers_which_hear_that_the_run_failed(tmp_path, monkeypatch):
+    told, ended = list[tuple[int, float]](), list[bool]()
+
+    class Noting:
+        place = "nowhere"
+
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            told.append((step, values["train/loss"]))
+
+        def close(self, failed: bool) -> None:
+            ended.append(failed)
+
+    monkeypatch.setitem(LOGGERS, "wandb", LoggerSpec(lambda config: Noting()))
+
+    def fail() -> None:
+        with Metrics(config_for(tmp_path, "wandb"), MAIN, 3) as metrics:
+            metrics.on_step(record(1))
+            metrics.on_failed_step(replace(record(2), loss=math.nan))
+            raise KeyError("step 2")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert told[0] == (1, 4.0)
+    assert told[1][0] == 2
+    assert math.isnan(told[1][1])
+    assert ended == [True]
+
+
+def test_the_curve_has_a_mean_a_band_of_long_runs_evaluations_rates_and_failures(tmp_path, monkeypatch):
+    """What is drawn, by the artists of the figure."""
+    drawn = list[Figure]()
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    steps = [replace(record(step), loss=1.0 + step % 2, lr=step * 1e-6) for step in range(1, 5001)]
+    steps[6] = replace(steps[6], loss=9.0)
+    evaluations = [EvalRecord(step, 0.5, 1.25, 600, 1000, 8, 0.5, is_best=False) for step in (0, 2500, 5000)]
+    failed = replace(record(5001), loss=math.nan)
+    draw_loss_curve(tmp_path / "loss.png", "tiny", steps, evaluations, failed)
+    draw_loss_curve(tmp_path / "loss.png", "tiny", steps[:12])
+    losses, rates = drawn[0].axes
+    lines = {line.get_label(): line for line in [*losses.lines, *rates.lines]}
+    assert set(lines) == {"mean of 250 steps", "evaluation", "learning rate", "step 5001: the loss is nan"}
+    assert lines["mean of 250 steps"].get_ydata()[-1] == pytest.approx(1.5)
+    assert list(lines["evaluation"].get_xdata()) == [0, 2500, 5000]
+    assert set(lines["step 5001: the loss is nan"].get_xdata()) == {5001}
+    assert max(lines["learning rate"].get_ydata()) <= 5e-3
+    (whole,) = losses.collections
+    heights = whole.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (1.0, 9.0), "no spike is lost"
+    assert len(heights) < 5000
+    (axes, _) = drawn[1].axes
+    assert [line.get_label() for line in axes.lines] == ["step"]
+    assert list(axes.lines[0].get_ydata()) == [record.loss for record in steps[:12]]
+
+
+def test_means_leave_out_what_is_not_finite():
+    losses = np.array([1.0, math.nan, 3.0, 5.0, math.inf, math.nan, math.nan])
+    assert running_mean(losses, 2).tolist() == pytest.approx([1, 1, 3, 4, 5, math.nan, math.nan], nan_ok=True)
 
 
 def test_no_step_at_all_is_said(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import os
 import re
 import shutil
@@ -317,6 +318,24 @@ def test_the_rows_of_a_bad_step_are_named_and_the_last_good_step_is_saved(ended)
     assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name), "nothing was learnt"
 
 
+@pytest.mark.parametrize(("name", "steps"), [("NaN at once", 0), ("NaN later", STEPS_BEFORE_POISON)])
+def test_a_step_without_a_loss_is_in_the_record_and_in_the_picture(name, steps, ended):
+    *good, last = strict_records(ended[name].folder)
+    assert [record["step"] for record in good] == [*range(1, steps + 1)]
+    assert all(math.isfinite(record["loss"]) and "stopped" not in record for record in good)
+    assert (last["step"], last["loss"], last["stopped"]) == (steps + 1, None, "the loss is nan")
+    assert (ended[name].folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def strict_records(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, which are JSON as others read it too: without NaN and Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_an_old_adapter_stays_whole_on_a_full_disk(ended):
     folder = ended["disk full"].folder
     assert (folder / ADAPTER).read_bytes() == b"an earlier run's adapter"
@@ -349,8 +368,10 @@ def test_an_overflow_of_float16_leaves_the_step_out_and_halves_the_scale(name, e
     )
     assert told, case.everything
     assert [int(scale) for _, scale in told] == [2**16 // 2**n for n in range(1, len(told) + 1)]
-    records = [json.loads(line) for line in (case.folder / "metrics.jsonl").read_text().splitlines()]
+    records = strict_records(case.folder)
     assert len(records) == ROWS // 4
+    assert [record["step"] for record in records if record["grad_norm"] is None] == [int(step) for step, _ in told]
+    assert f"{len(told)} of them left out: float16 gradients overflowed" in case.out[0]
     assert len(told) < len(records), "no scale was small enough, so no update was tried"
     assert "lr_scheduler" not in case.everything
 

@@ -1,8 +1,8 @@
 """The options of the group output: files, loggers and texts of a run."""
 
 from dataclasses import dataclass
-from typing import Literal
 
+from fsdp_qlora.config.log_targets import LOG_TARGETS, meanings
 from fsdp_qlora.config.option import option
 
 
@@ -29,23 +29,39 @@ class OutputOptions:
         "training is not lost by forgetting a flag (fsdp_qlora's was false)",
         "disk space of the adapter",
     )
-    log_to: list[Literal["tqdm", "stdout", "wandb", "tensorboard"]] = option(  # noqa: RUF009 (a dataclasses.field)
+    log_to: list[str] = option(  # noqa: RUF009 (a dataclasses.field)
         ["tqdm"],
-        """Where progress goes, besides metrics.jsonl. tqdm: a progress bar. stdout: one line a step. wandb,
-        tensorboard: those loggers, which must be installed. Commas or spaces separate several.""",
+        f"""Where progress goes, besides metrics.jsonl. {meanings()} Commas or spaces separate several.""",
         "it needs no account and leaves no files",
-        "wandb needs a network, or WANDB_MODE=offline",
+        """the package of that name must be installed; wandb and swanlab need a network and an account, or
+        WANDB_MODE=offline and SWANLAB_MODE=offline""",
+        choices=tuple(LOG_TARGETS),
         known_as=("report_to", "logger", "log_with"),
     )
     project_name: str = option(
         "fsdp_qlora",
-        "Project in wandb.",
+        "Project in wandb, trackio and swanlab, experiment in mlflow.",
         "the program's name",
-        known_as=("wandb_project",),
+        known_as=("wandb_project", "experiment_name"),
     )
-    name: str | None = option(None, "Run name in wandb.", "wandb makes one up", known_as=("run_name", "wandb_name"))
-    group: str | None = option(None, "Run group in wandb.", "most runs belong to none", known_as=("wandb_group",))
-    entity: str | None = option(None, "User or team in wandb.", "the account's own", known_as=("wandb_entity",))
+    name: str | None = option(
+        None,
+        "Run name in wandb, trackio, mlflow and swanlab.",
+        "each makes one up",
+        known_as=("run_name", "wandb_name"),
+    )
+    group: str | None = option(
+        None,
+        "Run group in wandb, trackio and swanlab, the tag group in mlflow.",
+        "most runs belong to none",
+        known_as=("wandb_group",),
+    )
+    entity: str | None = option(
+        None,
+        "User or team in wandb, workspace in swanlab.",
+        "the account's own",
+        known_as=("wandb_entity", "workspace"),
+    )
     verbose: bool = option(
         False,
         "Print more at start: cards, versions, rates measured of the machine, seconds until the first step by stage.",
