@@ -3,6 +3,7 @@
 from typing import Any
 
 from fsdp_qlora.commands.base import Command
+from fsdp_qlora.commands.gguf import GGUF
 from fsdp_qlora.commands.merge import MERGE
 
-COMMANDS: dict[str, Command[Any]] = {"merge": MERGE}
+COMMANDS: dict[str, Command[Any]] = {"merge": MERGE, "gguf": GGUF}

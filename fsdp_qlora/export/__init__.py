@@ -1,3 +1,3 @@
-"""Results of a run in the form of other programs: a PEFT adapter, a merged Hugging Face model."""
+"""Results of a run in the form of other programs: a PEFT adapter, a merged Hugging Face model, GGUF."""
 
-__all__ = ["merge", "peft"]
+__all__ = ["gguf", "merge", "peft"]

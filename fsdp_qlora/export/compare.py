@@ -58,16 +58,9 @@ class _Compared:
     def __init__(self, source: Merged, saved: Weights, bar: "tqdm[Any]") -> None:
         self.source, self.saved, self.bar = source, saved, bar
 
-    def piece(self, name: str) -> Piece:
-        pieces = self.source.by_name
-        if name in pieces:
-            return pieces[name]
-        alias = self.source.weights.fitted.stored[name]  # tied: stored once, under the other name
-        return next(piece for piece in self.source.pieces if piece.stored == alias)
-
     def weights(self, name: str) -> Iterator[Tensor]:
         """Yield the three weights of that name in float32, one after the other."""
-        piece = self.piece(name)
+        piece = self.source.piece(name)
         base = self.source.base(piece)
         yield base.float()
         yield self.source.added(piece, base).float()
@@ -110,7 +103,7 @@ def _place(model: nn.Module, compared: _Compared, linears: set[str], head: str, 
         owner, _, leaf = name.rpartition(".")
         if owner == head or (owner in linears and leaf == "weight") or not _is_needed(name, compared):
             continue
-        value = source.base(compared.piece(name))
+        value = source.base(compared.source.piece(name))
         if owner == embedding and leaf == "weight":
             value = value[torch.tensor(used, device=value.device)]
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value.to(parameter.dtype), requires_grad=False)
@@ -128,10 +121,10 @@ def _compare_logits(
 ) -> Difference:
     """Compare logits over a part of the vocabulary after the other."""
     factor, softcap = shape
-    weight, bias_name = compared.piece(f"{head}.weight"), f"{head}.bias"
+    weight, bias_name = compared.source.piece(f"{head}.weight"), f"{head}.bias"
     base = compared.source.base(weight)
     exact, saved = compared.source.added(weight, base), compared.read_saved(weight)
-    bias = compared.source.base(compared.piece(bias_name)) if bias_name in compared.source.by_name else None
+    bias = compared.source.base(compared.source.piece(bias_name)) if _is_needed(bias_name, compared) else None
     merged = learnt = 0.0
     best = [(h.new_full((len(h),), -torch.inf), h.new_zeros(len(h), dtype=torch.int64)) for h in hidden]
     for start in range(0, weight.shape[0], VOCABULARY_ROWS):

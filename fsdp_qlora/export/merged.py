@@ -66,13 +66,14 @@ class Merged:
         self.skeleton: PreTrainedModel = self.build()
         state = self.skeleton.state_dict()
         if adapter is not None:
-            _check_adapter(adapter, {name: tuple(tensor.shape) for name, tensor in state.items()}, options.model_name)
+            check_adapter(adapter, self.skeleton, options.model_name)
             _check_head(adapter, self.skeleton)
         self.folder = _folder_of(options)
         local = ModelOptions(model_name=str(self.folder), loading_workers=options.loading_workers)
         weights = fit(self.skeleton, open_weights(local, self.precision.stream))
         assert isinstance(weights, Fitted)
         self.weights = weights
+        self.own_head = has_its_own_head(self.skeleton, weights)  # though the config ties it to the embedding
         self._entries, self._computed = self._encoding(options, quantized)
         linears = {f"{path}.weight": path for path in (adapter.linears if adapter is not None else ())}
         pieces: dict[str, Piece] = {}
@@ -86,10 +87,23 @@ class Merged:
         """Return a skeleton of the model that computes in float32, with the attention that every family has."""
         return build(self.hf_config, Precision(torch.float32, torch.float32), "eager")
 
+    def piece(self, name: str) -> Piece:
+        """Return the piece of a name in the model, also where it is stored once under a name that it is tied to."""
+        found = self._by_name.get(name)
+        return found or self._by_stored[self.weights.fitted.stored[name]]
+
+    def names(self) -> list[str]:
+        """Return the names in the model of all that is stored, in order."""
+        stored = self.weights.fitted.stored
+        return sorted((name for name in self.skeleton.state_dict() if name in stored), key=dot_natural_key)
+
     @cached_property
-    def by_name(self) -> Mapping[str, Piece]:
-        """Return name in the model -> piece."""
+    def _by_name(self) -> Mapping[str, Piece]:
         return {piece.name: piece for piece in self.pieces}
+
+    @cached_property
+    def _by_stored(self) -> Mapping[str, Piece]:
+        return {piece.stored: piece for piece in self.pieces}
 
     def base(self, piece: Piece) -> Tensor:
         """Return a tensor of the base: of `trained`, the very numbers that training computed with; of `original`, the
@@ -120,17 +134,16 @@ class Merged:
         if self.merge_base == "original":
             plain: Codec = Plain(precision.compute)
             codec_of = lambda name: plain  # noqa: E731
-        skeleton = self.build()
         recipe = Recipe(
             precision,
             codec_of,
             remat=None,
             shards=1,
-            own_head=has_its_own_head(skeleton, self.weights),
+            own_head=self.own_head,
             is_quantized=lambda name: is_quantized(name, self.weights.names()),
             buffers=True,
         )
-        model = assemble(skeleton, recipe, AdapterOptions())
+        model = assemble(self.build(), recipe, AdapterOptions())
         check_names(model, self.weights)
         entries = {
             name: unit.frozen.layout.entries[entry] for unit in model.units for entry, name in unit.sources.items()
@@ -143,8 +156,9 @@ def _folder_of(options: ModelOptions) -> Path:
     return local if local.is_dir() else fetch(options.model_name, options.revision)
 
 
-def _check_adapter(adapter: SavedAdapter, shapes: Mapping[str, tuple[int, ...]], base: str) -> None:
-    """Raise UserError for an adapter of another base: of linears that it lacks, or of other sizes."""
+def check_adapter(adapter: SavedAdapter, model: PreTrainedModel, base: str) -> None:
+    """Raise UserError for an adapter of another model: of linears that `base` lacks, or of other sizes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     absent = [path for path in adapter.linears if f"{path}.weight" not in shapes]
     if absent:
         raise UserError(f"adapter: {adapter.folder} is of another model than {base}, which has no {some(absent)}")

@@ -87,3 +87,31 @@ def llama2_tokenizer(folder: Path, model_file: Path) -> PreTrainedTokenizerFast:
 
     (folder / "tokenizer.model").write_bytes(model_file.read_bytes())
     return LlamaTokenizer.from_pretrained(folder, add_bos_token=True, legacy=False)
+
+
+def gpt2_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that splits words as GPT-2 does, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>", pad_token="<unk>", chat_template=CHATML
+    )
+
+
+def sentencepiece_model(folder: Path, vocab_size: int = 320) -> Path:
+    """A SentencePiece model of Llama 2's kind, BPE with bytes for unknown letters; its tokenizer.model."""
+    import sentencepiece
+
+    (folder / "corpus.txt").write_text("\n".join(CORPUS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=vocab_size, byte_fallback=True, character_coverage=1.0, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return folder / "tokenizer.model"
