@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from fsdp_qlora.runtime.files import Claim, writing_to
 from fsdp_qlora.runtime.gpu_memory import hold_to_card
 from fsdp_qlora.runtime.host_memory import HostMemory, give_back_freed
 from fsdp_qlora.session import Session, choose_compute, prepare
+from fsdp_qlora.training.agreement import base_of, check_base, check_place, place_in
+from fsdp_qlora.training.checkpoint import Checkpoints, checkpoint_bytes, most_at_once
 from fsdp_qlora.training.loop import Loop
+from fsdp_qlora.training.resume import find_checkpoint, forget_others, notes_of
 from fsdp_qlora.training.retry import Refit
 from fsdp_qlora.training.step import Stepper
 
@@ -56,7 +60,9 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         world.together(lambda: check_deterministic(config.training, world.device))
         folder, only_plan = Path(config.output.output_dir), config.memory.plan_only
         if not only_plan:
-            world.main_only(lambda: claim.take(folder, config.output.overwrite_output_dir))
+            goes_on = config.output.resume is not None
+            world.main_only(lambda: claim.take(folder, goes_on or config.output.overwrite_output_dir))
+        checkpoint = None if only_plan else find_checkpoint(config, world)
         compute = choose_compute(config, world)
         data = None if only_plan and not config.data.show_rows else read_data(config, compute.hf_config, world)
         longest = config.data.context_length if data is None else data.rows.widest
@@ -64,7 +70,12 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         session = prepare(config, world, compute, longest, stages.done)
         planned, plan = session.planned, session.planned.plan
         batches = None if data is None else make_batches(config, plan, data.rows, world)
-        for line in [*notes, *start_lines(session, data, batches)]:
+        resumed = []
+        if checkpoint is not None:
+            assert batches is not None
+            world.main_only(partial(check_place, checkpoint, config, batches, count_steps(config, batches)))
+            resumed = notes_of(checkpoint, config, world)
+        for line in [*notes, *start_lines(session, data, batches), *resumed]:
             world.say(line)
         if only_plan:
             return 0
@@ -72,8 +83,10 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         assert batches is not None
         steps = count_steps(config, batches)
         noted = with_micro_batch(config, plan.micro_batch, plan.accumulation)  # what repeats this run
-        metrics = world.together(lambda: Metrics(noted, world, steps))
-        world.main_only(lambda: note_run(noted, folder, adapter_count(session.model), planned.record))
+        earlier = None if checkpoint is None else (checkpoint.path.parent, checkpoint.step)
+        metrics = world.together(lambda: Metrics(noted, world, steps, earlier))
+        left = steps - (0 if checkpoint is None else checkpoint.step)
+        world.main_only(lambda: note_run(noted, folder, adapter_count(session.model), left, planned.record))
 
         placement = session.place()
         refit = Refit(planned, session.model, placement, plan.micro_batch * longest, world, folder)
@@ -86,7 +99,14 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
             world.say(stages.line())
         torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
         stepper = Stepper(session.model, adapters, config.training, steps, world, arena)
-        return Loop(config, world, host, metrics, stepper, refit, batches, steps, data.tokenizer, folder).run()
+        base = base_of(session.model, world.device)
+        checkpoints = Checkpoints(config, world, stepper, partial(place_in, batches), base)
+        if checkpoint is not None:
+            world.main_only(partial(check_base, checkpoint, config, base, checkpoints.adapters))
+            checkpoints.load(checkpoint)
+        world.main_only(partial(forget_others, folder, checkpoint, world))
+        loop = Loop(config, world, host, metrics, stepper, refit, batches, steps, data.tokenizer, folder, checkpoints)
+        return loop.run()
 
 
 def read_data(config: Config, hf_config: PretrainedConfig, world: World) -> Data:
@@ -127,10 +147,12 @@ def start_lines(session: Session, data: Data | None, batches: Batches | None) ->
     return [*lines, *planned.lines, *rates]
 
 
-def note_run(config: Config, folder: Path, adapter_parameters: int, plan: dict[str, Any]) -> None:
-    """Write the run's options and plan to its output folder, after a check that its disk has space for the adapter."""
-    if config.output.save_model:
-        check_space(folder, adapter_parameters)
+def note_run(config: Config, folder: Path, adapters: int, steps: int, plan: dict[str, Any]) -> None:
+    """Write the run's options and plan to its output folder, after a check that its disk has space for what comes.
+
+    adapters: their parameters. steps: that are left to do."""
+    checkpoints = checkpoint_bytes(adapters, config.training.optimizer), most_at_once(config.output, folder, steps)
+    check_space(folder, 4 * adapters * config.output.save_model, *checkpoints)
     with writing_to(folder, "output_dir"):
         save_config(config, folder / "config.yaml")
         write_plan(folder, plan)

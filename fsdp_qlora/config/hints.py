@@ -1,18 +1,16 @@
 """Options of other programs that have no counterpart here by name: what to do in their place."""
 
 NOT_YET = "is not built yet"
-AT_END = "the adapter is saved at the end, on Ctrl-C and on SIGTERM; checkpoints in between are not built yet"
 TORCHRUN = "torchrun tells each process who it is; omit it"
 EVALUATION = f"evaluation on held-out rows {NOT_YET}; omit it and keep those rows in another file"
 HINTS = {
     **dict.fromkeys(("local_rank", "rank", "node_rank"), TORCHRUN),
-    **dict.fromkeys(("resume_from_checkpoint", "resume", "auto_resume"), f"resuming an interrupted run {NOT_YET}"),
     **dict.fromkeys(
         ("val_set_size", "val_size", "eval_dataset", "eval_steps", "eval_strategy", "evaluation_strategy", "do_eval",
          "validation_split", "per_device_eval_batch_size", "eval_file"),
         EVALUATION,
     ),
-    **dict.fromkeys(("save_steps", "save_strategy", "save_total_limit", "checkpoint_every"), AT_END),
+    "save_strategy": "use --save_steps; the adapter is saved at the end in any case",
     **dict.fromkeys(("do_train", "task_type", "stage"), "to train is all that this program does; omit it"),
     **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is logged; omit it, or see log_to"),
     **dict.fromkeys(("packing", "sample_packing"), f"packing {NOT_YET}; rows of a step are dealt by length"),

@@ -96,6 +96,12 @@ NEEDS: tuple[Needs[Config], ...] = (
         lambda c: c.data.prompt_template is None,
         "omit prompt_template",
     ),
+    Needs(
+        ("save_total_limit",),
+        "save_steps",
+        lambda c: c.output.makes_checkpoints,
+        "set save_steps to a number of steps",
+    ),
     *(
         Needs((name,), "log_to", partial(_is_read, name), f"add {' or '.join(readers(name))} to log_to")
         for name in ("project_name", "name", "group", "entity")

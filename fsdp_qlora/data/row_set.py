@@ -1,5 +1,6 @@
 """Tokenized rows, kept flat, and several datasets' rows as one."""
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -45,6 +46,14 @@ class Rows:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the number of tokens of each row, int64 [len]."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def digest(self) -> str:
+        """Return a checksum of all tokens, of what is learnt of them and of the rows' order: 0.5 s for 100 M tokens."""
+        content = hashlib.sha256()
+        for part in (self.ids, self.trains, self.offsets, self.index):
+            content.update(np.ascontiguousarray(part).view(np.uint8).data)
+        return content.hexdigest()
 
     @property
     def summary(self) -> str:

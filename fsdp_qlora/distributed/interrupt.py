@@ -37,6 +37,7 @@ class Interrupt:
         self.world, self.rescue = world, rescue
         self.signal_number: int | None = None  # that this rank got
         self.agreed_signal: int | None = None  # that the ranks stop for
+        self.agreed_wish = False  # that some rank had when they last agreed
         self._polled = False
         self._hurry = False  # decided by the watcher alone, which hears of a signal when it comes
         self._raised = False  # by the handler, once: a second KeyboardInterrupt would break into the unwinding
@@ -53,14 +54,17 @@ class Interrupt:
         self._polled = True
         return True
 
-    def agreed(self) -> bool:
-        """Return whether any rank has been asked to stop, the same on every rank: a collective of one host number."""
-        asked = torch.tensor((self.signal_number or 0) if self.requested else 0, dtype=torch.int32)
+    def agreed(self, wish: bool = False) -> bool:
+        """Return whether any rank has been asked to stop, the same on every rank: a collective of two host numbers.
+
+        wish: something else that this rank has been asked for; `agreed_wish` says afterwards whether any rank has."""
+        numbers = torch.tensor([(self.signal_number or 0) if self.requested else 0, wish], dtype=torch.int32)
         if self.world.size > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        asked, self.agreed_wish = int(numbers[0]), bool(numbers[1])
         if not asked:
             return False
-        self.agreed_signal, self._polled = int(asked), True
+        self.agreed_signal, self._polled = asked, True
         return True
 
     @property

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,13 +27,19 @@ class TokenizerNotSaved(TrainingStopped):
     """The adapter is saved, but not its tokenizer."""
 
 
-def check_space(folder: Path, adapter_parameters: int) -> None:
-    """Raise UserError if the disk of `folder` has less free space than the adapter will take."""
-    needed, free = 4 * adapter_parameters, shutil.disk_usage(folder).free
+def check_space(folder: Path, adapter_bytes: int, checkpoint_bytes: int = 0, checkpoints: int = 0) -> None:
+    """Raise UserError if the disk of `folder` has less free space than the adapter and the checkpoints take."""
+    needed, free = adapter_bytes + checkpoints * checkpoint_bytes, shutil.disk_usage(folder).free
     if needed > free:
+        what, limit = "the adapter", ""
+        if checkpoints:
+            what = (
+                f"the adapter with {checkpoints} checkpoint{'s' * (checkpoints > 1)} of {as_gib(checkpoint_bytes, 2)}"
+            )
+            limit = "set or lower save_total_limit, " * (checkpoints > 1)
         raise UserError(
-            f"output_dir: {folder} has {as_gib(free, 2)} free and the adapter will take {needed / GIB:.2f}; "
-            "free some space there, choose another folder, or lower lora_rank"
+            f"output_dir: {folder} has {as_gib(free, 2)} free and {what} will take {needed / GIB:.2f}; "
+            f"free some space there, choose another folder, {limit}or lower lora_rank"
         )
 
 
@@ -71,18 +79,13 @@ def save_adapter(
     tensors: `path.lora_A` and `path.lora_B` by path in the Hugging Face model. linears: the paths of all linears.
     Each file appears whole or not at all. Raises TrainingStopped if the disk is full or gone.
     """
-    kind, named, paths = choose_adapter(config.model.train_type), {}, []
-    for name, tensor in tensors.items():
-        path, _, parameter = name.rpartition(".")
-        named[kind.peft_name(path, parameter)] = tensor.contiguous()
-        paths.append(path)
-    targets = peft_targets(list(dict.fromkeys(paths)), linears)
-    settings = kind.peft_config(config.adapter, config.model.model_name, config.model.revision, targets)
+    named = {peft_name(name, config): tensor.contiguous() for name, tensor in tensors.items()}
+    settings = adapter_settings(tensors, linears, config)
     try:
         with atomic_file(folder / ADAPTER) as part:
             save_file(named, part, metadata={"format": "pt"})
         with atomic_file(folder / ADAPTER_CONFIG) as part:
-            part.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            part.write_text(settings_text(settings))
     except Exception as error:  # safetensors raises its own kind for a full disk
         raise TrainingStopped(
             f"output_dir: the adapter could not be saved in {folder} ({error}); free some space there"
@@ -90,6 +93,24 @@ def save_adapter(
     if tokenizer is not None:
         save_tokenizer(folder, tokenizer)
     return folder / ADAPTER
+
+
+def peft_name(name: str, config: Config) -> str:
+    """Return the name in PEFT's file of a parameter `path.lora_A`."""
+    path, _, parameter = name.rpartition(".")
+    return choose_adapter(config.model.train_type).peft_name(path, parameter)
+
+
+def adapter_settings(names: Iterable[str], linears: list[str], config: Config) -> dict[str, Any]:
+    """Return PEFT's config of an adapter. names: of its parameters. linears: the paths of all linears."""
+    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    kind, model = choose_adapter(config.model.train_type), config.model
+    return kind.peft_config(config.adapter, model.model_name, model.revision, peft_targets(paths, linears))
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    """Return PEFT's config as its file has it."""
+    return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

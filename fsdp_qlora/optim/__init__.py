@@ -1,3 +1,3 @@
 """Optimizers over float32 slices: each rank owns a part of all master weights and of their state."""
 
-__all__ = ["optimizers", "schedules", "sharded_adapters"]
+__all__ = ["adapter_group", "optimizer_state", "optimizers", "schedules", "sharded_adapters"]

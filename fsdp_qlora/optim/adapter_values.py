@@ -1,6 +1,6 @@
 """Values of all adapters by name: drawn, loaded, gathered from the master weights, or read off the working copies."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -26,24 +26,32 @@ def draw_values(groups: Sequence[AdapterGroup], kind: AdapterKind, seed: int, wo
                 group.fill(flat, world)
 
 
-def load_values(groups: Sequence[AdapterGroup], tensors: dict[str, Tensor], world: World) -> None:
-    """Set every adapter from `path.lora_A` -> matrix."""
+def load_values(groups: Sequence[AdapterGroup], read: Callable[[str], Tensor], world: World) -> None:
+    """Set every adapter to what `read` gives for its name: `path.lora_A` -> matrix."""
     for group in groups:
         flat = torch.zeros(group.working.numel(), dtype=torch.float32)
         for name, view in group.named_views(flat):
-            view.copy_(tensors[name])
+            view.copy_(read(name))
         group.fill(flat, world)
 
 
-def gather_masters(groups: Sequence[AdapterGroup], exchange: Exchange, world: World) -> dict[str, Tensor]:
-    """Return `path.lora_A` -> the whole float32 master matrix, on the CPU of every rank. A collective."""
-    tensors: dict[str, Tensor] = {}
+def gather_blocks(
+    groups: Sequence[AdapterGroup], exchange: Exchange, world: World
+) -> Iterator[tuple[AdapterGroup, Tensor]]:
+    """Yield (group, its whole float32 master weights [padded], on the device) of each block. A collective for each."""
     for group in groups:
         whole = torch.empty(group.working.numel(), dtype=torch.float32, device=world.device)
         if world.size == 1:
             whole.copy_(group.masters.values(group.index))
         else:
             exchange.all_gather(whole, group.masters.values(group.index)).wait()
+        yield group, whole
+
+
+def gather_masters(groups: Sequence[AdapterGroup], exchange: Exchange, world: World) -> dict[str, Tensor]:
+    """Return `path.lora_A` -> the whole float32 master matrix, on the CPU of every rank. A collective."""
+    tensors: dict[str, Tensor] = {}
+    for group, whole in gather_blocks(groups, exchange, world):
         tensors |= _named_copies(group, whole.cpu())
     return tensors
 

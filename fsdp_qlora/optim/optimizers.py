@@ -28,6 +28,7 @@ class OptimizerSpec:
     # Whether its step divides gradients by a tensor `grad_scale` and does nothing where a tensor `found_inf` is 1, as
     # PyTorch's fused kernels do: the host need not know the numbers when it launches the step.
     takes_device_scale: Callable[[torch.device], bool] = lambda device: False
+    is_blockwise: bool = False  # its state has scales of several values: it cannot be cut anew for other ranks
     library: str | None = None  # that it comes from, where that is not PyTorch: it may not run on every device
 
 
@@ -108,10 +109,16 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adam": _adam(Adam, _on_gpus),
     "fused_adam": _adam(Adam, _everywhere),
     "fused_adamw": _adam(AdamW, _everywhere),
-    "adamw_8bit": OptimizerSpec(_bitsandbytes(optim_bits=8), MOMENTS_8BIT + SCALES_8BIT, library="bitsandbytes"),
+    "adamw_8bit": OptimizerSpec(
+        _bitsandbytes(optim_bits=8), MOMENTS_8BIT + SCALES_8BIT, is_blockwise=True, library="bitsandbytes"
+    ),
     "paged_adamw": OptimizerSpec(_bitsandbytes(is_paged=True), 0.0, MOMENTS_32BIT, library="bitsandbytes"),
     "paged_adamw_8bit": OptimizerSpec(
-        _bitsandbytes(is_paged=True, optim_bits=8), SCALES_8BIT, MOMENTS_8BIT, library="bitsandbytes"
+        _bitsandbytes(is_paged=True, optim_bits=8),
+        SCALES_8BIT,
+        MOMENTS_8BIT,
+        is_blockwise=True,
+        library="bitsandbytes",
     ),
     "sgd": OptimizerSpec(_foreach(SGD), 0.0),
     "adadelta": OptimizerSpec(_foreach(Adadelta), MOMENTS_32BIT),

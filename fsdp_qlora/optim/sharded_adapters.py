@@ -7,7 +7,7 @@ a block waits for its own adapters alone. Against ZeRO-3, which gathers the adap
 backward, this moves a third of the bytes, and the optimizer sees plain tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
 
@@ -20,8 +20,8 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.exchange.base import Exchange
 from fsdp_qlora.exchange.collectives import Collectives
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.optim.adapter_group import make_groups
-from fsdp_qlora.optim.adapter_values import copy_working, draw_values, gather_masters, load_values
+from fsdp_qlora.optim.adapter_group import AdapterGroup, make_groups
+from fsdp_qlora.optim.adapter_values import copy_working, draw_values, gather_blocks, gather_masters, load_values
 from fsdp_qlora.optim.gradient_reduction import GradientReduction
 from fsdp_qlora.optim.parameter_gather import ParameterGather
 from fsdp_qlora.optim.rescue import Rescue
@@ -45,7 +45,7 @@ class ShardedAdapters:
         self._update_begins: torch.cuda.Event | None = None  # of the last `update`
         self.rescue = Rescue(world)
         by_path = make_groups(model, world)
-        self.groups = list(by_path.values())
+        self.groups, self.by_block = list(by_path.values()), by_path
         exchange = Collectives()
         self.reduction = GradientReduction(self.groups, exchange, world, config.memory, accumulates)
         self.parameter_gather = ParameterGather(self.groups, exchange, world)
@@ -157,13 +157,22 @@ class ShardedAdapters:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set every adapter from `path.lora_A` -> matrix, as `named_tensors` gives them."""
+        self.load_from(tensors.__getitem__)
+
+    def load_from(self, read: Callable[[str], Tensor]) -> None:
+        """Set every adapter from a function of its name, which is asked for one block's at a time."""
         self.wait()
-        load_values(self.groups, tensors, self.world)
+        load_values(self.groups, read, self.world)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return `path.lora_A` -> the whole float32 master matrix, on the CPU of every rank. A collective."""
         self.wait()
         return gather_masters(self.groups, self.exchange, self.world)
+
+    def whole_blocks(self) -> Iterator[tuple[AdapterGroup, Tensor]]:
+        """Return the blocks one by one: (group, its float32 master weights [padded] on the device). A collective."""
+        self.wait()
+        return gather_blocks(self.groups, self.exchange, self.world)
 
     def working_tensors(self) -> dict[str, Tensor]:
         """Return `named_tensors` of this rank's working copy: waits for no peer and no stream that hangs.

@@ -10,9 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.report.callback import Callback
+from fsdp_qlora.report.earlier import lines_until, records_in
 from fsdp_qlora.report.loggers.behind import Behind
 from fsdp_qlora.report.loggers.table import check_installed, open_loggers
 from fsdp_qlora.report.loss_curve import draw_loss_curve, is_finite, what_is_wrong
@@ -30,7 +32,8 @@ class Metrics(Callback):
     Raises UserError when a logger that was asked for is not installed or cannot start, or when `output_dir` cannot be
     written: make it before anything is loaded. A context manager, so that what was recorded survives a failure."""
 
-    def __init__(self, config: Config, world: World, total_steps: int) -> None:
+    def __init__(self, config: Config, world: World, total_steps: int, earlier: tuple[Path, int] | None = None) -> None:
+        """earlier: (folder, step) of the run that this one continues, and until where its record is taken over."""
         self.config, self.world, self.total_steps = config, world, total_steps
         self._records: list[StepRecord] = []
         self._failed: StepRecord | None = None  # the step that ended the run
@@ -44,7 +47,7 @@ class Metrics(Callback):
             return
         self.directory = Path(config.output.output_dir)
         with writing_to(self.directory, "output_dir"):
-            self._file: IO[str] = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+            self._file: IO[str] = self._begin_record(earlier)
         self._loggers = open_loggers(config, world.say)
 
     def on_step(self, record: StepRecord) -> None:
@@ -71,6 +74,14 @@ class Metrics(Callback):
         self._write(as_json(_rounded(line)) + "\n")
         for logger in self._loggers:
             logger.log(record.step, step_scalars(record))
+
+    def _begin_record(self, earlier: tuple[Path, int] | None) -> IO[str]:
+        file = self.directory / "metrics.jsonl"
+        lines = [] if earlier is None else lines_until(earlier[0] / "metrics.jsonl", earlier[1])
+        self._records = records_in(lines)
+        with atomic_file(file) as part:  # killed here, the run it continues still has its record
+            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return file.open("a", encoding="utf-8")
 
     def _write(self, line: str) -> None:
         """Write a line of the record. Training is worth more than it: a full disk ends the record, not the run."""

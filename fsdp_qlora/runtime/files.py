@@ -25,6 +25,17 @@ def writing_to(folder: Path, option: str) -> Iterator[None]:
         raise UserError(f"{option}: {folder} cannot be written ({error.strerror}); {advice}") from error
 
 
+def check_empty(folder: Path) -> None:
+    """Raise UserError where `output_dir` has anything in it."""
+    names = [file.name for file in folder.iterdir() if file.name != LOCK]
+    if names:
+        resume = ", --resume auto to go on from its last checkpoint" * any(n.startswith("checkpoint-") for n in names)
+        raise UserError(
+            f"output_dir: {folder} is not empty; choose another folder{resume}, or --overwrite_output_dir true "
+            "to replace what an earlier run left there"
+        )
+
+
 class Claim:
     """The output folder, taken by one run at a time from the moment it is checked; a context manager gives it back.
 
@@ -40,11 +51,8 @@ class Claim:
         Raises UserError where it cannot, is not empty, or is another run's that is still going on."""
         with writing_to(folder, "output_dir"):
             self._lock(folder)
-            if not overwrite and any(file.name != LOCK for file in folder.iterdir()):
-                raise UserError(
-                    f"output_dir: {folder} is not empty; choose another folder, or --overwrite_output_dir true "
-                    "to replace what an earlier run left there"
-                )
+            if not overwrite:
+                check_empty(folder)
             probe = folder / f".writable-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()

@@ -19,6 +19,7 @@ from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import profiled
 from fsdp_qlora.runtime.host_memory import HostMemory
+from fsdp_qlora.training.checkpoint import Checkpoints
 from fsdp_qlora.training.retry import Refit, out_of_memory
 from fsdp_qlora.training.step import NotFinite, Ready, Stepper
 
@@ -40,10 +41,12 @@ class Loop:
         steps: int,
         tokenizer: PreTrainedTokenizerBase | None,
         folder: Path,
+        checkpoints: Checkpoints,
     ) -> None:
         self.config, self.world, self.host, self.metrics = config, world, host, metrics
         self.stepper, self.refit, self.batches, self.steps = stepper, refit, batches, steps
-        self.tokenizer, self.folder = tokenizer, folder
+        self.tokenizer, self.folder, self.checkpoints = tokenizer, folder, checkpoints
+        self.callbacks: list[Callback] = [metrics, checkpoints.best]
         self.started = time.time()
         self._rescuing = threading.Lock()
 
@@ -63,33 +66,40 @@ class Loop:
                     tqdm.write(rescued.lstrip("; "), file=sys.stdout)
                 raise error
             saved = [self._save()] if self.config.output.save_model else []
+            if not finished and self.checkpoints.is_due_at_stop(self.stepper.done):
+                self._checkpoint(self.stepper.done)
             peaks = [peak for (peak,) in self.world.gather([self.host.peak])]
             self.metrics.close(saved, peaks)
         return 0 if finished else interrupt.exit_code
 
     def _steps(self, interrupt: Interrupt) -> bool:
         """Take the steps; return False if a signal ended them early."""
-        with profiled(self.config.profile, self.world, self.steps) as profiler:
-            callbacks: list[Callback] = [self.metrics, profiler]
-            ready = self._ready(0)
-            for step in range(self.steps):
+        first = self.stepper.done  # of this process: what a checkpoint has done is not done again
+        if first == self.steps:
+            return True
+        with profiled(self.config.profile, self.world, self.steps - first) as profiler:
+            ready = self._ready(first)
+            for step in range(first, self.steps):
                 self._begin(ready, step + 1)
                 if step + 1 < self.steps:
                     ready = self._ready(step + 1)  # while the GPU is at work
                 try:
                     record = self.stepper.end(self.batches.completed(step + 1), self.host.now)
                 except NotFinite as stopped:
-                    for callback in callbacks:
+                    for callback in [*self.callbacks, profiler]:
                         callback.on_failed_step(stopped.record)
                     raise
-                for callback in callbacks:
+                for callback in [*self.callbacks, profiler]:
                     callback.on_step(record)
                 if self.stepper.overflowed:
                     self.world.say(
                         f"step {step + 1}: float16 gradients overflowed, so it was left out; "
                         f"the loss scale is {self.stepper.scale.value:g} now"
                     )
-                if interrupt.agreed() and step + 1 < self.steps:
+                stops = interrupt.agreed(self.checkpoints.requested()) and step + 1 < self.steps
+                if interrupt.agreed_wish or self.checkpoints.is_due(step + 1, step + 1 == self.steps):
+                    self._checkpoint(step + 1)
+                if stops:
                     return False
         return True
 
@@ -102,6 +112,14 @@ class Loop:
 
     def _ready(self, step: int) -> Ready:
         return self.stepper.prepare(self.batches.step(*divmod(step, self.batches.steps_per_epoch)))
+
+    def _checkpoint(self, step: int) -> None:
+        """Write a checkpoint and tell the listeners of it."""
+        path = self.checkpoints.save(step)
+        self.stepper.paused()
+        if path is not None:
+            for callback in self.callbacks:
+                callback.on_checkpoint(step, path)
 
     def _save(self) -> Path:
         """Save the adapter. Every rank takes part; rank 0 writes."""

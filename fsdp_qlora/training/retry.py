@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.distributed.world import World
@@ -24,7 +25,7 @@ from fsdp_qlora.plan.planning import Planned, keep_activations, make_arena, refi
 
 
 class RandomState:
-    """The random numbers that a step is going to draw on this rank, for the same step again."""
+    """The random numbers that a step is going to draw on this rank, for the same step again or in another process."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,6 +36,17 @@ class RandomState:
         torch.set_rng_state(self._host)
         if self._on_gpu is not None:
             torch.cuda.set_rng_state(self._on_gpu, self._device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return name -> uint8 [n], for `load`."""
+        return {"host": self._host} | ({} if self._on_gpu is None else {"gpu": self._on_gpu})
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the numbers of another process, and draw them from here on. It may have had no GPU."""
+        self._host = tensors["host"]
+        if self._on_gpu is not None:
+            self._on_gpu = tensors.get("gpu", self._on_gpu)
+        self.restore()
 
 
 def who_ran_out(why: str, world: World) -> dict[int, str]:

@@ -95,6 +95,14 @@ class Stepper:
         """Optimizer steps that this rank's working copies have in full."""
         return self._begun - (self.adapters.is_update_pending or self.publishing)
 
+    def go_on_from(self, step: int) -> None:
+        """Count from a step that another process has done: before the first one here."""
+        self._begun = self._updated = step
+
+    def paused(self) -> None:
+        """Count the seconds of the next step from its own beginning: something else took place since the last."""
+        self._ended = None
+
     def prepare(self, batches: list[Batch]) -> Ready:
         """Return the micro-batches (as many as every rank's) ready for `begin`. A collective, on the host."""
         each = [(len(batch.rows), batch.labels.numel(), batch.tokens) for batch in batches]

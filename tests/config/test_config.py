@@ -154,11 +154,15 @@ def test_an_empty_file_gives_nothing(tmp_path):
 REFUSED = [
     ("--lora_rnk 8", ["--lora_rnk 8", "no such option", "lora_rank"]),
     ("--learning-rate 1", ["--learning-rate 1", "no such option", "mean lr?"]),
-    ("--resume_from_checkpoint x", ["no such option", "resuming an interrupted run is not built yet"]),
+    ("--resume_from_checkpoint x", ["no such option", "did you mean resume?"]),
+    (
+        "--save_total_limit 2",
+        ["--save_total_limit 2", "has no effect with save_steps null", "set save_steps to a number"],
+    ),
     ("--val_set_size 0.1", ["no such option", "evaluation on held-out rows is not built yet"]),
     ("--local-rank 0", ["--local-rank 0", "no such option", "torchrun tells each process who it is"]),
     ("--fp16 true", ["no such option", "use --precision fp16_autocast"]),
-    ("--save_steps 10", ["no such option", "the adapter is saved at the end"]),
+    ("--save_strategy steps", ["no such option", "use --save_steps", "the adapter is saved at the end"]),
     ("--warmup_steps 10", ["no such option", "use --warmup_ratio"]),
     ("--precision fp16", ["--precision fp16", "use fp16_autocast, which cards without bfloat16 (T4, V100) can run"]),
     ("--precision float16", ["use fp16_autocast"]),

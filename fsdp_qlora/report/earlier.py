@@ -1,0 +1,38 @@
+"""The record of a run that goes on: the lines of metrics.jsonl up to the checkpoint, and none of what is done again."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.report.step_record import StepRecord
+
+FIELDS = {field.name for field in dataclasses.fields(StepRecord)}
+
+
+def lines_until(file: Path, step: int) -> list[str]:
+    """Return the lines of a metrics.jsonl up to `step`; what a killed run left of a line is left out."""
+    with suppress(OSError, UnicodeDecodeError):
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    return []
+
+
+def records_in(lines: Iterable[str]) -> list[StepRecord]:
+    """Return the optimizer steps among the lines of a metrics.jsonl."""
+    values = [json.loads(line) for line in lines]
+    return [StepRecord(**_of_step(value)) for value in values if value.keys() >= FIELDS]
+
+
+def _of_step(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a step; JSON has null for what was infinite."""
+    return {name: math.inf if value[name] is None else value[name] for name in FIELDS}
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")

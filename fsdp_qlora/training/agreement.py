@@ -1,0 +1,121 @@
+"""Whether a checkpoint is this run's: what must agree for the run to go on to the same bits, and what may differ."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fsdp_qlora.config.options import OPTIONS, Config, show
+from fsdp_qlora.data.batches import Batches
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.optim.optimizers import OPTIMIZERS
+from fsdp_qlora.training.checkpoint_folder import Checkpoint
+
+DECISIVE = ("model", "adapter", "data", "training")  # groups whose options must be those of the checkpoint's run
+# Except for these. What is compared of the base and of the rows is their bytes: they may have other names by now.
+COMPARED_BY_BYTES = (
+    "model_name", "revision", "dummy_weights", "dataset", "dataset_format", "columns", "prompt_template",
+    "chat_template", "dataset_samples", "context_length", "text_overflow", "bad_rows", "train_on_prompt",
+)  # fmt: skip
+COMPARED_BY_ROWS = ("batch_size", "gradient_accumulation_steps")  # and ranks: of one step
+ROUNDING = ("attention", "fused", "deterministic")  # that change the last bits of a step at most
+FROM_HERE_ON = (
+    "num_epochs", "max_steps", "lr", "lr_scheduler", "warmup_ratio", "wd", "apply_gradient_clipping", "grad_norm",
+)  # fmt: skip
+NO_MATTER = ("loading_workers", "show_rows", "rows_cache")
+MAY_DIFFER = {*COMPARED_BY_BYTES, *COMPARED_BY_ROWS, *ROUNDING, *FROM_HERE_ON, *NO_MATTER}
+ANEW = "or start anew in another output_dir, without --resume"
+
+
+def check_options(checkpoint: Checkpoint, config: Config, ranks: int) -> None:
+    """Raise UserError where the options, or the number of ranks, are not those that the checkpoint needs."""
+    manifest, now = checkpoint.manifest, config.to_flat()
+    wrong = [
+        name
+        for name, before in manifest.options.items()
+        if name in now and OPTIONS[name].group in DECISIVE and name not in MAY_DIFFER and before != now[name]
+    ]
+    if wrong:
+        raise UserError(
+            f"resume: {checkpoint.path} was made with other options: {differences(wrong, manifest.options, now)}; "
+            f"set {'them' if len(wrong) > 1 else 'it'} as before, {ANEW}"
+        )
+    if manifest.ranks != ranks and OPTIMIZERS[config.training.optimizer].is_blockwise:
+        raise UserError(
+            f"resume: {checkpoint.path} was made on {manifest.ranks} ranks and this run has {ranks}: the 8-bit state "
+            f"of {config.training.optimizer} cannot be cut anew; start {manifest.ranks} ranks, {ANEW}"
+        )
+
+
+def place_in(batches: Batches) -> dict[str, Any]:
+    """Return what must be as it was for step i to have the same rows."""
+    return {
+        "rows": batches.rows.digest,
+        "number_of_rows": len(batches.rows),
+        "rows_per_step": batches.rows_per_step,
+        "steps_per_epoch": batches.steps_per_epoch,
+    }
+
+
+def check_place(checkpoint: Checkpoint, config: Config, batches: Batches, steps: int) -> None:
+    """Raise UserError where step i has other rows than it had, or the run has fewer steps than are done."""
+    before, now = checkpoint.manifest.data, place_in(batches)
+    if before["rows"] != now["rows"]:
+        options = _changed(COMPARED_BY_BYTES, "data", checkpoint.manifest.options, config)
+        raise UserError(
+            f"resume: {checkpoint.path} was made with other rows: {before['number_of_rows']:,} then, "
+            f"{now['number_of_rows']:,} now ({options or 'the options are the same, so the dataset has changed'}); "
+            f"take the dataset as it was, {ANEW}"
+        )
+    if before["rows_per_step"] != now["rows_per_step"]:
+        raise UserError(
+            f"resume: {checkpoint.path} had {before['rows_per_step']} rows in a step and this run has "
+            f"{now['rows_per_step']} (batch_size * gradient_accumulation_steps * ranks); change one of these options "
+            f"so that it has {before['rows_per_step']}, {ANEW}"
+        )
+    if before["steps_per_epoch"] != now["steps_per_epoch"]:
+        raise UserError(
+            f"resume: {checkpoint.path} had {before['steps_per_epoch']} steps in an epoch and this run has "
+            f"{now['steps_per_epoch']}: other rows share a step; set the options as before, {ANEW}"
+        )
+    if checkpoint.step > steps:
+        raise UserError(
+            f"resume: {checkpoint.path} has {checkpoint.step} steps behind it and this run ends after {steps}; raise "
+            "num_epochs or max_steps, or resume from an earlier checkpoint"
+        )
+
+
+def base_of(model: CausalModel, device: torch.device) -> dict[str, Any]:
+    """Return a checksum of the frozen weights: after they are loaded and before they are first read."""
+    sums = [unit.frozen.expected for unit in model.units]
+    assert None not in sums, "the frozen weights have been read"
+    return {"checksum": sum(number or 0 for number in sums) % 2**64, "device": device.type}
+
+
+def check_base(checkpoint: Checkpoint, config: Config, base: Mapping[str, Any], adapters: list[list[Any]]) -> None:
+    """Raise UserError where the frozen weights or the adapters are not those of the checkpoint's run."""
+    before = checkpoint.manifest
+    options = _changed(COMPARED_BY_BYTES, "model", before.options, config)
+    why = f" ({options})" if options else ""
+    if before.adapters != adapters:
+        raise UserError(
+            f"resume: {checkpoint.path} has adapters of other linears or shapes than this model{why}; take the model "
+            f"as it was, {ANEW}"
+        )
+    # Devices may encode to other bits.
+    if before.base["device"] == base["device"] and before.base["checksum"] != base["checksum"]:
+        raise UserError(
+            f"resume: {checkpoint.path} was trained over other frozen weights than {config.model.model_name} has{why}; "
+            f"take the model as it was, {ANEW}"
+        )
+
+
+def _changed(names: Iterable[str], group: str, before: Mapping[str, Any], config: Config) -> str:
+    now = config.to_flat()
+    changed = [n for n in names if OPTIONS[n].group == group and n in before and before[n] != now[n]]
+    return differences(changed, before, now)
+
+
+def differences(names: Iterable[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {show(now[name])} (was {show(before[name])})" for name in names)
