@@ -12,17 +12,18 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from fsdp_qlora.config.files import save as save_config
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.data.batches import Batches, Rows, load_rows, load_tokenizer
+from fsdp_qlora.data.packing import Bins
+from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.show_rows import lines_of
 from fsdp_qlora.data.sources import forget_stdin
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.models.skeleton import max_positions, text_config
-from fsdp_qlora.plan.plan import Plan
-from fsdp_qlora.plan.planning import with_micro_batch, write_plan
+from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
-from fsdp_qlora.report.startup import adapter_count, describe, describe_rows
+from fsdp_qlora.report.startup import adapter_count, describe, describe_rows, packing_hint
 from fsdp_qlora.runtime.determinism import check_deterministic, deterministic_algorithms
 from fsdp_qlora.runtime.files import Claim, writing_to
 from fsdp_qlora.runtime.gpu_memory import hold_to_card
@@ -65,17 +66,17 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         checkpoint = None if only_plan else find_checkpoint(config, world)
         compute = choose_compute(config, world)
         data = None if only_plan and not config.data.show_rows else read_data(config, compute.hf_config, world)
-        longest = config.data.context_length if data is None else data.rows.widest
+        lengths = None if data is None else row_lengths(config, data.rows)
         stages.done("config and data")
-        session = prepare(config, world, compute, longest, stages.done)
+        session = prepare(config, world, compute, lengths, stages.done)
         planned, plan = session.planned, session.planned.plan
-        batches = None if data is None else make_batches(config, plan, data.rows, world)
+        batches = None if data is None else make_batches(session, data.rows, lengths)
         resumed = []
         if checkpoint is not None:
             assert batches is not None
             world.main_only(partial(check_place, checkpoint, config, batches, count_steps(config, batches)))
             resumed = notes_of(checkpoint, config, world)
-        for line in [*notes, *start_lines(session, data, batches), *resumed]:
+        for line in [*notes, *start_lines(session, data, batches, lengths), *resumed]:
             world.say(line)
         if only_plan:
             return 0
@@ -89,7 +90,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         world.main_only(lambda: note_run(noted, folder, adapter_count(session.model), left, planned.record))
 
         placement = session.place()
-        refit = Refit(planned, session.model, placement, plan.micro_batch * longest, world, folder)
+        refit = Refit(planned, session.model, placement, planned.facts.tokens, world, folder)
         adapters = session.load(placement)
         give_back_freed()
         hold_to_card(config.memory.gpu_memory_gib, world.device)
@@ -132,13 +133,18 @@ def load_data(config: Config, hf_config: PretrainedConfig, progress: bool) -> Da
     return Data(tokenizer, load_rows(config.data, tokenizer, max_positions(hf_config), vocabulary, progress))
 
 
-def start_lines(session: Session, data: Data | None, batches: Batches | None) -> list[str]:
+def start_lines(
+    session: Session, data: Data | None, batches: Batches | None, lengths: RowLengths | None
+) -> list[str]:
     """Return what the run is about to do, for the user. A collective."""
     config, world, planned = session.config, session.world, session.planned
     compute, verbose = session.compute, config.output.verbose
     lines = describe(session.model, compute.hf_config, config, compute.attention, session.fusion, world)
     if batches is not None:
         lines += describe_rows(config, batches, count_steps(config, batches), world)
+    if lengths is not None and session.fusion.blocks:
+        now, packed = planned.tokens_per_second, packed_speed(planned, lengths, world)
+        lines += packing_hint(lengths, config.data.context_length, now, packed)
     if data is not None and config.data.show_rows:
         lines += lines_of(data.rows, data.tokenizer, config.data.show_rows)
     if verbose:
@@ -158,8 +164,16 @@ def note_run(config: Config, folder: Path, adapters: int, steps: int, plan: dict
         write_plan(folder, plan)
 
 
-def make_batches(config: Config, plan: Plan, rows: Rows, world: World) -> Batches:
-    return Batches(rows, plan.micro_batch, plan.accumulation, world.size, world.rank, config.training.seed)
+def row_lengths(config: Config, rows: Rows) -> RowLengths:
+    """Return the lengths of the rows, and of the bins that they are packed into."""
+    return RowLengths.of(rows, Bins(rows.context_length, rows.lengths) if config.data.packing else None)
+
+
+def make_batches(session: Session, rows: Rows, lengths: RowLengths | None) -> Batches:
+    """Return this rank's micro-batches, as the session's plan has them."""
+    world, plan, seed = session.world, session.planned.plan, session.config.training.seed
+    flat = lengths if session.fusion.blocks else None
+    return Batches(rows, plan.micro_batch, plan.accumulation, world.size, world.rank, seed, flat)
 
 
 def count_steps(config: Config, batches: Batches) -> int:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.config.options import Config, MemoryOptions
+from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.exchange.choose import check_exchange, choose_exchange
 from fsdp_qlora.models.assemble import Recipe, assemble
@@ -96,15 +97,19 @@ def choose_compute(config: Config, world: World) -> Compute:
 
 
 def prepare(
-    config: Config, world: World, compute: Compute, longest: int, done: Callable[[str], None] = lambda stage: None
+    config: Config,
+    world: World,
+    compute: Compute,
+    lengths: RowLengths | None,
+    done: Callable[[str], None] = lambda stage: None,
 ) -> Session:
     """Return the model of `config`, built and planned. A collective. Raises UserError on every rank alike.
 
-    longest: tokens of the longest row. done: told of each stage that has ended."""
+    lengths: of the rows; None: all fill the context. done: told of each stage that has ended."""
     weights = world.together(lambda: open_weights(config.model, compute.precision.stream))
     model, fusion, weights = build_model(micro_batches(config)[0], compute, weights, world)
     done("model")
-    planned = plan_run(model, config, fusion, longest, world)
+    planned = plan_run(model, config, fusion, lengths, world)
     done("plan")
     return Session(config, world, compute, model, fusion, weights, planned)
 

@@ -77,6 +77,7 @@ NEEDS: tuple[Needs[Config], ...] = (
         "set use_gradient_checkpointing to true",
     ),
     Needs(("use_activation_cpu_offload",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
+    Needs(("packing",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
     Needs(("keep_activations",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
     Needs(
         ("no_sync",),
@@ -85,7 +86,7 @@ NEEDS: tuple[Needs[Config], ...] = (
         "set gradient_accumulation_steps above 1",
     ),
     Needs(
-        ("columns", "prompt_template", "chat_template", "text_overflow", "bad_rows"),
+        ("columns", "prompt_template", "chat_template", "text_overflow", "bad_rows", "packing"),
         "dataset",
         lambda c: c.data.dataset != "dummy",
         "set dataset to one with rows",

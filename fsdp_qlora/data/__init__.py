@@ -1,3 +1,3 @@
 """Rows: where they come from, what of them is learnt, and the batches that each rank takes."""
 
-__all__ = ["batches", "collate", "show_rows", "sources"]
+__all__ = ["batches", "collate", "packing", "row_lengths", "show_rows", "sources"]

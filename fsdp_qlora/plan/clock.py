@@ -35,8 +35,8 @@ class Clock:
         self.backward = {keep: self._of(cost.backward + summing) for keep, cost in on_gpu.items()}
         if not facts.fused and facts.remat:  # autograd under checkpointing computes the whole forward again
             self.backward = {keep: seconds + self.forward[keep] for keep, seconds in self.backward.items()}
-        embedding = facts.tokens * facts.hidden * facts.stream_bytes / rates.h2d if facts.embedding_on_host else 0.0
-        self.head = self._of(self.memory.head.cost) + embedding
+        embedding = facts.usual_tokens * facts.hidden * facts.stream_bytes if facts.embedding_on_host else 0
+        self.head = self._of(self.memory.head.cost) + embedding / rates.h2d
         others = (facts.ranks - 1) / facts.ranks
         gradients, values = facts.adapter_parameters * facts.sent_bytes, facts.all_adapters * facts.compute_bytes
         if facts.exchange_by_host:  # out and in one after the other; new values go out once for all
@@ -74,7 +74,7 @@ class Clock:
 
     def link(self, candidate: Candidate) -> tuple[float, float]:
         """Seconds of a micro-batch in which bytes come to the GPU, and in which kept tensors leave it."""
-        away = sum(self.memory.of[b.keep, b.offloaded].away for b in candidate.blocks)
+        away = sum(self.memory.of[b.keep, b.offloaded].away for b in candidate.blocks) * self.facts.fullness
         exchanged = (self.reduction_in + self.publish_in) * self.facts.layers
         arrivals = PLACEMENT_COSTS[candidate.placement].arrival_seconds(self.facts, self.rates, candidate)
         return arrivals + away / self.rates.h2d + exchanged, away / self.rates.h2d

@@ -53,18 +53,28 @@ class HeadCost:
 
 
 def block_costs(facts: Facts) -> dict[Kind, BlockCost]:
-    """Return what a fused block of these facts takes and costs, at each keep level, offloaded or not."""
-    traced = _traced(shape_of(facts), facts.batch, facts.context, deterministic())
-    share = facts.keys / keys_seen(facts.context, None)  # of the keys: blocks may have windows
+    """Return what a fused block of these facts takes and costs, at each keep level, offloaded or not.
+
+    It takes what the largest micro-batch does, and costs what the usual one does."""
+    largest = _traced(shape_of(facts), facts.batch, facts.context, deterministic())
+    usual, length = largest, facts.context
+    if facts.mean_tokens:
+        usual, length = _traced(shape_of(facts), 1, facts.mean_tokens, deterministic()), facts.mean_tokens
+    share = facts.keys / keys_seen(length, None)  # of the keys: rows end and blocks may have windows
     return {
-        kind: replace(cost, forward=_seen(cost.forward, share), backward=_seen(cost.backward, share))
-        for kind, cost in traced.items()
+        kind: replace(takes, forward=_seen(usual[kind].forward, share), backward=_seen(usual[kind].backward, share))
+        for kind, takes in largest.items()
     }
 
 
 def head_cost(facts: Facts, normed: bool = True) -> HeadCost:
-    """Return what the head takes and costs; without its norm where that is Hugging Face's."""
-    return _head(facts.hidden, facts.vocabulary, facts.compute_bytes, facts.tokens, normed)
+    """Return what the head takes and costs; without its norm where that is Hugging Face's.
+
+    It takes memory as if every token of the largest micro-batch were a label, and costs what the usual labels do."""
+    largest = _head(facts.hidden, facts.vocabulary, facts.compute_bytes, facts.tokens, normed)
+    labels = max(1, round(facts.usual_tokens * facts.label_share))
+    usual = _head(facts.hidden, facts.vocabulary, facts.compute_bytes, labels, normed)
+    return replace(largest, cost=usual.cost)
 
 
 def _seen(cost: Cost, share: float) -> Cost:

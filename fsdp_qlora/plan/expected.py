@@ -44,7 +44,8 @@ def expected_rates(card: Card, facts: Facts, link: float, peers: bool) -> Rates:
     they read each other's memory."""
     copy = COPY * card.memory * GIGA
     reached = (card.reached if facts.compute_bytes < 4 else card.float32) * TERA
-    products = min(PRODUCTS * reached, facts.tokens * copy)  # few tokens: bound by reading 2 bytes for 2 FLOPs a token
+    # Of few tokens they are bound by reading 2 bytes of a weight for 2 FLOPs a token.
+    products = min(PRODUCTS * reached, facts.usual_tokens * copy)
     forward, backward = _attention(card, facts, reached, copy)
     both_in, both_out = BOTH if facts.ranks > 1 else BOTH_ALONE
     gather = 0.0 if facts.ranks == 1 else NVLINK * card.nvlink * GIGA if peers and card.nvlink else THROUGH_HOST * link
@@ -69,7 +70,7 @@ def _attention(card: Card, facts: Facts, reached: float, copy: float) -> tuple[f
     if facts.attention in ("math", "cpu"):
         plain = min(PRODUCTS * card.float32 * TERA / 2, MATH_INTENSITY * copy)  # half of the pairs are not seen
         return plain, plain
-    share = facts.context / (facts.context + ATTENTION_HALF) * (1 if card.has_bf16 else ATTENTION_BEFORE_AMPERE)
+    share = facts.usual_row / (facts.usual_row + ATTENTION_HALF) * (1 if card.has_bf16 else ATTENTION_BEFORE_AMPERE)
     return ATTENTION * share * reached, ATTENTION_BACKWARD * share * reached
 
 
@@ -78,4 +79,4 @@ def _crowding(facts: Facts, peers: bool) -> float:
         return 1.0
     if peers:
         return CROWDING_PEERS
-    return CROWDING if facts.tokens >= SHORT else CROWDING_SHORT
+    return CROWDING if facts.usual_tokens >= SHORT else CROWDING_SHORT

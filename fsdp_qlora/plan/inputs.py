@@ -11,6 +11,7 @@ from fsdp_qlora.kernels.attention_on_meta import keys_seen
 
 if TYPE_CHECKING:
     from fsdp_qlora.config.options import Config
+    from fsdp_qlora.data.row_lengths import RowLengths
     from fsdp_qlora.distributed.world import World
     from fsdp_qlora.models.causal_lm import CausalModel
     from fsdp_qlora.models.fused.fuse import Fusion
@@ -40,7 +41,9 @@ class Facts:
     copy, between updates, beside its working copy. sent_bytes: of a gradient's number on its way between ranks
     (`planning.sending` knows). adapted: "1" or "0" for each linear of a block in order of use, by whether it has an
     adapter in any block; "" for all. multiprocessors: of the card, over which attention's backward splits the keys in
-    its deterministic form; 0 for its default.
+    its deterministic form; 0 for its default. context: tokens of a row, or of the largest micro-batch shared among its
+    rows where these lie one after the other; mean_tokens: of such micro-batches, the mean, and mean_row: of the rows in
+    it (0: all fill the context). label_share: of the tokens, those that the loss is taken over.
     """
 
     layers: int
@@ -92,16 +95,34 @@ class Facts:
     sent_bytes: int = 4
     adapted: str = ""
     multiprocessors: int = 0
+    mean_tokens: int = 0
+    mean_row: int = 0
+    label_share: float = 1.0
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch on one rank."""
+        """The most of a micro-batch on one rank."""
         return self.batch * self.context
+
+    @property
+    def usual_tokens(self) -> int:
+        """The mean of a micro-batch on one rank."""
+        return self.mean_tokens or self.tokens
+
+    @property
+    def usual_row(self) -> int:
+        """The mean tokens of a row, which attention stays inside of."""
+        return self.mean_row or self.context
+
+    @property
+    def fullness(self) -> float:
+        """Of the most tokens of a micro-batch, the share that it usually has."""
+        return self.usual_tokens / self.tokens
 
     @property
     def step_tokens(self) -> int:
         """Of an optimizer step on all ranks."""
-        return self.tokens * self.ranks * self.accumulation
+        return self.usual_tokens * self.ranks * self.accumulation
 
     @property
     def queries(self) -> int:
@@ -150,9 +171,10 @@ def facts_of(
     fusion: "Fusion",
     state_bytes: float,
     capability: tuple[int, int] | None = None,
+    lengths: "RowLengths | None" = None,
 ) -> Facts:
     """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter.
-    capability: CUDA's, of a card that is not here."""
+    capability: CUDA's, of a card that is not here. lengths: of the rows; None: all fill the context."""
     from fsdp_qlora.kernels.masters import master_bytes
 
     blocks = list(model.blocks.values())
@@ -164,6 +186,9 @@ def facts_of(
     embedding = next(u for u in others if u.frozen is model.embedding[0].frozen)
     head = None if model.is_tied() else model.head.frozen.layout.nbytes
     training, memory = config.training, config.memory
+    context = config.data.context_length
+    if lengths is not None:
+        context = lengths.width(training.batch_size) if fusion.blocks else lengths.widest
     return Facts(
         layers=len(blocks),
         block_bytes=max(kinds[path].frozen.layout.nbytes for path in model.blocks),
@@ -182,7 +207,7 @@ def facts_of(
         reduce_bytes={"fp32": 4, "bf16": 2}[memory.reduce_dtype],
         state_bytes=state_bytes,
         batch=training.batch_size,
-        context=config.data.context_length,
+        context=context,
         accumulation=training.gradient_accumulation_steps,
         no_sync=memory.no_sync,
         dropout=config.adapter.lora_dropout,
@@ -196,7 +221,8 @@ def facts_of(
         workspace_bytes=workspace(world.device, capability),
         dummy=config.model.dummy_weights,
         master_bytes=master_bytes(model.precision.compute),
-        **(_fused(model, config.data.context_length) if fusion.blocks else _generic(model, config)),
+        **(_fused(model, context, lengths) if fusion.blocks else _generic(model, config, context)),
+        **(_usual(lengths, training.batch_size) if fusion.blocks and lengths is not None else {}),
     )
 
 
@@ -236,9 +262,19 @@ def _adapted(specs: list[Any]) -> str:
     return "".join("1" if any(m.lora_A is not None for m in linears) else "0" for linears in by_linear)
 
 
-def _fused(model: "CausalModel", context: int) -> dict[str, Any]:
+def _usual(lengths: "RowLengths", batch_size: int) -> dict[str, Any]:
+    return {
+        "mean_tokens": round(min(batch_size, lengths.items) * lengths.mean),
+        "mean_row": round(lengths.lengths.mean()),
+        "label_share": lengths.label_share,
+    }
+
+
+def _fused(model: "CausalModel", context: int, lengths: "RowLengths | None") -> dict[str, Any]:
     specs = [block.fused.spec for block in model.blocks.values()]  # type: ignore[union-attr]
     attention, mlp = specs[0].attention, specs[0].mlp
+    windows = [spec.attention.masking.window for spec in specs]
+    keys = [keys_seen(context, window) if lengths is None else lengths.keys(window) for window in windows]
     return {
         "hidden": mlp.down.out_features,
         "inner": mlp.down.in_features,
@@ -254,11 +290,11 @@ def _fused(model: "CausalModel", context: int) -> dict[str, Any]:
         "adapted": _adapted(specs),
         "norms_after": mlp.out_norm is not None,
         "head_norms": attention.q_norm is not None,
-        "keys": sum(keys_seen(context, x.attention.masking.window) for x in specs) / len(specs),
+        "keys": sum(keys) / len(specs),
     }
 
 
-def _generic(model: "CausalModel", config: "Config") -> dict[str, Any]:
+def _generic(model: "CausalModel", config: "Config", context: int) -> dict[str, Any]:
     """Of an unfused model, from its Hugging Face config; what that does not say is taken as Llama has it."""
     hf = model.backbone.config
     hidden, heads = hf.hidden_size, hf.num_attention_heads
@@ -278,5 +314,5 @@ def _generic(model: "CausalModel", config: "Config") -> dict[str, Any]:
         "rank_down": rank,
         "norms_after": False,
         "head_norms": False,
-        "keys": keys_seen(config.data.context_length, getattr(hf, "sliding_window", None)),
+        "keys": keys_seen(context, getattr(hf, "sliding_window", None)),
     }

@@ -13,6 +13,8 @@ import torch
 
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.options import Config, MemoryOptions
+from fsdp_qlora.data.packing import Bins
+from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
@@ -55,25 +57,30 @@ class Planned:
         return None if self.layout is None else self.layout.of(self.plan.blocks)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks; None where no times are known."""
+        return None if self.plan.seconds is None else self.facts.step_tokens / self.plan.seconds
+
+    @property
     def link_rate(self) -> float | None:
         """Bytes per second from host memory to each rank's device, all at once; None where it was not measured."""
         return None if self.rates is None else self.rates.h2d
 
 
-def plan_run(model: CausalModel, config: Config, fusion: Fusion, longest: int, world: World) -> Planned:
-    """The plan for rows of at most `longest` tokens. A collective. Raises UserError where nothing fits."""
+def plan_run(model: CausalModel, config: Config, fusion: Fusion, lengths: RowLengths | None, world: World) -> Planned:
+    """The plan for rows of these lengths; None: all fill the context. A collective. Raises UserError where nothing
+    fits."""
     world.together(lambda: shard_count(config.memory, world))  # what cannot be divided need not be planned
     optimizer = state_bytes(config.training.optimizer, world.device.type)
 
     def known(sized: Config) -> tuple[Facts, Rates | None]:
-        at_length = replace(sized, data=replace(config.data, context_length=longest))
-        here = facts_of(model, at_length, world, fusion, optimizer)
+        here = facts_of(model, sized, world, fusion, optimizer, lengths=lengths)
         here = replace(here, exchange_by_host=through_host(config.memory, world), multiprocessors=splits(config, world))
         facts = sending(agreed(here, world))
         return facts, calibrate(facts, model, world)
 
     def layouts(sized: Config, facts: Facts) -> Layouts:
-        return Layouts(model, sized, longest, facts.exchange_by_host, world)
+        return Layouts(model, sized, facts.context, facts.exchange_by_host, world)
 
     return fastest_of(config, find_budget(config.memory, world), world, known, layouts)
 
@@ -129,6 +136,24 @@ def refit_run(planned: Planned, world: World) -> Planned | None:
         return None
     record = plan_record(plan, planned.facts, planned.rates)
     return replace(planned, plan=plan, lines=[], record=record)
+
+
+def packed_speed(planned: Planned, lengths: RowLengths, world: World) -> float | None:
+    """Return the tokens per second that the plan would expect of the same rows in bins of the context's length.
+
+    By the rates of the rows as they are, which longer rows may exceed. None where no times are known, or nothing would
+    fit."""
+    facts, config = planned.facts, planned.config
+    if planned.rates is None or lengths.bins is not None:
+        return None
+    bins = Bins(config.data.context_length, lengths.lengths)
+    filled = round(facts.batch * bins.fill * bins.capacity)
+    packed = replace(facts, context=bins.capacity, mean_tokens=filled)
+    try:
+        plan = make_plan(packed, planned.rates, wishes_of(config.memory, world.size), planned.budget)
+    except UserError:
+        return None
+    return None if plan.seconds is None else packed.step_tokens / plan.seconds
 
 
 def agreed(facts: Facts, world: World) -> Facts:

@@ -34,7 +34,8 @@ class Walk:
         self.head_copy = facts.head_bytes / rates.h2d if self.streams_head else 0.0
         self.slower = rates.h2d / rates.h2d_both  # while the other direction is busy
         self.slower_out = rates.h2d / rates.d2h_both
-        self.away = [clock.memory.of[b.keep, b.offloaded].away / rates.h2d for b in self.blocks]
+        away = clock.facts.fullness / rates.h2d  # seconds for a byte of the largest micro-batch, in the usual one
+        self.away = [clock.memory.of[b.keep, b.offloaded].away * away for b in self.blocks]
         self.now = self.in_free = self.out_free = 0.0
 
     def run(self) -> float:

@@ -5,11 +5,15 @@ from transformers import PretrainedConfig
 
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.data.batches import Batches
+from fsdp_qlora.data.packing import Bins
+from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.models.attention import Attention
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.units import GIB, as_gib
+
+SHORT = 0.6  # of context_length, that rows fill in the mean: packing is worth a word
 
 
 def adapter_count(model: CausalModel) -> int:
@@ -45,13 +49,37 @@ def describe(
 
 def describe_rows(config: Config, batches: Batches, total_steps: int, world: World) -> list[str]:
     """Return its lines on data and steps."""
-    last = len(batches.rows) % batches.rows_per_step
+    last = batches.items % batches.rows_per_step
     shorter = f"; an epoch's last of {last}" if last else ""
+    packed = [] if batches.bins is None else [_bins_line(batches.bins)]
     return [
         f"data      {batches.rows.summary}",
-        f"run       {_counted(total_steps, 'step')} of {batches.rows_per_step} rows "
+        *packed,
+        f"run       {_counted(total_steps, 'step')} of {batches.rows_per_step} {'bins' if packed else 'rows'} "
         f"({batches.batch_size} x {batches.accumulation} x {_ranks(world)}{shorter}), "
         f"{_counted(batches.completed(total_steps), 'epoch')}, context {config.data.context_length}",
+    ]
+
+
+def _bins_line(bins: Bins) -> str:
+    """Return how well the rows were packed."""
+    alone = "" if len(bins) < len(bins.lengths) else ": no two rows fit into one"
+    return (
+        f"packing   {_counted(len(bins.lengths), 'row')} in {_counted(len(bins), 'bin')} of {bins.capacity} tokens, "
+        f"{bins.fill:.1%} full{alone}"
+    )
+
+
+def packing_hint(lengths: RowLengths, context_length: int, now: float | None, packed: float | None) -> list[str]:
+    """Return a line for rows that are short for their context, else none. now, packed: tokens per second that the plan
+    expects of them as they are, and put together."""
+    fill = lengths.mean / context_length
+    if lengths.bins is not None or fill >= SHORT:
+        return []
+    brings = f": {packed:,.0f} tok/s expected instead of {now:,.0f}" if now and packed else ""
+    return [
+        f"          rows fill {fill:.0%} of context_length {context_length} in the mean; --packing true puts "
+        f"{1 / fill:.1f} of them into one row of the batch{brings}"
     ]
 
 

@@ -4,7 +4,7 @@ import gc
 import math
 import time
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from fsdp_qlora.config.options import TrainingOptions
 from fsdp_qlora.data.collate import Batch
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
+from fsdp_qlora.kernels.segments import Segments
 from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.memory.host_link import TRAFFIC
 from fsdp_qlora.models.causal_lm import CausalModel
@@ -30,12 +31,37 @@ from fsdp_qlora.training.update import make_update
 from fsdp_qlora.units import GIB
 
 
+class Inputs(NamedTuple):
+    """What the model takes of a batch."""
+
+    input_ids: Tensor
+    label_positions: Tensor
+    labels: Tensor
+    segments: Segments | None
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> "Inputs":
+        """Return a batch's, on the CPU, pinned where the device is a GPU."""
+        inputs = cls(batch.input_ids, batch.label_positions, batch.labels, batch.segments)
+        if device.type != "cuda":
+            return inputs
+        ids, positions, labels = (t.pin_memory() for t in inputs[:3])
+        return cls(ids, positions, labels, None if batch.segments is None else batch.segments.pinned())
+
+    def loss(self, model: CausalModel, divisor: float, device: torch.device) -> Tensor:
+        """Return `model`'s loss on them."""
+        ids, positions, labels = (t.to(device, non_blocking=True) for t in self[:3])
+        segments = None if self.segments is None else self.segments.to(device)
+        loss: Tensor = model(ids, positions, labels, divisor, segments)
+        return loss
+
+
 @dataclass(frozen=True)
 class Ready:
     """This rank's micro-batches of an optimizer step."""
 
     batches: list[Batch]
-    inputs: list[tuple[Tensor, Tensor, Tensor]]  # what the model takes of each; pinned where there is a GPU
+    inputs: list[Inputs]  # what the model takes of each
     rows: int  # of the step, on all ranks
     label_tokens: int  # the same
     tokens: int  # the same
@@ -108,7 +134,7 @@ class Stepper:
         each = [(len(batch.rows), batch.labels.numel(), batch.tokens) for batch in batches]
         counts = [sum(column) for column in zip(*each, strict=True)]
         totals = [int(sum(column)) for column in zip(*self.world.gather(counts), strict=True)]
-        return Ready(batches, [_inputs(batch, self.world.device) for batch in batches], *totals)
+        return Ready(batches, [Inputs.of(batch, self.world.device) for batch in batches], *totals)
 
     def begin(self, ready: Ready) -> None:
         """Launch forward and backward over the micro-batches, and the update where it can be queued."""
@@ -223,14 +249,14 @@ class Stepper:
         self.adapters.finish_with_zeros(micro_batches - self._passed)
         return self.adapters.gather_numbers(torch.full((2,), torch.nan, device=self.world.device))
 
-    def _passes(self, inputs: list[tuple[Tensor, Tensor, Tensor]], divisor: float) -> Tensor:
+    def _passes(self, inputs: list[Inputs], divisor: float) -> Tensor:
         total = torch.zeros((), device=self.world.device)
-        for i, tensors in enumerate(inputs):
+        for i, batch in enumerate(inputs):
             if self.arena is not None:
                 self.arena.start()
             self.adapters.begin_micro_batch(last=i == len(inputs) - 1)
             self._passed += 1
-            loss = self.model(*(t.to(self.world.device, non_blocking=True) for t in tensors), divisor)
+            loss = batch.loss(self.model, divisor, self.world.device)
             loss.backward()
             total += loss.detach()
         self.adapters.finish()
@@ -291,12 +317,3 @@ class Stepper:
         stats = torch.cuda.memory_stats()
         peaks = (stats[f"{what}_bytes.all.peak"] / GIB for what in ("allocated", "reserved"))
         return *peaks, stats["num_alloc_retries"]
-
-
-def _inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the model takes of a batch, on the CPU, pinned for a GPU."""
-    tensors = (batch.input_ids, batch.label_positions, batch.labels)
-    if device.type != "cuda":
-        return tensors
-    ids, positions, labels = (t.pin_memory() for t in tensors)
-    return ids, positions, labels

@@ -8,6 +8,8 @@ import torch
 
 from fsdp_qlora.data.batches import Batches, Rows
 from fsdp_qlora.data.collate import IGNORE, Batch
+from fsdp_qlora.data.packing import Bins
+from fsdp_qlora.data.row_lengths import RowLengths
 
 PAD = 2  # also EOS: padding must be told from it by position
 
@@ -117,3 +119,75 @@ def test_ranks_have_about_the_same_work_at_the_same_time() -> None:
         assert abs(left.input_ids.shape[1] - right.input_ids.shape[1]) <= 8
     padded = sum(batch.input_ids.numel() for rank in step for batch in rank)
     assert sum(batch.tokens for rank in step for batch in rank) > 0.75 * padded
+
+
+def learnt(batch: Batch) -> list[tuple[int, ...]]:
+    """(position in its row, token, label) of each labelled position, sorted."""
+    flat = batch.input_ids.flatten()
+    if batch.segments is None:
+        places = torch.arange(batch.input_ids.shape[1]).repeat(batch.input_ids.shape[0])
+    else:
+        places = batch.segments.positions[0]
+    return sorted(
+        (int(places[i]), int(flat[i]), int(label)) for i, label in zip(batch.label_positions, batch.labels, strict=True)
+    )
+
+
+@pytest.mark.parametrize("count", [1, 5, 29])
+@pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(12, 1, 1), (3, 2, 2), (1, 4, 3)])
+def test_rows_one_after_the_other_are_the_same_rows_with_the_same_labels(
+    count: int, batch_size: int, accumulation: int, world_size: int
+) -> None:
+    rows = make_rows(count)
+    ranks = [
+        Batches(rows, batch_size, accumulation, world_size, rank, seed=42, flat=RowLengths.of(rows))
+        for rank in range(world_size)
+    ]
+    most = RowLengths.of(rows).most_tokens(batch_size)
+    for index, want in enumerate(steps(rows, batch_size, accumulation, world_size)):
+        got = [rank.step(0, index) for rank in ranks]
+        assert len({len(rank) for rank in got}) == 1
+        ours, theirs = ([batch for rank in step for batch in rank] for step in (got, want))
+        assert sorted(row for batch in ours for row in batch.rows) == sorted(row for b in theirs for row in b.rows)
+        assert sorted(x for b in ours for x in learnt(b)) == sorted(x for b in theirs for x in learnt(b))
+        assert sum(b.tokens for b in ours) == sum(b.tokens for b in theirs)
+        assert max(len(batch.rows) for batch in ours) <= batch_size
+        assert all(b.input_ids.numel() <= most for b in ours)
+        for b in ours:
+            if b.segments is not None:
+                assert b.input_ids.shape == (1, sum(b.segments.lengths))
+                assert b.input_ids.shape[1] % 16 == 0 or b.input_ids.shape[1] == most
+
+
+def test_micro_batches_of_a_step_have_about_as_many_tokens() -> None:
+    rows = make_rows(64, context_length=100)
+    step = [
+        batch.tokens
+        for rank in range(2)
+        for batch in Batches(rows, 8, 4, 2, rank, 0, flat=RowLengths.of(rows)).step(0, 0)
+    ]
+    assert max(step) - min(step) <= 20
+    padded = [batch.tokens for rank in range(2) for batch in Batches(rows, 8, 4, 2, rank, 0).step(0, 0)]
+    assert max(padded) - min(padded) > 300
+
+
+def test_rows_of_about_one_length_stay_a_batch() -> None:
+    rows = make_rows(40, context_length=3)
+    batch = Batches(rows, 8, 1, 1, 0, 0, flat=RowLengths.of(rows)).step(0, 0)[0]
+    assert batch.segments is None
+    assert batch.input_ids.shape == (8, 3)
+
+
+def test_the_most_tokens_of_a_micro_batch_are_those_of_the_longest_rows() -> None:
+    rows = make_rows(29, context_length=40)
+    longest = sorted(rows.lengths.tolist())[-4:]
+    assert sum(longest) <= RowLengths.of(rows).most_tokens(4) < min(sum(longest) + 16, 4 * 40 + 1)
+    assert RowLengths.of(rows).most_tokens(100) >= rows.lengths.sum()
+    assert RowLengths.of(rows, Bins(40, rows.lengths)).most_tokens(4) == 160
+
+
+def test_the_mean_of_the_keys_that_are_seen() -> None:
+    rows = make_rows(29, context_length=40)
+    for window in (None, 7):
+        seen = [min(i + 1, window or 1000) for length in rows.lengths for i in range(length)]
+        assert RowLengths.of(rows).keys(window) == pytest.approx(np.mean(seen), rel=1e-12)

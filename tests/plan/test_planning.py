@@ -179,13 +179,15 @@ def test_micro_batches_of_every_size_that_divides_a_steps_rows():
 
 def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
     """Larger ones are faster here, until 8, which does not fit."""
+    rows = object()
 
     def plan_of(known, *_):
         if known.batch == 8:
             raise UserError("does not fit")
         return SimpleNamespace(seconds=1 / known.batch, micro_batch=known.batch, accumulation=8 // known.batch)
 
-    def facts_of(model, config, *_):
+    def facts_of(model, config, *_, lengths):
+        assert lengths is rows
         return facts("llama2_70b", config.training.batch_size, 64, 8)
 
     monkeypatch.setattr(planning, "facts_of", facts_of)
@@ -196,12 +198,12 @@ def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
     monkeypatch.setattr(planning, "plan_record", lambda *_: {})
     config = parse(["--model_name", "m", "--batch_size", "-1", "--gradient_accumulation_steps", "8"])
     with open_world(config.launch, 0) as world:
-        planned = planning.plan_run(None, config, None, 64, world)
+        planned = planning.plan_run(None, config, None, rows, world)
         assert (planned.plan.micro_batch, planned.plan.accumulation) == (4, 2)
         assert planned.config == config, "as it was given"
         monkeypatch.setattr(planning, "make_plan", lambda *_: plan_of(SimpleNamespace(batch=8)))
         with pytest.raises(UserError, match="does not fit"):
-            planning.plan_run(None, config, None, 64, world)
+            planning.plan_run(None, config, None, rows, world)
 
 
 def test_a_planned_micro_batch_trains_as_one_that_is_given(tmp_path):

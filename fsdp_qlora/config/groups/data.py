@@ -71,6 +71,14 @@ class DataOptions:
         at_least=2,
         known_as=("max_seq_length", "max_length", "cutoff_len", "sequence_len", "block_size"),
     )
+    packing: bool = option(
+        False,
+        """Put short rows together into bins of context_length, each of which counts as a row of the batch. No token
+        sees another row than its own.""",
+        "a step has the rows that batch_size says",
+        """short rows cost hardly more than their tokens; a step learns from more rows, and an epoch has fewer steps""",
+        known_as=("pack", "sample_packing", "packed", "pack_sequences"),
+    )
     text_overflow: Literal["auto", "split", "cut"] = option(
         "auto",
         """Rows of the form text that are longer than the context. split: into rows of context_length. cut: the rest is

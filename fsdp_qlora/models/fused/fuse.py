@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fsdp_qlora.config.keep import Keep
-from fsdp_qlora.config.options import Config, MemoryOptions, ModelOptions
+from fsdp_qlora.config.options import Config, ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.attention import fastest
 from fsdp_qlora.kernels.rms_norm import rms_norm
@@ -75,12 +75,12 @@ def fuse(model: CausalModel, config: Config, device: torch.device, choose: Choos
     """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be.
 
     The blocks keep their input, until a plan says otherwise. choose: the attention backend."""
-    options, memory = config.model, config.memory
+    options = config.model
     shape = (config.training.batch_size, config.data.context_length)
     try:
         specs = _specs(model, options)
     except NotFusable as why:
-        _check_unfused(options, memory, str(why))
+        _check_unfused(config, str(why))
         return Fusion(0, 0, (), str(why))
     shared, backends = Shared.on(device, model.precision.compute), []
     for block, spec in zip(model.blocks.values(), specs, strict=True):
@@ -103,9 +103,12 @@ def fuse(model: CausalModel, config: Config, device: torch.device, choose: Choos
     return Fusion(len(specs), projections, tuple(dict.fromkeys(backends)), "")
 
 
-def _check_unfused(options: ModelOptions, memory: MemoryOptions, reason: str) -> None:
+def _check_unfused(config: Config, reason: str) -> None:
     """Raise UserError where the options ask for what only fused blocks do."""
-    if options.fused == "true":
+    memory = config.memory
+    if config.data.packing:
+        raise UserError(f"packing: true needs fused blocks, and the model is not fused: {reason}; omit packing")
+    if config.model.fused == "true":
         raise UserError(f"fused: true is not possible: {reason}; use --fused auto")
     if memory.use_activation_cpu_offload:
         raise UserError(f"use_activation_cpu_offload: true needs fused blocks, and the model is not fused: {reason}")

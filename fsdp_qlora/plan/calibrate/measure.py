@@ -19,6 +19,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward
 from fsdp_qlora.kernels.attention_on_meta import keys_seen
 from fsdp_qlora.kernels.lora_wide import wide
+from fsdp_qlora.kernels.segments import Segments, segments_of
 from fsdp_qlora.memory.pinned import try_page_lock
 from fsdp_qlora.memory.shared import HostStore
 from fsdp_qlora.models.causal_lm import CausalModel
@@ -56,7 +57,7 @@ def _events(call: Callable[[], object], repeats: int) -> float:
 
 def products(facts: Facts, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """FLOP/s of a block's large products forward and backward, weighted as a block has them."""
-    tokens = min(facts.tokens, MOST_TOKENS)
+    tokens = min(facts.usual_tokens, MOST_TOKENS)
     # (outputs, inputs, how many of that size a block has)
     shapes = [(facts.queries, facts.hidden, 2), (facts.inner, facts.hidden, 2), (facts.hidden, facts.inner, 1)]
     like = torch.empty(0, dtype=dtype, device=device)
@@ -83,26 +84,33 @@ def _warm(call: Callable[[], object]) -> None:
 def attention(facts: Facts, masking: Masking, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """FLOP/s of attention's passes, counting the keys that are seen."""
     slow = facts.attention in ("", "math", "cpu")
-    s = min(facts.context, MOST_TOKENS if slow else MOST_CONTEXT)
-    b = max(1, min(facts.batch, MOST_TOKENS // s))
+    s = min(facts.usual_row, MOST_TOKENS if slow else MOST_CONTEXT)
+    b = max(1, min(facts.usual_tokens, MOST_TOKENS) // s)
+    segments = None
+    if facts.mean_row and b > 1:  # rows of any lengths, as they come
+        segments, b, s = segments_of([s] * b).to(device), 1, b * s
     q, d_out = (torch.randn(b, s, facts.heads, facts.head_dim, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(b, s, facts.kv_heads, facts.head_dim, device=device, dtype=dtype) for _ in range(2))
-    flops = 4 * b * s * keys_seen(s, masking.window) * facts.queries
+    seen = keys_seen(s if segments is None else segments.lengths[0], masking.window)
+    flops = 4 * b * s * seen * facts.queries
     if not facts.attention:
         forward, both = _plain_attention(q, k, v, d_out)
         return {"attention_forward": flops / forward, "attention_backward": 2.5 * flops / max(both - forward, 1e-9)}
-    out, stats = attend(q, k, v, masking, facts.attention)
-    forward = seconds(lambda: attend(q, k, v, masking, facts.attention))
+    given = (masking, facts.attention, segments)
+    out, stats = attend(q, k, v, *given)
+    forward = seconds(lambda: attend(q, k, v, *given))
     if facts.attention == "flash_attn":  # its stats are a graph, which backward uses up
-        both = seconds(lambda: _both(q, k, v, d_out, masking, facts.attention))
+        both = seconds(lambda: _both(q, k, v, d_out, *given))
         return {"attention_forward": flops / forward, "attention_backward": 2.5 * flops / max(both - forward, 1e-9)}
-    backward = seconds(lambda: attend_backward(d_out, q, k, v, out, stats, masking, facts.attention))
+    backward = seconds(lambda: attend_backward(d_out, q, k, v, out, stats, *given))
     return {"attention_forward": flops / forward, "attention_backward": 2.5 * flops / backward}
 
 
-def _both(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, masking: Masking, backend: str) -> None:
-    out, stats = attend(q, k, v, masking, backend)
-    attend_backward(d_out, q, k, v, out, stats, masking, backend)
+def _both(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, masking: Masking, backend: str, segments: Segments | None
+) -> None:
+    out, stats = attend(q, k, v, masking, backend, segments)
+    attend_backward(d_out, q, k, v, out, stats, masking, backend, segments)
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> tuple[float, float]:
@@ -206,7 +214,7 @@ def _crowding(
     facts: Facts, dtype: torch.dtype, world: World, start_gather: Callable[[], dist.Work], gather_seconds: float
 ) -> float:
     """How many times longer products take while gathers run. gather_seconds: of one, the same number on every rank."""
-    tokens = min(facts.tokens, MOST_TOKENS)
+    tokens = min(facts.usual_tokens, MOST_TOKENS)
     x = torch.zeros(tokens, facts.hidden, dtype=dtype, device=world.device)
     weight = torch.zeros(facts.hidden, facts.hidden, dtype=dtype, device=world.device)
     alone = seconds(lambda: x @ weight)

@@ -63,6 +63,8 @@ def key_of(facts: Facts, world: World) -> dict[str, Any]:
         "peer_access": os.environ.get("NCCL_P2P_DISABLE", ""),
         "batch": facts.batch,
         "context": facts.context,
+        "mean_tokens": facts.mean_tokens,
+        "mean_row": facts.mean_row,
         "adapters": facts.adapter_parameters,
     }
 
