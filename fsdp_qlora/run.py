@@ -23,7 +23,7 @@ from fsdp_qlora.models.skeleton import max_positions, text_config
 from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
-from fsdp_qlora.report.startup import adapter_count, describe, describe_rows, packing_hint
+from fsdp_qlora.report.startup import adapter_count, are_short, describe, describe_rows, packing_hint
 from fsdp_qlora.runtime.determinism import check_deterministic, deterministic_algorithms
 from fsdp_qlora.runtime.files import Claim, writing_to
 from fsdp_qlora.runtime.gpu_memory import hold_to_card
@@ -133,18 +133,17 @@ def load_data(config: Config, hf_config: PretrainedConfig, progress: bool) -> Da
     return Data(tokenizer, load_rows(config.data, tokenizer, max_positions(hf_config), vocabulary, progress))
 
 
-def start_lines(
-    session: Session, data: Data | None, batches: Batches | None, lengths: RowLengths | None
-) -> list[str]:
+def start_lines(session: Session, data: Data | None, batches: Batches | None, lengths: RowLengths | None) -> list[str]:
     """Return what the run is about to do, for the user. A collective."""
     config, world, planned = session.config, session.world, session.planned
     compute, verbose = session.compute, config.output.verbose
     lines = describe(session.model, compute.hf_config, config, compute.attention, session.fusion, world)
     if batches is not None:
         lines += describe_rows(config, batches, count_steps(config, batches), world)
-    if lengths is not None and session.fusion.blocks:
-        now, packed = planned.tokens_per_second, packed_speed(planned, lengths, world)
-        lines += packing_hint(lengths, config.data.context_length, now, packed)
+    context = config.data.context_length
+    if lengths is not None and session.fusion.blocks and are_short(lengths, context):
+        speeds = planned.tokens_per_second, packed_speed(planned, lengths, world)
+        lines.append(packing_hint(lengths, context, *speeds))
     if data is not None and config.data.show_rows:
         lines += lines_of(data.rows, data.tokenizer, config.data.show_rows)
     if verbose:

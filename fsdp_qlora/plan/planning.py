@@ -144,7 +144,7 @@ def packed_speed(planned: Planned, lengths: RowLengths, world: World) -> float |
     By the rates of the rows as they are, which longer rows may exceed. None where no times are known, or nothing would
     fit."""
     facts, config = planned.facts, planned.config
-    if planned.rates is None or lengths.bins is not None:
+    if planned.rates is None:
         return None
     bins = Bins(config.data.context_length, lengths.lengths)
     filled = round(facts.batch * bins.fill * bins.capacity)

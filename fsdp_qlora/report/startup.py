@@ -13,7 +13,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.units import GIB, as_gib
 
-SHORT = 0.6  # of context_length, that rows fill in the mean: packing is worth a word
+SHORT = 0.6  # of context_length, that rows fill in the mean
 
 
 def adapter_count(model: CausalModel) -> int:
@@ -70,17 +70,20 @@ def _bins_line(bins: Bins) -> str:
     )
 
 
-def packing_hint(lengths: RowLengths, context_length: int, now: float | None, packed: float | None) -> list[str]:
-    """Return a line for rows that are short for their context, else none. now, packed: tokens per second that the plan
-    expects of them as they are, and put together."""
+def are_short(lengths: RowLengths, context_length: int) -> bool:
+    """Return whether packing the rows is worth a word."""
+    return lengths.bins is None and lengths.mean < SHORT * context_length
+
+
+def packing_hint(lengths: RowLengths, context_length: int, now: float | None, packed: float | None) -> str:
+    """Return a line for rows that are short. now, packed: tokens per second that the plan expects of them as they are,
+    and put together."""
     fill = lengths.mean / context_length
-    if lengths.bins is not None or fill >= SHORT:
-        return []
     brings = f": {packed:,.0f} tok/s expected instead of {now:,.0f}" if now and packed else ""
-    return [
+    return (
         f"          rows fill {fill:.0%} of context_length {context_length} in the mean; --packing true puts "
         f"{1 / fill:.1f} of them into one row of the batch{brings}"
-    ]
+    )
 
 
 def _recomputation(config: Config, fusion: Fusion, attention: Attention) -> list[str]:
