@@ -77,6 +77,13 @@ NEEDS: tuple[Needs[Config], ...] = (
         "set use_gradient_checkpointing to true",
     ),
     Needs(("use_activation_cpu_offload",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
+    Needs(("dummy_row_tokens",), "dataset", lambda c: c.data.dataset == "dummy", "set dataset to dummy"),
+    Needs(
+        ("packing",),
+        "dummy_row_tokens",
+        lambda c: c.data.dataset != "dummy" or c.data.dummy_row_tokens is not None,
+        "set it, as dummy rows fill the context without",
+    ),
     Needs(("packing",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
     Needs(("keep_activations",), "fused", lambda c: c.model.fused != "false", "set fused to auto or true"),
     Needs(
@@ -86,7 +93,7 @@ NEEDS: tuple[Needs[Config], ...] = (
         "set gradient_accumulation_steps above 1",
     ),
     Needs(
-        ("columns", "prompt_template", "chat_template", "text_overflow", "bad_rows", "packing"),
+        ("columns", "prompt_template", "chat_template", "text_overflow", "bad_rows"),
         "dataset",
         lambda c: c.data.dataset != "dummy",
         "set dataset to one with rows",

@@ -22,6 +22,7 @@ from fsdp_qlora.data.tokens import Encoder
 from fsdp_qlora.errors import BadRow, UserError
 
 DUMMY_SAMPLES = 512
+SPREAD = 0.6  # of the logarithm of the lengths of instructions with their answers, as Alpaca has them
 
 
 def load_rows(
@@ -42,7 +43,7 @@ def load_rows(
     if max_positions is not None and context > max_positions:
         raise UserError(f"context_length {context}: the model takes at most {max_positions} tokens")
     if options.dataset == "dummy":
-        return _dummy(options.dataset_samples or DUMMY_SAMPLES, context, vocab_size)
+        return _dummy(options.dataset_samples or DUMMY_SAMPLES, options.dummy_row_tokens, context, vocab_size)
     assert tokenizer is not None, "only the dummy dataset needs no tokenizer"
     choose_chat_template(tokenizer, options.chat_template)
     parts = parts_of(options.dataset)
@@ -194,12 +195,16 @@ def _nothing_left(name: str, chunks: list[Chunk], context: int) -> str:
     return f"dataset {name!r}: none of its {n_read:,} rows has an answer token{says}; {advice}"
 
 
-def _dummy(samples: int, context_length: int, vocab_size: int) -> Rows:
-    """Return random tokens that fill the context, each a label: for measuring speed and memory."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, samples * context_length, dtype=np.int32)
-    trains = np.ones((samples, context_length), dtype=np.bool_)
-    trains[:, 0] = False
-    offsets = np.arange(samples + 1, dtype=np.int64) * context_length
-    return Rows(
-        "dummy", "random tokens", ids, trains.reshape(-1), offsets, np.arange(samples), context_length, 0, samples, 0, 0
-    )
+def _dummy(samples: int, mean: int | None, context_length: int, vocab_size: int) -> Rows:
+    """Return random tokens, each a label, to measure speed and memory. mean: of a row; None: all fill the context."""
+    generator = np.random.default_rng(0)
+    lengths = np.full(samples, context_length)
+    if mean is not None:
+        spread = generator.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, samples)
+        lengths = np.clip(spread.round().astype(np.int64), 2, context_length)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = generator.integers(0, vocab_size, offsets[-1], dtype=np.int32)
+    trains = np.ones(len(ids), dtype=np.bool_)
+    trains[offsets[:-1]] = False
+    counts = (context_length, 0, samples, 0, 0)
+    return Rows("dummy", "random tokens", ids, trains, offsets, np.arange(samples), *counts)

@@ -224,6 +224,9 @@ def test_dummy_fills_the_context_without_a_tokenizer() -> None:
     rows = load("dummy", None, context_length=40, vocab_size=100)
     assert (len(rows), set(rows.lengths.tolist())) == (512, {40})
     assert len(load("dummy", None, context_length=40, dataset_samples=3)) == 3
+    short = load("dummy", None, context_length=512, dataset_samples=2000, dummy_row_tokens=150)
+    assert short.lengths.mean() == pytest.approx(150, rel=0.05)
+    assert short.lengths.max() == 512
     assert rows.ids.max() == 99
     assert rows.trains.sum() == 512 * 39
 

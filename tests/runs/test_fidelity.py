@@ -44,6 +44,11 @@ CASES: dict[str, tuple[str, dict, dict]] = {
         {"weight_decay": 0.1, "clip": None},
     ),
     "tied-sharded-bf16-checkpoint": ("tied", {}, {}),
+    "packed": (  # all rows are in the bins of one step, so that the oracle's step has the same
+        "model",
+        {"packing": True, "batch_size": 6, "num_epochs": 6, "max_steps": -1},
+        {"rows_per_step": ROWS, "steps": 6, "warmup": 0},
+    ),
 }
 MODES = ("bf16", "bf16_autocast", "bf16_buffers_autocast", "fp16_autocast")
 PRECISIONS: dict[str, dict] = {mode: {"precision": mode} for mode in MODES} | {

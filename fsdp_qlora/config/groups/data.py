@@ -62,6 +62,14 @@ class DataOptions:
         at_least=1,
         known_as=("max_samples", "num_samples", "max_train_samples"),
     )
+    dummy_row_tokens: int | None = option(
+        None,
+        """Mean tokens of the rows of the dataset dummy. Their lengths spread as those of instructions do, up to
+        context_length: to see what short rows, --packing or a larger batch_size come to before there are rows.""",
+        "rows that fill the context take most memory",
+        unit="tokens",
+        at_least=2,
+    )
     context_length: int = option(
         512,
         "Longest row, prompt and answer together; the rest of a longer row is cut off.",
