@@ -128,6 +128,7 @@ CASES: dict[str, tuple[str, Options]] = {
     "micro-batches summed up first": ("llama", {"gradient_accumulation_steps": 2, "no_sync": True}),
     "sums in bf16": ("llama", {"reduce_dtype": "bf16"}),
     "no update ahead": ("llama", {"optimizer": "sgd"}),
+    "packed": ("llama", {"packing": True, "keep_activations": "qkv"}),
     "queries and values": ("llama", {"lora_target_modules": "q_proj,v_proj"}),
 }  # fmt: skip
 

@@ -3,15 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import LlamaConfig
 
 from fsdp_qlora.config.keep import Keep
+from fsdp_qlora.data.packing import Bins
+from fsdp_qlora.data.row_lengths import RowLengths
+from fsdp_qlora.distributed.world import open_world
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.plan.candidate import BlockPlan, Candidate
 from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.costs import block_costs, trace
-from fsdp_qlora.plan.inputs import KEEP
+from fsdp_qlora.plan.inputs import KEEP, facts_of
 from fsdp_qlora.plan.rates import Rates
 from tests.plan.test_plan_memory import SHAPE
 from tests.support.known_runs import H200, MEASURED, facts
@@ -152,3 +156,31 @@ def test_micro_batches_add_up_and_a_step_ends_once() -> None:
     one, four = (Clock(facts("llama3_8b", 1, 512, 16, accumulation=n), H200) for n in (1, 4))
     candidate = Candidate("replicate", (BlockPlan(True, "all", False),) * 32, True, 0)
     assert 3.5 * one.seconds(candidate) < four.seconds(candidate) < 4 * one.seconds(candidate)
+
+
+def test_short_rows_take_the_memory_of_the_most_tokens_and_the_time_of_the_usual_ones() -> None:
+    full = facts("llama2_70b", 2, 2048, 64, ranks=2)
+    short = replace(full, mean_tokens=512, mean_row=128, keys=64.5)
+    blocks = (BlockPlan(True, "input", False),) * full.layers
+    candidate = Candidate("replicate", blocks, True, 0)
+    clocks = [Clock(known, H200) for known in (full, short)]
+    peaks = [sum(clock.memory.step_parts(candidate, None).values()) for clock in clocks]
+    assert peaks[0] == peaks[1]
+    seconds = [clock.arithmetic(candidate) for clock in clocks]
+    assert seconds[0] / 8 < seconds[1] < seconds[0] / 4, "an eighth of the tokens, and all of the weights to decode"
+    same = Clock(replace(full, mean_tokens=full.tokens, mean_row=full.context), H200)
+    assert same.arithmetic(candidate) == pytest.approx(seconds[0], rel=1e-3)
+
+
+def test_the_facts_of_rows_are_those_of_the_rows() -> None:
+    model, config, fusion = planned(LlamaConfig(**SHAPE), batch_size=4, context_length=128, lora_rank=16)
+    lengths = RowLengths(np.array([100, 20, 20, 20, 20, 20, 20, 20]), 104, 0.5)
+    with open_world(config.launch, 0) as world:
+        known = facts_of(model, config, world, fusion, 8.0, lengths=lengths)
+        packed = replace(lengths, widest=128, bins=Bins(128, lengths.lengths))
+        in_bins = facts_of(model, config, world, fusion, 8.0, lengths=packed)
+    assert 100 + 3 * 20 <= known.tokens <= 4 * 48
+    assert (known.mean_tokens, known.mean_row, known.label_share) == (120, 30, 0.5)
+    assert known.keys == pytest.approx(sum(n * (n + 1) / 2 for n in lengths.lengths) / 240)
+    assert in_bins.tokens == 4 * 128
+    assert (in_bins.mean_tokens, in_bins.keys) == (round(240 / 2 * 2), known.keys)
