@@ -55,6 +55,7 @@ def place_in(batches: Batches) -> dict[str, Any]:
         "number_of_rows": len(batches.rows),
         "rows_per_step": batches.rows_per_step,
         "steps_per_epoch": batches.steps_per_epoch,
+        "bin_tokens": None if batches.bins is None else batches.bins.capacity,
     }
 
 
@@ -73,6 +74,11 @@ def check_place(checkpoint: Checkpoint, config: Config, batches: Batches, steps:
             f"resume: {checkpoint.path} had {before['rows_per_step']} rows in a step and this run has "
             f"{now['rows_per_step']} (batch_size * gradient_accumulation_steps * ranks); change one of these options "
             f"so that it has {before['rows_per_step']}, {ANEW}"
+        )
+    if before["bin_tokens"] != now["bin_tokens"]:
+        raise UserError(
+            f"resume: {checkpoint.path} had rows packed into bins of {before['bin_tokens']} tokens and this run has "
+            f"bins of {now['bin_tokens']}; set context_length as before, {ANEW}"
         )
     if before["steps_per_epoch"] != now["steps_per_epoch"]:
         raise UserError(
