@@ -21,6 +21,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.models.skeleton import max_positions, text_config
 from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
+from fsdp_qlora.report.loggers import check_installed
 from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.startup import adapter_count, are_short, describe, describe_rows, packing_hint
@@ -61,6 +62,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         world.together(lambda: check_deterministic(config.training, world.device))
         folder, only_plan = Path(config.output.output_dir), config.memory.plan_only
         if not only_plan:
+            world.together(lambda: check_installed(config))
             goes_on = config.output.resume is not None
             world.main_only(lambda: claim.take(folder, goes_on or config.output.overwrite_output_dir))
         checkpoint = None if only_plan else find_checkpoint(config, world)

@@ -15,8 +15,8 @@ from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.earlier import lines_until, records_in
+from fsdp_qlora.report.loggers import check_installed, open_loggers
 from fsdp_qlora.report.loggers.behind import Behind
-from fsdp_qlora.report.loggers.table import check_installed, open_loggers
 from fsdp_qlora.report.loss_curve import draw_loss_curve, is_finite, what_is_wrong
 from fsdp_qlora.report.progress import Bar, Lines, Progress, as_time
 from fsdp_qlora.report.scalars import step_scalars

@@ -53,24 +53,37 @@ from . import entities
 class _Run:
     class info:
         run_id, run_name = "1", "made-up"
-started = {{}}
-def set_experiment(name):
-    started["project"] = name
-def start_run(run_name=None, tags=None):
-    tell("init", project=started["project"], name=run_name, group=(tags or {{}}).get("group"), config={{}})
-    return _Run()
+class _Experiment:
+    experiment_id = "7"
+made = {{}}
 def get_tracking_uri():
     return "sqlite:///mlflow.db"
-def end_run(status):
-    tell("finish", status=status)
 class MlflowClient:
+    def get_experiment_by_name(self, name):
+        return made.get(name)
+    def create_experiment(self, name):
+        made[name] = _Experiment()
+        if len(name) > 20:
+            raise RuntimeError("another run has just made it")
+        return "7"
+    def create_run(self, experiment_id, tags=None, run_name=None):
+        (project,) = made
+        assert experiment_id == "7" and tags["resolved"] == "yes"
+        tell("init", project=project, name=run_name, group=tags.get("group"), config={{}})
+        return _Run()
     def log_batch(self, run_id, metrics=(), params=()):
         assert run_id == "1" and len(params) <= 100
         if params:
             tell("config", config={{p.key: p.value for p in params}})
         else:
             tell("log", values={{m.key: m.value for m in metrics}}, step=metrics[0].step)
+    def set_terminated(self, run_id, status=None):
+        assert run_id == "1"
+        tell("finish", status=status)
 ''',
+        "tracking/__init__.py": "",
+        "tracking/context/__init__.py": "",
+        "tracking/context/registry.py": 'def resolve_tags(tags):\n    return tags | {"resolved": "yes"}\n',
         "entities.py": '''
 class Param:
     def __init__(self, key, value):
@@ -97,8 +110,8 @@ class FakeTrackers:
     def __init__(self, folder: Path) -> None:
         self.folder, self.calls_file = folder, folder / "calls.jsonl"
         for package, files in SOURCES.items():
-            (folder / package).mkdir(parents=True)
             for file, text in files.items():
+                (folder / package / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / package / file).write_text(text)
 
     @property

@@ -1,4 +1,7 @@
-"""MLflow: the store that MLFLOW_TRACKING_URI names, else its own default."""
+"""MLflow: the store that MLFLOW_TRACKING_URI names, else its own default.
+
+By its client alone: `mlflow.start_run` would leave a run that is ended when the process ends, which takes
+minutes where the server is gone."""
 
 import os
 import time
@@ -11,19 +14,22 @@ from fsdp_qlora.report.loggers.base import as_texts
 
 PARAMS_AT_ONCE = 100  # the most that MLflow takes in one call
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-RETRIES_AT_START = "2"  # a few seconds; MLflow's own 7 take minutes, in which all ranks would wait
+FEW_RETRIES = "2"  # a few seconds; MLflow's own 7 take minutes
 
 
 class Mlflow:
     def __init__(self, config: Config) -> None:
         import mlflow
+        from mlflow.tracking.context.registry import resolve_tags
 
         options = config.output
+        self._entities, self._client = mlflow.entities, mlflow.MlflowClient()
+        tags = {"group": options.group} if options.group is not None else {}
         with _few_retries():
-            mlflow.set_experiment(options.project_name)
-            tags = {"group": options.group} if options.group is not None else None
-            run = mlflow.start_run(run_name=options.name, tags=tags)
-            self._mlflow, self._id, self._client = mlflow, run.info.run_id, mlflow.MlflowClient()
+            run = self._client.create_run(
+                self._experiment(options.project_name), tags=resolve_tags(tags), run_name=options.name
+            )
+            self._id = run.info.run_id
             params = [mlflow.entities.Param(name, text) for name, text in as_texts(config).items()]
             for first in range(0, len(params), PARAMS_AT_ONCE):
                 self._client.log_batch(self._id, params=params[first : first + PARAMS_AT_ONCE])
@@ -31,11 +37,24 @@ class Mlflow:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        metrics: list[Any] = [self._mlflow.entities.Metric(name, value, now, step) for name, value in values.items()]
-        self._client.log_batch(self._id, metrics=metrics)  # by the run's id: the active run is the main thread's alone
+        metrics: list[Any] = [self._entities.Metric(name, value, now, step) for name, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
 
     def close(self, failed: bool) -> None:
-        self._mlflow.end_run("FAILED" if failed else "FINISHED")
+        with _few_retries():
+            self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
+
+    def _experiment(self, name: str) -> str:
+        """Return the id of the experiment of that name, made where there is none."""
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except Exception:  # another run that starts now may have made it
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
 
 
 @contextmanager
@@ -44,7 +63,7 @@ def _few_retries() -> Iterator[None]:
     if RETRIES in os.environ:
         yield
         return
-    os.environ[RETRIES] = RETRIES_AT_START
+    os.environ[RETRIES] = FEW_RETRIES
     try:
         yield
     finally:
