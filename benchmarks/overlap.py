@@ -27,9 +27,8 @@ KINDS = (
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitK")),
     ("dequantize", ("_dequantize_",)),
-    ("norms, rope, SwiGLU", ("_forward_kernel", "_backward_kernel", "_rope_kernel")),
+    ("norms, rope, SwiGLU", ("_forward_kernel", "_backward_kernel", "_rope_kernel", "_glu_lora_kernel")),
 )
-GLU_LORA = "_kernel"  # the whole name of SwiGLU's backward with its adapters' gradients; dropout's is called so too
 COPIES = {"Memcpy HtoD": "copies to the GPU", "Memcpy DtoH": "copies to the host", "Memcpy DtoD": "copies on the GPU"}
 COMPUTE = ("matrix products", "attention", "dequantize", "norms, rope, SwiGLU", "other kernels")
 
@@ -94,8 +93,6 @@ def kind_of(name: str) -> str:
     for start, kind in COPIES.items():
         if name.startswith(start):
             return kind
-    if name == GLU_LORA:
-        return "norms, rope, SwiGLU"
     lowered = name.lower()
     return next((kind for kind, parts in KINDS if any(part.lower() in lowered for part in parts)), "other kernels")
 

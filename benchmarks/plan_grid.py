@@ -67,6 +67,7 @@ def resident(blocks: int) -> tuple[str, ...]:
 
 SHARD = (NO_STREAM, "--sharding_strategy=full_shard")
 REPLICATE = (NO_STREAM, "--sharding_strategy=ddp")
+SHORT_ROWS, PACKED = ("--dummy_row_tokens=150",), "--packing=true"
 FSDP2 = (STREAM, "--cpu_offload_by=fsdp2")
 CASES = {
     "8b-all": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *keeping("all")), cap_gib=40),
@@ -96,6 +97,13 @@ CASES = {
     # 42 GiB for the whole job: Python, CUDA and their libraries took 1.73 of them on each rank (d81e298, H200s).
     "70b-512": Case("grid_70b", 2, 2, 512, 64, host_gib=38.4),
     "70b-2048": Case("grid_70b", 2, 2, 2048, 64, host_gib=38.3),
+    # Rows as long as Alpaca's: as they are, more of them, and packed.
+    "70b-rows-2": Case("grid_70b", 2, 2, 512, 64, SHORT_ROWS, host_gib=38.4),
+    "70b-rows-16": Case("grid_70b", 2, 16, 512, 64, SHORT_ROWS, host_gib=38.3),
+    "70b-packed": Case("grid_70b", 2, 2, 2048, 64, (*SHORT_ROWS, PACKED), host_gib=38.3),
+    "8b-rows-8": Case("grid_8b", 1, 8, 512, 16, (NO_STREAM, *SHORT_ROWS)),
+    "8b-packed": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *SHORT_ROWS, PACKED)),
+    "8b-full": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM,)),
 }
 # How long a context may be; minutes each, so only by name, with --steps 2.
 LONG = {

@@ -67,8 +67,10 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
     model = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, **shape}
     (scratch / "model").mkdir()
     (scratch / "model" / "config.json").write_text(json.dumps(model))
-    given = [option.partition("=")[2] for option in asked.train_options if "gradient_accumulation_steps=" in option]
-    rows = asked.steps * asked.gpus * asked.batch_size * int(given[0] if given else 1)
+    given = dict(option.removeprefix("--").split("=", 1) for option in asked.train_options)
+    rows = asked.steps * asked.gpus * asked.batch_size * int(given.get("gradient_accumulation_steps", 1))
+    if given.get("packing") == "true":
+        rows = math.ceil(rows * asked.context_length / int(given["dummy_row_tokens"]) * 1.1)
     options = {
         "model_name": scratch / "model", "dummy_weights": "true", "dataset": "dummy", "dataset_samples": rows,
         "batch_size": asked.batch_size, "context_length": asked.context_length, "max_steps": asked.steps,

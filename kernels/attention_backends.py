@@ -126,7 +126,7 @@ def _groups(q: torch.Tensor, segments: Segments | None, starts: torch.Tensor | N
     """Return the groups of documents; where there are none, all rows, with these starts, as one."""
     if starts is None:
         assert segments is not None
-        return segments.groups()
+        return segments.groups
     return [Group(slice(0, q.shape[0] * q.shape[1]), starts, q.shape[1])]
 
 
@@ -239,7 +239,7 @@ def _package_forward(
         if segments is None:
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             outs = [flash_attn.flash_attn_func(*leaves, **options)]
-        for tokens, starts, longest in [] if segments is None else segments.groups():
+        for tokens, starts, longest in [] if segments is None else segments.groups:
             group = [x[0, tokens].detach().requires_grad_() for x in (q, k, v)]
             leaves += group
             outs.append(flash_attn.flash_attn_varlen_func(*group, starts, starts, longest, longest, **options))
@@ -261,7 +261,7 @@ def _package_backward(
     if segments is None:
         d_q, d_k, d_v = torch.autograd.grad(outs, leaves, d_out)
         return d_q, d_k, d_v
-    grads = torch.autograd.grad(outs, leaves, [d_out[0, group.tokens] for group in segments.groups()])
+    grads = torch.autograd.grad(outs, leaves, [d_out[0, group.tokens] for group in segments.groups])
     d_q, d_k, d_v = (grads[i] if len(outs) == 1 else torch.cat(grads[i::3]) for i in range(3))
     return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape)
 

@@ -66,7 +66,7 @@ def one_by_one(
     ) -> tuple[torch.Tensor, Stats]:
         if segments is None:
             return forward(q, k, v, masking)
-        return forward_by_parts(segments.documents(), q, k, v, lambda _, q, k, v: forward(q, k, v, masking))
+        return forward_by_parts(segments.documents, q, k, v, lambda _, q, k, v: forward(q, k, v, masking))
 
     def backward_of_all(
         d_out: torch.Tensor,
@@ -85,6 +85,6 @@ def one_by_one(
             v, out, sums = rest
             return backward(d_out, q, k, v, out, sums.view(sums_shape(q, k)), masking)
 
-        return backward_by_parts(segments.documents(), d_out, q, k, v, out, sums, call)
+        return backward_by_parts(segments.documents, d_out, q, k, v, out, sums, call)
 
     return forward_of_all, backward_of_all

@@ -40,12 +40,12 @@ def _run(x: torch.Tensor, p: float, seed: int, target: torch.Tensor | None) -> t
         return out.copy_(dropped) if target is None else out.add_(dropped)
     n = x.numel()
     if n:
-        launch(_kernel, (cdiv(n, 1024),), x, out, n, p, 1 / (1 - p), seed, ADD=target is not None, TILE=1024)
+        launch(_dropout_kernel, (cdiv(n, 1024),), x, out, n, p, 1 / (1 - p), seed, ADD=target is not None, TILE=1024)
     return out
 
 
 @triton.jit
-def _kernel(x_ptr, out_ptr, n, p, grow, seed, ADD: tl.constexpr, TILE: tl.constexpr):
+def _dropout_kernel(x_ptr, out_ptr, n, p, grow, seed, ADD: tl.constexpr, TILE: tl.constexpr):
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     live = at < n
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -55,6 +55,6 @@ def _kernel(x_ptr, out_ptr, n, p, grow, seed, ADD: tl.constexpr, TILE: tl.conste
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
-@cost_of(_kernel)
+@cost_of(_dropout_kernel)
 def _cost(x: torch.Tensor, *_: Any, ADD: bool, **__: Any) -> Cost:
     return Cost(bytes=(3 if ADD else 2) * x.nbytes)

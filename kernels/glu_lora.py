@@ -73,7 +73,7 @@ def _skinny(ptr, stride, row, rows_live, column, R: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _glu_lora_kernel(
     d_h_ptr, gate_ptr, up_ptr, xs_gate_ptr, xs_up_ptr, d_ha_ptr, out_gate_ptr, out_up_ptr, out_down_ptr,
     d_h_stride, gate_stride, up_stride, xs_gate_stride, xs_up_stride, d_ha_stride, tokens,
     I: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr, R: tl.constexpr,
@@ -124,7 +124,7 @@ def _kernel(
 COLUMNS, ROWS, WARPS, STAGES = 64, 32, 4, 3  # of 84 tilings the best over three shapes, bfloat16 on an H100
 
 
-@cost_of(_kernel)
+@cost_of(_glu_lora_kernel)
 def _cost(d_h: torch.Tensor, *_: Any, **__: Any) -> Cost:
     return Cost(bytes=5 * d_h.nbytes / BANDWIDTH)
 
@@ -136,7 +136,7 @@ def _launch(
     ranks = [0 if pair is None else pair[0].shape[1] for pair in pairs]
     given, out = zip(*((gate, gate) if pair is None else pair for pair in pairs), strict=True)
     launch(
-        _kernel, (cdiv(width, COLUMNS),),
+        _glu_lora_kernel, (cdiv(width, COLUMNS),),
         d_h, gate, up, *given, *out,
         d_h.stride(0), gate.stride(0), up.stride(0), *(x.stride(0) for x in given), tokens,
         I=width, R_GATE=ranks[0], R_UP=ranks[1], R_DOWN=ranks[2], R=max(16, next_power_of_2(max(ranks))),

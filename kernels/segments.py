@@ -9,6 +9,7 @@ T tokens, padding at the end included, which is a document of its own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,8 +36,9 @@ class Segments:
     starts: torch.Tensor  # int32, `Group.starts` of all groups one after the other
     bounds: tuple[int, ...]  # the first document of each group, and the number of documents
 
+    @cached_property
     def groups(self) -> list[Group]:
-        """Return the calls that FlashAttention is to have."""
+        """The calls that FlashAttention is to have; found once, as every layer asks."""
         found, token, place = list[Group](), 0, 0
         for first, end in pairwise(self.bounds):
             lengths = self.lengths[first:end]
@@ -45,8 +47,9 @@ class Segments:
             token, place = token + sum(lengths), place + len(lengths) + 1
         return found
 
+    @cached_property
     def documents(self) -> list[slice]:
-        """Return the tokens of each document."""
+        """The tokens of each document."""
         edges = [0]
         for length in self.lengths:
             edges.append(edges[-1] + length)

@@ -32,7 +32,7 @@ def test_bounds():
     segments = segments_of(LENGTHS)
     assert segments.positions.shape == (1, sum(LENGTHS))
     assert segments.positions[0].tolist() == [i for n in LENGTHS for i in range(n)]
-    assert [part.stop - part.start for part in segments.documents()] == list(LENGTHS)
+    assert [part.stop - part.start for part in segments.documents] == list(LENGTHS)
     for bad in ((), (3, 0)):
         with pytest.raises(ValueError, match="at least one token"):
             segments_of(bad)
@@ -40,7 +40,7 @@ def test_bounds():
 
 @pytest.mark.parametrize("lengths", [LENGTHS, MANY, (1,) * 300, (4096,), (2000, 3) * 5], ids=str)
 def test_groups_hold_every_document_once_and_keep_flash_attentions_sums_small(lengths):
-    groups = segments_of(lengths).groups()
+    groups = segments_of(lengths).groups
     found = [int(n) for group in groups for n in group.starts.diff()]
     assert found == list(lengths)
     assert [g.tokens.start for g in groups] + [sum(lengths)] == [0] + [g.tokens.stop for g in groups]

@@ -52,9 +52,9 @@ for activation in glu.ACTIVATIONS:
 compiled(glu._forward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION="silu")
 for down in (0, 12):
     ranks = {"R_GATE": 8, "R_UP": 0, "R_DOWN": down, "R": 16, "ROWS": 32, "COLUMNS": 64, "STAGES": 3}
-    compiled(glu_lora._kernel, 86, "bbbbbbbbb" + "i" * 7, I=300, ACTIVATION="silu", PRECISION="tf32", **ranks)
+    compiled(glu_lora._glu_lora_kernel, 86, "bbbbbbbbb" + "i" * 7, I=300, ACTIVATION="silu", PRECISION="tf32", **ranks)
 compiled(embedding._gather_kernel, 86, "blbii", H=5000, TILES=2, TILE=4096)
-compiled(dropout._kernel, 86, "bbiFFI", ADD=True, TILE=128)
+compiled(dropout._dropout_kernel, 86, "bbiFFI", ADD=True, TILE=128)
 widths = {"O": 96, "H": 200, "R": 24, "RANK": 7, "ROWS": 32, "COLUMNS": 32, "TILES": 2, "TILE": 128}
 for count in (1, 2, 3):
     compiled(lora_wide._lay_kernel, 86, "b" * 7 + "i" * 8, COUNT=count, **widths)
