@@ -143,6 +143,8 @@ def start_lines(session: Session, data: Data | None, batches: Batches | None, le
     if batches is not None:
         lines += describe_rows(config, batches, count_steps(config, batches), world)
     context = config.data.context_length
+    if data is None and config.data.dataset != "dummy":
+        lines.append(f"data      not read, rows taken to fill {context} tokens; --show_rows 1 reads and counts them")
     if lengths is not None and session.fusion.blocks and are_short(lengths, context):
         speeds = planned.tokens_per_second, packed_speed(planned, lengths, world)
         lines.append(packing_hint(lengths, context, *speeds))
