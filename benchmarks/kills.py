@@ -75,17 +75,30 @@ def records(folder: Path) -> list[dict[str, float]]:
     return found
 
 
-def wait_for_step(process: subprocess.Popen[bytes], folder: Path, after: int) -> None:
-    """Return when the run has done a step more than `after`, or has ended."""
-    while process.poll() is None and not any(record["step"] > after for record in records(folder)[-1:]):
-        time.sleep(0.05)
+def inode(folder: Path) -> int:
+    """Return what tells the record of one process from that of the next, which begins it anew; 0: there is none."""
+    file = folder / "metrics.jsonl"
+    return file.stat().st_ino if file.exists() else 0
+
+
+def wait_for_training(process: subprocess.Popen[bytes], folder: Path, before: int) -> None:
+    """Return when the process has done a step, or has ended. before: `inode` when it was started."""
+    while process.poll() is None and inode(folder) in (0, before):
+        time.sleep(0.02)
+    begun = len(records(folder))
+    while process.poll() is None and len(records(folder)) <= begun:
+        time.sleep(0.02)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     draw = random.Random(args.seed)
@@ -95,7 +108,7 @@ def main() -> int:
         tiny.save_rows(place / "rows.jsonl", 40)
         began = time.monotonic()
         whole = start(command(place, place / "whole", args.ranks, args.steps))
-        wait_for_step(whole, place / "whole", 0)
+        wait_for_training(whole, place / "whole", 0)
         first = time.monotonic() - began
         out, _ = whole.communicate()
         if whole.returncode:
@@ -105,14 +118,21 @@ def main() -> int:
         print(f"left alone: {args.steps} steps in {training:.1f} s, {first:.1f} s to the first", flush=True)
         killed = place / "killed"
         for number in range(args.kills):
-            before = max((record["step"] for record in records(killed)), default=0)
+            before = inode(killed)
             process = start(command(place, killed, args.ranks, args.steps))
-            time.sleep(draw.uniform(0.5 * first, first + 1.5 * training / args.kills))
+            if number % 5 == 4:  # one in five while it starts; the others among its steps and checkpoints
+                time.sleep(draw.uniform(0.3 * first, first))
+            else:
+                wait_for_training(process, killed, before)
+                time.sleep(draw.uniform(0, 6 * training / args.steps))
+            if process.poll() is not None:
+                print(process.communicate()[0].decode())
+                return 1
             kill(process)
-            steps = [record["step"] for record in records(killed)]
-            saved = sorted(path.name for path in killed.glob("checkpoint-*"))
+            step = max((record["step"] for record in records(killed)), default=0)
+            saved = ", ".join(path.name for path in sorted(killed.glob("checkpoint-*"), key=step_of)) or "no checkpoint"
             part = " and one half written" * bool(list(killed.glob(".checkpoint-*")))
-            print(f"kill {number + 1}: before it {before}, now {steps[-1:] or 'no'} steps; {saved}{part}", flush=True)
+            print(f"kill {number + 1}: after step {step}; {saved}{part}", flush=True)
         last = start(command(place, killed, args.ranks, args.steps))
         out, _ = last.communicate()
         print(next((line for line in out.decode().splitlines() if line.startswith("resume")), "from the beginning"))
