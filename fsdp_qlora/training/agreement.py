@@ -75,9 +75,9 @@ def check_place(checkpoint: Checkpoint, config: Config, batches: Batches, steps:
             f"{now['rows_per_step']} (batch_size * gradient_accumulation_steps * ranks); change one of these options "
             f"so that it has {before['rows_per_step']}, {ANEW}"
         )
-    if before["bin_tokens"] != now["bin_tokens"]:
+    if before.get("bin_tokens") != now["bin_tokens"]:
         raise UserError(
-            f"resume: {checkpoint.path} had rows packed into bins of {before['bin_tokens']} tokens and this run has "
+            f"resume: {checkpoint.path} had rows packed into bins of {before.get('bin_tokens')} tokens and this run has "
             f"bins of {now['bin_tokens']}; set context_length as before, {ANEW}"
         )
     if before["steps_per_epoch"] != now["steps_per_epoch"]:

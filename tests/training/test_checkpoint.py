@@ -15,8 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
+from fsdp_qlora.config.options import OPTIONS
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.training import checkpoint as checkpoints
+from fsdp_qlora.training.agreement import MAY_DIFFER
 from fsdp_qlora.training.checkpoint_folder import MANIFEST, checkpoints_in
 from fsdp_qlora.training.tensor_file import TensorFile
 from tests.support import tiny
@@ -197,6 +199,11 @@ def test_what_would_not_be_the_same_run_is_refused_in_one_line(name, place, alon
         assert word in said[0]
     if name != "other weights":  # known once they are loaded, when the run has begun
         assert sorted((file, file.stat().st_size) for file in folder.rglob("*") if file.name != "plan.json") == before
+
+
+def test_options_that_may_differ_are_options_of_groups_that_must_agree():
+    assert {OPTIONS[name].group for name in MAY_DIFFER} == {"model", "data", "training"}
+    assert {"lora_dropout", "seed", "optimizer", "precision"}.isdisjoint(MAY_DIFFER)
 
 
 def test_what_may_change_is_said(place, alone, capsys):
