@@ -77,8 +77,8 @@ def check_place(checkpoint: Checkpoint, config: Config, batches: Batches, steps:
         )
     if before.get("bin_tokens") != now["bin_tokens"]:
         raise UserError(
-            f"resume: {checkpoint.path} had rows packed into bins of {before.get('bin_tokens')} tokens and this run has "
-            f"bins of {now['bin_tokens']}; set context_length as before, {ANEW}"
+            f"resume: {checkpoint.path} had rows packed into bins of {before.get('bin_tokens')} tokens and this run "
+            f"has bins of {now['bin_tokens']}; set context_length as before, {ANEW}"
         )
     if before["steps_per_epoch"] != now["steps_per_epoch"]:
         raise UserError(
