@@ -7,6 +7,7 @@ import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -273,6 +274,19 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place, alone, capsys):
     assert "(No space left on device); training goes on" in said
     assert list(checkpoints_in(run.folder)) == [2 * SAVED, STEPS]
     assert not list(run.folder.glob(".checkpoint*"))
+
+
+def test_a_disk_without_room_for_all_checkpoints_is_told_before_anything_is_loaded(place, capsys):
+    options = place.options(save_steps=1, output_dir=place.folder / "small disk")
+    one = 25_728 * 12
+    with patch("shutil.disk_usage", lambda folder: SimpleNamespace(free=4 * one)):
+        assert train.main(flags(options)) == 2
+        said = capsys.readouterr()
+        assert "the adapter with 7 checkpoints of 0.00 GiB will take" in said.err
+        assert "set or lower save_total_limit" in said.err
+        assert "loaded" not in said.out
+        limited = options | {"save_total_limit": 2, "max_steps": 3, "overwrite_output_dir": True}
+        assert train.main(flags(limited)) == 0
 
 
 def test_the_manifest_is_json_and_holds_the_options(alone):
