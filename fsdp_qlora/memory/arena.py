@@ -57,9 +57,10 @@ class Arena:
     A micro-batch of fewer or shorter rows asks for smaller tensors in the same order. One that asks for others takes
     them from PyTorch's allocator from there on, and says so once: it needs more memory, and computes the same."""
 
-    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+    def __init__(self, schedule: Schedule, device: torch.device, memory: Tensor | None = None) -> None:
+        """memory: uint8, of at least the schedule's bytes, that it shares; None: it allocates its own."""
         self.nbytes, self.device, self.strayed = schedule.nbytes, device, False
-        self._memory = torch.empty(schedule.nbytes, dtype=torch.uint8, device=device)
+        self._memory = torch.empty(schedule.nbytes, dtype=torch.uint8, device=device) if memory is None else memory
         self._storage = self._memory.untyped_storage()
         self.address = self._memory.data_ptr()
         self._slots = [
@@ -67,6 +68,10 @@ class Arena:
             for life, offset in zip(schedule.lives, schedule.offsets, strict=True)
         ]
         self._next, self._lost = 0, False
+
+    def lend(self, schedule: Schedule) -> "Arena | None":
+        """Return an arena for another schedule in the same memory, for between two steps; None if it has not enough."""
+        return Arena(schedule, self.device, self._memory) if schedule.nbytes <= self.nbytes else None
 
     def start(self) -> None:
         self._next, self._lost = 0, False

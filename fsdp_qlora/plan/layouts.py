@@ -7,7 +7,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.memory.arena_layout import Schedule, place
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.plan.candidate import BlockPlan
-from fsdp_qlora.plan.rehearsal import rehearse
+from fsdp_qlora.plan.rehearsal import rehearse, rehearse_forward
 
 
 class Layouts:
@@ -33,6 +33,10 @@ class Layouts:
 
     def nbytes(self, blocks: Sequence[BlockPlan]) -> int:
         return self.of(blocks).nbytes
+
+    def of_forward(self) -> Schedule:
+        """Where the tensors of a forward lie that no backward follows, whatever the blocks keep."""
+        return place(rehearse_forward(self.model, self.config, self.longest, self.world))
 
     def exchanged(self, widens: bool) -> None:
         """Follow the exchange that came to be, which may not be the one that was planned for."""

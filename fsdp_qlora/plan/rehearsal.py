@@ -79,27 +79,49 @@ def rehearse(
     """Run a step for rows of `context` tokens that are all labels.
 
     model: assembled and fused, still on the meta device. blocks: what each keeps. widens: as the exchange's."""
-    training = config.training
-    there = replace(world, device=META)
-    tokens = training.batch_size * context
-    ids = torch.zeros(training.batch_size, context, dtype=torch.int64, device=META)
-    places, labels = (torch.zeros(tokens, dtype=torch.int64, device=META) for _ in range(2))
-    recorder = Recorder()
-    with _on_meta(model, blocks, tokens) as offload:
-        accumulates = training.gradient_accumulation_steps > 1
-        adapters = ShardedAdapters(model, there, config, accumulates=accumulates, draw=False)
+    accumulates = config.training.gradient_accumulation_steps > 1
+    with _recording(model, blocks, config, context, world, accumulates) as (recorder, adapters, inputs, offload):
         adapters.exchange = _Nowhere(widens)
+        # Where gradients are summed up over micro-batches first, what is reduced after the last has no place.
+        summed = config.memory.no_sync and accumulates
+        adapters.begin_micro_batch(last=not summed)
+        model(*inputs, 1.0).backward()
+        adapters.finish()
+        adapters.update(int)  # an optimizer's step takes nothing
+        adapters.publish()
+        adapters.zero_grad()
+        return Rehearsed(recorder.lives(), [] if offload is None else offload.parked_sizes)
+
+
+def rehearse_forward(model: CausalModel, config: Config, context: int, world: World) -> list[Life]:
+    """Run a forward that no backward follows, for rows as `rehearse` has them; return the lives of its tensors."""
+    blocks = [BlockPlan(True, Keep.INPUT.label, False)] * len(model.blocks)  # whatever they keep otherwise
+    with _recording(model, blocks, config, context, world, False) as (recorder, _, inputs, _), torch.no_grad():
+        model(*inputs, 1.0)
+        return recorder.lives()
+
+
+class _Recording(NamedTuple):
+    recorder: Recorder
+    adapters: ShardedAdapters
+    inputs: tuple[Tensor, Tensor, Tensor]  # of the model: rows of `context` tokens that are all labels
+    offload: ActivationOffload | None
+
+
+@contextmanager
+def _recording(
+    model: CausalModel, blocks: Sequence[BlockPlan], config: Config, context: int, world: World, accumulates: bool
+) -> Iterator[_Recording]:
+    """Note the lives of what is asked for within it, by the model on the meta device."""
+    batch = config.training.batch_size
+    ids = torch.zeros(batch, context, dtype=torch.int64, device=META)
+    places, labels = (torch.zeros(batch * context, dtype=torch.int64, device=META) for _ in range(2))
+    recorder, there = Recorder(), replace(world, device=META)
+    with _on_meta(model, blocks, batch * context) as offload:
+        adapters = ShardedAdapters(model, there, config, accumulates=accumulates, draw=False)
         take_from(recorder)
         try:
-            # Where gradients are summed up over micro-batches first, what is reduced after the last has no place.
-            summed = config.memory.no_sync and accumulates
-            adapters.begin_micro_batch(last=not summed)
-            model(ids, places, labels, 1.0).backward()
-            adapters.finish()
-            adapters.update(int)  # an optimizer's step takes nothing
-            adapters.publish()
-            adapters.zero_grad()
-            return Rehearsed(recorder.lives(), [] if offload is None else offload.parked_sizes)
+            yield _Recording(recorder, adapters, (ids, places, labels), offload)
         finally:
             take_from(None)
 

@@ -64,10 +64,15 @@ class FusedBlock:
         p = max(linear.dropout for linear in linears) if any(linear.training for linear in linears) else 0.0
         seed = int(torch.randint(1 << 62, ()).item()) if p else 0
         context = PassContext((h.shape[0], h.shape[1]), (cos, sin), Dropout(p, seed), segments)
-        block = self if torch.is_grad_enabled() else replace(self, parks=False)  # no backward would fetch it
+        block = self if torch.is_grad_enabled() else self.without_backward
         with no_autocast(h):  # as in backward, which recomputes: a product stays float32
             out: Tensor = _Fused.apply(h, block, context, *matrices)
         return out
+
+    @cached_property
+    def without_backward(self) -> "FusedBlock":
+        """This block where no backward follows, which saves nothing that it can recompute."""
+        return replace(self, keep=Keep.INPUT, parks=False)
 
     def padded(self, d_rows: Tensor) -> Tensor:
         """Return d_rows [T, H] with the free columns that the block after left for down's adapter, if it did."""
