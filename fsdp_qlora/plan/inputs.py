@@ -217,7 +217,7 @@ def facts_of(
         reshard=not memory.sharding_strategy.endswith("shard_grad_op"),
         fused=bool(fusion.blocks),
         remat=memory.use_gradient_checkpointing,
-        attention=fusion.attention[0] if fusion.attention else "",
+        attention=_attention(fusion, lengths),
         workspace_bytes=workspace(world.device, capability),
         dummy=config.model.dummy_weights,
         master_bytes=master_bytes(model.precision.compute),
@@ -260,6 +260,13 @@ def _rank(*linears: Any) -> int:
 def _adapted(specs: list[Any]) -> str:
     by_linear = zip(*(spec.linears for spec in specs), strict=True)
     return "".join("1" if any(m.lora_A is not None for m in linears) else "0" for linears in by_linear)
+
+
+def _attention(fusion: "Fusion", lengths: "RowLengths | None") -> str:
+    """Return the backend of most micro-batches, "" for generic blocks: rows are seldom of one length."""
+    if lengths is not None and fusion.documents and lengths.lengths.min() < lengths.lengths.max():
+        return fusion.documents[0]
+    return fusion.attention[0] if fusion.attention else ""
 
 
 def _usual(lengths: "RowLengths", batch_size: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.options import Config, ModelOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.kernels.attention import fastest
+from fsdp_qlora.kernels.attention import fastest, for_segments
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.kernels.segments import Segments
 from fsdp_qlora.models.attention import Chooser, choose_backend
@@ -40,8 +40,9 @@ class Fusion:
 
     blocks: int
     projections: int
-    attention: tuple[str, ...]
+    attention: tuple[str, ...]  # over rows of one length
     reason: str
+    documents: tuple[str, ...] = ()  # attention over rows of other lengths, one after the other
 
     def __str__(self) -> str:
         if not self.blocks:
@@ -49,6 +50,7 @@ class Fusion:
         return (
             f"{self.blocks} blocks and {self.projections} projections fused, "
             f"attention by {' and '.join(self.attention)}"
+            + (f" ({' and '.join(self.documents)} over unequal rows)" if self.documents != self.attention else "")
         )
 
 
@@ -100,7 +102,13 @@ def fuse(model: CausalModel, config: Config, device: torch.device, choose: Choos
     AttentionInterface.register(NO_MASKS, _unused)
     model.backbone.config._attn_implementation = NO_MASKS
     projections = sum(len(spec.linears) for spec in specs)
-    return Fusion(len(specs), projections, tuple(dict.fromkeys(backends)), "")
+    kind = "cuda" if device.type == "meta" else device.type  # the plan of a rig that is not here
+    documents = [
+        for_segments(backend, kind, model.precision.compute, spec.attention.head_dim, spec.attention.masking)
+        for backend, spec in zip(backends, specs, strict=True)
+    ]
+    attention, of_documents = (tuple(dict.fromkeys(names)) for names in (backends, documents))
+    return Fusion(len(specs), projections, attention, "", of_documents)
 
 
 def _check_unfused(config: Config, reason: str) -> None:
