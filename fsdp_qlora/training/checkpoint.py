@@ -1,7 +1,7 @@
 """Checkpoints of a run: all that the next step depends on, written while no step is under way, and given back.
 
-The training thread writes block by block from the device to the disk: nothing is copied aside first, for which a
-machine full of the base has no memory. Training stands still for as long as the disk takes; checksums are computed
+Written block by block from the device to the disk: nothing is copied aside first, for which a machine full of the base
+has no memory. Training stands still for as long as the disk takes; copies from the device and checksums are made
 meanwhile. Rank 0 writes the master weights once, as the adapter that PEFT opens, and each rank writes its slices of the
 optimizer's state beside it: at 70B and rank 64 that is 3.3 GB and 6.6 GB, and no byte twice.
 """

@@ -39,8 +39,8 @@ def write_adapter(path: Path, stepper: Stepper, config: Config, world: World) ->
 
     def write(group: AdapterGroup, whole: Tensor) -> None:
         assert file is not None
-        for name, view in group.named_views(whole.cpu()):
-            file.write(peft_name(name, config), view)
+        size = sum(p.numel() for p in group.params)
+        file.write_flat([peft_name(name, config) for name in group.names], whole[:size])
 
     for group, whole in stepper.adapters.whole_blocks():
         if file is not None and not why:
