@@ -105,15 +105,20 @@ class Merged:
     def _by_stored(self) -> Mapping[str, Piece]:
         return {piece.stored: piece for piece in self.pieces}
 
-    def base(self, piece: Piece) -> Tensor:
+    def read(self, piece: Piece) -> dict[str, Tensor]:
+        """Return the checkpoint's tensors of a piece, for `base`: to be read ahead. An encoding is not, since
+        bitsandbytes' takes seven times the weight's memory on a CPU."""
+        return self.weights.read(expected_of(piece.name, piece.shape, self.weights), self.device)
+
+    def base(self, piece: Piece, tensors: dict[str, Tensor] | None = None) -> Tensor:
         """Return a tensor of the base: of `trained`, the very numbers that training computed with; of `original`, the
-        checkpoint's."""
+        checkpoint's. tensors: of `read`, which are let go."""
         entry = self._entries.get(piece.name) if self.merge_base == "trained" else None
-        tensors = self.weights.read(expected_of(piece.name, piece.shape, self.weights), self.device)
+        tensors = self.read(piece) if tensors is None else tensors
         if entry is None:
             return tensors[piece.name].to(self.device)
         parts = encode_entry(entry, piece.name, tensors, self.device)
-        del tensors
+        tensors.clear()
         computed = piece.name in self._computed
         return entry.codec.decode(parts, entry.shape, self.precision.compute if computed else self.precision.stream)
 

@@ -26,7 +26,7 @@ from fsdp_qlora.runtime.files import Claim
 from fsdp_qlora.units import GIB, as_gib
 
 JOURNAL = "merge.json"  # what is merged, and what of it is done: beside the files, for a resume and for the record
-ROWS = 1024  # of a matrix, in which what rounding loses is summed
+ROWS = 32  # of a matrix, in which what rounding loses is summed: few, so that they stay in cache
 LEAST_KEPT, MOST_NOISE = 0.97, 0.5  # of what was learnt, below and above which the user is warned
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,11 +43,11 @@ class Rounding:
 
     def add(self, base: Tensor, exact: Tensor, saved: Tensor) -> None:
         for rows in zip(base.split(ROWS), exact.split(ROWS), saved.split(ROWS), strict=True):
-            before, summed, after = (row.float() for row in rows)
-            learnt, changed = summed - before, after - before
-            self.learnt += float(learnt.square().sum(dtype=torch.float64))
-            self.kept += float((learnt * changed).sum(dtype=torch.float64))
-            self.noise += float((changed - learnt).square().sum(dtype=torch.float64))
+            before, summed, after = (row.float().flatten() for row in rows)
+            learnt, changed, noise = summed - before, after - before, after - summed
+            self.learnt += float(learnt.dot(learnt))  # of one piece in float32: ten times as fast as a float64 sum
+            self.kept += float(learnt.dot(changed))
+            self.noise += float(noise.dot(noise))
 
     def share_kept(self) -> float:
         """Return how much of the learnt change is in the saved numbers, 1 for all: its projection on the learnt one."""
@@ -188,13 +188,15 @@ def _write(folder: Path, shards: Sequence[Shard], source: Merged, dtype: torch.d
 def _tensors(
     pieces: Sequence[Piece], source: Merged, dtype: torch.dtype, sums: Rounding, bar: "tqdm[Any]"
 ) -> Iterator[Tensor]:
-    """Yield merged tensors in their order; the base's next one is read and encoded meanwhile."""
+    """Yield merged tensors in their order; the base's next one is read meanwhile."""
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(source.base, pieces[0])
+        coming = [ahead.submit(source.read, pieces[0])]
         for i, piece in enumerate(pieces):
-            base = coming.result()
+            read = coming.pop().result()
             if i + 1 < len(pieces):
-                coming = ahead.submit(source.base, pieces[i + 1])
+                coming.append(ahead.submit(source.read, pieces[i + 1]))
+            base = source.base(piece, read)
+            del read
             exact = source.added(piece, base)
             saved = exact.to(piece.dtype_in(dtype))
             _check_finite(piece, exact, saved)
@@ -203,6 +205,7 @@ def _tensors(
             del base, exact
             yield saved
             bar.update(saved.nbytes)
+            del saved
 
 
 def _check_finite(piece: Piece, exact: Tensor, saved: Tensor) -> None:

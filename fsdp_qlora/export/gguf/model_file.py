@@ -133,19 +133,23 @@ def _change(name: str, family: Family, config: Any) -> Callable[[Tensor], Tensor
 def _data(
     parts: Sequence[Part], source: Merged, threads: ThreadPoolExecutor, errors: Errors, bar: "tqdm[Any]"
 ) -> Iterator[Iterator[Bytes]]:
-    """Yield each part's bytes in pieces; the next part's base is read and encoded meanwhile."""
+    """Yield each part's bytes in pieces; the next part's base is read meanwhile."""
 
-    def base(part: Part) -> Tensor:
-        return part.source if isinstance(part.source, Tensor) else source.base(source.piece(part.source))
+    def read(part: Part) -> dict[str, Tensor]:
+        return source.read(source.piece(part.source)) if isinstance(part.source, str) else {}
 
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(base, parts[0])
+        coming = [ahead.submit(read, parts[0])]
         for i, part in enumerate(parts):
-            tensor = coming.result()
+            tensors = coming.pop().result()
             if i + 1 < len(parts):
-                coming = ahead.submit(base, parts[i + 1])
-            if isinstance(part.source, str):
-                tensor = source.added(source.piece(part.source), tensor)
+                coming.append(ahead.submit(read, parts[i + 1]))
+            if isinstance(part.source, Tensor):
+                tensor = part.source
+            else:
+                piece = source.piece(part.source)
+                tensor = source.added(piece, source.base(piece, tensors))
+            del tensors
             yield _encoded(part, part.change(tensor), threads, errors, bar)
             del tensor
 
