@@ -93,7 +93,7 @@ def _traced(shape: Shape, batch: int, context: int, repeatable: bool) -> dict[Ki
 
 def trace(block: FusedBlock, batch: int, context: int, keep: Keep) -> tuple[BlockCost, BlockCost]:
     """Return what a block on the meta device costs whose kept tensors stay on the GPU, and whose are offloaded."""
-    block = replace(block, keep=keep, offload=None, parks=False)
+    block = replace(block, keep=keep, offload=None, offloads=False)
     if not block.shared.weights.buffer.numel():
         _passes(block, batch, context)  # makes the scratch buffer as large as it will be
     here = _passes(block, batch, context)
@@ -121,7 +121,7 @@ def _passes(block: FusedBlock, batch: int, context: int) -> BlockCost:
 def _offloaded(block: FusedBlock, batch: int, context: int, here: BlockCost) -> BlockCost:
     """Return what a block costs that keeps its tensors in host memory. here: on the GPU."""
     away = _HostMemory()
-    block = replace(block, offload=away, parks=True)  # type: ignore[arg-type]
+    block = replace(block, offload=away, offloads=True)  # type: ignore[arg-type]
     with metered(block, batch * context) as meter:
         h, tables = pass_inputs(block, batch, context, meter)
         meter.mark()
@@ -172,11 +172,11 @@ def release(block: FusedBlock) -> None:
 
 
 class _HostMemory:
-    """Takes what is parked and notes how much that is."""
+    """Takes what is offloaded and notes how much that is."""
 
     nbytes = 0
 
-    def park(self, tensors: list[Tensor], tokens: int) -> None:
+    def offload(self, tensors: list[Tensor], tokens: int) -> None:
         self.nbytes = sum(rounded(t.nbytes) for t in tensors)
 
 

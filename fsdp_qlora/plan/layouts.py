@@ -20,15 +20,15 @@ class Layouts:
     def of(self, blocks: Sequence[BlockPlan]) -> Schedule:
         return self._of(blocks)[0]
 
-    def parked(self, blocks: Sequence[BlockPlan]) -> list[list[int]]:
-        """For each block that parks what it keeps, the bytes per token of each tensor (`ActivationOffload.reserve`)."""
+    def offloaded(self, blocks: Sequence[BlockPlan]) -> list[list[int]]:
+        """For each block that offloads, the bytes per token of each tensor (`ActivationOffload.reserve`)."""
         return self._of(blocks)[1]
 
     def _of(self, blocks: Sequence[BlockPlan]) -> tuple[Schedule, list[list[int]]]:
         kinds = tuple((block.keep, block.offloaded) for block in blocks)
         if kinds not in self._known:
             done = rehearse(self.model, blocks, self.config, self.longest, self.world, self.widens)
-            self._known[kinds] = place(done.lives), done.parked
+            self._known[kinds] = place(done.lives), done.offloaded
         return self._known[kinds]
 
     def nbytes(self, blocks: Sequence[BlockPlan]) -> int:

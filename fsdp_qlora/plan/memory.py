@@ -153,21 +153,21 @@ class Memory:
         Of blocks alike it is the last that has most kept before it, or the first that has most gradients behind it."""
         sizes = [self.of[b.keep, b.offloaded] for b in blocks]
         before = list(accumulate((s.kept for s in sizes), initial=0))
-        fetched = max(s.away for s in sizes)
+        restored = max(s.away for s in sizes)
         every = len(sizes) * self.gradient
         first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
         behind = [every - (i + 1) * self.gradient for i in range(len(sizes))]
         worst = max(
-            (before[-1], self.head.arena + head_gathered + fetched, behind[-1]), (0, 0, every + self.unfolded), key=sum
+            (before[-1], self.head.arena + head_gathered + restored, behind[-1]), (0, 0, every + self.unfolded), key=sum
         )
         last = {id(size): i for i, size in enumerate(sizes)}
         first = {id(size): len(sizes) - 1 - i for i, size in enumerate(reversed(sizes))}
         for i in {*last.values(), *first.values()}:
             size = sizes[i]
-            going = fetched if i > first_away else 0  # what was parked last is let go when the next is parked
+            going = restored if i > first_away else 0  # what was offloaded last is let go when the next is offloaded
             forward = (before[i], size.forward_bytes + going, behind[-1])
             flying = min(IN_FLIGHT, len(sizes) - 1 - i) * self.reduction
-            backward = (before[i + 1], size.backward_bytes + size.away + fetched, behind[i] + flying)
+            backward = (before[i + 1], size.backward_bytes + size.away + restored, behind[i] + flying)
             worst = max(worst, forward, backward, key=sum)
         return worst
 

@@ -230,18 +230,18 @@ def keep_activations(
     most_tokens: int,
     device: torch.device,
     link_rate: float | None = None,
-    parked: Sequence[Sequence[int]] = (),
+    offloaded: Sequence[Sequence[int]] = (),
 ) -> None:
     """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included.
-    link_rate: bytes per second between host memory and the device, if that was measured. parked: see `Layouts`; host
+    link_rate: bytes per second between host memory and the device, if that was measured. offloaded: see `Layouts`; host
     memory for it is made from now on, beside what follows."""
-    parks = any(plan.offloaded for plan in blocks)
-    offload = ActivationOffload(device, most_tokens, link_rate=link_rate) if parks else None
-    if offload is not None and parked:
-        offload.reserve(parked)
+    offloads = any(plan.offloaded for plan in blocks)
+    offload = ActivationOffload(device, most_tokens, link_rate=link_rate) if offloads else None
+    if offload is not None and offloaded:
+        offload.reserve(offloaded)
     for block, plan in zip(model.blocks.values(), blocks, strict=True):
         if isinstance(block.fused, FusedBlock):
-            block.fused = replace(block.fused, keep=Keep.named(plan.keep), offload=offload, parks=plan.offloaded)
+            block.fused = replace(block.fused, keep=Keep.named(plan.keep), offload=offload, offloads=plan.offloaded)
 
 
 def make_arena(schedule: Schedule | None, world: World) -> Arena | None:

@@ -66,11 +66,11 @@ class _Tables(nn.Module):
 
 
 class Rehearsed(NamedTuple):
-    """lives: of a step's tensors. parked: for each block that parks what it keeps in host memory, in the order of
+    """lives: of a step's tensors. offloaded: for each block that offloads what it keeps in host memory, in the order of
     forward, the bytes per token of each tensor."""
 
     lives: list[Life]
-    parked: list[list[int]]
+    offloaded: list[list[int]]
 
 
 def rehearse(
@@ -90,7 +90,7 @@ def rehearse(
         adapters.update(int)  # an optimizer's step takes nothing
         adapters.publish()
         adapters.zero_grad()
-        return Rehearsed(recorder.lives(), [] if offload is None else offload.parked_sizes)
+        return Rehearsed(recorder.lives(), [] if offload is None else offload.offloaded_sizes)
 
 
 def rehearse_forward(model: CausalModel, config: Config, context: int, world: World) -> list[Life]:
@@ -145,7 +145,7 @@ def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> It
                 setattr(module, name, buffer.to(META))
             for block, plan in zip(model.blocks.values(), blocks, strict=True):
                 assert isinstance(block.fused, FusedBlock)
-                fused = replace(block.fused, keep=Keep.named(plan.keep), offload=offload, parks=plan.offloaded)
+                fused = replace(block.fused, keep=Keep.named(plan.keep), offload=offload, offloads=plan.offloaded)
                 block.fused, block.before_forward = replace(fused, shared=shared), []
             yield offload
         finally:

@@ -68,7 +68,9 @@ class Walk:
                 self._next(order, there)
             self._exchange(self.clock.publish_out, self.clock.publish_in)
             if self.away[i]:
-                self.now = max(self.now, left)  # the block parked before is out before this one's memory is given back
+                self.now = max(
+                    self.now, left
+                )  # the block offloaded before is out before this one's memory is given back
                 left = self._take_out(self.away[i])
         self.now = max(self.now, there.get(-1, 0.0)) + self.clock.head + self.head
 
@@ -77,15 +79,17 @@ class Walk:
         if not self.keeps and not self.clock.facts.reshard:
             held = len(self.streamed)
         order, there = self._arrivals(self.streamed[::-1], self.keeps, self.now, held)
-        parked = [i for i, seconds in enumerate(self.away) if seconds]
-        fetched: dict[int, float] = {}
+        offloaded = [i for i, seconds in enumerate(self.away) if seconds]
+        restored: dict[int, float] = {}
         reduced = self.now
-        if parked and not self.away[-1]:  # the first block back parked nothing, and starts the copy of what was last
-            fetched[parked[-1]] = self._bring(self.away[parked[-1]], max(self.now, self.out_free))
+        if (
+            offloaded and not self.away[-1]
+        ):  # the first block back offloaded nothing, and starts the copy of what was last
+            restored[offloaded[-1]] = self._bring(self.away[offloaded[-1]], max(self.now, self.out_free))
         for i in range(len(self.blocks) - 1, -1, -1):
             if self.away[i]:
-                self._fetch(parked, fetched)
-            ready = max(there.get(i, 0.0), fetched.get(i, 0.0))
+                self._restore(offloaded, restored)
+            ready = max(there.get(i, 0.0), restored.get(i, 0.0))
             self.now = max(self.now, ready) + self.clock.backward[self.blocks[i].keep] * self.crowding
             if i in there:
                 self._next(order, there)
@@ -93,11 +97,11 @@ class Walk:
             reduced = max(reduced, self.now) + self.clock.reduction
         self.now = max(self.now, reduced - self.clock.reduction)
 
-    def _fetch(self, parked: list[int], fetched: dict[int, float]) -> None:
-        """The block's own tensors, if they are not on their way, and those of the block parked before it."""
-        for i in (parked.pop(), *parked[-1:]):
-            if i not in fetched:
-                fetched[i] = self._bring(self.away[i], max(self.now, self.out_free))
+    def _restore(self, offloaded: list[int], restored: dict[int, float]) -> None:
+        """The block's own tensors, if they are not on their way, and those of the block offloaded before it."""
+        for i in (offloaded.pop(), *offloaded[-1:]):
+            if i not in restored:
+                restored[i] = self._bring(self.away[i], max(self.now, self.out_free))
 
     def _arrivals(
         self, units: Sequence[int], keeps: bool, start: float, held: int | None = None

@@ -139,8 +139,8 @@ class Refit:
 
     def _apply(self) -> None:
         planned, blocks = self.planned, self.planned.plan.blocks
-        parked = [] if planned.layout is None else planned.layout.parked(blocks)
-        keep_activations(self.model, blocks, self.most_tokens, self.world.device, planned.link_rate, parked)
+        offloaded = [] if planned.layout is None else planned.layout.offloaded(blocks)
+        keep_activations(self.model, blocks, self.most_tokens, self.world.device, planned.link_rate, offloaded)
 
     def _note(self) -> None:
         try:

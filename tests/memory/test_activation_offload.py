@@ -49,10 +49,10 @@ def test_what_is_parked_comes_back_block_by_block_step_after_step() -> None:
         blocks = [kept_of_a_block(10 * step + i, width=step + 1) for i in range(4)]
         before = [contents(kept) for kept in blocks]
         assert len(before[0]) == 5
-        parked = [kept.park(offload) for kept in blocks]
+        offloaded = [kept.offload(offload) for kept in blocks]
         assert all(not kept._slots() for kept in blocks)
-        for kept, place, was in reversed(list(zip(blocks, parked, before, strict=True))):
-            kept.fetch(offload, place)
+        for kept, place, was in reversed(list(zip(blocks, offloaded, before, strict=True))):
+            kept.restore(offload, place)
             assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
     assert offload._pool.free == 4 * 5, "host buffers are made once, whatever the width"
 
@@ -62,7 +62,7 @@ def test_rows_with_room_beside_them_come_back_with_it() -> None:
     offload, kept = ActivationOffload(DEVICE, 6), kept_of_a_block(0)
     gate_up = torch.full((6, 64), torch.nan, device=DEVICE)[:, :40].copy_(torch.arange(240.0).view(6, 40))
     kept.mlp.gate_up = gate_up
-    kept.fetch(offload, kept.park(offload))
+    kept.restore(offload, kept.offload(offload))
     back = kept.mlp.gate_up
     assert torch.equal(back, torch.arange(240.0, device=DEVICE).view(6, 40))
     assert back.stride() == gate_up.stride() == (64, 1)
@@ -71,36 +71,36 @@ def test_rows_with_room_beside_them_come_back_with_it() -> None:
 
 def test_what_was_parked_last_is_on_its_way_before_its_block_asks() -> None:
     offload = ActivationOffload(DEVICE, 6)
-    offload.ahead()  # nothing is parked: nothing to do
+    offload.prefetch()  # nothing is offloaded: nothing to do
     blocks = [kept_of_a_block(i) for i in range(2)]
     before = [contents(kept) for kept in blocks]
-    parked = [kept.park(offload) for kept in blocks]
-    assert not any(place.back for place in parked)
-    offload.ahead()
-    ahead = [tensor.data_ptr() for tensor in parked[1].back]
+    offloaded = [kept.offload(offload) for kept in blocks]
+    assert not any(place.back for place in offloaded)
+    offload.prefetch()
+    ahead = [tensor.data_ptr() for tensor in offloaded[1].back]
     assert len(ahead) == 5
-    assert not parked[0].back
-    offload.ahead()
-    blocks[1].fetch(offload, parked[1])
+    assert not offloaded[0].back
+    offload.prefetch()
+    blocks[1].restore(offload, offloaded[1])
     came = [blocks[1]._owner(name)[key].data_ptr() for name, key in blocks[1]._slots()]
     assert came == ahead, "copied once"
-    blocks[0].fetch(offload, parked[0])
+    blocks[0].restore(offload, offloaded[0])
     for kept, was in zip(blocks, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
 
 
-@pytest.mark.parametrize("fetched", [False, True])
-def test_nothing_stays_on_the_device_longer_than_needed(fetched: bool) -> None:
+@pytest.mark.parametrize("restored", [False, True])
+def test_nothing_stays_on_the_device_longer_than_needed(restored: bool) -> None:
     offload = ActivationOffload(DEVICE, 6)
     gc.disable()
     try:
         first, second = kept_of_a_block(1), kept_of_a_block(2)
         before = weakref.ref(first.h)
-        parked = first.park(offload), second.park(offload)
+        offloaded = first.offload(offload), second.offload(offload)
         assert before() is None, "its copy went out a block ago"
-        if fetched:
-            second.fetch(offload, parked[1])
-            first.fetch(offload, parked[0])
+        if restored:
+            second.restore(offload, offloaded[1])
+            first.restore(offload, offloaded[0])
             back = weakref.ref(first.h)
             del first
             assert back() is None, "the block is gone and so must be what it held"
@@ -145,7 +145,7 @@ class Memory:
 def run_steps(
     offload: ActivationOffload, memory: Memory, compute: Callable, blocks: Sequence[Sequence[int]], steps: int = 2
 ) -> list[float]:
-    """Each block fills its tensors (rows of so many numbers; of an empty one nothing is parked), parks them, and in
+    """Each block fills its tensors (rows of so many numbers; of an empty one nothing leaves), offloads them, and in
     backward reads what came back, beside working memory that comes and goes. What was read that is wrong."""
     wrong: list[float] = []
 
@@ -156,7 +156,7 @@ def run_steps(
         compute(lambda data=tensor.data: wrong.extend(data[data != value].float().tolist()))
 
     for step in range(steps):
-        rows, parked = 3 + step % 2, []  # micro-batches differ in width
+        rows, offloaded = 3 + step % 2, []  # micro-batches differ in width
         for number, widths in enumerate(blocks):
             memory.log.append(("forward", step, number))
             working = memory.empty(torch.Size((rows, 50)), torch.float32)
@@ -165,15 +165,15 @@ def run_steps(
             for i, tensor in enumerate(kept):
                 put(tensor, 10.0 * number + i + step)
             del working
-            parked.append(offload.park(kept, rows) if kept else None)
+            offloaded.append(offload.offload(kept, rows) if kept else None)
             tensor = None
             del kept
         for number in reversed(range(len(blocks))):
             memory.log.append(("backward", step, number))
-            place = parked.pop()
+            place = offloaded.pop()
             if place is None:
-                offload.ahead()
-            back = [] if place is None else offload.fetch(place)
+                offload.prefetch()
+            back = [] if place is None else offload.restore(place)
             working = memory.empty(torch.Size((rows, 50)), torch.float32)
             put(working, -2.0)
             for i, tensor in enumerate(back):
@@ -213,7 +213,7 @@ def test_tensors_live_on_meta_as_long_as_on_a_gpu(monkeypatch) -> None:
             offload = ActivationOffload(device, 4)
             run_steps(offload, memory, lambda do: None, BLOCKS)
         logs.append(memory.log)
-        sizes.append(offload.parked_sizes)
+        sizes.append(offload.offloaded_sizes)
     assert len(logs[0]) > 80
     assert logs[0] == logs[1] == logs[2]
     assert sizes[0] == sizes[1] == sizes[2] == [[2 * width for width in widths] for widths in BLOCKS if widths]
@@ -227,11 +227,11 @@ def test_a_step_that_was_given_up_leaves_nothing_behind(monkeypatch) -> None:
         memory = Memory(torch.device("cpu"))
         offload = ActivationOffload(CUDA, 4)
         tensors = [[memory.empty(torch.Size((4, 8)), torch.bfloat16)] for _ in range(3)]
-        parked = [offload.park(some, 4) for some in tensors]
-        back = offload.fetch(parked.pop())
+        offloaded = [offload.offload(some, 4) for some in tensors]
+        back = offload.restore(offloaded.pop())
         take_from(out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
-            offload.fetch(parked.pop())  # it is there; the one before it has no room
+            offload.restore(offloaded.pop())  # it is there; the one before it has no room
         alive = [weakref.ref(some[0]) for some in tensors]
         del tensors, back
         offload.reset()
@@ -261,16 +261,16 @@ def test_host_buffers_are_made_ahead_in_the_order_of_their_use(monkeypatch) -> N
         offload.reserve([[2, 40], [2], [2, 2]])
         kept = [torch.ones(4096, 1, dtype=torch.bfloat16), torch.ones(4096, 20, dtype=torch.bfloat16)]
         threading.Timer(0.2, go_on.release).start()
-        first = offload.park(kept, 4096)  # waits for the first region, and for no more
+        first = offload.offload(kept, 4096)  # waits for the first region, and for no more
         assert locked == [4096 * 42]
         assert first.there[0].data_ptr() + 2 * 4096 == first.there[1].data_ptr()
         go_on.release(3)
-        second = offload.park([kept[0]], 4096)
+        second = offload.offload([kept[0]], 4096)
         assert locked[:2] == [4096 * 42, 4096 * 2]
-        third = offload.park([kept[0], kept[0]], 4096)
+        third = offload.offload([kept[0], kept[0]], 4096)
         assert locked == [4096 * 42, 4096 * 2, 4096 * 4]
         go_on.release(1)
-        offload.park([kept[0]], 4096)  # of which none was reserved
+        offload.offload([kept[0]], 4096)  # of which none was reserved
         assert len(locked) == 4
         places = [there.data_ptr() for one in (first, second, third) for there in one.there]
         assert len(set(places)) == len(places)
@@ -284,7 +284,7 @@ def test_what_ends_a_thread_that_makes_buffers_ends_the_wait_for_them(monkeypatc
     offload = ActivationOffload(torch.device("cpu"), 4)
     offload.reserve([[2], [2]])
     with pytest.raises(OSError, match="Cannot allocate"):
-        offload.park([torch.ones(4, 1, dtype=torch.bfloat16)], 4)
+        offload.offload([torch.ones(4, 1, dtype=torch.bfloat16)], 4)
 
 
 def test_a_process_that_ends_early_does_not_make_all_buffers_first() -> None:
@@ -341,8 +341,8 @@ def test_memory_that_cannot_be_page_locked_serves_and_is_told_once(monkeypatch, 
     offload = ActivationOffload(DEVICE, 6)
     blocks = [kept_of_a_block(i) for i in range(3)]
     before = [contents(kept) for kept in blocks]
-    parked = [kept.park(offload) for kept in blocks]
-    for kept, place, was in reversed(list(zip(blocks, parked, before, strict=True))):
-        kept.fetch(offload, place)
+    offloaded = [kept.offload(offload) for kept in blocks]
+    for kept, place, was in reversed(list(zip(blocks, offloaded, before, strict=True))):
+        kept.restore(offload, place)
         assert all(torch.equal(a, b) for a, b in zip(contents(kept), was, strict=True))
     assert capsys.readouterr().out.count("--use_activation_cpu_offload false") == 1

@@ -41,14 +41,14 @@ class Products(TorchDispatchMode):
 class Elsewhere:
     """Stands for host memory: gives back tensors of the shapes that it was given."""
 
-    def park(self, tensors: list[Tensor], tokens: int) -> list[Tensor]:
+    def offload(self, tensors: list[Tensor], tokens: int) -> list[Tensor]:
         assert all(tensor.is_contiguous() for tensor in tensors), "what the copy engines can move"
         return [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
 
-    def fetch(self, parked: list[Tensor]) -> list[Tensor]:
-        return parked
+    def restore(self, offloaded: list[Tensor]) -> list[Tensor]:
+        return offloaded
 
-    def ahead(self) -> None:
+    def prefetch(self) -> None:
         pass
 
 
@@ -79,7 +79,7 @@ def test_what_a_block_keeps_and_where_changes_no_matrix_that_it_multiplies(
     for keep in Keep:
         for away in (False, True):
             offload: Any = Elsewhere() if away else None
-            ours, backward = products(replace(block, keep=keep, offload=offload, parks=away))
+            ours, backward = products(replace(block, keep=keep, offload=offload, offloads=away))
             assert ours == forward, (keep, away)
             assert not least - backward, (keep, away)
             assert not (backward - least) - forward, (keep, away)

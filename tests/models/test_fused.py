@@ -217,7 +217,7 @@ def kept_numbers(of: Subject, keep: str, shape: tuple[int, int]) -> float:
     tables = of.model.backbone.rotary_emb(h, torch.arange(shape[1], device=DEVICE)[None])
     out = block(h.requires_grad_(), position_embeddings=tables)
     held = held_by(out.grad_fn.saved_tensors, vars(out.grad_fn))
-    for table in tables:
+    for table in tables[:2]:  # cos and sin
         del held[table.untyped_storage().data_ptr()]
     assert h.untyped_storage().data_ptr() in held
     return sum(held.values()) / 4 / h.shape[:2].numel()
@@ -271,7 +271,7 @@ def test_what_waits_in_host_memory_comes_back_with_the_same_bits(name, keep):
         with torch.no_grad():  # leaves nothing behind that the next backward would take for its own
             assert torch.equal(of.forward(h), wanted["out"])
     offload = next(iter(of.model.blocks.values())).fused.offload
-    assert not held_by(offload._parked)
+    assert not held_by(offload._offloaded)
 
 
 def test_without_gradients_nothing_is_kept_and_the_output_is_the_same():
@@ -455,7 +455,7 @@ def test_tables_of_angles_stay_float32():
     positions = torch.arange(50)[None]
     tables = of.model.backbone.rotary_emb(torch.zeros(1, 50, 64, dtype=torch.bfloat16), positions)
     whole = of.rotary(torch.zeros(1, 50, 64), positions)
-    for half, full in zip(tables, whole, strict=True):
+    for half, full in zip(tables[:2], whole, strict=True):
         assert half.dtype == torch.float32
         assert torch.equal(torch.cat([half, half], dim=1), full[0])
 

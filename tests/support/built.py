@@ -71,7 +71,7 @@ def built(options: Options) -> Iterator[Built]:
 def build_in(world: World, options: Options, change: Callable[[Plan], Plan] = lambda plan: plan) -> Built:
     """change: what to do otherwise than planned."""
     config = parse(flags(options))
-    session = prepare(config, world, choose_compute(config, world), config.data.context_length)
+    session = prepare(config, world, choose_compute(config, world), None)
     plan = change(session.planned.plan)
     session = replace(session, planned=replace(session.planned, plan=plan))
     placement = session.place()

@@ -48,8 +48,8 @@ PLACES: dict[str, tuple[Any, str, bool]] = {
     "backward": (attention.AttentionHalf, "backward", False),
     "backward's end": (FusedBlock, "input_gradient", True),  # with gradients handed over, and not taken
     "head": (model, "linear_cross_entropy", True),
-    "offloading": (offload.ActivationOffload, "park", True),
-    "restoring": (offload.ActivationOffload, "fetch", True),
+    "offloading": (offload.ActivationOffload, "offload", True),
+    "restoring": (offload.ActivationOffload, "restore", True),
     "gradients": (GradientReduction, "_take", True),
     "reduced gradients": (GradientReduction, "_accumulate", False),  # after the exchange has begun
     "sums": (ShardedAdapters, "gather_numbers", False),

@@ -40,7 +40,7 @@ class FusedBlock:
     shared: Shared
     backend: str  # of attention, see kernels/attention.py
     offload: ActivationOffload | None = None  # host memory for what blocks save
-    parks: bool = False  # True: what this block saves is offloaded
+    offloads: bool = False  # True: what this block saves is offloaded
     copies_input: bool = False  # True: its input's memory is not the block's to hold until the step's end
 
     @property
@@ -72,7 +72,7 @@ class FusedBlock:
     @cached_property
     def without_backward(self) -> "FusedBlock":
         """This block where no backward follows, which saves nothing that it can recompute."""
-        return replace(self, keep=Keep.INPUT, parks=False)
+        return replace(self, keep=Keep.INPUT, offloads=False)
 
     def padded(self, d_rows: Tensor) -> Tensor:
         """Return d_rows [T, H] with the free columns that the block after left for down's adapter, if it did."""
@@ -112,7 +112,7 @@ class _Fused(torch.autograd.Function):
         mlp_saved = block.mlp.keep(mlp, block.keep)
         assert mlp_saved is not None
         saved = SavedBlock(h, stream.hidden if block.keep >= Keep.HALVES else None, attention_saved, mlp_saved)
-        ctx.parked = saved.park(block.offload) if block.parks and block.offload is not None else None
+        ctx.offloaded = saved.offload(block.offload) if block.offloads and block.offload is not None else None
         ctx.saved, ctx.block, ctx.context = saved, block, context
         return out.hidden
 
@@ -120,11 +120,11 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, d_h3: Tensor) -> tuple[Tensor | None, ...]:
         block, context, saved = ctx.block, ctx.context, ctx.saved
         assert saved is not None, "a fused block runs backward once: gradients have overwritten its activations"
-        if ctx.parked is not None:
-            saved.fetch(block.offload, ctx.parked)
-            ctx.parked = None
+        if ctx.offloaded is not None:
+            saved.restore(block.offload, ctx.offloaded)
+            ctx.offloaded = None
         elif block.offload is not None:
-            block.offload.ahead()
+            block.offload.prefetch()
         h, h2, attention, mlp = saved.h, saved.h2, saved.attention, saved.mlp
         ctx.saved = None
         del saved

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fsdp_qlora.memory.activation_offload import ActivationOffload, Parked
+from fsdp_qlora.memory.activation_offload import ActivationOffload, Offloaded
 from fsdp_qlora.models.fused.attention import AttentionSaved
 from fsdp_qlora.models.fused.copies import whole_rows
 from fsdp_qlora.models.fused.gated_mlp import GatedMlpSaved
@@ -22,19 +22,19 @@ class SavedBlock:
     # (owner, key, columns) of each tensor now in host memory. Names, not the owners: a circle would keep tensors alive.
     _offloaded: list[tuple[str, str, int]] = field(default_factory=list)
 
-    def park(self, offload: ActivationOffload) -> Parked:
+    def offload(self, offload: ActivationOffload) -> Offloaded:
         """Offload every tensor that has a row of at least H numbers per token."""
         slots, tokens = self._slots(), self.h.shape[0] * self.h.shape[1]
         self._offloaded = [(name, key, self._owner(name)[key].shape[-1]) for name, key in slots]
-        parked = offload.park([whole_rows(self._owner(name)[key]) for name, key in slots], tokens)
+        offloaded = offload.offload([whole_rows(self._owner(name)[key]) for name, key in slots], tokens)
         for name, key in slots:
             self._owner(name)[key] = None
-        return parked
+        return offloaded
 
-    def fetch(self, offload: ActivationOffload, parked: Parked) -> None:
+    def restore(self, offload: ActivationOffload, offloaded: Offloaded) -> None:
         """Restore what was offloaded."""
         slots, self._offloaded = self._offloaded, []
-        for (name, key, columns), tensor in zip(slots, offload.fetch(parked), strict=True):
+        for (name, key, columns), tensor in zip(slots, offload.restore(offloaded), strict=True):
             self._owner(name)[key] = tensor if tensor.shape[-1] == columns else tensor[..., :columns]
 
     def _slots(self) -> list[tuple[str, str]]:
