@@ -66,7 +66,8 @@ def main(arguments: Sequence[str]) -> int:
 def needs_hub(config: Config) -> bool:
     """Whether anything that the run reads may be on the hub rather than on this machine."""
     no_rows = config.memory.plan_only and not config.data.show_rows
-    return not Path(config.model.model_name).is_dir() or not (no_rows or is_local(config.data.dataset))
+    datasets = [] if no_rows else [config.data.dataset, config.evaluation.eval_dataset]
+    return not Path(config.model.model_name).is_dir() or not all(is_local(d) for d in datasets if d is not None)
 
 
 def _tell(ended: RunEnded) -> int:

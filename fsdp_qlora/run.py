@@ -1,7 +1,7 @@
 """A training run, stage by stage: checked, read, built, planned, loaded, trained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from fsdp_qlora.config.files import save as save_config
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.data.batches import Batches, Rows, load_rows, load_tokenizer
+from fsdp_qlora.data.held_out import rows_to_evaluate
 from fsdp_qlora.data.packing import Bins
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.show_rows import lines_of
@@ -24,7 +25,14 @@ from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.loggers import check_installed
 from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
-from fsdp_qlora.report.startup import adapter_count, are_short, describe, describe_rows, packing_hint
+from fsdp_qlora.report.startup import (
+    adapter_count,
+    are_short,
+    describe,
+    describe_evaluation,
+    describe_rows,
+    packing_hint,
+)
 from fsdp_qlora.runtime.determinism import check_deterministic, deterministic_algorithms
 from fsdp_qlora.runtime.files import Claim, writing_to
 from fsdp_qlora.runtime.gpu_memory import hold_to_card
@@ -32,6 +40,8 @@ from fsdp_qlora.runtime.host_memory import HostMemory, give_back_freed
 from fsdp_qlora.session import Session, choose_compute, prepare
 from fsdp_qlora.training.agreement import base_of, check_base, check_place, place_in
 from fsdp_qlora.training.checkpoint import Checkpoints, checkpoint_bytes, most_at_once
+from fsdp_qlora.training.evaluate import Evaluator
+from fsdp_qlora.training.evaluations import Evaluations, check_evaluations
 from fsdp_qlora.training.loop import Loop
 from fsdp_qlora.training.resume import find_checkpoint, forget_others, notes_of
 from fsdp_qlora.training.retry import Refit
@@ -43,7 +53,8 @@ class Data:
     """The tokenized rows of a run and their tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase | None  # None: the dummy dataset of a model without one
-    rows: Rows
+    rows: Rows  # to train on
+    held_out: Rows | None  # to evaluate on
 
 
 def run(config: Config, notes: Sequence[str] = ()) -> int:
@@ -70,7 +81,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         data = None if only_plan and not config.data.show_rows else read_data(config, compute.hf_config, world)
         lengths = None if data is None else row_lengths(config, data.rows)
         stages.done("config and data")
-        session = prepare(config, world, compute, lengths, stages.done)
+        session = prepare(config, world, compute, lengths_to_plan(data, lengths), stages.done)
         planned, plan = session.planned, session.planned.plan
         batches = None if data is None else make_batches(session, data.rows, lengths)
         resumed = []
@@ -85,6 +96,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         assert data is not None
         assert batches is not None
         steps = count_steps(config, batches)
+        world.together(lambda: check_evaluations(config.evaluation, steps, batches.steps_per_epoch))
         noted = with_micro_batch(config, plan.micro_batch, plan.accumulation)  # what repeats this run
         earlier = None if checkpoint is None else (checkpoint.path.parent, checkpoint.step)
         metrics = world.together(lambda: Metrics(noted, world, steps, earlier))
@@ -103,13 +115,22 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
         stepper = Stepper(session.model, adapters, config.training, steps, world, arena)
         base = base_of(session.model, world.device)
-        checkpoints = Checkpoints(config, world, stepper, partial(place_in, batches), base)
+        evaluations = None
+        if data.held_out is not None:
+            evaluator = Evaluator(session.model, data.held_out, planned.facts.tokens, world)
+            evaluations = Evaluations(config.evaluation, evaluator, steps, batches.steps_per_epoch)
+        parts = {} if evaluations is None else {"evaluations": evaluations}
+        checkpoints = Checkpoints(config, world, stepper, partial(place_in, batches), base, parts)
         if checkpoint is not None:
             world.main_only(partial(check_base, checkpoint, config, base, checkpoints.adapters))
             checkpoints.load(checkpoint)
+            if evaluations is not None and not checkpoint.is_in(folder):
+                evaluations.kept = None  # in the other folder
         world.main_only(partial(forget_others, folder, checkpoint, world))
-        loop = Loop(config, world, host, metrics, stepper, refit, batches, steps, data.tokenizer, folder, checkpoints)
-        return loop.run()
+        return Loop(
+            config, world, host, metrics, stepper, refit, batches, steps, data.tokenizer, folder, checkpoints,
+            evaluations,
+        ).run()  # fmt: skip
 
 
 def read_data(config: Config, hf_config: PretrainedConfig, world: World) -> Data:
@@ -128,11 +149,12 @@ def load_data(config: Config, hf_config: PretrainedConfig, progress: bool) -> Da
     try:
         tokenizer = load_tokenizer(config.model.model_name, config.model.revision)
     except UserError:
-        if config.data.dataset != "dummy":
+        if config.data.dataset != "dummy":  # nor is its eval_dataset then
             raise
         tokenizer = None
     vocabulary = text_config(hf_config).vocab_size
-    return Data(tokenizer, load_rows(config.data, tokenizer, max_positions(hf_config), vocabulary, progress))
+    rows = load_rows(config.data, tokenizer, max_positions(hf_config), vocabulary, progress)
+    return Data(tokenizer, *rows_to_evaluate(config, rows, tokenizer, vocabulary, progress))
 
 
 def start_lines(session: Session, data: Data | None, batches: Batches | None, lengths: RowLengths | None) -> list[str]:
@@ -142,6 +164,8 @@ def start_lines(session: Session, data: Data | None, batches: Batches | None, le
     lines = describe(session.model, compute.hf_config, config, compute.attention, session.fusion, world)
     if batches is not None:
         lines += describe_rows(config, batches, count_steps(config, batches), world)
+    if data is not None and data.held_out is not None:
+        lines += describe_evaluation(config.evaluation, data.held_out)
     context = config.data.context_length
     if data is None and config.data.dataset != "dummy":
         lines.append(f"data      not read, rows taken to fill {context} tokens; --show_rows 1 reads and counts them")
@@ -161,7 +185,8 @@ def note_run(config: Config, folder: Path, adapters: int, steps: int, plan: dict
 
     adapters: their parameters. steps: that are left to do."""
     checkpoints = checkpoint_bytes(adapters, config.training.optimizer), most_at_once(config.output, folder, steps)
-    check_space(folder, 4 * adapters * config.output.save_model, *checkpoints)
+    copies = 3 if config.evaluation.save_best else 1  # the best, a better one being written, the last
+    check_space(folder, 4 * adapters * copies * config.output.save_model, *checkpoints)
     with writing_to(folder, "output_dir"):
         save_config(config, folder / "config.yaml")
         write_plan(folder, plan)
@@ -170,6 +195,14 @@ def note_run(config: Config, folder: Path, adapters: int, steps: int, plan: dict
 def row_lengths(config: Config, rows: Rows) -> RowLengths:
     """Return the lengths of the rows, and of the bins that they are packed into."""
     return RowLengths.of(rows, Bins(rows.context_length, rows.lengths) if config.data.packing else None)
+
+
+def lengths_to_plan(data: Data | None, lengths: RowLengths | None) -> RowLengths | None:
+    """Return the lengths that the plan is made for: of the rows that train, and at least of one to evaluate on."""
+    if data is None or data.held_out is None or lengths is None:
+        return lengths
+    widest = data.held_out.widest
+    return replace(lengths, widest=max(lengths.widest, widest), at_least=widest)
 
 
 def make_batches(session: Session, rows: Rows, lengths: RowLengths | None) -> Batches:

@@ -2,13 +2,19 @@
 
 NOT_YET = "is not built yet"
 TORCHRUN = "torchrun tells each process who it is; omit it"
-EVALUATION = f"evaluation on held-out rows {NOT_YET}; omit it and keep those rows in another file"
+EVALUATION = "--eval_dataset, --eval_fraction or --eval_samples give rows to evaluate on, --eval_steps says when"
 HINTS = {
     **dict.fromkeys(("local_rank", "rank", "node_rank"), TORCHRUN),
     **dict.fromkeys(
-        ("val_set_size", "val_size", "eval_dataset", "eval_steps", "eval_strategy", "evaluation_strategy", "do_eval",
-         "validation_split", "per_device_eval_batch_size", "eval_file"),
-        EVALUATION,
+        ("eval_strategy", "evaluation_strategy", "do_eval", "evals_per_epoch", "evaluation_steps"), EVALUATION
+    ),
+    **dict.fromkeys(
+        ("per_device_eval_batch_size", "eval_batch_size", "eval_accumulation_steps"),
+        "an evaluation takes as many tokens at a time as a micro-batch has at most; omit it",
+    ),
+    **dict.fromkeys(
+        ("metric_for_best_model", "greater_is_better", "compute_metrics", "eval_metric"),
+        "what is compared is the evaluation loss, lower is better; omit it",
     ),
     "save_strategy": "use --save_steps; the adapter is saved at the end in any case",
     **dict.fromkeys(("do_train", "task_type", "stage"), "to train is all that this program does; omit it"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from fsdp_qlora.config.groups.adapter import AdapterOptions
 from fsdp_qlora.config.groups.data import DataOptions
+from fsdp_qlora.config.groups.evaluation import EvaluationOptions
 from fsdp_qlora.config.groups.launch import LaunchOptions
 from fsdp_qlora.config.groups.memory import MemoryOptions
 from fsdp_qlora.config.groups.model import ModelOptions
@@ -25,6 +26,7 @@ __all__ = [
     "Config",
     "Conflict",
     "DataOptions",
+    "EvaluationOptions",
     "LaunchOptions",
     "MemoryOptions",
     "ModelOptions",
@@ -47,6 +49,7 @@ class Config:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     profile: ProfileOptions = field(default_factory=ProfileOptions)

@@ -110,6 +110,19 @@ NEEDS: tuple[Needs[Config], ...] = (
         lambda c: c.output.makes_checkpoints,
         "set save_steps to a number of steps",
     ),
+    Needs(
+        ("eval_steps", "eval_on_start", "save_best", "early_stopping_patience"),
+        "eval_dataset",
+        lambda c: c.evaluation.has_rows,
+        "set eval_dataset, eval_fraction or eval_samples",
+    ),
+    Needs(
+        ("save_best", "early_stopping_patience"),
+        "eval_steps",
+        lambda c: c.evaluation.eval_steps != -1,
+        "set eval_steps to 0 or above",
+    ),
+    Needs(("save_best",), "save_model", lambda c: c.output.save_model, "set save_model to true"),
     *(
         Needs((name,), "log_to", partial(_is_read, name), f"add {' or '.join(readers(name))} to log_to")
         for name in ("project_name", "name", "group", "entity")
@@ -167,6 +180,21 @@ CONFLICTS: tuple[Conflict[Config], ...] = (
         ("attention", "precision"),
         lambda c: c.model.attention == "flash_attention_2" and c.model.precision == "fp32",
         "flash-attn computes in 16 bits only; take another precision, or attention auto or sdpa",
+    ),
+    Conflict(
+        ("eval_dataset", "eval_fraction"),
+        lambda c: c.evaluation.eval_dataset is not None and c.evaluation.eval_fraction is not None,
+        "one brings other rows, the other holds training rows out; give one of them",
+    ),
+    Conflict(
+        ("eval_fraction", "eval_samples"),
+        lambda c: c.evaluation.eval_fraction is not None and c.evaluation.eval_samples is not None,
+        "both say how many training rows to hold out; give one of them",
+    ),
+    Conflict(
+        ("dataset", "eval_dataset"),
+        lambda c: c.evaluation.eval_dataset is not None and "dummy" in (c.data.dataset, c.evaluation.eval_dataset),
+        "dummy rows are random; hold some of them out with eval_fraction or eval_samples, or give real rows to both",
     ),
     Conflict(
         ("lora_target_modules",),

@@ -1,3 +1,12 @@
 """Rows: where they come from, what of them is learnt, and the batches that each rank takes."""
 
-__all__ = ["batches", "collate", "packing", "row_lengths", "show_rows", "sources"]
+__all__ = [
+    "batches",
+    "collate",
+    "evaluation_batches",
+    "held_out",
+    "packing",
+    "row_lengths",
+    "show_rows",
+    "sources",
+]

@@ -20,6 +20,7 @@ class RowLengths:
     widest: int
     label_share: float
     bins: Bins | None = None
+    at_least: int = 0  # tokens that the longest micro-batch has: a row to evaluate on may be longer than all that train
 
     @classmethod
     def of(cls, rows: Rows, bins: Bins | None = None) -> "RowLengths":
@@ -42,7 +43,7 @@ class RowLengths:
         if self.bins is not None:
             return batch_size * self.widest
         longest = int(np.partition(self.lengths, -min(batch_size, len(self.lengths)))[-batch_size:].sum())
-        return min(-(-longest // FLAT_TO) * FLAT_TO, batch_size * self.widest)
+        return max(min(-(-longest // FLAT_TO) * FLAT_TO, batch_size * self.widest), self.at_least)
 
     def width(self, batch_size: int) -> int:
         """Return so many tokens a row that micro-batches of such rows have no fewer than `most_tokens`."""

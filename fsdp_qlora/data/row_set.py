@@ -68,11 +68,13 @@ class Rows:
 
     def take(self, chosen: npt.NDArray[np.int64]) -> "Rows":
         """Return these rows alone, in the order of `chosen` (numbers of rows here)."""
-        pick = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen] or [chosen])
+        starts, ends = self.offsets[chosen].tolist(), self.offsets[chosen + 1].tolist()
+        parts = [slice(0, 0), *(slice(start, end) for start, end in zip(starts, ends, strict=True))]
         offsets = np.concatenate([[0], np.cumsum(self.lengths[chosen])]).astype(np.int64)
-        held = (self.ids[pick], self.trains[pick], offsets, self.index[chosen])
+        ids, trains = (np.concatenate([flat[part] for part in parts]) for flat in (self.ids, self.trains))
+        held = (ids, trains, offsets, self.index[chosen])
         counts = (self.context_length, self.pad_id, self.n_read, self.n_dropped, self.n_truncated)
-        return Rows(self.name, self.form, *held, *counts, self.notes)
+        return Rows(self.name, self.form, *held, *counts, list(self.notes))
 
 
 def merged(rows: list[Rows], parts: list[Part], samples: int | None) -> Rows:

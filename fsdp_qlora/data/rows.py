@@ -46,8 +46,27 @@ def load_rows(
         return _dummy(options.dataset_samples or DUMMY_SAMPLES, options.dummy_row_tokens, context, vocab_size)
     assert tokenizer is not None, "only the dummy dataset needs no tokenizer"
     choose_chat_template(tokenizer, options.chat_template)
+    return _merged_rows(options, tokenizer, vocab_size, progress)
+
+
+def load_other_rows(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, vocab_size: int, progress: bool = False
+) -> Rows:
+    """Read the dataset of `options`, to evaluate on, after `load_rows` with the same tokenizer. Raises as that does."""
+    try:
+        return _merged_rows(options, tokenizer, vocab_size, progress, held_out=True)
+    except UserError as error:
+        text = str(error)
+        raise type(error)(f"eval_{text}" if text.startswith("dataset ") else text) from error
+
+
+def _merged_rows(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, vocab_size: int, progress: bool, held_out: bool = False
+) -> Rows:
+    """Return the rows of all datasets that `options` name."""
     parts = parts_of(options.dataset)
-    rows = merged([_part_rows(part, options, tokenizer, progress) for part in parts], parts, options.dataset_samples)
+    every = [_part_rows(part, options, tokenizer, progress, held_out) for part in parts]
+    rows = merged(every, parts, options.dataset_samples)
     if rows.pad_id >= vocab_size:  # which one does not matter: padding is masked by its position
         rows.pad_id = 0
     if int(rows.ids.max()) >= vocab_size:
@@ -58,11 +77,13 @@ def load_rows(
     return rows
 
 
-def _part_rows(part: Part, options: DataOptions, tokenizer: PreTrainedTokenizerBase, progress: bool) -> Rows:
+def _part_rows(
+    part: Part, options: DataOptions, tokenizer: PreTrainedTokenizerBase, progress: bool, held_out: bool
+) -> Rows:
     """Return the rows of one dataset: from the cache, or tokenized and kept there."""
     samples = options.dataset_samples if part.weight is None else None
     prompt = read_template(options.prompt_template, "prompt_template") if options.prompt_template is not None else ""
-    source = open_source(part.name, samples)
+    source = open_source(part.name, samples, held_out)
     cache = rows_cache.Cache(options, tokenizer, source, samples, prompt)
     held = cache.load()
     if held is None:

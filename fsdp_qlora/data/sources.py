@@ -17,7 +17,8 @@ from fsdp_qlora.data.readers import SUFFIXES, Placed, kind_of, read_file, withou
 from fsdp_qlora.errors import UserError, first_line
 
 STDIN = "-"
-TRAIN, HELD_OUT = {"train", "training"}, {"test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"}
+TRAIN = {"train", "training"}
+HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")  # the first one first
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Named:
     skip: int = 0  # rows held back after shuffling (fsdp_qlora's evaluation uses them)
     form: str = "auto"
     exact: bool = False  # the user has named the split
+    held_out: bool = False  # a split to evaluate on is wanted, where there is one and none is named
 
 
 NAMES = {
@@ -93,9 +95,10 @@ def _part(text: str) -> Part:
     return Part(name, float(last))
 
 
-def open_source(dataset: str, samples: int | None) -> Source:
+def open_source(dataset: str, samples: int | None, held_out: bool = False) -> Source:
     """Open one dataset (a name, a local path, `-`, a hub id or `id:config:split`): the first `samples` of its rows.
 
+    held_out: of a folder or a hub dataset without a split take what is named validation, test or alike, if there is.
     No row is read before the first is taken. While rows are taken, raises UserError for a missing file, an unknown
     file type, a malformed file (with the line).
     """
@@ -108,14 +111,15 @@ def open_source(dataset: str, samples: int | None) -> Source:
         return Source(STDIN, islice(_renamed(read_file(path, kind), path), samples), content=lambda: digest([path]))
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return _folder(dataset, path, samples)
+        return _folder(dataset, path, samples, held_out)
     if path.is_file() or kind_of(path) or dataset.startswith((".", "/", "~")):
         return Source(dataset, islice(read_file(path), samples), content=lambda: digest([path]))
     if Path(dataset.partition(":")[0]).expanduser().exists():
         raise UserError(f"dataset {dataset!r}: a local path takes no config or split after a colon; omit it")
     hub_id, _, rest = dataset.partition(":")
     config, _, split = rest.partition(":")
-    return _hub(dataset, Named(hub_id, config or None, split or "train", exact=bool(split)), samples)
+    named = Named(hub_id, config or None, split or "train", exact=bool(split), held_out=held_out and not split)
+    return _hub(dataset, named, samples)
 
 
 def is_local(dataset: str) -> bool:
@@ -187,18 +191,20 @@ def _renamed(rows: Iterator[Placed], path: Path) -> Iterator[Placed]:
         raise type(error)(str(error).replace(repr(str(path)), repr(STDIN))) from error
 
 
-def _folder(dataset: str, path: Path, samples: int | None) -> Source:
-    """Open a folder: one that `save_to_disk` wrote, or files, those of them that are for training."""
+def _folder(dataset: str, path: Path, samples: int | None, held_out: bool) -> Source:
+    """Open a folder: one that `save_to_disk` wrote, or files, those of them that are for training, or held out."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _hub(dataset, Named(str(path)), samples)
+        return _hub(dataset, Named(str(path), held_out=held_out), samples)
     files = sorted(
         file
         for file in path.rglob("*")
         if file.is_file() and kind_of(file) and not any(p.startswith(".") for p in file.relative_to(path).parts)
     )
     files = [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
+    kept_back = [file for file in files if _words(file, path) & set(HELD_OUT) and not _words(file, path) & TRAIN]
     chosen = [file for file in files if _words(file, path) & TRAIN]
-    chosen = chosen or [file for file in files if not _words(file, path) & HELD_OUT]
+    chosen = chosen or [file for file in files if file not in kept_back]
+    chosen = kept_back or chosen if held_out else chosen
     if not chosen:
         raise UserError(
             f"dataset {dataset!r}: the folder could not be loaded as a dataset (it holds no file of rows to train on); "
@@ -257,6 +263,8 @@ def _table(dataset: str, named: Named) -> Any:
     if not hasattr(splits, "keys"):
         return splits
     split = named.split if named.split in splits or named.exact or len(splits) != 1 else next(iter(splits))
+    if named.held_out:
+        split = next((name for name in HELD_OUT if name in splits), split)
     if split not in splits:
         raise UserError(
             f"dataset {dataset!r}: has no split {split!r}, only {', '.join(splits)}; "

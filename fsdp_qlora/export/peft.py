@@ -82,6 +82,7 @@ def save_adapter(
     named = {peft_name(name, config): tensor.contiguous() for name, tensor in tensors.items()}
     settings = adapter_settings(tensors, linears, config)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / ADAPTER) as part:
             save_file(named, part, metadata={"format": "pt"})
         with atomic_file(folder / ADAPTER_CONFIG) as part:

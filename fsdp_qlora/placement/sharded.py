@@ -59,7 +59,8 @@ class Sharded:
         shard(model, False)  # the root: starts and ends each pass, and holds no bytes of its own
         for i, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + PREFETCH])
-            block.set_modules_to_backward_prefetch(blocks[max(0, i - PREFETCH) : i][::-1])
+            # Without a list FSDP2 gathers what ran before the first block: the last one, after an evaluation's forward.
+            block.set_modules_to_backward_prefetch(blocks[max(0, i - PREFETCH) : i][::-1] or [block])
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         if unit.home != "shared":

@@ -8,9 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.report.eval_record import EvalRecord
 from fsdp_qlora.report.step_record import StepRecord
 
 FIELDS = {field.name for field in dataclasses.fields(StepRecord)}
+EVAL_FIELDS = [field.name for field in dataclasses.fields(EvalRecord)]
 
 
 def lines_until(file: Path, step: int) -> list[str]:
@@ -24,6 +26,17 @@ def records_in(lines: Iterable[str]) -> list[StepRecord]:
     """Return the optimizer steps among the lines of a metrics.jsonl."""
     values = [json.loads(line) for line in lines]
     return [StepRecord(**_of_step(value)) for value in values if value.keys() >= FIELDS]
+
+
+def evaluations_in(lines: Iterable[str]) -> list[EvalRecord]:
+    """Return the evaluations among the lines of a metrics.jsonl."""
+    values = [json.loads(line) for line in lines]
+    return [EvalRecord(**_of_evaluation(value)) for value in values if "eval_loss" in value]
+
+
+def _of_evaluation(value: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: value[name] if name in value else value[f"eval_{name}"] for name in EVAL_FIELDS}
+    return fields | {"loss": math.nan if fields["loss"] is None else fields["loss"]}
 
 
 def _of_step(value: dict[str, Any]) -> dict[str, Any]:

@@ -20,4 +20,10 @@ class EvalRecord:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that is more than a float holds."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.exp(self.loss) if not self.loss >= 700 else math.inf  # NaN stays NaN
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.loss):
+            return f"evaluation loss {self.loss}: no improvement, and training goes on"
+        best = ", the lowest so far" if self.is_best else ""
+        return f"evaluation loss {self.loss:.4f}{best}, perplexity {self.perplexity:.4g}"

@@ -14,12 +14,13 @@ from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.report.callback import Callback
-from fsdp_qlora.report.earlier import lines_until, records_in
+from fsdp_qlora.report.earlier import evaluations_in, lines_until, records_in
+from fsdp_qlora.report.eval_record import EvalRecord
 from fsdp_qlora.report.loggers import check_installed, open_loggers
 from fsdp_qlora.report.loggers.behind import Behind
 from fsdp_qlora.report.loss_curve import draw_loss_curve, is_finite, what_is_wrong
 from fsdp_qlora.report.progress import Bar, Lines, Progress, as_time
-from fsdp_qlora.report.scalars import step_scalars
+from fsdp_qlora.report.scalars import eval_scalars, step_scalars
 from fsdp_qlora.report.step_record import StepRecord
 from fsdp_qlora.runtime.files import writing_to
 
@@ -37,6 +38,7 @@ class Metrics(Callback):
         self.config, self.world, self.total_steps = config, world, total_steps
         self._records: list[StepRecord] = []
         self._failed: StepRecord | None = None  # the step that ended the run
+        self._evaluations: list[EvalRecord] = []
         self._host_peak: list[float] = []  # per rank
         self._host_peak_sum = 0.0
         self._closed = self._file_failed = False
@@ -62,6 +64,18 @@ class Metrics(Callback):
         for progress in self._progress:
             progress.show(record, self._records)
 
+    def on_eval(self, record: EvalRecord) -> None:
+        """Record and show one evaluation: a line of its own in metrics.jsonl, without `loss`."""
+        if not self.world.is_main:
+            return
+        self._evaluations.append(record)
+        self._write(as_json(_eval_line(record)) + "\n")
+        for logger in self._loggers:
+            logger.log(record.step, eval_scalars(record))
+        self.world.say(f"step {record.step}: {record}; {record.rows:,} rows in {as_time(record.seconds)}")
+        for progress in self._progress:
+            progress.show_eval(record)
+
     def on_failed_step(self, record: StepRecord) -> None:
         """Record a step that ended the run: its JSON line says why in `stopped`."""
         if not self.world.is_main:
@@ -78,7 +92,7 @@ class Metrics(Callback):
     def _begin_record(self, earlier: tuple[Path, int] | None) -> IO[str]:
         file = self.directory / "metrics.jsonl"
         lines = [] if earlier is None else lines_until(earlier[0] / "metrics.jsonl", earlier[1])
-        self._records = records_in(lines)
+        self._records, self._evaluations = records_in(lines), evaluations_in(lines)
         with atomic_file(file) as part:  # killed here, the run it continues still has its record
             part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return file.open("a", encoding="utf-8")
@@ -117,7 +131,7 @@ class Metrics(Callback):
         if self._records or self._failed is not None:
             curve = self.directory / "loss.png"
             try:
-                draw_loss_curve(curve, self.config.model.model_name, self._records, (), self._failed)
+                draw_loss_curve(curve, self.config.model.model_name, self._records, self._evaluations, self._failed)
                 places.append(str(curve))
             except OSError as error:  # a full disk must not take a finished run down with it
                 self.world.say(f"the loss curve {curve} could not be written: {error.strerror}")
@@ -158,6 +172,13 @@ class Metrics(Callback):
         self._host_peak = [max(pair) for pair in zip(earlier, per_rank, strict=True)]
         self._host_peak_sum = max(self._host_peak_sum, sum(per_rank))
 
+    def _evaluation_summary(self) -> str:
+        last = self._evaluations[-1]
+        best = next((record for record in reversed(self._evaluations) if record.is_best), None)
+        text = f"loss {last.loss:.4f} at step {last.step}, perplexity {last.perplexity:.4g}"
+        lowest = best is not None and best is not last
+        return f"{text}; lowest {best.loss:.4f} at step {best.step}" if best is not None and lowest else text
+
     def _summary(self) -> list[str]:
         if not self._records:
             return ["no step was completed"]
@@ -170,6 +191,8 @@ class Metrics(Callback):
             *([f"        {left_out} of them left out: float16 gradients overflowed"] if left_out else []),
             f"loss    {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}",
         ]
+        if self._evaluations:
+            lines.append(f"eval    {self._evaluation_summary()}")
         if last.gpu_allocated_gib:
             pairs = zip(last.gpu_allocated_gib, last.gpu_reserved_gib, strict=True)
             lines.append(
@@ -195,6 +218,12 @@ def as_json(line: Mapping[str, Any]) -> str:
 
 def _is_wild(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
+
+
+def _eval_line(record: EvalRecord) -> dict[str, Any]:
+    """Return an evaluation's line for metrics.jsonl, without the names of a step's."""
+    values = dataclasses.asdict(record) | {"perplexity": record.perplexity, "seconds": round(record.seconds, 4)}
+    return {name if name in ("step", "epoch") else f"eval_{name}": value for name, value in values.items()}
 
 
 def _rounded(line: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,16 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from fsdp_qlora.report.eval_record import EvalRecord
 from fsdp_qlora.report.step_record import StepRecord
 
 
 class Progress(Protocol):
     def show(self, step: StepRecord, so_far: Sequence[StepRecord]) -> None:
         """Show one step. so_far: all steps up to and including this one."""
+
+    def show_eval(self, record: EvalRecord) -> None:
+        """Show an evaluation, beside the steps that follow it."""
 
     def close(self) -> None: ...
 
@@ -22,7 +26,7 @@ class Bar:
     """A tqdm bar. Time left comes from the last steps' median: the first, slow ones would mislead for long."""
 
     def __init__(self, total_steps: int) -> None:
-        self._total = total_steps
+        self._total, self._evaluated = total_steps, ""
         self._bar = tqdm(
             total=total_steps,
             dynamic_ncols=True,
@@ -31,10 +35,13 @@ class Bar:
         )
 
     def show(self, step: StepRecord, so_far: Sequence[StepRecord]) -> None:
-        self._bar.set_postfix_str(_told(step, so_far, self._total), refresh=False)
+        self._bar.set_postfix_str(_told(step, so_far, self._total) + self._evaluated, refresh=False)
         if self._bar.n == 0:
             self._bar.start_t -= sum(earlier.seconds for earlier in so_far)  # made after the first step had run
         self._bar.update(step.step - self._bar.n)
+
+    def show_eval(self, record: EvalRecord) -> None:
+        self._evaluated = f"  eval {record.loss:.4f}"
 
     def close(self) -> None:
         self._bar.close()
@@ -54,6 +61,9 @@ class Lines:
         self._last = now
         width = len(str(self._total))
         self._say(f"step {step.step:>{width}}/{self._total}  {_told(step, so_far, self._total)}")
+
+    def show_eval(self, record: EvalRecord) -> None:
+        pass  # it has a line of its own
 
     def close(self) -> None:
         pass

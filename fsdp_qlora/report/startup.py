@@ -3,8 +3,8 @@
 import torch
 from transformers import PretrainedConfig
 
-from fsdp_qlora.config.options import Config
-from fsdp_qlora.data.batches import Batches
+from fsdp_qlora.config.options import Config, EvaluationOptions
+from fsdp_qlora.data.batches import Batches, Rows
 from fsdp_qlora.data.packing import Bins
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.distributed.world import World
@@ -59,6 +59,17 @@ def describe_rows(config: Config, batches: Batches, total_steps: int, world: Wor
         f"({batches.batch_size} x {batches.accumulation} x {_ranks(world)}{shorter}), "
         f"{_counted(batches.completed(total_steps), 'epoch')}, context {config.data.context_length}",
     ]
+
+
+def describe_evaluation(options: EvaluationOptions, rows: Rows) -> list[str]:
+    """Return its lines on rows that are evaluated on, and when."""
+    when = {0: "after each epoch", -1: "at the end"}.get(
+        options.eval_steps, f"every {_counted(options.eval_steps, 'step')} and at the end"
+    )
+    when = f"before the first step, {when}" if options.eval_on_start else when
+    patience = options.early_stopping_patience
+    stops = f"; stops after {_counted(patience, 'evaluation')} without improvement" if patience is not None else ""
+    return [f"eval      {rows.summary}", f"          {when}{stops}"]
 
 
 def _bins_line(bins: Bins) -> str:

@@ -18,6 +18,7 @@ COMPARED_BY_BYTES = (
     "model_name", "revision", "dummy_weights", "dataset", "dataset_format", "columns", "prompt_template",
     "chat_template", "dataset_samples", "context_length", "text_overflow", "bad_rows", "train_on_prompt",
 )  # fmt: skip
+HELD_OUT = ("eval_dataset", "eval_fraction", "eval_samples")  # of which some hold training rows out
 COMPARED_BY_ROWS = ("batch_size", "gradient_accumulation_steps")  # and ranks: of one step
 ROUNDING = ("attention", "fused", "deterministic")  # that change the last bits of a step at most
 FROM_HERE_ON = (
@@ -63,7 +64,11 @@ def check_place(checkpoint: Checkpoint, config: Config, batches: Batches, steps:
     """Raise UserError where step i has other rows than it had, or the run has fewer steps than are done."""
     before, now = checkpoint.manifest.data, place_in(batches)
     if before["rows"] != now["rows"]:
-        options = _changed(COMPARED_BY_BYTES, "data", checkpoint.manifest.options, config)
+        changed = (
+            _changed(COMPARED_BY_BYTES, "data", checkpoint.manifest.options, config),
+            _changed(HELD_OUT, "evaluation", checkpoint.manifest.options, config),
+        )
+        options = ", ".join(filter(None, changed))
         raise UserError(
             f"resume: {checkpoint.path} was made with other rows: {before['number_of_rows']:,} then, "
             f"{now['number_of_rows']:,} now ({options or 'the options are the same, so the dataset has changed'}); "

@@ -1,5 +1,6 @@
 """The training loop: steps until the end or until a signal; the adapter is saved however it ends."""
 
+import shutil
 import sys
 import threading
 import time
@@ -14,15 +15,18 @@ from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.interrupt import Interrupt
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
-from fsdp_qlora.export.peft import save_adapter_somewhere, saved_since
+from fsdp_qlora.export.peft import ADAPTER, TokenizerNotSaved, save_adapter, save_adapter_somewhere, saved_since
 from fsdp_qlora.report.callback import Callback
+from fsdp_qlora.report.eval_record import EvalRecord
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import profiled
 from fsdp_qlora.runtime.host_memory import HostMemory
 from fsdp_qlora.training.checkpoint import Checkpoints
+from fsdp_qlora.training.evaluations import Evaluations
 from fsdp_qlora.training.retry import Refit, out_of_memory
 from fsdp_qlora.training.step import NotFinite, Ready, Stepper
 
+LAST = "last"  # folder in output_dir for the last step's adapter, where output_dir has the best
 TURN_SECONDS = 1.0  # that a rank gives the one before it, when one of them has to save alone
 
 
@@ -42,10 +46,13 @@ class Loop:
         tokenizer: PreTrainedTokenizerBase | None,
         folder: Path,
         checkpoints: Checkpoints,
+        evaluations: Evaluations | None = None,
     ) -> None:
         self.config, self.world, self.host, self.metrics = config, world, host, metrics
         self.stepper, self.refit, self.batches, self.steps = stepper, refit, batches, steps
         self.tokenizer, self.folder, self.checkpoints = tokenizer, folder, checkpoints
+        self.evaluations = evaluations
+        self._taken = 0  # steps, the same on every rank
         self.callbacks: list[Callback] = [metrics, checkpoints.best]
         self.started = time.time()
         self._rescuing = threading.Lock()
@@ -65,7 +72,7 @@ class Loop:
                 if rescued:
                     tqdm.write(rescued.lstrip("; "), file=sys.stdout)
                 raise error
-            saved = [self._save()] if self.config.output.save_model else []
+            saved = self._save_at_end() if self.config.output.save_model else []
             if not finished and self.checkpoints.is_due_at_stop(self.stepper.done):
                 self._checkpoint(self.stepper.done)
             peaks = [peak for (peak,) in self.world.gather([self.host.peak])]
@@ -74,8 +81,10 @@ class Loop:
 
     def _steps(self, interrupt: Interrupt) -> bool:
         """Take the steps; return False if a signal ended them early."""
-        first = self.stepper.done  # of this process: what a checkpoint has done is not done again
-        if first == self.steps:
+        first = self._taken = self.stepper.done  # of this process: what a checkpoint has done is not done again
+        if self._is_due(first) and not self._evaluate(first, self.batches.completed(first), interrupt):
+            return False
+        if first == self.steps or self._is_exhausted():
             return True
         with profiled(self.config.profile, self.world, self.steps - first) as profiler:
             ready = self._ready(first)
@@ -89,6 +98,7 @@ class Loop:
                     for callback in [*self.callbacks, profiler]:
                         callback.on_failed_step(stopped.record)
                     raise
+                self._taken = step + 1
                 for callback in [*self.callbacks, profiler]:
                     callback.on_step(record)
                 if self.stepper.overflowed:
@@ -96,11 +106,42 @@ class Loop:
                         f"step {step + 1}: float16 gradients overflowed, so it was left out; "
                         f"the loss scale is {self.stepper.scale.value:g} now"
                     )
-                stops = interrupt.agreed(self.checkpoints.requested()) and step + 1 < self.steps
-                if interrupt.agreed_wish or self.checkpoints.is_due(step + 1, step + 1 == self.steps):
+                stops = interrupt.agreed(self.checkpoints.requested())
+                requested = interrupt.agreed_wish
+                if not stops and self._is_due(step + 1):
+                    stops = not self._evaluate(step + 1, record.epoch, interrupt)
+                is_last = step + 1 == self.steps or self._is_exhausted()
+                if requested or self.checkpoints.is_due(step + 1, is_last):
                     self._checkpoint(step + 1)
+                if is_last:
+                    return True
                 if stops:
                     return False
+        return True
+
+    def _is_due(self, step: int) -> bool:
+        return self.evaluations is not None and self.evaluations.is_due(step)
+
+    def _evaluate(self, step: int, epoch: float, interrupt: Interrupt) -> bool:
+        """Evaluate after `step` steps, and save the adapter where it is the best; return False where a signal came."""
+        assert self.evaluations is not None
+        with self.stepper.between_steps():
+            record = self.evaluations.evaluate(step, epoch, interrupt.agreed)
+            if record is None:
+                return False
+            for callback in self.callbacks:
+                callback.on_eval(record)
+            if self.evaluations.is_to_be_kept(record):
+                self._save_best(record)
+        return True
+
+    def _is_exhausted(self) -> bool:
+        """Return whether to stop early, and say so."""
+        if self.evaluations is None or not self.evaluations.is_exhausted:
+            return False
+        best, count = self.evaluations.best, self.evaluations.without_improvement
+        lowest = "" if best is None else f" than {best.loss:.4f}, at step {best.step}"
+        self.world.say(f"step {self._taken}: stopped early, as {count} evaluations came to no lower loss{lowest}")
         return True
 
     def _begin(self, ready: Ready, step: int) -> None:
@@ -121,15 +162,55 @@ class Loop:
             for callback in self.callbacks:
                 callback.on_checkpoint(step, path)
 
+    @property
+    def _kept(self) -> EvalRecord | None:
+        """The evaluation whose adapter is in the run's folder, where one is."""
+        return None if self.evaluations is None else self.evaluations.kept
+
+    @property
+    def _last_folder(self) -> Path:
+        """The folder for the adapter as it is now: the run's own, unless that has the best."""
+        return self.folder if self._kept is None else self.folder / LAST
+
+    def _save_at_end(self) -> list[str]:
+        """Save the adapter as it is now, unless it is the best and saved; return the places, for the user."""
+        if self._kept is None:
+            return [str(self._save())]
+        places = [f"{self.folder} (of step {self._kept.step}, evaluation loss {self._kept.loss:.4f})"]
+        if self._kept.step == self._taken:
+            self.world.main_only(self._forget_last)
+        else:
+            places.append(f"{self._save()} (of step {self._taken}, the last)")
+        return places
+
+    def _forget_last(self) -> None:
+        """Remove what a run that this one goes on from left as its last adapter."""
+        if (self.folder / LAST / ADAPTER).is_file():
+            shutil.rmtree(self.folder / LAST, ignore_errors=True)
+
+    def _save_best(self, record: EvalRecord) -> None:
+        """Save the adapter of an evaluation in the run's folder. A full disk does not end the run: it is told."""
+        tensors = self.stepper.adapters.named_tensors()
+        linears = self.stepper.model.linear_paths
+        try:
+            self.world.main_only(lambda: save_adapter(self.folder, tensors, linears, self.config, self.tokenizer))
+        except TokenizerNotSaved as stopped:
+            self.world.say(f"step {record.step}: {stopped}")
+        except TrainingStopped as stopped:
+            self.world.say(f"step {record.step}: {stopped}; training goes on, and this best adapter is not kept")
+            return
+        assert self.evaluations is not None
+        self.evaluations.kept = record
+
     def _save(self) -> Path:
-        """Save the adapter. Every rank takes part; rank 0 writes."""
+        """Save the adapter as it is now. Every rank takes part; rank 0 writes."""
         tensors = self.stepper.adapters.named_tensors()
         self.world.main_only(lambda: self._write(tensors))
-        return self.folder
+        return self._last_folder
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         linears = self.stepper.model.linear_paths
-        save_adapter_somewhere(self.folder, tensors, linears, self.config, self.tokenizer)
+        save_adapter_somewhere(self._last_folder, tensors, linears, self.config, self.tokenizer)
 
     def _save_what_there_is(self) -> str:
         if not self.stepper.done or not self.config.output.save_model:
@@ -140,7 +221,7 @@ class Loop:
             if not is_out_of_memory(error):
                 raise
             return self._rescue_if_possible()
-        return f". The adapter as of step {self.stepper.done} is saved in {self.folder}"
+        return f". The adapter as of step {self.stepper.done} is saved in {self._last_folder}"
 
     def _rescue_if_possible(self) -> str:
         """Call `_rescue`, without letting its own failure hide what happened first."""
@@ -160,11 +241,11 @@ class Loop:
             return ""
         if not self.world.is_main:
             time.sleep(TURN_SECONDS * max(1, self.world.local_rank))
-            if saved_since(self.folder, self.started):
+            if saved_since(self._last_folder, self.started):
                 return ""
         with self._rescuing:
             self._write(stepper.adapters.working_tensors())
         what = f"as of step {stepper.done}"
         if stepper.publishing:
             what += f", some of it as of step {stepper.done + 1},"
-        return f"; the adapter {what} is saved in {self.folder}, rounded to {stepper.model.precision.compute}"
+        return f"; the adapter {what} is saved in {self._last_folder}, rounded to {stepper.model.precision.compute}"

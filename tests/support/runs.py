@@ -39,6 +39,15 @@ class Run:
 
     @property
     def records(self) -> list[dict]:
+        """The steps."""
+        return [line for line in self._lines if "loss" in line]
+
+    @property
+    def evaluations(self) -> list[dict]:
+        return [line for line in self._lines if "eval_loss" in line]
+
+    @property
+    def _lines(self) -> list[dict]:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     @property

@@ -1,3 +1,3 @@
 """Option groups, one dataclass a file: each option with its type, default and its reason, meaning, unit and price."""
 
-__all__ = ["adapter", "data", "launch", "memory", "model", "output", "profile", "training"]
+__all__ = ["adapter", "data", "evaluation", "launch", "memory", "model", "output", "profile", "training"]

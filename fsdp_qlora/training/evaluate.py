@@ -1,0 +1,78 @@
+"""An evaluation between two optimizer steps: the loss over rows that are not trained on.
+
+Training goes on to the same bits as without. A forward alone runs, without gradients and with dropout off, so no random
+number is drawn; the frozen bytes and the new adapter values come as for a step's forward.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fsdp_qlora.data.batches import Rows
+from fsdp_qlora.data.evaluation_batches import EvaluationBatches
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.training.async_numbers import AsyncNumbers
+from fsdp_qlora.training.step import Inputs
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one pass over all rows came to, on all ranks alike."""
+
+    loss: float  # mean over the label tokens of all rows
+    label_tokens: int
+    tokens: int  # padding excluded
+    rows: int
+    seconds: float
+
+
+class Evaluator:
+    """Evaluates the model on rows, which all ranks share. most_tokens: of a micro-batch, padding included."""
+
+    def __init__(self, model: CausalModel, rows: Rows, most_tokens: int, world: World) -> None:
+        self.model, self.rows, self.world = model, rows, world
+        self.batches = EvaluationBatches(rows, most_tokens, world.size, world.rank)
+
+    def __call__(self, stop: Callable[[], bool]) -> Evaluated | None:
+        """Return the loss; None where `stop`, asked after each micro-batch and alike on all ranks, is true.
+
+        A collective. The loss is the same to the last bit for any number of ranks that compute a row to the same bits:
+        each micro-batch is summed up as it is, and these sums exactly."""
+        start, device = time.perf_counter(), self.world.device
+        sums = torch.zeros(len(self.batches), device=device)
+        n_labels = n_tokens = 0
+        with _evaluating(self.model):
+            for i, batch in enumerate(self.batches):
+                # Divided by 1: what is summed up are the losses themselves, without a loss scale.
+                sums[i] = Inputs.of(batch, device).loss(self.model, 1.0, device)
+                n_labels, n_tokens = n_labels + batch.labels.numel(), n_tokens + batch.tokens
+                if stop():
+                    return None
+            (own,) = AsyncNumbers(sums[None]).wait()
+        every = self.world.gather([n_labels, n_tokens, *own])
+        labels, tokens = (int(sum(row[column] for row in every)) for column in (0, 1))
+        loss = math.fsum(number for row in every for number in row[2:]) / labels
+        return Evaluated(loss, labels, tokens, len(self.rows), time.perf_counter() - start)
+
+
+@contextmanager
+def _evaluating(model: CausalModel) -> Iterator[None]:
+    """Switch gradients and dropout off inside, and every module back to the mode that it was in."""
+    modes: list[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
+    for block in model.blocks.values():
+        if isinstance(block.fused, FusedBlock):  # of a first block without adapters: nobody takes its gradient
+            block.fused.shared.gradient.forget()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
