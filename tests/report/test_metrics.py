@@ -238,6 +238,54 @@ def test_means_leave_out_what_is_not_finite():
     assert running_mean(losses, 2).tolist() == pytest.approx([1, 1, 3, 4, 5, math.nan, math.nan], nan_ok=True)
 
 
+def test_an_evaluation_is_in_the_record_the_bar_the_curve_and_the_loggers(tmp_path, monkeypatch, capsys):
+    terminal, told, drawn = Terminal(), list[tuple[int, dict[str, float]]](), list[Figure]()
+
+    class Noting:
+        place = "nowhere"
+
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            told.append((step, dict(values)))
+
+        def close(self, failed: bool) -> None:
+            pass
+
+    monkeypatch.setitem(LOGGERS, "wandb", LoggerSpec(lambda config: Noting()))
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    evaluations = [
+        EvalRecord(1, 0.1, 1.25, 600, 1000, 8, 0.5, True),
+        EvalRecord(2, 0.2, math.nan, 600, 1000, 8, 0.5, False),
+    ]
+    with Metrics(config_for(tmp_path, "tqdm", "wandb"), MAIN, 3) as metrics:
+        for step in (1, 2, 3):
+            metrics.on_step(record(step))
+            if step < 3:
+                metrics.on_eval(evaluations[step - 1])
+            time.sleep(0.11)
+        metrics.on_eval(replace(evaluations[0], step=3, loss=1.5, is_best=False))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["loss" in line for line in lines] == [True, False, True, False, True, False]
+    assert lines[1] == {
+        "step": 1, "epoch": 0.1, "eval_loss": 1.25, "eval_label_tokens": 600, "eval_tokens": 1000, "eval_rows": 8,
+        "eval_seconds": 0.5, "eval_is_best": True, "eval_perplexity": math.exp(1.25),
+    }  # fmt: skip
+    assert (lines[3]["eval_loss"], lines[3]["eval_perplexity"]) == (None, None)
+    evaluated = [
+        (step, values["eval/loss"], values["eval/perplexity"]) for step, values in told if "eval/loss" in values
+    ]
+    assert evaluated[0] == (1, 1.25, math.exp(1.25))
+    assert [step for step, *_ in evaluated] == [1, 2, 3]
+    assert "left  eval 1.2500" in terminal.getvalue()
+    (curve,) = [line for line in drawn[0].axes[0].lines if line.get_label() == "evaluation"]
+    assert list(curve.get_xydata().ravel()) == [1, 1.25, 3, 1.5]
+    out = capsys.readouterr().out
+    assert "step 1: evaluation loss 1.2500, the lowest so far, perplexity 3.49; 8 rows in 0:00" in out
+    assert "step 2: evaluation loss nan: no improvement, and training goes on" in out
+    assert "eval    loss 1.5000 at step 3, perplexity 4.482; lowest 1.2500 at step 1" in out
+
+
 def test_no_step_at_all_is_said(tmp_path, capsys):
     Metrics(config_for(tmp_path, "tqdm"), MAIN, 4).close()
     assert "no step was completed" in capsys.readouterr().out
