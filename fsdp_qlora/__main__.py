@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunEnded as ended:
         return _tell(name, ended)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; whole files stay, and the same command makes the rest", file=sys.stderr, flush=True)
+        print(f"{name}: interrupted; whole files stay, the same command makes the rest", file=sys.stderr, flush=True)
         return 130
     return 0
 
