@@ -447,6 +447,9 @@ def test_room_beside_a_gradient_is_taken_only_with_that_gradient():
         assert gradient.take(other, columns) is None
     bare = torch.zeros(6, 24)
     assert gradient.take(bare, 24) is bare, "without an adapter there is nothing to leave room for"
+    row = wide(1, 24 + 8, torch.empty(0))
+    gradient.hand(row)
+    assert gradient.take(row[:, :24].reshape(1, 1, 24).reshape(-1, 24).as_strided((1, 24), (24, 1)), 32) is not None
 
 
 def test_tables_of_angles_stay_float32():

@@ -51,10 +51,10 @@ class PaddedGradient:
         d_wide, self._wide = self._wide, None
         if columns == d_rows.shape[1]:
             return d_rows
-        if d_wide is None or d_wide.data_ptr() != d_rows.data_ptr() or d_wide.stride() != d_rows.stride():
+        if d_wide is None or d_wide.data_ptr() != d_rows.data_ptr() or d_wide.shape[0] != d_rows.shape[0]:
             return None
-        fits = d_wide.shape[0] == d_rows.shape[0] and d_wide.shape[1] >= columns
-        return d_wide[:, :columns] if fits else None
+        alike = d_wide.shape[0] == 1 or d_wide.stride() == d_rows.stride()  # one row has any stride
+        return d_wide[:, :columns] if alike and d_wide.shape[1] >= columns else None
 
 
 @dataclass(frozen=True)
