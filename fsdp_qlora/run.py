@@ -103,6 +103,8 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         left = steps - (0 if checkpoint is None else checkpoint.step)
         world.main_only(lambda: note_run(noted, folder, adapter_count(session.model), left, planned.record))
 
+        layout = planned.layout if data.held_out is not None else None
+        forward = None if layout is None else layout.of_forward()  # before a placement hooks into the model
         placement = session.place()
         refit = Refit(planned, session.model, placement, planned.facts.tokens, world, folder)
         adapters = session.load(placement)
@@ -117,7 +119,8 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         base = base_of(session.model, world.device)
         evaluations = None
         if data.held_out is not None:
-            evaluator = Evaluator(session.model, data.held_out, planned.facts.tokens, world)
+            borrow = partial(stepper.lend, forward)
+            evaluator = Evaluator(session.model, data.held_out, planned.facts.tokens, world, borrow)
             evaluations = Evaluations(config.evaluation, evaluator, steps, batches.steps_per_epoch)
         parts = {} if evaluations is None else {"evaluations": evaluations}
         checkpoints = Checkpoints(config, world, stepper, partial(place_in, batches), base, parts)

@@ -10,18 +10,14 @@ allocator would do it: code that lets another stream read or write a tensor keep
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm import tqdm
 
-from fsdp_qlora.errors import is_out_of_memory
 from fsdp_qlora.kernels.device import take_from
 from fsdp_qlora.memory.arena_layout import Life, Schedule
-from fsdp_qlora.units import as_gib
 
 
 class Recorder:
@@ -64,9 +60,9 @@ class Arena:
     def __init__(self, schedule: Schedule, device: torch.device, memory: Tensor | None = None) -> None:
         """memory: uint8, of at least the schedule's bytes, that it shares; None: it allocates its own."""
         self.nbytes, self.device, self.strayed = schedule.nbytes, device, False
-        self._memory: Tensor | None = memory
-        self._storage: torch.UntypedStorage | None = None
-        self._allocate()
+        self._memory = torch.empty(schedule.nbytes, dtype=torch.uint8, device=device) if memory is None else memory
+        self._storage = self._memory.untyped_storage()
+        self.address = self._memory.data_ptr()
         self._slots = [
             (offset // life.dtype.itemsize, life.nbytes, life.width, life.dtype)
             for life, offset in zip(schedule.lives, schedule.offsets, strict=True)
@@ -75,32 +71,7 @@ class Arena:
 
     def lend(self, schedule: Schedule) -> "Arena | None":
         """Return an arena for another schedule in the same memory, for between two steps; None if it has not enough."""
-        assert self._memory is not None, "the memory is lent"
         return Arena(schedule, self.device, self._memory) if schedule.nbytes <= self.nbytes else None
-
-    def _allocate(self) -> None:
-        if self._memory is None:
-            self._memory = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
-        self._storage = self._memory.untyped_storage()
-        self.address = self._memory.data_ptr()
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Give the memory to PyTorch's allocator inside, between two steps: what runs there needs none beside it.
-
-        Where it cannot be had again, PyTorch's allocator gives the tensors of all later steps, and the user is told."""
-        self._memory = self._storage = None
-        yield
-        try:
-            self._allocate()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            tqdm.write(
-                f"{as_gib(self.nbytes)} for a step's tensors could not be had in one piece again: PyTorch's allocator "
-                "gives each of them from here on, which takes up to 15 % more memory",
-                file=sys.stdout,
-            )
 
     def start(self) -> None:
         self._next, self._lost = 0, False
@@ -111,8 +82,6 @@ class Arena:
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         tensor = torch.empty(0, dtype=dtype, device=device)
-        if self._storage is None:
-            return torch.empty(shape, dtype=dtype, device=device)
         if not self._lost and self._next < len(self._slots) and device == self.device:
             offset, nbytes, width, planned = self._slots[self._next]
             self._next += 1

@@ -16,6 +16,7 @@ from torch import nn
 from fsdp_qlora.data.batches import Rows
 from fsdp_qlora.data.evaluation_batches import EvaluationBatches
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.training.async_numbers import AsyncNumbers
@@ -34,10 +35,19 @@ class Evaluated:
 
 
 class Evaluator:
-    """Evaluates the model on rows, which all ranks share. most_tokens: of a micro-batch, padding included."""
+    """Evaluates the model on rows, which all ranks share. most_tokens: of a micro-batch, padding included.
 
-    def __init__(self, model: CausalModel, rows: Rows, most_tokens: int, world: World) -> None:
-        self.model, self.rows, self.world = model, rows, world
+    borrow: memory for a forward's tensors, which a step has between two of its own; None: PyTorch's allocator's."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        rows: Rows,
+        most_tokens: int,
+        world: World,
+        borrow: Callable[[], Arena | None] = lambda: None,
+    ) -> None:
+        self.model, self.rows, self.world, self.borrow = model, rows, world, borrow
         self.batches = EvaluationBatches(rows, most_tokens, world.size, world.rank)
 
     def __call__(self, stop: Callable[[], bool]) -> Evaluated | None:
@@ -48,8 +58,9 @@ class Evaluator:
         start, device = time.perf_counter(), self.world.device
         sums = torch.zeros(len(self.batches), device=device)
         n_labels = n_tokens = 0
-        with _evaluating(self.model):
+        with _evaluating(self.model), _placed(self.borrow()) as begin:
             for i, batch in enumerate(self.batches):
+                begin()
                 # Divided by 1: what is summed up are the losses themselves, without a loss scale.
                 sums[i] = Inputs.of(batch, device).loss(self.model, 1.0, device)
                 n_labels, n_tokens = n_labels + batch.labels.numel(), n_tokens + batch.tokens
@@ -60,6 +71,18 @@ class Evaluator:
         labels, tokens = (int(sum(row[column] for row in every)) for column in (0, 1))
         loss = math.fsum(number for row in every for number in row[2:]) / labels
         return Evaluated(loss, labels, tokens, len(self.rows), time.perf_counter() - start)
+
+
+@contextmanager
+def _placed(arena: Arena | None) -> Iterator[Callable[[], None]]:
+    """Yield what is called before each forward inside, whose tensors then lie in the arena."""
+    if arena is None:
+        yield lambda: None
+        return
+    try:
+        yield arena.start
+    finally:
+        arena.stop()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -19,6 +19,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
 from fsdp_qlora.kernels.segments import Segments
 from fsdp_qlora.memory.arena import Arena
+from fsdp_qlora.memory.arena_layout import Schedule
 from fsdp_qlora.memory.host_link import TRAFFIC
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.optim.optimizers import OPTIMIZERS, make_optimizer
@@ -219,11 +220,14 @@ class Stepper:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Lend the memory of a step's tensors to what runs inside, whose seconds and copies count for no step."""
-        with nullcontext() if self.arena is None else self.arena.lent():
-            yield
+        """Let the seconds and copies of what runs inside count for no step."""
+        yield
         self._link()
         self.paused()
+
+    def lend(self, schedule: Schedule | None) -> Arena | None:
+        """Return the arena's memory for other tensors between two steps; None where there is none, or too little."""
+        return None if self.arena is None or schedule is None else self.arena.lend(schedule)
 
     def _begin(self, ready: Ready) -> None:
         self._ran_out, self._passed = "", 0

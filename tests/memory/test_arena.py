@@ -12,7 +12,7 @@ from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.kernels import device
 from fsdp_qlora.memory.arena import Arena, Recorder
-from fsdp_qlora.memory.arena_layout import ALIGN, Life, most_alive, place
+from fsdp_qlora.memory.arena_layout import ALIGN, Life, Schedule, most_alive, place
 from fsdp_qlora.training import retry
 from tests.support import tiny
 from tests.support.runs import Options, flags, run_alone
@@ -156,6 +156,32 @@ def test_a_run_in_an_arena_is_the_run_without(
     assert inside.losses == outside.losses
     for key, value in outside.tensors.items():
         assert torch.equal(inside.tensors[key], value), key
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["llama, all", "head norms, bf16", "four norms", "packed"])
+def test_an_evaluation_lies_in_the_arena_of_a_step(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, more = CASES[name]
+    case = options(folder, family, more | {"eval_samples": 7, "eval_steps": 1})
+    lent: list[Arena | None] = []
+    lend = Arena.lend
+
+    def noted(arena: Arena, schedule: Schedule) -> Arena | None:
+        lent.append(lend(arena, schedule))
+        return lent[-1]
+
+    monkeypatch.setattr(Arena, "lend", noted)
+    inside = run_alone(case, tmp_path / "inside")
+    assert len(lent) == len(inside.evaluations) == len(inside.losses)
+    for arena in lent:
+        assert arena is not None
+        assert not arena.strayed, capsys.readouterr().out
+    monkeypatch.setattr(Arena, "lend", lambda *_: None)
+    outside = run_alone(case, tmp_path / "outside")
+    assert [e["eval_loss"] for e in inside.evaluations] == [e["eval_loss"] for e in outside.evaluations]
+    assert inside.losses == outside.losses
 
 
 PLANNED_OTHERWISE = """
