@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoTokenizer, LlamaConfig
 
 import train
 from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.data.batches import load_rows
 from fsdp_qlora.errors import TrainingStopped
-from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.training import loop
 from fsdp_qlora.training.evaluate import Evaluated, Evaluator
 from tests.support import plain, tiny
@@ -166,30 +164,6 @@ def test_a_plain_loop_over_the_rows_gives_the_same_bits_and_nothing_is_left_behi
     assert found is not None
     assert found.loss == math.fsum(sums) / count
     assert (found.label_tokens, found.rows, found.tokens) == (count, len(rows), len(rows.ids))
-
-
-def test_an_evaluation_runs_in_the_memory_of_a_steps_tensors(options, tmp_path, monkeypatch, capsys):
-    """The first block has no adapter here, so that its input's gradient stays where the last step had it."""
-    freed = []
-    evaluate, lent = Evaluator.__call__, Arena.lent
-
-    def watched(arena):
-        freed.append(StorageWeakRef(arena._storage))
-        return lent(arena)
-
-    def looked_at(self, stop):
-        before = evaluate(self, stop)
-        freed.append(freed.pop().expired())
-        return before
-
-    monkeypatch.setattr(Arena, "lent", watched)
-    monkeypatch.setattr(Evaluator, "__call__", looked_at)
-    some = {"lora_target_modules": "layers.1.mlp.down_proj", "batch_size": 2, "max_steps": 2}
-    run_alone(options | others(options) | some, tmp_path / "out")
-    assert freed == [True] * 3
-    out = capsys.readouterr().out
-    assert "not planned" not in out
-    assert "could not be had" not in out
 
 
 RISING = {"batch_size": 4, "lr": 0.02, "lr_scheduler": "constant", "num_epochs": 3, "eval_samples": 4, "eval_steps": 2}
