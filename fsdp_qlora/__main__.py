@@ -2,9 +2,10 @@
 
 This file is the door, as train.py is for training: it reads the options, so that a mistake is told before PyTorch is
 imported, and turns how a command ended into one line and an exit code: 0, 2 for a mistake of the user's, 1 for work
-that stopped in the middle, 130 for Ctrl-C.
+that stopped in the middle, 130 for Ctrl-C and SIGTERM.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunEnded as ended:
         return _tell(name, ended)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; whole files stay, the same command makes the rest", file=sys.stderr, flush=True)
+        print(f"{name}: interrupted; {command.interrupted}", file=sys.stderr, flush=True)
         return 130
     return 0
 
@@ -49,7 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> int:
     """Run the command of this process's arguments, as the console script does. Returns the exit code."""
     prepare_streams()
+    signal.signal(signal.SIGTERM, _interrupt)
     return main()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _overview() -> str:

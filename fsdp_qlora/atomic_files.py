@@ -1,8 +1,10 @@
 """Files written whole or not at all."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -23,3 +25,24 @@ def atomic_file(target: Path) -> Iterator[Path]:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, is_ours: Callable[[str], bool], dead_only: bool) -> None:
+    """Remove the parts of files that killed processes have left in `folder`.
+
+    is_ours: of a target's name. dead_only: only of processes that are gone; else of all, where the folder is taken."""
+    for part in folder.glob(".*"):
+        found = re.fullmatch(r"\.(.+)\.(\d+)", part.name)
+        if found and is_ours(found[1]) and not (dead_only and _is_alive(int(found[2]))):
+            with suppress(OSError):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # another user's
+    return True

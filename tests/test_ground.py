@@ -1,8 +1,11 @@
 """What every room may import: sizes in words, files written whole or not at all."""
 
+import os
+import subprocess
+
 import pytest
 
-from fsdp_qlora.atomic_files import atomic_file
+from fsdp_qlora.atomic_files import atomic_file, sweep
 from fsdp_qlora.units import GIB, as_gib
 
 
@@ -44,3 +47,19 @@ def test_a_new_file_may_be_read_by_whom_the_users_mask_allows(tmp_path):
         part.write_text("")
         part.chmod(0o600)
     assert private.stat().st_mode == plain.stat().st_mode
+
+
+def test_parts_of_killed_processes_are_swept_and_nothing_else(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ours = tmp_path / f".model.gguf.{gone.pid}"
+    others = [
+        tmp_path / name for name in (f".model.gguf.{os.getpid()}", f".another.{gone.pid}", ".model.gguf", "model.1")
+    ]
+    for file in (ours, *others):
+        file.write_bytes(b"half")
+    sweep(tmp_path, lambda name: name == "model.gguf", dead_only=True)
+    assert not ours.exists()
+    assert all(file.exists() for file in others)
+    sweep(tmp_path, lambda name: name == "model.gguf", dead_only=False)
+    assert [file.exists() for file in others] == [False, True, True, True]

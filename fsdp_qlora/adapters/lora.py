@@ -22,6 +22,18 @@ ABSENT: dict[str, tuple[object, ...]] = {
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "trainable_token_indices": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "lora_ga_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    # Other first values (pissa, olora, loftq, corda) are taken out of the base, which the adapter then belongs to.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 

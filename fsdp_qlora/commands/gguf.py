@@ -123,4 +123,5 @@ GGUF = Command(
         CONFLICTS,
     ),
     run,
+    interrupted="no part of a file is left, and the same command starts anew",
 )

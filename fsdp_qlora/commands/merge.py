@@ -136,4 +136,5 @@ MERGE = Command(
         NEEDS,
     ),
     run,
+    interrupted="whole files stay, and the same command makes the rest",
 )

@@ -106,6 +106,7 @@ def _place(model: nn.Module, compared: _Compared, linears: set[str], head: str, 
         value = source.base(compared.source.piece(name))
         if owner == embedding and leaf == "weight":
             value = value[torch.tensor(used, device=value.device)]
+            model.get_submodule(owner).padding_idx = None  # type: ignore[assignment]  # of a row that is not there
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value.to(parameter.dtype), requires_grad=False)
     for path in linears:
         bias = model.get_submodule(path).bias

@@ -26,7 +26,7 @@ def merge_and_check(folder: Path, given: Mapping[str, Any], merge_base: MergeBas
     size = f"{len(adapter.linears)} linears of rank {adapter.options.lora_rank}, {as_gib(adapter.nbytes(), 2)}"
     print(f"adapter   {folder}: {size}\nbase      {base.model_name}, {stored}", flush=True)
     with Claim() as claim:
-        merged = merge(adapter, base, merge_base, wanted, claim)
+        merged = merge(adapter, base, merge_base, wanted, rows > 0, claim)
         for line in rounding_lines(merged.journal, merged.dtype):
             print(line, flush=True)
         if rows:

@@ -1,6 +1,7 @@
 """A base and its adapter as one source of weights, tensor by tensor: never more than a few tensors in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from fsdp_qlora.config.options import AdapterOptions, ModelOptions
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.export.adapter_folder import SavedAdapter
 from fsdp_qlora.models.assemble import Recipe, assemble
 from fsdp_qlora.models.fitting import Fitted, fit, has_its_own_head
@@ -67,7 +68,7 @@ class Merged:
         state = self.skeleton.state_dict()
         if adapter is not None:
             check_adapter(adapter, self.skeleton, options.model_name)
-            _check_head(adapter, self.skeleton)
+            check_head(adapter, self.skeleton)
         self.folder = _folder_of(options)
         local = ModelOptions(model_name=str(self.folder), loading_workers=options.loading_workers)
         weights = fit(self.skeleton, open_weights(local, self.precision.stream))
@@ -82,6 +83,15 @@ class Merged:
                 dtype = None if state[name].is_floating_point() else state[name].dtype
                 pieces[stored] = Piece(name, stored, tuple(state[name].shape), dtype, linears.get(name))
         self.pieces = [pieces[stored] for stored in sorted(pieces, key=dot_natural_key)]
+
+    def say_notes(self) -> None:
+        """Print where the base's numbers cannot be those of the training to the last bit."""
+        if self.adapter is not None and self.requantizes and self.adapter.was_on_gpu() and self.device.type == "cpu":
+            print(
+                "note      the base was quantized on a GPU and is here on the CPU, which rounds a few scales of double "
+                "quantization to the next code; start this on a machine with a GPU for the very same numbers",
+                flush=True,
+            )
 
     def build(self) -> PreTrainedModel:
         """Return a skeleton of the model that computes in float32, with the attention that every family has."""
@@ -108,7 +118,8 @@ class Merged:
     def read(self, piece: Piece) -> dict[str, Tensor]:
         """Return the checkpoint's tensors of a piece, for `base`: to be read ahead. An encoding is not, since
         bitsandbytes' takes seven times the weight's memory on a CPU."""
-        return self.weights.read(expected_of(piece.name, piece.shape, self.weights), self.device)
+        with reading(self.folder):
+            return self.weights.read(expected_of(piece.name, piece.shape, self.weights), self.device)
 
     def base(self, piece: Piece, tensors: dict[str, Tensor] | None = None) -> Tensor:
         """Return a tensor of the base: of `trained`, the very numbers that training computed with; of `original`, the
@@ -156,6 +167,18 @@ class Merged:
         return entries, frozenset(f"{path}.{leaf}" for path in model.linear_paths for leaf in ("weight", "bias"))
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Tell of a disk that does not give what is in `folder` as such, and not as one that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingStopped(
+            f"model_name: {error.filename or folder} cannot be read any more ({error.strerror or error}); see to that "
+            "disk and start the same command again"
+        ) from error
+
+
 def _folder_of(options: ModelOptions) -> Path:
     local = Path(options.model_name)
     return local if local.is_dir() else fetch(options.model_name, options.revision)
@@ -178,7 +201,7 @@ def check_adapter(adapter: SavedAdapter, model: PreTrainedModel, base: str) -> N
         raise UserError(f"adapter: {adapter.folder} is of another model than {base}: {some(list(wrong), 1)}")
 
 
-def _check_head(adapter: SavedAdapter, model: PreTrainedModel) -> None:
+def check_head(adapter: SavedAdapter, model: PreTrainedModel) -> None:
     """Raise UserError for an adapter of a tied matrix: merged, it would change both uses."""
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     shared = [path for path in adapter.linears if f"{path}.weight" in tied]

@@ -1,12 +1,11 @@
 """An adapter merged into its base and saved as a Hugging Face model, file by file, going on where it was stopped."""
 
 import json
-import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,77 +18,17 @@ from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.data.batches import load_tokenizer
 from fsdp_qlora.errors import TrainingStopped, UserError, first_line
 from fsdp_qlora.export.adapter_folder import SavedAdapter
-from fsdp_qlora.export.merged import MergeBase, Merged, Piece
+from fsdp_qlora.export.journal import Journal, Rounding, check_elsewhere, clear, take
+from fsdp_qlora.export.merged import MergeBase, Merged, Piece, reading
 from fsdp_qlora.export.peft import TokenizerNotSaved, save_tokenizer
-from fsdp_qlora.export.tensor_files import INDEX, Shard, plan_shards, write_index, write_shard
+from fsdp_qlora.export.tensor_files import Shard, plan_shards, write_index, write_shard
 from fsdp_qlora.runtime.files import Claim
 from fsdp_qlora.units import GIB, as_gib
 
-JOURNAL = "merge.json"  # what is merged, and what of it is done: beside the files, for a resume and for the record
-ROWS = 32  # of a matrix, in which what rounding loses is summed: few, so that they stay in cache
 LEAST_KEPT, MOST_NOISE = 0.97, 0.5  # of what was learnt, below and above which the user is warned
+# Of a vision-language model, which other programs want beside its weights.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Rounding:
-    """Sums over all elements that adapters change: of learnt^2, of learnt * changed and of (changed - learnt)^2.
-
-    learnt: what the adapter adds, exactly. changed: by how much the number that is saved differs from the base's."""
-
-    learnt: float = 0.0
-    kept: float = 0.0
-    noise: float = 0.0
-
-    def add(self, base: Tensor, exact: Tensor, saved: Tensor) -> None:
-        for rows in zip(base.split(ROWS), exact.split(ROWS), saved.split(ROWS), strict=True):
-            before, summed, after = (row.float().flatten() for row in rows)
-            learnt, changed, noise = summed - before, after - before, after - summed
-            self.learnt += float(learnt.dot(learnt))  # of one piece in float32: ten times as fast as a float64 sum
-            self.kept += float(learnt.dot(changed))
-            self.noise += float(noise.dot(noise))
-
-    def share_kept(self) -> float:
-        """Return how much of the learnt change is in the saved numbers, 1 for all: its projection on the learnt one."""
-        return self.kept / self.learnt if self.learnt else 1.0
-
-    def share_noise(self) -> float:
-        """Return the size of the rounding's noise over that of the learnt change."""
-        return math.sqrt(self.noise / self.learnt) if self.learnt else 0.0
-
-
-@dataclass
-class Journal:
-    """merge.json. asked: what is merged into what. done: file -> the sums of its rounding. finished: all is there."""
-
-    asked: Mapping[str, Any]
-    done: dict[str, Rounding] = field(default_factory=dict)
-    finished: bool = False
-    report: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """Write the file. Raises OSError."""
-        done = {name: vars(sums) for name, sums in self.done.items()}
-        text = json.dumps(
-            {"asked": self.asked, "done": done, "finished": self.finished, "report": self.report}, indent=2
-        )
-        with atomic_file(folder / JOURNAL) as part:
-            part.write_text(text + "\n")
-
-    def rounding(self) -> Rounding:
-        """Return the sums of all files."""
-        sums = self.done.values()
-        return Rounding(sum(s.learnt for s in sums), sum(s.kept for s in sums), sum(s.noise for s in sums))
-
-
-def read_journal(folder: Path) -> Journal | None:
-    """Return the journal of a folder, None where there is none that can be read."""
-    try:
-        found = json.loads((folder / JOURNAL).read_text())
-        done = {name: Rounding(**sums) for name, sums in found["done"].items()}
-        return Journal(found["asked"], done, bool(found["finished"]), found["report"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -115,32 +54,35 @@ class MergedModel:
 
 
 def merge(
-    adapter: SavedAdapter, base: ModelOptions, merge_base: MergeBase, wanted: Wanted, claim: Claim
+    adapter: SavedAdapter, base: ModelOptions, merge_base: MergeBase, wanted: Wanted, compares: bool, claim: Claim
 ) -> MergedModel:
     """Write base + adapter to `wanted.folder`, each file whole or not at all; files of an earlier start stay.
 
+    compares: whether the caller will compare what is written.
     Raises UserError for what can be known before the first weight is read, TrainingStopped for a disk that fails."""
     folder = wanted.folder
     asked = _fingerprint(adapter, base, merge_base, wanted)
-    begun = _take(folder, asked, wanted.overwrite, claim)
+    check_elsewhere(folder, (("adapter", adapter.folder), ("base", Path(base.model_name))))
+    begun = take(folder, asked, wanted.overwrite, compares, claim)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = Merged(base, adapter, merge_base, device)
+    check_elsewhere(folder, (("base", source.folder),))
     dtype = DTYPES.get(wanted.dtype) or source.precision.compute
-    if source.requantizes and adapter.was_on_gpu() and device.type == "cpu":
-        print(
-            "note      the base was quantized on a GPU and is here on the CPU, which rounds a few scales of double "
-            "quantization to the next code; merge on a machine with a GPU for the very same numbers",
-            flush=True,
-        )
+    source.say_notes()
     journal = begun or Journal(asked)
     shards = plan_shards(source.pieces, dtype, wanted.most_shard_bytes)
     todo = [shard for shard in shards if shard.file not in journal.done or not (folder / shard.file).is_file()]
     _check_space(folder, sum(shard.nbytes for shard in todo))
     if len(todo) < len(shards):
         print(f"resuming  {len(shards) - len(todo)} of {len(shards)} files are there already", flush=True)
+    merged = MergedModel(source, journal, folder, dtype, len(shards), sum(shard.nbytes for shard in shards))
+    if journal.finished and not todo:
+        return merged
     try:
         if begun is None:
-            _clear(folder)
+            clear(folder)
+        journal.finished = False
+        journal.save(folder)
         _write(folder, todo, source, dtype, journal)
         write_index(folder, shards)
         _write_tokenizer(folder, adapter, base, source)
@@ -152,7 +94,7 @@ def merge(
             f"output_dir: {folder} cannot be written ({error.strerror or error}); free some space there and start the "
             "same command again: it goes on from the last whole file"
         ) from error
-    return MergedModel(source, journal, folder, dtype, len(shards), sum(shard.nbytes for shard in shards))
+    return merged
 
 
 def rounding_lines(journal: Journal, dtype: torch.dtype) -> list[str]:
@@ -235,28 +177,6 @@ def _fingerprint(adapter: SavedAdapter, base: ModelOptions, merge_base: str, wan
     }
 
 
-def _take(folder: Path, asked: Mapping[str, Any], overwrite: bool, claim: Claim) -> Journal | None:
-    """Take the folder; return the journal of an earlier start of the same merge."""
-    before = read_journal(folder)
-    begun = before if before is not None and before.done and not before.finished else None
-    resumes = begun is not None and begun.asked == asked
-    if begun is not None and not resumes and not overwrite:
-        differing = [name for name, value in asked.items() if begun.asked.get(name) != value]
-        raise UserError(
-            f"output_dir: {folder} holds an unfinished merge of something else ({', '.join(differing)} differ); choose "
-            "another folder, or --overwrite_output_dir true"
-        )
-    claim.take(folder, overwrite or resumes)
-    return begun if resumes else None
-
-
-def _clear(folder: Path) -> None:
-    """Remove the files of an earlier model, which would be mixed with this one."""
-    for file in folder.glob("*"):
-        if file.suffix == ".safetensors" or file.name in (INDEX, JOURNAL, "config.json"):
-            file.unlink()
-
-
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -285,8 +205,11 @@ def _write_tokenizer(folder: Path, adapter: SavedAdapter, base: ModelOptions, so
 
 
 def _write_configs(folder: Path, base: Path, dtype: torch.dtype) -> None:
-    """Write the base's own config.json without its quantization, and its generation_config.json."""
-    config = json.loads((base / "config.json").read_text())
+    """Write the base's own config.json without its quantization, and the files beside it on its use."""
+    names = [name for name in ("generation_config.json", *PROCESSORS) if (base / name).is_file()]
+    with reading(base):
+        config = json.loads((base / "config.json").read_text())
+        beside = {name: (base / name).read_bytes() for name in names}
     config.pop("quantization_config", None)
     name = str(dtype).removeprefix("torch.")
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -294,8 +217,8 @@ def _write_configs(folder: Path, base: Path, dtype: torch.dtype) -> None:
         for key in ("torch_dtype", "dtype"):
             if key in part or (part is config and key == "dtype" and "torch_dtype" not in part):
                 part[key] = name
-    if (base / "generation_config.json").is_file():
-        with atomic_file(folder / "generation_config.json") as part_file:
-            part_file.write_bytes((base / "generation_config.json").read_bytes())
+    for file, data in beside.items():
+        with atomic_file(folder / file) as part_file:
+            part_file.write_bytes(data)
     with atomic_file(folder / "config.json") as part_file:
         part_file.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,7 +1,10 @@
 """A merged model is base + adapter: of PEFT, of bitsandbytes' dequantized base, and for transformers that opens it."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from fsdp_qlora import __main__
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.commands.base import Command
+from fsdp_qlora.commands.merge import MERGE
 from fsdp_qlora.export import merged_folder
+from fsdp_qlora.weights.checkpoint import Checkpoint
 from tests.support import plain, tiny
 from tests.support.runs import Options, flags, run_alone
 from tests.support.saved_adapters import save_random_adapter
@@ -171,8 +178,10 @@ def test_the_text_part_of_a_vision_language_model_is_merged_and_the_rest_kept(tm
         eoi_token_index=262,
     )  # fmt: skip
     base = tiny.save_model(config, tmp_path / "b", torch.bfloat16)
+    (base / "preprocessor_config.json").write_text('{"image_size": 28}')
     adapter = save_random_adapter(tmp_path / "a", {"model_name": base, "train_type": "lora"})
     merge(capsys, adapter=adapter, output_dir=tmp_path / "m", dtype="fp32")
+    assert (tmp_path / "m" / "preprocessor_config.json").read_text() == '{"image_size": 28}'
     theirs = PeftModel.from_pretrained(
         transformers.AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), adapter
     ).merge_and_unload()
@@ -250,6 +259,7 @@ def test_an_interrupted_merge_goes_on_from_its_last_whole_file(llama, tmp_path, 
     assert not whole
     done = [json.loads((tmp_path / name / "merge.json").read_text())["done"] for name in ("whole", "m")]
     assert done[0] == done[1]
+    assert not [file.name for file in (tmp_path / "m").glob(".model*")]
     assert "is not empty" in merge(capsys, 2, **asked, output_dir=tmp_path / "m")
 
 
@@ -271,7 +281,7 @@ def test_rounding_that_loses_what_was_learnt_is_told(llama, tmp_path, capsys):
         ({"precision": "fp32"}, "precision: fp32 is not what {tmp}/a was trained with"),
         ({"dtype": "fp8"}, "--dtype fp8: 'fp8' is not allowed"),
         ({"adaptr": "x"}, "--adaptr x: there is no such option; did you mean adapter?"),
-        ({"output_dir": "{tmp}/a"}, "output_dir: {tmp}/a is not empty"),
+        ({"output_dir": "{tmp}/other"}, "output_dir: {tmp}/other is not empty"),
         ({"train_type": "lora", "double_quant": "true"}, "--double_quant true: has no effect with --train_type lora"),
     ],
 )
@@ -298,3 +308,73 @@ def test_a_damaged_adapter_is_told_and_nothing_is_left_that_opens(llama, tmp_pat
     adapter = save_random_adapter(tmp_path / "a", {"model_name": llama}, size=float("nan"))
     assert "comes out with NaN or infinity" in merge(capsys, 2, adapter=adapter, output_dir=tmp_path / "m")
     assert not (tmp_path / "m" / "config.json").exists()
+
+
+@pytest.mark.parametrize("into", ["a", "b", "link"])
+def test_adapter_and_base_are_never_the_output(llama, into, tmp_path, capsys):
+    base = shutil.copytree(llama, tmp_path / "b")
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": base})
+    (tmp_path / "link").symlink_to(base)
+    before = {file: file.read_bytes() for folder in (base, adapter) for file in folder.iterdir()}
+    said = merge(capsys, 2, adapter=adapter, output_dir=tmp_path / into, overwrite_output_dir="true")
+    assert f"is the folder of the {'adapter' if into == 'a' else 'base'}" in said
+    assert before == {file: file.read_bytes() for folder in (base, adapter) for file in folder.iterdir()}
+
+
+def test_a_model_that_pads_with_its_last_token_is_compared(tmp_path, capsys):
+    base = tiny.save_model(transformers.LlamaConfig(**SHAPE | {"pad_token_id": 263}), tmp_path / "b", torch.bfloat16)
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": base, "train_type": "lora"})
+    assert "compared  1 rows" in merge(capsys, adapter=adapter, output_dir=tmp_path / "m", check_rows=1)
+
+
+def test_a_merge_that_was_killed_before_its_first_file_goes_on(llama, tmp_path, capsys, monkeypatch):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
+    asked = {"adapter": adapter, "check_rows": 0, "output_dir": tmp_path / "m"}
+
+    def killed(folder, shard, tensors, dtype):
+        (folder / f".{shard.file}.1").write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merged_folder, "write_shard", killed)
+        assert main(["merge", *flags(asked)]) == 130
+    assert "the same command makes the rest" in capsys.readouterr().err
+    assert "unfinished merge of something else" in merge(capsys, 2, **asked, dtype="fp16")
+    merge(capsys, **asked)
+    assert not list((tmp_path / "m").glob(".*"))
+
+
+def test_a_merge_that_was_killed_in_its_comparison_goes_on_there(llama, tmp_path, capsys, monkeypatch):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
+    asked = {"adapter": adapter, "output_dir": tmp_path / "m"}
+    merge(capsys, **asked, check_rows=0)
+    monkeypatch.setattr(merged_folder, "_write", None)
+    assert "compared  1 rows" in merge(capsys, **asked, check_rows=1)
+    assert json.loads((tmp_path / "m" / "merge.json").read_text())["finished"]
+    assert "is not empty" in merge(capsys, 2, **asked, check_rows=1)
+
+
+def test_a_base_that_cannot_be_read_is_told_as_that(llama, tmp_path, capsys, monkeypatch):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error", str(llama / "model.safetensors"))
+
+    monkeypatch.setattr(Checkpoint, "read", fails)
+    said = merge(capsys, 1, adapter=adapter, output_dir=tmp_path / "m")
+    assert f"model_name: {llama}/model.safetensors cannot be read any more (Input/output error)" in said
+
+
+def test_sigterm_is_an_interruption(monkeypatch, capsys):
+    def killed(asked):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    command = Command(MERGE.does, MERGE.program, killed, interrupted="what is left")
+    monkeypatch.setattr(__main__, "COMMANDS", {"merge": command})
+    monkeypatch.setattr(__main__.sys, "argv", ["fsdp-qlora", "merge", "--adapter", "a"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert __main__.entry() == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "merge: interrupted; what is left" in capsys.readouterr().err
