@@ -84,11 +84,12 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         session = prepare(config, world, compute, lengths_to_plan(data, lengths), stages.done)
         planned, plan = session.planned, session.planned.plan
         batches = None if data is None else make_batches(session, data.rows, lengths)
+        noted = with_micro_batch(config, plan.micro_batch, plan.accumulation)  # what repeats this run
         resumed = []
         if checkpoint is not None:
             assert batches is not None
             world.main_only(partial(check_place, checkpoint, config, batches, count_steps(config, batches)))
-            resumed = notes_of(checkpoint, config, world)
+            resumed = notes_of(checkpoint, noted, world)
         for line in [*notes, *start_lines(session, data, batches, lengths), *resumed]:
             world.say(line)
         if only_plan:
@@ -97,11 +98,12 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         assert batches is not None
         steps = count_steps(config, batches)
         world.together(lambda: check_evaluations(config.evaluation, steps, batches.steps_per_epoch))
-        noted = with_micro_batch(config, plan.micro_batch, plan.accumulation)  # what repeats this run
-        earlier = None if checkpoint is None else (checkpoint.path.parent, checkpoint.step)
+        earlier = None if checkpoint is None else (checkpoint.run_folder(folder), checkpoint.step)
         metrics = world.together(lambda: Metrics(noted, world, steps, earlier))
         left = steps - (0 if checkpoint is None else checkpoint.step)
-        world.main_only(lambda: note_run(noted, folder, adapter_count(session.model), left, planned.record))
+        world.main_only(lambda: check_room(noted, folder, adapter_count(session.model), left))
+        if checkpoint is None:
+            world.main_only(lambda: note_run(noted, folder, planned.record))
 
         layout = planned.layout if data.held_out is not None else None
         forward = None if layout is None else layout.of_forward()  # before a placement hooks into the model
@@ -123,12 +125,14 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
             evaluator = Evaluator(session.model, data.held_out, planned.facts.tokens, world, borrow)
             evaluations = Evaluations(config.evaluation, evaluator, steps, batches.steps_per_epoch)
         parts = {} if evaluations is None else {"evaluations": evaluations}
-        checkpoints = Checkpoints(config, world, stepper, partial(place_in, batches), base, parts)
+        checkpoints = Checkpoints(noted, world, stepper, partial(place_in, batches), base, parts)
         if checkpoint is not None:
             world.main_only(partial(check_base, checkpoint, config, base, checkpoints.adapters))
             checkpoints.load(checkpoint)
             if evaluations is not None and not checkpoint.is_in(folder):
                 evaluations.kept = None  # in the other folder
+            world.main_only(metrics.take_over)  # from here on files of the run that goes on are changed
+            world.main_only(lambda: note_run(noted, folder, planned.record))
         world.main_only(partial(forget_others, folder, checkpoint, world))
         return Loop(
             config, world, host, metrics, stepper, refit, batches, steps, data.tokenizer, folder, checkpoints,
@@ -183,13 +187,17 @@ def start_lines(session: Session, data: Data | None, batches: Batches | None, le
     return [*lines, *planned.lines, *rates]
 
 
-def note_run(config: Config, folder: Path, adapters: int, steps: int, plan: dict[str, Any]) -> None:
-    """Write the run's options and plan to its output folder, after a check that its disk has space for what comes.
+def check_room(config: Config, folder: Path, adapters: int, steps: int) -> None:
+    """Raise UserError where the disk of the output folder has no space for what comes.
 
     adapters: their parameters. steps: that are left to do."""
     checkpoints = checkpoint_bytes(adapters, config.training.optimizer), most_at_once(config.output, folder, steps)
     copies = 3 if config.evaluation.save_best else 1  # the best, a better one being written, the last
     check_space(folder, 4 * adapters * copies * config.output.save_model, *checkpoints)
+
+
+def note_run(config: Config, folder: Path, plan: dict[str, Any]) -> None:
+    """Write the run's options and plan to its output folder."""
     with writing_to(folder, "output_dir"):
         save_config(config, folder / "config.yaml")
         write_plan(folder, plan)

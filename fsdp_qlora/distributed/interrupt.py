@@ -5,8 +5,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -39,6 +39,7 @@ class Interrupt:
         self.agreed_signal: int | None = None  # that the ranks stop for
         self.agreed_wish = False  # that some rank had when they last agreed
         self._polled = False
+        self._busy = False  # with what takes its time
         self._hurry = False  # decided by the watcher alone, which hears of a signal when it comes
         self._raised = False  # by the handler, once: a second KeyboardInterrupt would break into the unwinding
         self._leaving = False
@@ -66,6 +67,16 @@ class Interrupt:
             return False
         self.agreed_signal, self._polled = asked, True
         return True
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Not take this rank for stuck meanwhile: it does what takes longer than a step. Ask `agreed` behind it."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._polled = self._polled or self.signal_number is not None
+            self._busy = False
 
     @property
     def exit_code(self) -> int:
@@ -153,7 +164,7 @@ class Interrupt:
         _write(f"{signal.Signals(number).name}: stopping after this step, then saving ({how})")
 
     def _would_be_killed(self) -> bool:
-        return not self._polled and self.world.size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+        return not (self._polled or self._busy) and self.world.size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
     def _rescued(self) -> str:
         """Return what was saved, in words. Bounded in time: a copy from a GPU that waits on a dead peer never ends."""

@@ -76,4 +76,5 @@ def _load_slice(optimizer: Optimizer, group: AdapterGroup, values: dict[str, Ten
 def _placed(value: Tensor, master: nn.Parameter, optimizer: Optimizer) -> Tensor:
     """Return a value where PyTorch's optimizers keep it: counters in host memory, unless their kernel is fused."""
     counts_on_host = value.dim() == 0 and not optimizer.param_groups[0].get("fused")
-    return value if counts_on_host else value.to(master.device)
+    # A copy: what a file gave may be the file itself, mapped into memory.
+    return value.clone() if counts_on_host else value.to(master.device, copy=True)

@@ -16,9 +16,13 @@ EVAL_FIELDS = [field.name for field in dataclasses.fields(EvalRecord)]
 
 
 def lines_until(file: Path, step: int) -> list[str]:
-    """Return the lines of a metrics.jsonl up to `step`; what a killed run left of a line is left out."""
-    with suppress(OSError, UnicodeDecodeError):
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    """Return the lines of a metrics.jsonl up to `step`; what a killed run left of a line is left out.
+
+    Raises OSError where the file is there and cannot be read."""
+    with suppress(FileNotFoundError):
+        return [
+            line for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if _step_of(line) <= step
+        ]
     return []
 
 

@@ -34,9 +34,10 @@ class Metrics(Callback):
     written: make it before anything is loaded. A context manager, so that what was recorded survives a failure."""
 
     def __init__(self, config: Config, world: World, total_steps: int, earlier: tuple[Path, int] | None = None) -> None:
-        """earlier: (folder, step) of the run that this one continues, and until where its record is taken over."""
-        self.config, self.world, self.total_steps = config, world, total_steps
+        """earlier: (folder, step) of the run that this one continues, and until where `take_over` gets its record."""
+        self.config, self.world, self.total_steps, self._earlier = config, world, total_steps, earlier
         self._records: list[StepRecord] = []
+        self._taken_over = 0  # of these: steps that another process did
         self._failed: StepRecord | None = None  # the step that ended the run
         self._evaluations: list[EvalRecord] = []
         self._host_peak: list[float] = []  # per rank
@@ -49,8 +50,24 @@ class Metrics(Callback):
             return
         self.directory = Path(config.output.output_dir)
         with writing_to(self.directory, "output_dir"):
-            self._file: IO[str] = self._begin_record(earlier)
+            self._file: IO[str] = (self.directory / "metrics.jsonl").open(
+                "w" if earlier is None else "a", encoding="utf-8"
+            )
         self._loggers = open_loggers(config, world.say)
+
+    def take_over(self) -> None:
+        """Go on with the record of the run that this one continues: what is behind its checkpoint is cut off now."""
+        if self._earlier is None or not self.world.is_main:
+            return
+        (folder, step), file = self._earlier, self.directory / "metrics.jsonl"
+        with writing_to(self.directory, "output_dir"):
+            lines = lines_until(folder / file.name, step)
+            self._records, self._evaluations = records_in(lines), evaluations_in(lines)
+            self._taken_over = len(self._records)
+            with atomic_file(file) as part:  # killed here, the run it continues still has its record
+                part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            self._file.close()
+            self._file = file.open("a", encoding="utf-8")
 
     def on_step(self, record: StepRecord) -> None:
         """Record and show one step. The JSON line is written and flushed when this returns."""
@@ -88,14 +105,6 @@ class Metrics(Callback):
         self._write(as_json(_rounded(line)) + "\n")
         for logger in self._loggers:
             logger.log(record.step, step_scalars(record))
-
-    def _begin_record(self, earlier: tuple[Path, int] | None) -> IO[str]:
-        file = self.directory / "metrics.jsonl"
-        lines = [] if earlier is None else lines_until(earlier[0] / "metrics.jsonl", earlier[1])
-        self._records, self._evaluations = records_in(lines), evaluations_in(lines)
-        with atomic_file(file) as part:  # killed here, the run it continues still has its record
-            part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        return file.open("a", encoding="utf-8")
 
     def _write(self, line: str) -> None:
         """Write a line of the record. Training is worth more than it: a full disk ends the record, not the run."""
@@ -199,11 +208,12 @@ class Metrics(Callback):
                 "GPU     peak GiB allocated / reserved: "
                 + ", ".join(f"rank {rank} {used:.2f} / {held:.2f}" for rank, (used, held) in enumerate(pairs))
             )
-            retries = [now - then for now, then in zip(last.gpu_retries, first.gpu_retries, strict=True)]
+            mine = self._records[self._taken_over :][:1]  # counters begin with a process, and have one for each rank
+            retries = [now - then for one in mine for now, then in zip(last.gpu_retries, one.gpu_retries, strict=True)]
             if any(retries):
                 lines.append(
-                    f"        the allocator stopped {max(retries)} times to give memory back after step {first.step}: "
-                    "a --gpu_memory_gib half a GiB lower may be faster"
+                    f"        the allocator stopped {max(retries)} times to give memory back after step "
+                    f"{mine[0].step}: a --gpu_memory_gib half a GiB lower may be faster"
                 )
         if self._host_peak:
             ranks = ", ".join(f"rank {rank} {gib:.2f}" for rank, gib in enumerate(self._host_peak))

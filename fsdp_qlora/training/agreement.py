@@ -49,6 +49,16 @@ def check_options(checkpoint: Checkpoint, config: Config, ranks: int) -> None:
         )
 
 
+def is_same_run(before: Config, now: Config) -> bool:
+    """Return whether the options ask for the same training from the beginning, to the last bits."""
+    options, differs = before.to_flat(), (*COMPARED_BY_ROWS, *ROUNDING, *NO_MATTER)
+    return all(
+        value == options[name]
+        for name, value in now.to_flat().items()
+        if (OPTIONS[name].group in DECISIVE and name not in differs) or name in HELD_OUT
+    )
+
+
 def place_in(batches: Batches) -> dict[str, Any]:
     """Return what must be as it was for step i to have the same rows."""
     return {

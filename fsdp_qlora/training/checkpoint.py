@@ -9,7 +9,6 @@ optimizer's state beside it: at 70B and rank 64 that is 3.3 GB and 6.6 GB, and n
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from fsdp_qlora.training.checkpoint_folder import (
     Checkpoint,
     Manifest,
     appear,
-    checkpoints_in,
+    ours_in,
     part_of,
     rank_file,
     remove,
@@ -39,6 +38,7 @@ from fsdp_qlora.training.checkpoint_folder import (
 )
 from fsdp_qlora.training.checkpoint_tensors import (
     adapters_of,
+    find_room,
     load_adapter,
     load_slices,
     tried,
@@ -101,11 +101,17 @@ class Checkpoints:
         self.parts |= parts or {}
         self.adapters = adapters_of(stepper)
         self._place, self._base = place, base
+        self._deaf = False  # to the file that asks for one: it is there for good
         self._newest: int | None = None  # step of the last one that was written, or tried
 
     def requested(self) -> bool:
         """Return whether the user asks for one, by a file in output_dir. Rank 0 looks."""
-        return self.world.is_main and (self.folder / ON_REQUEST).exists()
+        if not self.world.is_main or self._deaf:
+            return False
+        try:
+            return (self.folder / ON_REQUEST).exists()
+        except OSError:  # a disk that does not answer asks for nothing
+            return False
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Return whether the options ask for one after `step`."""
@@ -119,7 +125,7 @@ class Checkpoints:
     def save(self, step: int) -> Path | None:
         """Write a checkpoint, whole or not at all; return its folder. A collective, between two steps.
 
-        Where the disk fails the user is told, training goes on and earlier checkpoints stay."""
+        Where the disk or GPU memory fails the user is told, training goes on and earlier checkpoints stay."""
         self._newest, started = step, time.perf_counter()
         part, target = part_of(self.folder, step), self.folder / f"{PREFIX}{step}"
         why = self._on_main(partial(self._begin, part))
@@ -151,14 +157,24 @@ class Checkpoints:
             self._newest = checkpoint.step
 
     def _begin(self, part: Path) -> None:
-        with suppress(FileNotFoundError):
-            (self.folder / ON_REQUEST).unlink()  # whether it succeeds or not: else each step would try again
+        try:  # whether the checkpoint succeeds or not: else each step would try again
+            (self.folder / ON_REQUEST).unlink(missing_ok=True)
+        except OSError as error:
+            if not self._deaf:
+                self.world.say(
+                    f"{self.folder / ON_REQUEST} cannot be removed ({error.strerror}): this run does not look for it "
+                    "any more"
+                )
+            self._deaf = True
         remove(part)
         part.mkdir()
 
     def _write(self, part: Path) -> tuple[str, dict[str, Written]]:
         """Write the tensors. Returns why it failed on some rank, or "", and what each file has. A collective."""
         own = part / rank_file(self.world.rank, self.world.size)
+        why = self._agree(tried(partial(find_room, self.stepper, self.world))[0])
+        if why:
+            return why, {}
         why, adapter = write_adapter(part / ADAPTER, self.stepper, self.config, self.world)
         slices: Written | None = None
         if not why:
@@ -179,7 +195,7 @@ class Checkpoints:
         written = {**written, ADAPTER_CONFIG: Written(len(settings), zlib.crc32(settings))}
         write_manifest(part, self._manifest(step, written))
         appear(part, target)
-        for old in surplus(checkpoints_in(self.folder), self.config.output.save_total_limit, step, self.best.step):
+        for old in surplus(ours_in(self.folder), self.config.output.save_total_limit, step, self.best.step):
             remove(self.folder / f"{PREFIX}{old}")
 
     def _manifest(self, step: int, written: Mapping[str, Written]) -> Manifest:
@@ -196,7 +212,7 @@ class Checkpoints:
         )
 
     def _on_main(self, do: Callable[[], object]) -> str:
-        """Run `do` on rank 0. Returns why the disk failed, or "", on every rank. A collective."""
+        """Run `do` on rank 0. Returns why it failed, or "", on every rank. A collective."""
         return self._agree(tried(do)[0] if self.world.is_main else "")
 
     def _agree(self, why: str) -> str:
@@ -217,5 +233,5 @@ def most_at_once(options: OutputOptions, folder: Path, steps: int) -> int:
         return 0
     count = 1 if options.save_steps is None else -(-steps // options.save_steps)
     if options.save_total_limit is not None:
-        count = min(count, max(1, options.save_total_limit + 1 - len(checkpoints_in(folder))))
+        count = min(count, max(1, options.save_total_limit + 1 - len(ours_in(folder))))
     return count

@@ -11,8 +11,10 @@ While it is written a checkpoint is called `.checkpoint-200.part`, so that a run
 checkpoints, and hidden folders that the next run in this output_dir removes.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -22,15 +24,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.training.tensor_file import checksum
 
 MANIFEST, PREFIX = "checkpoint.json", "checkpoint-"
 VERSION = 1  # of the layout above
+UNFINISHED = re.compile(rf"\.{PREFIX}\d+\.(part|old|part\.old)")  # what killed runs leave
+ABSENT = (FileNotFoundError, NotADirectoryError)  # errors that prove that there is no such file
 READERS = 4  # threads that check files: a checksum takes 3 GB/s of one core
 
 
 class Damaged(Exception):
-    """A checkpoint that is not whole, or not as it was written; says which file and why."""
+    """A checkpoint of which the bytes prove that it is not whole, or not as it was written; says which file and why.
+
+    A file that a disk does not give (OSError) proves nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,12 @@ class Checkpoint:
 
     def is_in(self, folder: Path) -> bool:
         """Return whether `folder` is the output_dir of the run that it belongs to."""
-        return self.path.resolve().parent == folder.resolve()
+        places = self.path.absolute().parent.resolve(), self.path.resolve().parent  # either may be a link to the other
+        return folder.resolve() in places
+
+    def run_folder(self, folder: Path) -> Path:
+        """Return the output_dir of the run that it belongs to, which may be `folder`."""
+        return folder if self.is_in(folder) else self.path.absolute().parent
 
 
 def rank_file(rank: int, ranks: int) -> str:
@@ -75,14 +87,24 @@ def part_of(folder: Path, step: int) -> Path:
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Return step -> folder of each checkpoint, oldest first; whether it is whole is not looked at."""
+    """Return step -> folder of each checkpoint, oldest first; whether it is whole is not looked at. Raises OSError."""
     found = {}
-    with suppress(FileNotFoundError):
-        for path in folder.glob(f"{PREFIX}*"):
+    with suppress(*ABSENT):
+        for path in folder.iterdir():
             step = path.name.removeprefix(PREFIX)
-            if step.isdecimal() and path.is_dir():
+            if path.name.startswith(PREFIX) and step.isdecimal() and path.is_dir():
                 found[int(step)] = path
     return dict(sorted(found.items()))
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a folder is a checkpoint of this program, whole or not: no other one is ever removed."""
+    return (path / MANIFEST).is_file()
+
+
+def ours_in(folder: Path) -> dict[int, Path]:
+    """Return those of `checkpoints_in` that this program may remove."""
+    return {step: path for step, path in checkpoints_in(folder).items() if is_ours(path)}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -102,43 +124,55 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return a checkpoint of which the manifest is sound and all files have their sizes. Raises Damaged."""
+    """Return a checkpoint of which the manifest is sound and all files have their sizes.
+
+    Raises Damaged; OSError where a file cannot be read; UserError where its layout is another."""
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except ABSENT as error:
+        raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{MANIFEST} is damaged ({error})") from error
     try:
         first, rest = text.split("\n", 1)
         body = rest.rpartition("\n}")[0]
         if json.loads(first + " 0}")["crc32"] != zlib.crc32(body.encode()):
             raise ValueError("its checksum differs")
-        manifest = Manifest(**json.loads(body))
+        content = json.loads(body)
     except (ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{MANIFEST} is damaged, or of another version of this program ({error})") from error
-    if manifest.version != VERSION:
-        raise Damaged(f"it is in version {manifest.version} of the layout, and this program reads {VERSION}")
+        raise Damaged(f"{MANIFEST} is damaged ({error})") from error
+    if content.get("version") != VERSION or not content.keys() <= Manifest.__dataclass_fields__.keys():
+        raise UserError(
+            f"resume: {path} is in version {content.get('version')} of the layout and this program reads {VERSION}; go "
+            "on with the version of this program that wrote it, or start anew in another output_dir"
+        )
+    try:
+        manifest = Manifest(**content)
+    except TypeError as error:
+        raise Damaged(f"{MANIFEST} is damaged ({error})") from error
     for name, (nbytes, _) in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            raise Damaged(f"{name} is missing")
-        if file.stat().st_size != nbytes:
-            raise Damaged(f"{name} has {file.stat().st_size:,} bytes and should have {nbytes:,}")
+        try:
+            found = (path / name).stat().st_size
+        except ABSENT as error:
+            raise Damaged(f"{name} is missing") from error
+        if found != nbytes:
+            raise Damaged(f"{name} has {found:,} bytes and should have {nbytes:,}")
     return Checkpoint(path, manifest)
 
 
 def check_files(checkpoint: Checkpoint) -> None:
-    """Compare all files with their checksums. Raises Damaged."""
+    """Compare all files with their checksums. Raises Damaged, and OSError where a file cannot be read."""
     with ThreadPoolExecutor(READERS) as pool:
         wanted = checkpoint.manifest.files
-        for name, found in zip(wanted, pool.map(_checksum, (checkpoint.path / name for name in wanted)), strict=True):
-            if isinstance(found, OSError):
-                raise Damaged(f"{name} cannot be read ({found.strerror})")
+        for name, found in zip(wanted, pool.map(checksum, (checkpoint.path / name for name in wanted)), strict=True):
             if found != wanted[name][1]:
                 raise Damaged(f"{name} is not as it was written: its checksum differs")
 
 
 def appear(part: Path, target: Path) -> None:
     """Give a checkpoint that is whole its name, in place of an old one that has it. Raises OSError."""
+    if target.exists() and not is_ours(target):
+        raise OSError(errno.EEXIST, f"{target.name} is there and is no checkpoint of this program")
     if target.exists():  # one that was damaged, of a run that has gone on from the one before
         _set_aside(target)
     part.rename(target)
@@ -155,8 +189,9 @@ def remove(path: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed runs left half written or half removed. Only by the run that has taken `folder`."""
-    for path in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def surplus(steps: Iterable[int], limit: int | None, newest: int, best: int | None) -> list[int]:
@@ -176,17 +211,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(path: Path) -> int | OSError:
-    try:
-        return checksum(path)
-    except OSError as error:
-        return error
-
-
 def _set_aside(path: Path) -> None:
     shutil.rmtree(_doomed(path), ignore_errors=True)
     path.rename(_doomed(path))
 
 
 def _doomed(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
+    return path.with_name(f".{path.name.lstrip('.')}.old")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import first_line, is_out_of_memory
 from fsdp_qlora.export.peft import ADAPTER, peft_name
 from fsdp_qlora.optim.adapter_group import AdapterGroup
 from fsdp_qlora.optim.optimizer_state import load_named_state, named_state, slice_of
@@ -28,6 +29,15 @@ def adapters_of(stepper: Stepper) -> list[list[Any]]:
     """Return [name, shape] of each adapter parameter, block by block."""
     groups = stepper.adapters.groups
     return [[name, list(p.shape)] for g in groups for name, p in zip(g.names, g.params, strict=True)]
+
+
+def find_room(stepper: Stepper, world: World) -> None:
+    """Take and give back the GPU memory for a block and the next one, while no rank waits for this one in a gather.
+
+    Raises RuntimeError where there is none."""
+    if world.device.type == "cuda":
+        rooms = [torch.empty(stepper.adapters.largest, dtype=torch.uint8, device=world.device) for _ in range(2)]
+        del rooms
 
 
 def write_adapter(path: Path, stepper: Stepper, config: Config, world: World) -> tuple[str, Written]:
@@ -99,11 +109,15 @@ def load_slices(checkpoint: Checkpoint, stepper: Stepper, seed: int, world: Worl
 
 
 def tried(do: Callable[[], T]) -> tuple[str, T | None]:
-    """Return ("", what `do` returns), or (why the disk failed, None)."""
+    """Return ("", what `do` returns), or (why the disk or GPU memory failed, None)."""
     try:
         return "", do()
     except OSError as error:
         return error.strerror or str(error), None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"GPU memory ran out: {first_line(error)}", None
 
 
 def _values(slices: Any, first: int, last: int) -> Tensor:

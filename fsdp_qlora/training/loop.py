@@ -73,15 +73,15 @@ class Loop:
                     tqdm.write(rescued.lstrip("; "), file=sys.stdout)
                 raise error
             saved = self._save_at_end() if self.config.output.save_model else []
-            if not finished and self.checkpoints.is_due_at_stop(self.stepper.done):
-                self._checkpoint(self.stepper.done)
+            if not finished and self.checkpoints.is_due_at_stop(self._taken):
+                self._checkpoint(self._taken, interrupt)
             peaks = [peak for (peak,) in self.world.gather([self.host.peak])]
             self.metrics.close(saved, peaks)
         return 0 if finished else interrupt.exit_code
 
     def _steps(self, interrupt: Interrupt) -> bool:
         """Take the steps; return False if a signal ended them early."""
-        first = self._taken = self.stepper.done  # of this process: what a checkpoint has done is not done again
+        first = self._taken = self.stepper.updated  # of this process: what a checkpoint has done is not done again
         if self._is_due(first) and not self._evaluate(first, self.batches.completed(first), interrupt):
             return False
         if first == self.steps or self._is_exhausted():
@@ -112,7 +112,8 @@ class Loop:
                     stops = not self._evaluate(step + 1, record.epoch, interrupt)
                 is_last = step + 1 == self.steps or self._is_exhausted()
                 if requested or self.checkpoints.is_due(step + 1, is_last):
-                    self._checkpoint(step + 1)
+                    self._checkpoint(step + 1, interrupt)
+                    stops = stops or interrupt.agreed()  # a signal that came while it was written
                 if is_last:
                     return True
                 if stops:
@@ -154,9 +155,10 @@ class Loop:
     def _ready(self, step: int) -> Ready:
         return self.stepper.prepare(self.batches.step(*divmod(step, self.batches.steps_per_epoch)))
 
-    def _checkpoint(self, step: int) -> None:
+    def _checkpoint(self, step: int, interrupt: Interrupt) -> None:
         """Write a checkpoint and tell the listeners of it."""
-        path = self.checkpoints.save(step)
+        with interrupt.busy():
+            path = self.checkpoints.save(step)
         self.stepper.paused()
         if path is not None:
             for callback in self.callbacks:
@@ -213,7 +215,7 @@ class Loop:
         save_adapter_somewhere(self._last_folder, tensors, linears, self.config, self.tokenizer)
 
     def _save_what_there_is(self) -> str:
-        if not self.stepper.done or not self.config.output.save_model:
+        if not self._taken or not self.config.output.save_model:  # the same on every rank
             return ""
         try:
             self._save()

@@ -1,22 +1,25 @@
 """The checkpoint that a run goes on from: which one `--resume` means, and what the user is told of it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fsdp_qlora.config.options import OPTIONS, Config
+from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.peft import ADAPTER
 from fsdp_qlora.runtime.files import check_empty
-from fsdp_qlora.training.agreement import check_options, differences
+from fsdp_qlora.training.agreement import check_options, differences, is_same_run
 from fsdp_qlora.training.checkpoint_folder import (
     Checkpoint,
     Damaged,
     check_files,
     checkpoints_in,
+    ours_in,
     read_checkpoint,
     remove,
     remove_unfinished,
@@ -24,6 +27,7 @@ from fsdp_qlora.training.checkpoint_folder import (
 
 AUTO = "auto"
 SILENT = ("output", "profile", "launch")  # groups of options that change nothing of what is trained
+T = TypeVar("T")
 BEGUN = ("config.yaml", "metrics.jsonl")  # what a run leaves that was killed before its first checkpoint
 
 
@@ -43,7 +47,7 @@ def find_checkpoint(config: Config, world: World) -> Checkpoint | None:
                 check_options(found, config, world.size)
                 chosen[0] = str(found.path)
 
-    world.main_only(choose)
+    world.main_only(lambda: _reading(choose))
     dist.broadcast_object_list(chosen, src=0, device=torch.device("cpu"))
     path = chosen[0]
     return None if path is None else world.together(lambda: _seen(Path(path), world))
@@ -53,7 +57,7 @@ def forget_others(folder: Path, checkpoint: Checkpoint | None, world: World) -> 
     """Remove the checkpoints in `folder` that this run does not go on from: later ones, which it replaces, and those of
     another run. On one rank."""
     first = checkpoint.step if checkpoint is not None and checkpoint.is_in(folder) else -1
-    others = [path for step, path in checkpoints_in(folder).items() if step > first]
+    others = [path for step, path in ours_in(folder).items() if step > first]
     for path in others:
         remove(path)
     if others:
@@ -90,11 +94,25 @@ def _newest(config: Config, folder: Path, world: World) -> Checkpoint | None:
     if damaged:
         said = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
         raise UserError(f"resume: no checkpoint in {folder} is whole ({said}); start anew in another output_dir")
-    begun = any((folder / name).exists() for name in BEGUN) and not (folder / ADAPTER).exists()
-    if not begun and not config.output.overwrite_output_dir:
+    if not _has_begun(config, folder) and not config.output.overwrite_output_dir:
         check_empty(folder)
     world.say(f"resume    {folder} has no checkpoint yet: from the beginning")
     return None
+
+
+def _has_begun(config: Config, folder: Path) -> bool:
+    """Return whether a run that ended before its first checkpoint left `folder` as it is.
+
+    An adapter in it may be a finished one, unless the same command line saved it: its end would have a checkpoint."""
+    if not any((folder / name).exists() for name in BEGUN):
+        return False
+    if not (folder / ADAPTER).exists():
+        return True
+    try:
+        before = parse(["--config", str(folder / BEGUN[0])])
+    except UserError:
+        return False
+    return before.output.resume == AUTO and before.output.save_steps is not None and is_same_run(before, config)
 
 
 def _named(config: Config, folder: Path) -> Checkpoint:
@@ -128,9 +146,20 @@ def _whole(path: Path) -> Checkpoint:
     return found
 
 
+def _reading(do: Callable[[], T]) -> T:
+    """Return what `do` does. Raises UserError where a disk does not answer: what is on it may be whole."""
+    try:
+        return do()
+    except OSError as error:
+        raise UserError(
+            f"resume: {error.filename or 'output_dir'} cannot be read ({error.strerror or error}); try again when it "
+            "can, or start anew in another output_dir"
+        ) from error
+
+
 def _seen(path: Path, world: World) -> Checkpoint:
     try:
-        return read_checkpoint(path)
+        return _reading(lambda: read_checkpoint(path))
     except Damaged as why:
         raise UserError(
             f"resume: rank {world.rank} cannot read {path} ({why}); checkpoints must be on a disk that all nodes share"

@@ -124,6 +124,13 @@ class Stepper:
         """Optimizer steps that this rank's working copies have in full."""
         return self._begun - (self.adapters.is_update_pending or self.publishing)
 
+    @property
+    def updated(self) -> int:
+        """Optimizer steps that the master weights have, the same on every rank between two steps.
+
+        Working copies may be behind (`done`): gathers of the last update start in the next forward."""
+        return self._updated
+
     def go_on_from(self, step: int) -> None:
         """Count from a step that another process has done: before the first one here."""
         self._begun = self._updated = step

@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,13 +79,15 @@ class TensorFile:
         assert not self._left, "a tensor of the header was not written"
         crc32 = self._wait()
         os.fsync(self._file.fileno())
+        self._file.close()  # whose error counts: some file systems tell only here that they are full
         self.abandon()
         return Written(self._nbytes, crc32)
 
     def abandon(self) -> None:
         """Close the file as it is."""
         self._pool.shutdown()
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
     def _write(self, piece: memoryview) -> None:
         before = self._wait()
@@ -120,7 +123,11 @@ def header(forms: Mapping[str, Form]) -> bytes:
 def checksum(path: Path) -> int:
     """Return the CRC-32 of a file. Raises OSError."""
     crc = 0
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(READ_BYTES):
-            crc = zlib.crc32(piece, crc)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(READ_BYTES):
+                crc = zlib.crc32(piece, crc)
+    except OSError as error:
+        error.filename = str(path)  # which an error of reading lacks
+        raise
     return crc

@@ -69,6 +69,24 @@ def test_every_step_is_a_json_line_as_soon_as_it_is_taken(tmp_path):
     assert set(StepRecord.__dataclass_fields__) <= set(lines[0])
 
 
+def test_a_run_that_goes_on_counts_the_allocators_stops_of_its_own_process_and_changes_no_record_before(
+    tmp_path, capsys
+):
+    with Metrics(config_for(tmp_path), MAIN, 4) as metrics:
+        for step in (1, 2, 3):
+            metrics.on_step(record(step, retries=5))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    metrics = Metrics(config_for(tmp_path), MAIN, 4, (tmp_path, 2))
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    metrics.take_over()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    metrics.on_step(replace(record(3), gpu_retries=[0], host_rss_gib=[1.0]))  # on one rank instead of two
+    metrics.on_step(replace(record(4), gpu_retries=[3], host_rss_gib=[1.0]))
+    capsys.readouterr()
+    metrics.close()
+    assert "the allocator stopped 3 times to give memory back after step 3" in capsys.readouterr().out
+
+
 def test_the_summary_tells_steps_speed_loss_memory_and_places(tmp_path, capsys):
     metrics = Metrics(config_for(tmp_path), MAIN, 10)
     for step in range(1, 9):

@@ -165,6 +165,13 @@ def test_a_rank_that_has_begun_to_save_is_not_taken_for_stuck():
     assert process.returncode == 0, (out, err)
 
 
+def test_a_rank_that_writes_a_checkpoint_is_not_taken_for_stuck():
+    process = start_one(2, "with stop.busy(): time.sleep(2.5)")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, (out, err)
+
+
 WAITS = "for _ in range(400):\n            time.sleep(0.02)\n            if stop.requested: sys.exit(stop.exit_code)"
 
 

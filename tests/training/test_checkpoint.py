@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
 from fsdp_qlora.config.options import OPTIONS
+from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.training import checkpoint as checkpoints
+from fsdp_qlora.training import checkpoint_folder
 from fsdp_qlora.training.agreement import MAY_DIFFER
-from fsdp_qlora.training.checkpoint_folder import MANIFEST, checkpoints_in
+from fsdp_qlora.training.checkpoint_folder import MANIFEST, checkpoints_in, read_checkpoint, write_manifest
 from fsdp_qlora.training.tensor_file import TensorFile
 from tests.support import tiny
 from tests.support.runs import Options, Run, flags, run_alone, run_ranks
@@ -131,15 +133,18 @@ def continued(place: Place, alone: Run, name: str, **changes: object) -> tuple[O
     return options | changes, folder
 
 
-def test_auto_goes_on_in_the_folder_and_the_record_is_one(place, alone):
+def test_auto_goes_on_in_the_folder_and_the_record_is_one(place, alone, capsys):
     options, folder = continued(place, alone, "auto")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # as a killed run leaves it
-    (folder / ".checkpoint-6.part").mkdir()
+    for name in (".checkpoint-6.part", ".checkpoint-6.old", ".checkpoint-6.part.old", ".checkpoint-notes"):
+        (folder / name).mkdir()
+    (folder / checkpoints.ON_REQUEST).mkdir()  # which cannot be removed as a file
     run = run_alone(options, folder)
     assert same_run(run, alone)
-    assert list(checkpoints_in(folder)) == [SAVED, 2 * SAVED, STEPS]
-    assert not list(folder.glob(".checkpoint*"))
+    assert list(checkpoints_in(folder)) == [SAVED, SAVED + 1, 2 * SAVED, STEPS]
+    assert [path.name for path in folder.glob(".checkpoint*")] == [".checkpoint-notes"]
+    assert capsys.readouterr().out.count("SAVE cannot be removed") == 1
 
 
 def test_auto_starts_where_there_is_nothing_and_ends_where_all_is_done(place, alone, capsys):
@@ -149,6 +154,11 @@ def test_auto_starts_where_there_is_nothing_and_ends_where_all_is_done(place, al
     assert "has no checkpoint yet: from the beginning" in capsys.readouterr().out
     assert same_run(run_alone(options, folder), alone)
     assert f"checkpoint-{STEPS}: {STEPS} steps are done" in capsys.readouterr().out
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")  # as a crash before the first one that saved the adapter leaves it
+    assert train.main(flags(options | {"output_dir": folder, "lr": 1e-3})) == 2, "another run's adapter"
+    assert "is not empty" in capsys.readouterr().err
+    run_alone(options, folder)
+    assert "has no checkpoint yet: from the beginning" in capsys.readouterr().out
 
 
 def damage(path: Path) -> None:
@@ -170,6 +180,31 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_but_not_instead_of_a_pa
     assert f"checkpoint-{SAVED}: {SAVED} steps are done" in said
     assert f"removed   checkpoint-{2 * SAVED}" in said
     assert list(checkpoints_in(folder)) == [SAVED, SAVED + 1]
+
+
+def test_what_a_disk_does_not_give_or_another_version_wrote_is_not_damaged(place, alone, capsys):
+    options, folder = continued(place, alone, "unread", output_dir=place.folder / "unread")
+    last = folder / f"checkpoint-{2 * SAVED}"
+    shutil.copytree(alone.folder / last.name, last)
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(last / MANIFEST))
+    with patch.object(checkpoint_folder, "checksum", side_effect=stale):
+        assert train.main(flags(options)) == 2
+    assert f"{MANIFEST} cannot be read (Stale file handle)" in capsys.readouterr().err
+    write_manifest(last, replace(read_checkpoint(last).manifest, version=2))
+    assert train.main(flags(options)) == 2
+    assert f"resume: {last} is in version 2 of the layout and this program reads 1" in capsys.readouterr().err
+    assert list(checkpoints_in(folder)) == [SAVED, 2 * SAVED]
+
+
+def test_a_checkpoint_that_is_a_link_is_one_of_the_folder_that_it_is_seen_in(alone, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"checkpoint-{SAVED}").symlink_to(alone.folder / f"checkpoint-{SAVED}")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    linked = read_checkpoint(tmp_path / "link" / f"checkpoint-{SAVED}")
+    assert linked.is_in(tmp_path / "run")
+    assert linked.is_in(alone.folder)
+    assert not linked.is_in(tmp_path)
+    assert linked.run_folder(tmp_path) == tmp_path / "link"
 
 
 REFUSED: dict[str, tuple[Options, list[str]]] = {
@@ -198,8 +233,7 @@ def test_what_would_not_be_the_same_run_is_refused_in_one_line(name, place, alon
     assert said[0].startswith("train.py: resume: ")
     for word in words:
         assert word in said[0]
-    if name != "other weights":  # known once they are loaded, when the run has begun
-        assert sorted((file, file.stat().st_size) for file in folder.rglob("*") if file.name != "plan.json") == before
+    assert sorted((file, file.stat().st_size) for file in folder.rglob("*") if file.name != "plan.json") == before
 
 
 def test_options_that_may_differ_are_options_of_groups_that_must_agree():
@@ -228,16 +262,19 @@ def test_peft_opens_a_checkpoint_and_the_last_one_is_the_adapter(place, alone):
 def test_a_file_asks_for_a_checkpoint_and_old_ones_go_but_the_best(place, capsys):
     folder = place.folder / "on request"
     folder.mkdir()
-    options = place.options(max_steps=5, save_steps=2, save_total_limit=2, overwrite_output_dir=True)
+    options = place.options(max_steps=5, save_steps=2, save_total_limit=2, overwrite_output_dir=True, batch_size=-1)
     (folder / checkpoints.ON_REQUEST).touch()
-    (folder / "checkpoint-90").mkdir()  # of a run that this one replaces
+    for step in (80, 90):
+        (folder / f"checkpoint-{step}").mkdir()
+    (folder / "checkpoint-90" / MANIFEST).touch()  # of a run that this one replaces; the other is some program's
     best = checkpoints.Best()
     best.step = 1
     with patch.object(checkpoints, "Best", lambda: best):
         run_alone(options, folder)
-    assert list(checkpoints_in(folder)) == [1, 5], "2 went when 4 was whole, 4 when 5 was"
+    assert list(checkpoints_in(folder)) == [1, 5, 80], "2 went when 4 was whole, 4 when 5 was"
     assert not (folder / checkpoints.ON_REQUEST).exists()
-    assert "removed   checkpoint-90" in capsys.readouterr().out
+    assert read_checkpoint(folder / "checkpoint-5").manifest.options["batch_size"] > 0, "what the plan chose"
+    assert "removed   checkpoint-90 in" in capsys.readouterr().out
 
 
 def test_a_signal_makes_a_checkpoint_and_the_run_goes_on_from_it(place, alone):
@@ -250,28 +287,49 @@ def test_a_signal_makes_a_checkpoint_and_the_run_goes_on_from_it(place, alone):
         if record.step == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    with patch.object(Metrics, "on_step", stop):
+    # As where gathers of the last values wait for the next forward: ranks differ in the steps that they have in full.
+    with patch.object(Metrics, "on_step", stop), patch.object(ShardedAdapters, "has_arrived", lambda _: False):
         assert train.main(flags(options | {"output_dir": folder})) == 128 + signal.SIGUSR1
     assert list(checkpoints_in(folder)) == [2]
     assert same_run(run_alone(options, folder), alone)
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place, alone, capsys):
+def test_a_signal_while_a_checkpoint_is_written_is_obeyed_behind_it(place):
+    options = place.options(save_steps=2, output_dir=place.folder / "stopped in it")
+    save = checkpoints.Checkpoints.save
+
+    def stop(one: checkpoints.Checkpoints, step: int) -> Path | None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return save(one, step)
+
+    with patch.object(checkpoints.Checkpoints, "save", stop):
+        assert train.main(flags(options)) == 128 + signal.SIGUSR1
+    assert [record["step"] for record in Run(place.folder / "stopped in it").records] == [1, 2]
+
+
+FAILURES = {
+    "disk": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+    "GPU": (torch.OutOfMemoryError("CUDA out of memory"), "GPU memory ran out: CUDA out of memory"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_full_disk_or_gpu_costs_a_checkpoint_and_not_the_run(name, place, alone, capsys):
     options = place.options(precision="fp32", optimizer="fused_adamw", wd=0.1, save_steps=SAVED)
-    write, fails = TensorFile.write, [True]
+    (failure, words), write, fails = FAILURES[name], TensorFile.write, [True]
 
     def full(file: TensorFile, name: str, tensor: torch.Tensor) -> None:
         if fails and ".exp_avg" in name:
             fails.clear()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise failure
         write(file, name, tensor)
 
     with patch.object(TensorFile, "write", full):
-        run = run_alone(options, place.folder / "full")
+        run = run_alone(options, place.folder / f"full {name}")
     assert same_run(run, alone)
     said = capsys.readouterr().out
     assert said.count(f"step {SAVED}: no checkpoint could be written") == 1
-    assert "(No space left on device); training goes on" in said
+    assert f"({words}); training goes on" in said
     assert list(checkpoints_in(run.folder)) == [2 * SAVED, STEPS]
     assert not list(run.folder.glob(".checkpoint*"))
 

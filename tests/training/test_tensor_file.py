@@ -43,6 +43,20 @@ def test_a_disk_that_fails_is_an_error_in_the_end_at_the_latest(tmp_path):
     file.abandon()
 
 
+def test_an_error_of_closing_counts_and_is_none_of_a_file_that_is_given_up(tmp_path):
+    for gives_up in (False, True):
+        file = TensorFile(tmp_path / "file", {"a": Form(torch.float32, (3,))})
+        file.write("a", torch.zeros(3))
+        failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with patch.object(file, "_file", wraps=file._file) as opened:
+            opened.close.side_effect = failure
+            if not gives_up:
+                with pytest.raises(OSError, match="No space left"):
+                    file.close()
+            file.abandon()
+        file._file.close()
+
+
 def test_the_oldest_go_but_neither_the_newest_nor_the_best():
     assert surplus([30, 10, 20], None, 30, None) == []
     assert surplus([30, 10, 20], 3, 30, None) == []
