@@ -222,7 +222,7 @@ STOPS: dict[str, tuple[dict[str, str], int | None, list[str]]] = {
     ),
     "disk full": (
         {"num_epochs": "4", "overwrite_output_dir": "true"},
-        2_600,  # bytes: enough for the run's options, not for the record of all its steps
+        4_000,  # bytes: enough for the run's options, not for the record of all its steps
         ["output_dir: the adapter could not be saved in ", "File too large", "free some space"],
     ),
     "folder in the way": (
