@@ -67,7 +67,7 @@ NEEDS = (
         ("lora_only",), "adapter", lambda asked: asked.adapter is not None, "set adapter to the adapter's folder"
     ),
     Needs[GgufOptions](
-        ("train_type", "double_quant", "precision"),
+        ("merge_base", "train_type", "double_quant", "precision"),
         "adapter",
         lambda asked: asked.adapter is not None,
         "set adapter to the adapter's folder",

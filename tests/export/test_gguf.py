@@ -1,19 +1,25 @@
 """GGUF files are what llama.cpp makes and opens: its logits are transformers', its tokens the tokenizer's."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("libggml")
 pytest.importorskip("cyllama")
 
 from fsdp_qlora.__main__ import main  # noqa: E402
+from fsdp_qlora.errors import UserError  # noqa: E402
+from fsdp_qlora.export import merged  # noqa: E402
+from fsdp_qlora.export.gguf.families import family_of  # noqa: E402
+from fsdp_qlora.export.gguf.metadata import general_name  # noqa: E402
 from fsdp_qlora.export.gguf.vocabulary import read_vocabulary  # noqa: E402
 from tests.support import tiny  # noqa: E402
 from tests.support.llama_cpp import LlamaCpp, quantized  # noqa: E402
@@ -206,6 +212,7 @@ def test_llama_cpp_makes_the_tokens_of_a_sentencepiece_model(with_model, tmp_pat
         ({"model_name": "{gpt}"}, "model_name: a bloom model is not written as GGUF here; known are llama, mistral"),
         ({"model_name": "{cut}"}, "model_name: its tokenizer (BPE, ByteLevel) splits text as none of those"),
         ({"model_name": "{big}"}, "and its embedding 300 rows: they do not match"),
+        ({"model_name": "{b}", "merge_base": "trained"}, "--merge_base trained: has no effect with adapter null"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(llama, tmp_path, capsys, change, says):
@@ -253,3 +260,203 @@ def test_padding_of_the_embedding_is_no_word():
     vocabulary = read_vocabulary(gpt2_tokenizer(), 448, None)
     assert vocabulary.tokens[447] == b"[PAD447]"
     assert vocabulary.types[447] == gguf.TokenType.UNUSED
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path, capsys):
+    tokenizer = gpt2_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    vocabulary = read_vocabulary(tokenizer, rows, None)
+    assert vocabulary.dropped == ["[PAD]"]
+    assert "pad" not in vocabulary.special
+    assert len(vocabulary.tokens) == rows
+    with pytest.raises(UserError, match="they do not match; name the model"):
+        read_vocabulary(gpt2_tokenizer(), 300, None)
+    base = save_base(tmp_path / "b", "Llama", vocab_size=rows, num_hidden_layers=1)
+    tokenizer.save_pretrained(base)
+    (file,) = convert(tmp_path / "g", model_name=base, quantization="f16")
+    assert "tokens without a row in the embedding are left out: [PAD]" in capsys.readouterr().out
+    tokens_are_equal(file, gpt2_tokenizer())
+
+
+def test_tokens_of_the_same_text_are_refused(monkeypatch):
+    tokenizer = gpt2_tokenizer()
+    vocabulary = tokenizer.get_vocab() | {"[PAD447]": 440}  # the name that a row without a token gets
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
+    with pytest.raises(UserError, match=r"has several tokens '\[PAD447\]'"):
+        read_vocabulary(tokenizer, 448, None)
+
+
+def phi3_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = gpt2_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True)])
+    return tokenizer
+
+
+def stripping(side: str, names: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = phi3_tokenizer()
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    chosen = [name for name in added if name in names]
+    tokenizer.add_tokens([AddedToken(name, special=added[name].special, **{side: True}) for name in chosen])
+    assert [getattr(added, side) for added in tokenizer.added_tokens_decoder.values() if added.content in names]
+    return tokenizer
+
+
+def test_white_space_behind_special_tokens_is_stripped_for_phi_3_alone():
+    names = [token.content for token in phi3_tokenizer().added_tokens_decoder.values()]
+    ours = [name for name in names if name not in ("<unk>", "<s>", "<|endoftext|>")]
+    assert read_vocabulary(stripping("rstrip", ours), 448, None).strips
+    assert not read_vocabulary(phi3_tokenizer(), 448, None).strips
+    without = gpt2_tokenizer()  # it has no <|endoftext|>
+    without.add_tokens([AddedToken(name, special=True, rstrip=True) for name in ours if name != "<|endoftext|>"])
+    for tokenizer, says in (
+        (stripping("lstrip", ours[-1:]), "strips white space around"),
+        (stripping("rstrip", ours[-1:]), "strips white space around"),  # llama.cpp would strip behind the others too
+        (without, "opens no Phi-3 whose tokenizer lacks"),
+    ):
+        with pytest.raises(UserError, match=says):
+            read_vocabulary(tokenizer, 448, None)
+    assert general_name("tuned", strips=True) == "phi-3 tuned"
+    assert general_name("Phi-3-mini", strips=True) == "Phi-3-mini"
+    assert general_name("Phi-3-mini", strips=False) == "Phi 3-mini"
+
+
+def test_llama_cpp_strips_behind_special_tokens_as_phi_3s_tokenizer(tmp_path):
+    names = [token.content for token in phi3_tokenizer().added_tokens_decoder.values()]
+    tokenizer = stripping("rstrip", [name for name in names if name not in ("<unk>", "<s>", "<|endoftext|>")])
+    base = save_base(tmp_path / "b", "Phi3", num_hidden_layers=1)
+    tokenizer.save_pretrained(base)
+    (file,) = convert(tmp_path / "g", model_name=base, quantization="f16")
+    text = "<|im_start|>  user\nhello<|im_end|>\n\n<|im_start|> hello"
+    assert tokenizer(text)["input_ids"] != phi3_tokenizer()(text)["input_ids"]
+    assert LlamaCpp(file).tokens(text) == tokenizer(text)["input_ids"]
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}  # fmt: skip
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def config_of(family: str, **more: object) -> transformers.PretrainedConfig:
+    return getattr(transformers, f"{family}Config")(**SHAPE | FAMILIES[family] | more)
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "says"),
+    [
+        ("Llama", YARN, None),
+        ("Qwen2", YARN | {"attention_factor": 1.138629436}, None),  # what it is without
+        ("Qwen2", YARN | {"attention_factor": 1.0}, "scales yarn attention by 1.13863 here and the model by 1"),
+        ("Qwen3", YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "scales yarn attention"),
+        ("Llama", YARN | {"truncate": False}, "truncate true only"),
+        ("Llama", LONG, "type longrope are not written as GGUF for llama"),
+        ("Qwen2", LLAMA3, "type llama3 are not written"),
+        ("Gemma", LINEAR, "type linear are not written"),
+        ("Phi3", LONG, None),
+        ("Phi3", LONG | {"attention_factor": 1.0}, "scales longrope attention"),
+        ("Gemma3Text", {"full_attention": LINEAR, "sliding_attention": DEFAULT}, None),
+        ("Gemma3Text", {"full_attention": LINEAR, "sliding_attention": LINEAR}, "type linear are not written"),
+    ],
+)  # fmt: skip
+def test_rotary_positions_are_those_that_llama_cpp_turns(family, rope, says):
+    more = {"original_max_position_embeddings": 64} if rope is LONG or "long_factor" in rope else {}
+    config = config_of(family, rope_parameters=rope, **more)
+    if says is None:
+        family_of(config)
+    else:
+        with pytest.raises(UserError, match=says):
+            family_of(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "says"),
+    [
+        ("Gemma2", {"attn_logit_softcapping": None}, "always softcaps"),
+        ("Gemma2", {"final_logit_softcapping": None}, "always softcaps"),
+        ("Llama", {"hidden_act": "gelu"}, "computes silu for llama, and this model gelu"),
+        (
+            "Gemma3Text",
+            {"hidden_activation": "silu"},
+            "computes gelu_pytorch_tanh for gemma3_text, and this model silu",
+        ),
+    ],
+)
+def test_a_graph_that_llama_cpp_does_not_have_is_refused(family, more, says):
+    family_of(config_of(family))
+    with pytest.raises(UserError, match=says):
+        family_of(config_of(family, **more))
+
+
+def test_an_adapter_that_is_damaged_or_too_large_for_f16_is_refused(llama, tmp_path, capsys):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
+    file = adapter / "adapter_model.safetensors"
+    sound = load_file(file)
+    for value, says in ((float("nan"), "holds NaN or infinity"), (7e4, "beyond float16's largest")):
+        changed = {name: tensor.clone() for name, tensor in sound.items()}
+        changed[max(changed)][0, 0] = value
+        save_file(changed, file)
+        assert not convert(tmp_path / "g", 2, adapter=adapter, lora_only=True)
+        said = capsys.readouterr().err
+        assert says in said
+        assert len(said.splitlines()) == 1, said
+    assert convert(tmp_path / "g", adapter=adapter, lora_only=True, quantization="bf16")
+    assert not list((tmp_path / "g").glob(".*"))
+
+
+def test_an_adapter_alone_is_not_written_to_a_full_disk_nor_of_a_tied_head(tmp_path, capsys, monkeypatch):
+    base = save_base(tmp_path / "b", "Llama", tie_word_embeddings=True, num_hidden_layers=1)
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": base})
+    with monkeypatch.context() as patched:
+        real = shutil.disk_usage(tmp_path)
+        patched.setattr(shutil, "disk_usage", lambda folder: real._replace(free=1000))
+        assert not convert(tmp_path / "g", 2, adapter=adapter, lora_only=True)
+        assert "has 0.00 GiB free and the file will take" in capsys.readouterr().err
+    file = adapter / "adapter_model.safetensors"
+    head = {f"base_model.model.lm_head.lora_{which}.weight": torch.zeros(*shape)
+            for which, shape in (("A", (4, 64)), ("B", (448, 4)))}  # fmt: skip
+    save_file(load_file(file) | head, file)
+    assert not convert(tmp_path / "g", 2, adapter=adapter, lora_only=True)
+    assert "whose matrix is also the embedding (tied)" in capsys.readouterr().err
+
+
+def test_a_model_that_is_published_in_4_bits_is_written_as_what_it_decodes_to(llama, tmp_path):
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    wide = save_base(tmp_path / "w", "Llama", intermediate_size=192, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(
+        wide, dtype=torch.bfloat16, device_map="cpu", quantization_config=settings
+    )
+    model.save_pretrained(tmp_path / "4bit")
+    gpt2_tokenizer().save_pretrained(tmp_path / "4bit")
+    (quantized_file,) = convert(tmp_path / "g", model_name=tmp_path / "4bit", quantization="f32")
+    (plain,) = convert(tmp_path / "f", model_name=wide, quantization="f32")
+    found, exact = tensors_of(quantized_file), tensors_of(plain)
+    assert found.keys() == exact.keys()
+    error = {name: float((found[name] - exact[name]).norm() / exact[name].norm()) for name in found}
+    assert 0.02 < error["blk.0.ffn_up.weight"] < 0.2
+    assert error["token_embd.weight"] == 0
+
+
+def test_a_mistake_is_told_before_weights_are_fetched(tmp_path, capsys, monkeypatch):
+    def fetched(*_):
+        raise AssertionError("the weights are asked for")
+
+    monkeypatch.setattr(merged, "_folder_of", fetched)
+    base = save_base(tmp_path / "b", "Llama", num_hidden_layers=1)
+    tiny.save_tokenizer(base)
+    convert(tmp_path / "g", 2, model_name=base, quantization="f16")
+    assert "splits text as none of those" in capsys.readouterr().err
+    assert not (tmp_path / "g").exists()
+
+
+def test_what_a_killed_process_left_is_swept_and_a_modelfile_is_kept(llama, tmp_path, capsys):
+    (tmp_path / "g").mkdir()
+    name = f"{llama.name}-F16.gguf"
+    part = tmp_path / "g" / f".{name}.{2**22 + 1}"  # beyond the largest number of a process
+    part.write_bytes(b"half of it")
+    written = tmp_path / "g" / f"{llama.name}-F16.Modelfile"
+    written.write_text("mine")
+    convert(tmp_path / "g", 2, model_name=llama, quantization="f16")
+    assert not part.exists()
+    assert written.read_text() == "mine"

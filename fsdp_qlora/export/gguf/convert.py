@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.atomic_files import sweep
 from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.data.batches import load_tokenizer
 from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.export.adapter_folder import SavedAdapter, base_options, read_adapter
+from fsdp_qlora.export.gguf.families import family_of
 from fsdp_qlora.export.gguf.lora_file import write_lora
 from fsdp_qlora.export.gguf.model_file import write_model
-from fsdp_qlora.export.gguf.modelfile import write_adapter_modelfile, write_modelfile
+from fsdp_qlora.export.gguf.modelfile import modelfile_of, write_adapter_modelfile, write_modelfile
 from fsdp_qlora.export.gguf.quantize import QUANTIZATIONS, check_installed
-from fsdp_qlora.export.merged import MergeBase, Merged, check_adapter
+from fsdp_qlora.export.gguf.vocabulary import read_vocabulary
+from fsdp_qlora.export.merged import MergeBase, Merged, check_adapter, check_head
 from fsdp_qlora.models.precision import Precision
-from fsdp_qlora.models.skeleton import build, read_config
+from fsdp_qlora.models.skeleton import build, quantization_of, read_config, text_config
 from fsdp_qlora.runtime.files import writing_to
 from fsdp_qlora.runtime.launcher import usable_cores
 from fsdp_qlora.units import as_gib
@@ -40,13 +43,20 @@ def convert(adapter: Path | None, given: Mapping[str, Any], merge_base: MergeBas
     check_installed(quantization)
     saved = None if adapter is None else read_adapter(adapter)
     if saved is None:
-        base, merge_base = ModelOptions(model_name=given["model_name"], revision=given["revision"]), "original"
+        base = ModelOptions(model_name=given["model_name"], revision=given["revision"], train_type="qlora")
     else:
         base = base_options(saved, given, stored=merge_base == "trained")
+    hf_config = read_config(base.model_name, base.revision)
+    if saved is None:  # one that is published in 4 bits is what it decodes to
+        merge_base = "original" if quantization_of(hf_config) is None else "trained"
+    tokenizer = _tokenizer(saved, base)
+    config = text_config(hf_config)
+    family_of(config)
+    read_vocabulary(tokenizer, config.vocab_size, None)  # a mistake is told before weights are fetched
     name = Path(base.model_name).resolve().name if Path(base.model_name).is_dir() else base.model_name.split("/")[-1]
     target = _target(wanted, f"{name}-{wanted.quantization.upper()}.gguf")
     source = Merged(base, saved, merge_base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = _tokenizer(saved, base)
+    source.say_notes()
     threads = wanted.threads if wanted.threads > 0 else usable_cores(None)
     try:
         nbytes, errors = write_model(target, source, tokenizer, quantization, name, threads)
@@ -66,6 +76,7 @@ def convert_lora(adapter: Path, given: Mapping[str, Any], wanted: Wanted) -> Non
     precision = Precision(torch.float32, torch.float32)
     model = build(read_config(base.model_name, base.revision), precision, "eager")
     check_adapter(saved, model, base.model_name)
+    check_head(saved, model)
     try:
         nbytes = write_lora(target, saved, model, QUANTIZATIONS[wanted.quantization], name)
         modelfile = write_adapter_modelfile(target, base.model_name)
@@ -76,10 +87,13 @@ def convert_lora(adapter: Path, given: Mapping[str, Any], wanted: Wanted) -> Non
 
 def _target(wanted: Wanted, name: str) -> Path:
     target = wanted.folder / name
+    files = (target, modelfile_of(target))
     with writing_to(wanted.folder, "output_dir"):
-        if target.exists() and not wanted.overwrite:
+        sweep(wanted.folder, lambda found: found in [file.name for file in files], dead_only=True)
+        there = next((file for file in files if file.exists()), None)
+        if there is not None and not wanted.overwrite:
             raise UserError(
-                f"output_dir: {target} is there already; choose another folder, or --overwrite_output_dir true to "
+                f"output_dir: {there} is there already; choose another folder, or --overwrite_output_dir true to "
                 "replace it"
             )
     return target

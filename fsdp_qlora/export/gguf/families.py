@@ -4,15 +4,14 @@ Facts from llama.cpp, conversion/*.py and src/llama-model.cpp, October 2026. Wha
 of sliding windows, a scale of attention) is compared with the config and refused where it differs.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.export.gguf.rope import check_rope, llama3_frequencies, long_frequencies
 
 # Layers of the two Gemmas of 27B, whose attention llama.cpp scales by hidden size over heads.
 GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
@@ -24,7 +23,8 @@ class Family:
 
     arch: in `gguf.MODEL_ARCH`. permutes: rows of q and k are in pairs that RoPE turns, not in halves. norm_shift: added
     to the norms' weights. check: raises UserError for a config that its graph does not compute. extra: tensors that are
-    not in a checkpoint, by their names in GGUF. tied: the head is always the embedding."""
+    not in a checkpoint, by their names in GGUF. tied: the head is always the embedding. ropes: types of rotary
+    positions. activations: names of the one of its MLP."""
 
     arch: str
     permutes: bool = False
@@ -32,6 +32,8 @@ class Family:
     check: Callable[[Any], None] = lambda config: None
     extra: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     tied: bool = False
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    activations: tuple[str, ...] = ("silu", "swish")
 
 
 def family_of(config: Any) -> Family:
@@ -41,21 +43,16 @@ def family_of(config: Any) -> Family:
             f"model_name: a {config.model_type} model is not written as GGUF here; known are {', '.join(FAMILIES)}"
         )
     family = FAMILIES[config.model_type]
-    rope_type = rope_of(config).get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise UserError(f"model_name: rotary positions of type {rope_type} are not written as GGUF here")
+    check_rope(config, family.ropes)
+    renamed = config.model_type in ("gemma2", "gemma3_text")  # Gemma 1 computes what it has as hidden_act
+    activation = config.hidden_activation if renamed else config.hidden_act
+    if activation not in family.activations:
+        raise UserError(
+            f"model_name: llama.cpp computes {family.activations[0]} for {config.model_type}, and this model "
+            f"{activation}"
+        )
     family.check(config)
     return family
-
-
-def rope_of(config: Any) -> dict[str, Any]:
-    """Return the rotary parameters of full attention."""
-    rope = dict(config.rope_parameters or {})
-    return dict(rope.get("full_attention", rope))
-
-
-def head_dim_of(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def permuted(rows: Tensor, heads: int) -> Tensor:
@@ -70,31 +67,6 @@ def heads_permuted(name: str, family: Family, config: Any) -> int:
         return 0
     kinds = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return next((int(heads) for kind, heads in kinds.items() if f".{kind}." in name), 0)
-
-
-def _llama3_frequencies(config: Any) -> dict[str, Tensor]:
-    """Return what Llama 3's scaling divides each rotary frequency by."""
-    rope = rope_of(config)
-    if rope.get("rope_type") != "llama3":
-        return {}
-    dims, base, factor = head_dim_of(config), rope["rope_theta"], rope["factor"]
-    wavelengths = 2 * math.pi * base ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-    context = rope["original_max_position_embeddings"]
-    low, high = context / rope["low_freq_factor"], context / rope["high_freq_factor"]
-    smooth = (context / wavelengths - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = torch.where(wavelengths < high, 1.0, torch.where(wavelengths > low, factor, between))
-    return {"rope_freqs.weight": factors.float()}
-
-
-def _long_frequencies(config: Any) -> dict[str, Tensor]:
-    rope = rope_of(config)
-    if not rope.get("long_factor"):
-        return {}
-    return {
-        f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
-        for kind in ("long", "short")
-    }
 
 
 def _no_windows(config: Any) -> None:
@@ -118,18 +90,23 @@ def _gemma(config: Any) -> None:
         )
     if config.model_type == "gemma3_text" and getattr(config, "attn_logit_softcapping", None):
         raise UserError("model_name: llama.cpp has no softcap of attention for Gemma 3")
+    if config.model_type == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
+        raise UserError(
+            "model_name: llama.cpp always softcaps attention and logits of Gemma 2, which this model does not"
+        )
 
 
-ROPE_TYPES = ("default", "linear", "yarn", "llama3", "longrope")
-LLAMA = Family("LLAMA", permutes=True, extra=_llama3_frequencies)
+GELU = ("gelu_pytorch_tanh", "gelu_new")
+LLAMA = Family("LLAMA", permutes=True, extra=llama3_frequencies, ropes=("default", "linear", "yarn", "llama3"))
+_GEMMA = Family("GEMMA", norm_shift=1.0, tied=True, ropes=("default",), activations=GELU)
 # By model type of the text part's config.
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": Family("QWEN2", check=_no_windows),
     "qwen3": Family("QWEN3", check=_no_windows),
-    "gemma": Family("GEMMA", norm_shift=1.0, tied=True),
-    "gemma2": Family("GEMMA2", norm_shift=1.0, check=_gemma, tied=True),
-    "gemma3_text": Family("GEMMA3", norm_shift=1.0, check=_gemma, tied=True),
-    "phi3": Family("PHI3", extra=_long_frequencies),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, arch="GEMMA2", check=_gemma),
+    "gemma3_text": replace(_GEMMA, arch="GEMMA3", check=_gemma, ropes=("default", "linear")),
+    "phi3": Family("PHI3", extra=long_frequencies, ropes=("default", "longrope")),
 }

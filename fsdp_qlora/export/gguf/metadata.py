@@ -1,12 +1,14 @@
 """A model's numbers under GGUF's keys."""
 
-import math
+import re
 from typing import Any
 
 import gguf
 
-from fsdp_qlora.export.gguf.families import Family, head_dim_of, rope_of
+from fsdp_qlora.export.gguf.families import Family
+from fsdp_qlora.export.gguf.rope import head_dim_of, long_scale, rope_of
 
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
 ROPE_SCALINGS = {
     "linear": gguf.RopeScalingType.LINEAR,
     "yarn": gguf.RopeScalingType.YARN,
@@ -40,6 +42,15 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any, family: Family, name: str
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def general_name(name: str, strips: bool) -> str:
+    """Return a model's name by which llama.cpp strips white space behind special tokens, or by which it does not.
+
+    It does where the name has phi-3 or phi3 in it (src/llama-vocab.cpp); the file has no other word on it."""
+    if strips:
+        return name if PHI3.search(name) else f"phi-3 {name}"
+    return PHI3.sub("Phi 3", name)
+
+
 def _add_rope(writer: gguf.GGUFWriter, config: Any, size: int) -> None:
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
@@ -57,11 +68,9 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any, size: int) -> None:
     if kind in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(context or config.max_position_embeddings)
     if kind == "longrope" and context:
-        longer = config.max_position_embeddings / context
-        writer.add_rope_scaling_attn_factors(math.sqrt(1 + math.log(longer) / math.log(context)) if longer > 1 else 1.0)
+        writer.add_rope_scaling_attn_factors(long_scale(config.max_position_embeddings / context, context))
     if kind == "yarn":
         for key, add in (
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
             ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
             ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
         ):

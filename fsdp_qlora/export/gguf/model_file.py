@@ -1,7 +1,6 @@
 """A whole model as GGUF: base + adapter, or a merged folder, quantized tensor by tensor."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.gguf.families import Family, family_of, heads_permuted, permuted
-from fsdp_qlora.export.gguf.metadata import add_metadata
+from fsdp_qlora.export.gguf.metadata import add_metadata, general_name
 from fsdp_qlora.export.gguf.names import Names
-from fsdp_qlora.export.gguf.quantize import Model, Quantization, quantize, type_of
-from fsdp_qlora.export.gguf.tensor_data import Bytes, Entry, check_file, write_file
+from fsdp_qlora.export.gguf.quantize import Model, Quantization, quantize_finite, type_of
+from fsdp_qlora.export.gguf.tensor_data import Bytes, Entry, check_file, check_room, write_file
 from fsdp_qlora.export.gguf.vocabulary import add_vocabulary, read_vocabulary
 from fsdp_qlora.export.merged import Merged
 from fsdp_qlora.models.skeleton import text_config
-from fsdp_qlora.units import GIB, as_gib
+from fsdp_qlora.weights.checkpoint_files import some
 
 CHUNK_NUMBERS = 1 << 25  # of a tensor in float32 at a time: 128 MiB
 SAMPLED_ROWS = 64  # of each tensor, by which the error of its type is told
@@ -72,6 +71,11 @@ def write_model(
     parts = _parts(source, config, family, quantization)
     spm = source.folder / "tokenizer.model"
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, spm if spm.is_file() else None)
+    if vocabulary.dropped:
+        print(
+            f"note      tokens without a row in the embedding are left out: {some(list(vocabulary.dropped))}",
+            flush=True,
+        )
     if vocabulary.chat_template is None:
         print(
             "note      the tokenizer has no chat template: programs that serve the file will not know how to ask",
@@ -83,19 +87,13 @@ def write_model(
             f"note      llama.cpp has no sliding window here: beyond {window} tokens it sees more than the model did",
             flush=True,
         )
-    total = sum(part.entry.nbytes for part in parts)
-    free = shutil.disk_usage(target.parent).free
-    if total > free:
-        raise UserError(
-            f"output_dir: {target.parent} has {as_gib(free, 2)} free and the file will take {total / GIB:.2f}; free "
-            "some space there, or take a smaller --quantization"
-        )
+    entries = [part.entry for part in parts]
+    total = check_room(target, entries, "a smaller --quantization")
     errors = Errors()
     with atomic_file(target) as part_file, ThreadPoolExecutor(threads) as pool:
         writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.arch]])
-        add_metadata(writer, config, family, name, quantization.file_type)
+        add_metadata(writer, config, family, general_name(name, vocabulary.strips), quantization.file_type)
         add_vocabulary(writer, vocabulary)
-        entries = [part.entry for part in parts]
         with tqdm(total=total, desc="quantizing", unit="B", unit_scale=True, leave=False) as bar:
             sums = write_file(writer, part_file, entries, _data(parts, source, pool, errors, bar))
         check_file(part_file, entries, sums)
@@ -160,9 +158,7 @@ def _encoded(
     rows = tensor.reshape(-1, tensor.shape[-1])
     for first, chunk in enumerate(rows.split(max(1, CHUNK_NUMBERS // rows.shape[1]))):
         numbers = chunk.float().cpu().contiguous().numpy()
-        if not np.isfinite(numbers).all():
-            raise UserError(f"model_name: {part.entry.name} holds NaN or infinity: the model or its adapter is damaged")
-        data = quantize(numbers, part.entry.kind, threads)
+        data = quantize_finite(numbers, part.entry.kind, threads, part.entry.name, "model_name")
         if not first and len(part.entry.shape) > 1:
             errors.add(part.entry.kind, numbers, data)
         yield data

@@ -43,6 +43,11 @@ FORMS = {
 }
 
 
+def modelfile_of(target: Path) -> Path:
+    """Return the path of the Modelfile of a GGUF file."""
+    return target.with_name(f"{target.stem}.Modelfile")
+
+
 def write_modelfile(target: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Write the Modelfile of a model's GGUF file beside it; return its path."""
     lines = [f"FROM ./{target.name}"]
@@ -75,7 +80,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _write(target: Path, lines: Sequence[str]) -> Path:
-    file = target.with_name(f"{target.stem}.Modelfile")
+    file = modelfile_of(target)
     with atomic_file(file) as part:
         part.write_text("\n".join(lines) + "\n")
     return file

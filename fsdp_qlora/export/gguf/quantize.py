@@ -98,6 +98,20 @@ def quantize(rows: npt.NDArray[np.float32], kind: Type, threads: ThreadPoolExecu
     return out
 
 
+def quantize_finite(
+    rows: npt.NDArray[np.float32], kind: Type, threads: ThreadPoolExecutor, name: str, option: str
+) -> npt.NDArray[np.uint8]:
+    """Return as `quantize` does. Raises UserError for numbers that are none, or that the type does not have.
+
+    name: of the tensor. option: whose value it comes from."""
+    if not np.isfinite(rows).all():
+        raise UserError(f"{option}: {name} holds NaN or infinity: the model or its adapter is damaged")
+    data = quantize(rows, kind, threads)
+    if kind is Type.F16 and not np.isfinite(data.view(np.float16)).all():
+        raise UserError(f"quantization: {name} has numbers beyond float16's largest, 65504; use --quantization bf16")
+    return data
+
+
 def check_installed(quantization: Quantization) -> None:
     """Raise UserError where a package is missing, with the command that installs it."""
     if quantization.main in SMALLER_BLOCKS and not installed("libggml"):
@@ -125,7 +139,7 @@ Encode = Callable[[npt.NDArray[np.float32], npt.NDArray[np.uint8]], None]
 
 def _encoder(kind: Type) -> Encode:
     if kind in (Type.F16, Type.BF16) or not installed("libggml"):
-        return lambda rows, out: np.copyto(out, gguf.quants.quantize(rows, kind).view(np.uint8))
+        return lambda rows, out: _by_gguf(rows, out, kind)
     encode = _ggml()
 
     def by_ggml(rows: npt.NDArray[np.float32], out: npt.NDArray[np.uint8]) -> None:
@@ -133,6 +147,11 @@ def _encoder(kind: Type) -> Encode:
         assert written == out.nbytes
 
     return by_ggml
+
+
+def _by_gguf(rows: npt.NDArray[np.float32], out: npt.NDArray[np.uint8], kind: Type) -> None:
+    with np.errstate(over="ignore"):  # told by quantize_finite
+        np.copyto(out, gguf.quants.quantize(rows, kind).view(np.uint8))
 
 
 @cache

@@ -1,5 +1,6 @@
 """The container: a header from shapes alone, then tensors one by one, then the file read back and compared."""
 
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.export.gguf.quantize import nbytes_of
+from fsdp_qlora.units import GIB, as_gib
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,18 @@ class Entry:
 
 
 Bytes = npt.NDArray[np.uint8]
+
+
+def check_room(target: Path, entries: Sequence[Entry], smaller: str) -> int:
+    """Return the bytes of a file's tensors. Raises UserError where its disk has less free. smaller: what takes less."""
+    total = sum(entry.nbytes for entry in entries)
+    free = shutil.disk_usage(target.parent).free
+    if total > free:
+        raise UserError(
+            f"output_dir: {target.parent} has {as_gib(free, 2)} free and the file will take {total / GIB:.2f}; free "
+            f"some space there, or take {smaller}"
+        )
+    return total
 
 
 def write_file(

@@ -6,19 +6,21 @@ kind is read off the tokenizer's own rules; one whose rules are none of these is
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from fsdp_qlora.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece's letter for a space
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 ADDED_SCORE = -1000.0  # of tokens that no merge makes
+UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")  # in llama.cpp's code for Phi-3 (src/llama-vocab.cpp)
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # (the expression that splits, whether whole words of the vocabulary are taken unmerged) -> llama.cpp's name
@@ -31,7 +33,9 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer. model: `gpt2` for byte-level BPE, `llama` for SentencePiece's. pre: how text is split."""
+    """A tokenizer. model: `gpt2` for byte-level BPE, `llama` for SentencePiece's. pre: how text is split.
+
+    strips: whether white space behind added tokens is taken away. dropped: added tokens without a row."""
 
     model: str
     pre: str
@@ -44,6 +48,8 @@ class Vocabulary:
     add_eos: bool
     add_space: bool | None
     chat_template: str | None
+    strips: bool
+    dropped: Sequence[str]
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, sentencepiece: Path | None) -> Vocabulary:
@@ -56,26 +62,35 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, sentencepiece
     is_spm = rules["model"]["type"] == "BPE" and bool(rules["model"].get("byte_fallback"))
     pre = "default" if is_spm else _split_name(rules)
     ids = {token: i for token, i in tokenizer.get_vocab().items() if i < rows}
-    over = max(tokenizer.get_vocab().values())
+    added_tokens = {i: added for i, added in tokenizer.added_tokens_decoder.items() if i < rows}
+    dropped = [added.content for i, added in tokenizer.added_tokens_decoder.items() if i >= rows]
+    over = max((i for token, i in tokenizer.get_vocab().items() if token not in dropped), default=0)
     if over >= rows:
-        raise UserError(f"model_name: its tokenizer has token {over} and its embedding {rows} rows: they do not match")
+        raise UserError(
+            f"model_name: its tokenizer has token {over} and its embedding {rows} rows: they do not match; name the "
+            "model whose tokenizer this is, or put its own tokenizer into the folder"
+        )
+    strips = _strips(tokenizer, list(added_tokens.values()))
     texts: list[str] = [f"[PAD{i}]" for i in range(rows)]
     types = [int(gguf.TokenType.UNUSED)] * rows
     for text, i in ids.items():
         texts[i], types[i] = text, int(gguf.TokenType.NORMAL)
         if is_spm and BYTE.fullmatch(text):
             types[i] = int(gguf.TokenType.BYTE)
-    for i, added in tokenizer.added_tokens_decoder.items():
+    for i, added in added_tokens.items():
         types[i] = int(gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED)
         texts[i] = added.content.replace(SPACE, " ") if is_spm and not added.special else added.content
+    if len({*texts}) < rows:
+        twice = next(text for text, count in Counter(texts).items() if count > 1)
+        raise UserError(f"model_name: its tokenizer has several tokens {twice!r}, of which llama.cpp finds one only")
     if is_spm and types.count(int(gguf.TokenType.BYTE)) != 256:
         raise UserError("model_name: its tokenizer lacks tokens of single bytes, without which llama.cpp ends")
-    if is_spm and tokenizer.unk_token_id is not None:
+    if is_spm and tokenizer.unk_token_id is not None and tokenizer.unk_token_id < rows:
         types[tokenizer.unk_token_id] = int(gguf.TokenType.UNKNOWN)
     special = {
         name: getattr(tokenizer, f"{name}_token_id")
         for name in ("bos", "eos", "unk", "pad")
-        if getattr(tokenizer, f"{name}_token_id") is not None
+        if (getattr(tokenizer, f"{name}_token_id") or 0) < rows and getattr(tokenizer, f"{name}_token_id") is not None
     }
     encoded = tokenizer("a")["input_ids"]
     merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in rules["model"]["merges"]]
@@ -91,6 +106,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, sentencepiece
         add_eos=encoded[-1] == special.get("eos", -1),
         add_space=_adds_space(tokenizer) if is_spm else None,
         chat_template=_template(tokenizer),
+        strips=strips,
+        dropped=dropped,
     )
 
 
@@ -115,6 +132,25 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_add_space_prefix(vocabulary.add_space)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
+
+
+def _strips(tokenizer: PreTrainedTokenizerBase, added_tokens: Sequence[AddedToken]) -> bool:
+    """Return whether white space behind added tokens is stripped. Raises UserError for a way that llama.cpp lacks.
+
+    A GGUF file does not say it: llama.cpp strips behind all of Phi-3's but UNSTRIPPED, by the model's name."""
+    strips = any(added.rstrip for added in added_tokens)
+    for added in added_tokens:
+        fixed = strips and added.content not in UNSTRIPPED
+        is_pad = added.content == tokenizer.pad_token and not added.rstrip  # in no text
+        if added.lstrip or (added.rstrip != fixed and not is_pad):
+            raise UserError(
+                f"model_name: its tokenizer strips white space around {added.content} as a GGUF file cannot say; merge "
+                "it and serve the merged folder"
+            )
+    absent = [token for token in ("</s>", *UNSTRIPPED) if token not in tokenizer.get_vocab()]
+    if strips and absent:
+        raise UserError(f"model_name: llama.cpp opens no Phi-3 whose tokenizer lacks {', '.join(absent)}")
+    return strips
 
 
 def _split_name(rules: dict[str, Any]) -> str:
