@@ -460,3 +460,21 @@ def test_what_a_killed_process_left_is_swept_and_a_modelfile_is_kept(llama, tmp_
     convert(tmp_path / "g", 2, model_name=llama, quantization="f16")
     assert not part.exists()
     assert written.read_text() == "mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU quantizes as the training did")
+def test_a_base_that_a_gpu_quantized_is_told(llama, tmp_path, capsys):
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
+    (adapter / "plan.json").write_text('{"rates": {}}')
+    convert(tmp_path / "g", adapter=adapter, quantization="f16")
+    assert "note      the base was quantized on a GPU and is here on the CPU" in capsys.readouterr().out
+
+
+def test_an_interruption_says_that_the_file_is_begun_anew(llama, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merged.Merged, "read", interrupted)
+    assert not convert(tmp_path / "g", 130, model_name=llama, quantization="f16")
+    assert "no part of a file is left, and the same command starts anew" in capsys.readouterr().err
+    assert not list((tmp_path / "g").iterdir())
