@@ -131,6 +131,9 @@ CASES = {
         "bf16",
         OFFLOADED | fused("input") | ONE_AND_ONE | {"use_rslora": True, "lora_target_modules": "q_proj,mlp.down_proj"},
     ),
+    "two-gemma3-packed": Case(
+        "Gemma3Text", 2, "qlora", "fp32", STREAMED | fused("qkv") | {"batch_size": 1, "packing": True, "num_epochs": 2}
+    ),
     "four-llama-hybrid": Case(
         "Llama", 4, "qlora", "fp32", HYBRID | {"hybrid_shard_size": 2} | fused("all") | {"batch_size": 1}
     ),
