@@ -170,6 +170,7 @@ def test_the_nearest_thing_fits_and_one_step_beyond_does_not(known: Facts, budge
             assert not works(value + step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("known", "budget", "wishes"), TOO_LARGE)
 def test_a_refusal_is_one_line_with_what_is_needed_and_what_would_fit(
     known: Facts, budget: Budget, wishes: Wishes
@@ -212,6 +213,7 @@ def test_a_refusal_of_what_the_user_fixed_names_the_free_plan_first(wishes: Wish
         plan(replace(RIG, reshard=False), wishes, budget)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wishes", [Wishes(), Wishes(placements=FREE), Wishes(placements=("shard",))])
 def test_a_refusal_names_the_free_plan_only_where_that_fits_and_another_was_asked_for(wishes: Wishes) -> None:
     with pytest.raises(UserError) as refused:

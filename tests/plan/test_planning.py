@@ -160,6 +160,7 @@ def test_the_names_in_a_hub_models_checkpoint_need_no_download(monkeypatch):
     assert not is_quantized("b.weight", source.names())
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_tell_names_is_asked_for_the_files(monkeypatch, tmp_path):
     def offline(*_: object, **__: object) -> None:
         raise OSError("offline")
@@ -206,6 +207,7 @@ def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
             planning.plan_run(None, config, None, rows, world)
 
 
+@pytest.mark.slow
 def test_a_planned_micro_batch_trains_as_one_that_is_given(tmp_path):
     tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path / "model")
     rows = tiny.save_rows(tmp_path / "rows.jsonl", 12)

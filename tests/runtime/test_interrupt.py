@@ -125,6 +125,7 @@ def test_a_second_ctrl_c_ends_at_once_but_an_echo_does_not(body, code, words):
     assert (heard + err).count("stopping after this step") == 1
 
 
+@pytest.mark.slow
 def test_signals_that_come_together_do_not_break_into_the_unwinding():
     body = (
         "interrupt.UNWIND_SECONDS = 60\n"
@@ -156,6 +157,7 @@ def test_a_rank_stuck_on_a_dead_peer_says_so_before_torchrun_kills_it(rescue, wo
     assert words in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_begun_to_save_is_not_taken_for_stuck():
     process = start_one(
         2, "time.sleep(0.2)\n        while not stop.requested: time.sleep(0.01)\n        time.sleep(2.5)"
@@ -165,6 +167,7 @@ def test_a_rank_that_has_begun_to_save_is_not_taken_for_stuck():
     assert process.returncode == 0, (out, err)
 
 
+@pytest.mark.slow
 def test_a_rank_that_writes_a_checkpoint_is_not_taken_for_stuck():
     process = start_one(2, "with stop.busy(): time.sleep(2.5)")
     process.send_signal(signal.SIGTERM)
