@@ -4,6 +4,8 @@ The adapters are inside. What is replaced is a module instance, never a class: r
 layers stay Hugging Face's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -153,6 +155,18 @@ class CausalModel(nn.Module):
             hidden_LH = Picked.apply(hidden_TH, places_L)
             loss: Tensor = self.head(self.final_norm(hidden_LH), labels_L, divisor)
         return loss
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run what is inside without gradients and dropout; afterwards every module is in the mode that it was in."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def is_tied(self) -> bool:
         """Whether the head reads the embedding's bytes."""

@@ -94,9 +94,9 @@ def rehearse(
 
 
 def rehearse_forward(model: CausalModel, config: Config, context: int, world: World) -> list[Life]:
-    """Run a forward that no backward follows, for rows as `rehearse` has them; return the lives of its tensors."""
+    """Run an evaluation's forward, for rows as `rehearse` has them; return the lives of its tensors."""
     blocks = [BlockPlan(True, Keep.INPUT.label, False)] * len(model.blocks)  # whatever they keep otherwise
-    with _recording(model, blocks, config, context, world, False) as (recorder, _, inputs, _), torch.no_grad():
+    with _recording(model, blocks, config, context, world, False) as (recorder, _, inputs, _), model.evaluating():
         model(*inputs, 1.0)
         return recorder.lives()
 

@@ -55,7 +55,7 @@ def describe_rows(config: Config, batches: Batches, total_steps: int, world: Wor
     return [
         f"data      {batches.rows.summary}",
         *packed,
-        f"run       {_counted(total_steps, 'step')} of {batches.rows_per_step} {'bins' if packed else 'rows'} "
+        f"run       {_counted(total_steps, 'step')} of {_counted(batches.rows_per_step, 'bin' if packed else 'row')} "
         f"({batches.batch_size} x {batches.accumulation} x {_ranks(world)}{shorter}), "
         f"{_counted(batches.completed(total_steps), 'epoch')}, context {config.data.context_length}",
     ]

@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from fsdp_qlora.data.batches import Rows
 from fsdp_qlora.data.evaluation_batches import EvaluationBatches
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.training.async_numbers import AsyncNumbers
 from fsdp_qlora.training.step import Inputs
 
@@ -58,7 +56,7 @@ class Evaluator:
         start, device = time.perf_counter(), self.world.device
         sums = torch.zeros(len(self.batches), device=device)
         n_labels = n_tokens = 0
-        with _evaluating(self.model), _placed(self.borrow()) as begin:
+        with self.model.evaluating(), _placed(self.borrow()) as begin:
             for i, batch in enumerate(self.batches):
                 begin()
                 # Divided by 1: what is summed up are the losses themselves, without a loss scale.
@@ -83,19 +81,3 @@ def _placed(arena: Arena | None) -> Iterator[Callable[[], None]]:
         yield arena.start
     finally:
         arena.stop()
-
-
-@contextmanager
-def _evaluating(model: CausalModel) -> Iterator[None]:
-    """Switch gradients and dropout off inside, and every module back to the mode that it was in."""
-    modes: list[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
-    for block in model.blocks.values():
-        if isinstance(block.fused, FusedBlock):  # of a first block without adapters: nobody takes its gradient
-            block.fused.shared.gradient.forget()
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -159,7 +159,7 @@ def test_a_run_in_an_arena_is_the_run_without(
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", ["llama, all", "head norms, bf16", "four norms", "packed"])
+@pytest.mark.parametrize("name", ["llama, all", "head norms, bf16", "four norms", "packed", "dropout"])
 def test_an_evaluation_lies_in_the_arena_of_a_step(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
