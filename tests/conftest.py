@@ -1,6 +1,7 @@
 """What every test runs under: Triton's interpreter where there is no GPU, and NaN in all memory nobody has written."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -35,13 +36,26 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def one_thread():
-    """For tests of small tensors, where threads that wait for each other would take most of the time."""
+@contextmanager
+def on_one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of small tensors, where threads that wait for each other would take most of the time."""
+    with on_one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread_throughout():
+    """The same for a module's fixtures too."""
+    with on_one_thread():
+        yield
 
 
 @pytest.fixture

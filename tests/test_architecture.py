@@ -12,7 +12,7 @@ from tests.support.torchrun import ROOT
 
 PACKAGE = ROOT / "fsdp_qlora"
 # From the ground up. What is in no room (run.py, session.py, rig_plan.py) may import all of them.
-GROUND = ("atomic_files", "errors", "torch_compat", "units")
+GROUND = ("atomic_files", "errors", "safetensors_header", "torch_compat", "units")
 ROOMS = (
     "kernels", "config", "runtime", "distributed", "memory", "exchange", "data", "adapters", "weights", "models",
     "optim", "report", "plan", "placement", "export", "training", "commands",

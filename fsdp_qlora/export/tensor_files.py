@@ -1,10 +1,6 @@
-"""Safetensors files written tensor by tensor: the header first, from shapes alone, so that none waits in memory.
-
-safetensors' own `save_file` takes all tensors of a file at once: 5 GB of a shard where one tensor of it is 0.5.
-"""
+"""A model's safetensors files, written tensor by tensor, so that none waits in memory (`safetensors_header`)."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +10,10 @@ from torch import Tensor
 
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.export.merged import Piece
+from fsdp_qlora.safetensors_header import Form, header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# The format's names of dtypes (github.com/huggingface/safetensors, README: Format).
-NAMES = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,26 +50,16 @@ def plan_shards(pieces: Sequence[Piece], dtype: torch.dtype, most_bytes: int) ->
 
 
 def piece_bytes(piece: Piece, dtype: torch.dtype) -> int:
-    return math.prod(piece.shape) * piece.dtype_in(dtype).itemsize
+    return Form(piece.dtype_in(dtype), piece.shape).nbytes
 
 
 def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
     """Write a file, whole or not at all. tensors: those of its pieces, in order, taken one by one."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for piece in shard.pieces:
-        end = offset + piece_bytes(piece, dtype)
-        header[piece.stored] = {
-            "dtype": NAMES[piece.dtype_in(dtype)], "shape": list(piece.shape), "data_offsets": [offset, end]
-        }  # fmt: skip
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    forms = {piece.stored: Form(piece.dtype_in(dtype), piece.shape) for piece in shard.pieces}
     with atomic_file(folder / shard.file) as part, part.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for piece, tensor in zip(shard.pieces, tensors, strict=True):
-            assert tensor.dtype == piece.dtype_in(dtype)
-            assert tuple(tensor.shape) == piece.shape
+        out.write(header(forms))
+        for form, tensor in zip(forms.values(), tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == form
             out.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -15,10 +15,11 @@ from fsdp_qlora.errors import first_line, is_out_of_memory
 from fsdp_qlora.export.peft import ADAPTER, peft_name
 from fsdp_qlora.optim.adapter_group import AdapterGroup
 from fsdp_qlora.optim.optimizer_state import load_named_state, named_state, slice_of
+from fsdp_qlora.safetensors_header import Form
 from fsdp_qlora.training.checkpoint_folder import Checkpoint, rank_file
 from fsdp_qlora.training.retry import RandomState
 from fsdp_qlora.training.step import Stepper
-from fsdp_qlora.training.tensor_file import Form, TensorFile, Written
+from fsdp_qlora.training.tensor_file import TensorFile, Written
 
 RANDOM = "random."  # before the names of random states in a rank's file
 

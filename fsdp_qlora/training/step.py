@@ -197,6 +197,8 @@ class Stepper:
         stop = self._must_stop(loss, norm)
         if stop:
             self._begun = self._updated
+            if self.arena is not None:
+                self.arena.stop()  # what is saved now was not planned there
         else:
             self.overflowed = not self._finish_update(loss, norm)
         numbers = self.world.gather([*memory, *self._link(), host_gib])

@@ -1,10 +1,8 @@
 """A safetensors file written tensor by tensor: at most two are in host memory, and a checksum comes along.
 
-The library's own `save_file` wants all tensors in host memory at once: 5 GB a rank at 70B, on a machine that is full of
-the base. The format is a header, which is known before the first tensor is, and the tensors' bytes one after the other.
+A machine that is full of the base has no host memory for all of them at once (`safetensors_header`).
 """
 
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,26 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
+from fsdp_qlora.safetensors_header import Form, header
+
 READ_BYTES = 2**23  # of a file that are checked at a time
-
-
-class Form(NamedTuple):
-    """What the header says of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class Written(NamedTuple):
@@ -105,19 +86,6 @@ class TensorFile:
             return 0
         self._writing.result()
         return self._summing.result()
-
-
-def header(forms: Mapping[str, Form]) -> bytes:
-    """Return the beginning of a safetensors file."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, form in forms.items():
-        end = offset + form.nbytes
-        entries[name] = {"dtype": NAMES[form.dtype], "shape": list(form.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def checksum(path: Path) -> int:

@@ -15,6 +15,7 @@ from tests.runs.test_fidelity import CONTEXT, EXACT, ROWS, options, relative_err
 from tests.support import plain, tiny
 from tests.support.runs import Run, run_alone, run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 GENERIC = {"fused": "false"}
 FUSED: dict[str, dict] = {
     **{f"keep-{keep.label}": {"keep_activations": keep.label} for keep in Keep},
@@ -27,15 +28,6 @@ ON_TWO_RANKS = {name: {"fused": "true"} | more for name, more in FUSED.items()} 
 }
 ON_ONE_RANK = {"fused": {"fused": "true"}, "fused-keeps-all": {"keep_activations": "all"}, "generic": GENERIC}
 OTHER_FAMILIES = ("Gemma3Text", "Phi3")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors are small: threads that wait for each other would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from tests.support import plain, tiny
 from tests.support.built import built
 from tests.support.runs import Options, Run, flags, run_alone, run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 EXACT = 1e-5  # of a float32 loss, relative
 ROWS, OTHERS = 24, 9
 OPTIONS = {"lora_rank": 8, "lr": 5e-3, "precision": "fp32", "context_length": 64, "rows_cache": "null"}
@@ -38,14 +39,6 @@ GENERIC: dict[str, Options] = {
 ACCUMULATED = {"batch_size": 1, "gradient_accumulation_steps": 2, "no_sync": True}
 SCALED: Options = {"precision": "fp16_autocast", "sharding_strategy": "full_shard"} | ACCUMULATED
 CASES = PLACED | GENERIC | {"scaled": SCALED}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

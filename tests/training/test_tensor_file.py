@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fsdp_qlora.safetensors_header import NAMES, Form
 from fsdp_qlora.training.checkpoint_folder import surplus
-from fsdp_qlora.training.tensor_file import NAMES, Form, TensorFile, checksum
+from fsdp_qlora.training.tensor_file import TensorFile, checksum
 
 
 def tensors() -> dict[str, torch.Tensor]:
