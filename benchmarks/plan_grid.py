@@ -119,6 +119,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("plan_grid.jsonl"), help="a line for each is appended here")
     parser.add_argument("--only", default="", help="names of configurations, with commas between")
     parser.add_argument("--gpus", type=int, default=None, help="only those that want so many")
+    parser.add_argument("--first_gpu", type=int, default=0, help="of those that are taken, for several runs at once")
     parser.add_argument("--list", action="store_true", help="name the configurations and stop")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("train_options", nargs="*", help="after --: further options of train.py, for every run")
@@ -142,7 +143,7 @@ def _try(name: str, asked: argparse.Namespace) -> bool:
     """Run one and append its line; says so where it failed, and the next one goes on."""
     start = time.time()
     try:
-        line = row(name, (CASES | LONG)[name], asked.steps, asked.train_options)
+        line = row(name, (CASES | LONG)[name], asked.steps, asked.train_options, asked.first_gpu)
     except (SystemExit, Exception) as error:
         print(f"{name}: FAILED after {time.time() - start:.0f} s: {type(error).__name__}: {error}", flush=True)
         return False

@@ -316,4 +316,6 @@ def test_a_tied_head_is_the_embedding_and_not_streamed(tmp_path):
             return (streamer.copied - before) // streamer.units[0].frozen.layout.nbytes
 
         step()
-        assert step() == 2 * (6 - 3), "with three buffers the blocks where a pass turns are not copied again"
+        buffers = ours.placement.buffers
+        assert 1 < buffers < 6
+        assert step() == 2 * (6 - buffers), "the blocks that are in a buffer where a pass turns are not copied again"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from tests.support import tiny
@@ -61,6 +62,7 @@ for attempt in range(kills + 1):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process made by fork can use no GPU")
 def test_a_run_killed_again_and_again_ends_as_the_one_that_was_left_alone(tmp_path: Path) -> None:
     tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path / "model")
     tiny.save_rows(tmp_path / "rows.jsonl", 21)
