@@ -87,7 +87,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
     if process.returncode:
         raise SystemExit(f"train.py ended with {process.returncode}")
     metrics = scratch / "out" / "metrics.jsonl"
-    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [record for record in map(json.loads, metrics.read_text().splitlines()) if "loss" in record]
     unknowing = math.log(shape["vocab_size"])
     for step in steps:
         if not 0.8 * unknowing < step["loss"] < 1.6 * unknowing:

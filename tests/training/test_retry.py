@@ -31,7 +31,7 @@ BASE: Options = {
     "num_epochs": 9,
 }
 REPLICATED: Options = {"sharding_strategy": "ddp", "optimizer": "fused_adamw"}  # its updates are queued ahead
-STREAMED: Options = {"use_cpu_offload": True, "optimizer": "sgd", "no_sync": True}
+STREAMED: Options = {"use_cpu_offload": True, "resident_blocks": 0, "optimizer": "sgd", "no_sync": True}
 CONFIGS = {
     "replicated": (REPLICATED, False),
     "replicated, sgd": (REPLICATED | {"optimizer": "sgd"}, False),
@@ -98,13 +98,19 @@ CHOSEN = {
     2: [name for name in CASES if name not in OF_ONE],
     4: ["forward", "backward, last micro-batch", "offloading", "two ranks", "blocks leave"],
 }
+STAYS: Options = REPLICATED | {"use_activation_cpu_offload": False}  # on a GPU host memory could take something else
 REFUSED: dict[str, tuple[Options, str, tuple[int, str, int], str]] = {
-    "kept as asked": (STREAMED | {"keep_activations": "qkv"}, "", (LAST, "forward", call(1, 1)), "saved in"),
-    "least already": (REPLICATED, "input", (LAST, "backward", back(1, 1)), "saved in"),
-    "first step": (REPLICATED, "input", (LAST, "backward", back(0, 1)), "context_length"),
+    "kept as asked": (STAYS | {"keep_activations": "qkv"}, "", (LAST, "forward", call(1, 1)), "saved in"),
+    "least already": (STAYS, "input", (LAST, "backward", back(1, 1)), "saved in"),
+    "first step": (STAYS, "input", (LAST, "backward", back(0, 1)), "context_length"),
     "generic": (REPLICATED | {"fused": "false"}, "", (LAST, "head", MICRO + 1), "saved in"),
     # At the end of the launch: the others learn of it when the rank's process ends.
-    "sharded": ({"sharding_strategy": "full_shard", "keep_activations": "qkv"}, "", (LAST, "head", MICRO + 1), ""),
+    "sharded": (
+        {"sharding_strategy": "full_shard", "use_activation_cpu_offload": False, "keep_activations": "qkv"},
+        "",
+        (LAST, "head", MICRO + 1),
+        "",
+    ),
 }
 
 
