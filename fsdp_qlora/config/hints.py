@@ -24,7 +24,7 @@ HINTS = {
         ("deepspeed", "fsdp_config", "ddp_find_unused_parameters", "device_map"),
         "the plan decides what goes where; omit it, or see sharding_strategy and use_cpu_offload",
     ),
-    **dict.fromkeys(("load_in_8bit", "quantization_bit"), "the base is in 4 bits, or as it is with --train_type lora"),
+    "load_in_8bit": "use --train_type hqq_lora --n_bits 8",
     **dict.fromkeys(("bf16", "bf16_full_eval"), "use --precision bf16"),
     "fp16": "use --precision fp16_autocast",
     "fp32": "use --precision fp32",

@@ -76,7 +76,8 @@ def command(
 def unmet(asked: Asked, values: Mapping[str, Any], needs: Collection[Needs[Asked]]) -> dict[str, Needs[Asked]]:
     """Return {option: the rule} of options that do nothing and ask for something (not false, not null)."""
     rules = [rule for rule in needs if not rule.holds(asked)]
-    return {name: rule for rule in rules for name in rule.options if values[name] not in (False, None)}
+    # By identity: 0 is False's equal, and asks for something.
+    return {n: rule for rule in rules for n in rule.options if values[n] is not False and values[n] is not None}
 
 
 def broken(

@@ -18,14 +18,20 @@ def _is_read(option: str, config: Config) -> bool:
     return bool({*readers(option)} & {*config.output.log_to})
 
 
+def _codec(config: Config) -> str:
+    return TRAIN_TYPES[config.model.train_type].codec
+
+
 NEEDS: tuple[Needs[Config], ...] = (
     Needs(("plan_for",), "plan_only", lambda c: c.memory.plan_only, "set plan_only to true"),
     Needs(("link_gbps",), "plan_for", lambda c: c.memory.plan_for is not None, "set plan_for to a rig, as 2x4090"),
+    Needs(("double_quant",), "train_type", lambda c: _codec(c) == "nf4", "set train_type to qlora"),
+    Needs(("n_bits",), "train_type", lambda c: _codec(c) in ("nf4", "hqq"), "set train_type to qlora or hqq_lora"),
     Needs(
-        ("n_bits", "double_quant"),
+        ("hqq_group_size", "hqq_axis", "hqq_optimize"),
         "train_type",
-        lambda c: TRAIN_TYPES[c.model.train_type].codec == "nf4",
-        "set train_type to qlora",
+        lambda c: _codec(c) == "hqq",
+        "set train_type to hqq_lora",
     ),
     Needs(("revision",), "model_name", lambda c: not Path(c.model.model_name).is_dir(), "set model_name to a hub id"),
     Needs(
@@ -147,6 +153,11 @@ CONFLICTS: tuple[Conflict[Config], ...] = (
         ("columns",),
         lambda c: not _are_columns(c.data.columns or []),
         f"write FIELD=COLUMN,..., each field once; fields are {', '.join(FIELDS)}",
+    ),
+    Conflict(
+        ("n_bits", "train_type"),
+        lambda c: _codec(c) == "nf4" and c.model.n_bits != 4,
+        "NF4 has 4 bits; set train_type to hqq_lora for another width, or omit n_bits",
     ),
     Conflict(
         ("use_cpu_offload", "sharding_strategy"),

@@ -14,4 +14,5 @@ class TrainType:
 TRAIN_TYPES: dict[str, TrainType] = {
     "qlora": TrainType(codec="nf4", adapter="lora"),
     "lora": TrainType(codec="plain", adapter="lora"),
+    "hqq_lora": TrainType(codec="hqq", adapter="lora"),
 }

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.skeleton import LINEARS, backbone_of, head_of, is_wrapper, path_of
 from fsdp_qlora.weights.checkpoint_files import some
-from fsdp_qlora.weights.codecs import companions
+from fsdp_qlora.weights.codecs import companions, companions_in, weight_of
 from fsdp_qlora.weights.source import Shape, Weights
 
 ROTARY = re.compile(r"rotary_emb\.inv_freq$")  # tables that old checkpoints carry
@@ -42,10 +42,10 @@ def map_names(model: PreTrainedModel, names: Set[str]) -> Names:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    weight_of = {companion: (weight, i) for weight in names for i, companion in enumerate(companions(weight))}
+    belongs = companions_in(names)
     stored, converted, unknown = {}, set(), []
     for name in sorted(names, key=dot_natural_key):
-        weight, i = weight_of.get(name, (name, None))
+        weight, i = belongs.get(name, (weight_of(name), None))
         renamed, converter = rename_source_key(weight, renamings, converters, model.base_model_prefix, state)
         if renamed not in state and weight in state:
             renamed, converter = rename_source_key(weight, [], [], model.base_model_prefix, state)

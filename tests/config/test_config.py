@@ -83,9 +83,9 @@ def test_train_type_aliases(alias, meant):
 
 
 def test_options_of_one_value_are_accepted_and_shown_nowhere(tmp_path):
-    accepted = ["--n_bits", "4", "--low_memory", "--llama_pro_path", "null"]
+    accepted = ["--low_memory", "--llama_pro_path", "null"]
     assert parse([*MODEL, *accepted]) == parse(MODEL)
-    assert parse(["--config", file(tmp_path, "n_bits: 4\nlow_memory: true\nllama_pro_path: null\n"), *MODEL])
+    assert parse(["--config", file(tmp_path, "low_memory: true\nllama_pro_path: null\n"), *MODEL])
     save(parse(MODEL), tmp_path / "config.yaml")
     for name in COMPATIBILITY:
         assert name not in OPTIONS
@@ -93,7 +93,7 @@ def test_options_of_one_value_are_accepted_and_shown_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize("alias", ["bits", "n_bit", "load_in_4bit"])
-def test_options_of_one_value_are_found_by_other_names(alias):
+def test_the_width_of_a_base_is_found_by_other_names(alias):
     assert mistakes(f"--{alias}", "4") == [f"--{alias} 4: there is no such option; did you mean n_bits?"]
 
 
@@ -212,13 +212,28 @@ REFUSED = [
     ("--config none.yaml", ["none.yaml", "No such file"]),
     *[
         (f"--train_type {name}", [name, "not built yet"])
-        for name in ("full", "hqq_lora", "bnb_dora", "hqq_dora", "bnb_llama_pro", "hqq_llama_pro")
+        for name in ("full", "bnb_dora", "hqq_dora", "bnb_llama_pro", "hqq_llama_pro")
     ],
     ("--train_type qlor", ["--train_type qlor", "did you mean qlora?"]),
     ("--llama_pro_path x", ["--llama_pro_path x", "block expansion (Llama-Pro) is known but not built yet; omit it"]),
     ("--low_memory false", ["--low_memory false", "not built yet"]),
-    *[(f"--n_bits {bits}", [f"--n_bits {bits}", "not built yet", "use 4"]) for bits in (2, 3, 8)],
-    ("--n_bits 5", ["--n_bits 5", "give 4"]),
+    *[
+        (
+            f"--n_bits {bits} --train_type qlora",
+            [f"--n_bits {bits}", "--train_type qlora", "NF4 has 4 bits", "hqq_lora"],
+        )
+        for bits in (1, 2, 3, 8)
+    ],
+    ("--n_bits 3", ["--n_bits 3", "train_type qlora (its default)", "hqq_lora"]),
+    ("--n_bits 5", ["--n_bits 5", "give one of 8, 4, 3, 2, 1"]),
+    *[
+        (f"--{option} --train_type {kind}", [f"--{option}: has no effect with --train_type {kind}", "to hqq_lora"])
+        for option in ("hqq_group_size 64", "hqq_axis 0", "hqq_axis 1", "hqq_optimize true")
+        for kind in ("qlora", "lora")
+    ],
+    ("--hqq_group_size 16 --train_type hqq_lora", ["--hqq_group_size 16", "one of 32, 64, 128"]),
+    ("--hqq_axis 2 --train_type hqq_lora", ["--hqq_axis 2", "one of 1, 0"]),
+    ("--double_quant true --train_type hqq_lora", ["--double_quant true", "no effect", "--train_type hqq_lora"]),
     ("--sharding_strategy ddp --use_cpu_offload", ["--use_cpu_offload", "--sharding_strategy ddp", "full_shard"]),
     (
         "--reentrant_checkpointing true --use_gradient_checkpointing false",
@@ -273,6 +288,9 @@ def test_a_missing_model_name_is_one_mistake():
         "--double_quant false --train_type lora",
         "--apply_gradient_clipping false",
         "--train_type lora",
+        "--train_type qlora --n_bits 4",
+        "--train_type qlora --hqq_optimize false",
+        *(f"--train_type hqq_lora --n_bits {bits} --hqq_axis 0 --hqq_group_size 32" for bits in (8, 4, 3, 2, 1)),
         "--lr_scheduler constant",
         "--log_to wandb --group x --entity y --name z",
         "--profile --with_stack --export_trace",
@@ -284,7 +302,9 @@ def test_asking_for_nothing_or_for_what_is_on_is_no_mistake(argv):
 
 
 def test_all_mistakes_are_reported_together(tmp_path):
-    text = "model_name: m\nlora_rnk: 8\nlr: fast\nlr: 1\ntraining:\n  wd: 0\nprecision: bf17\ngroup: x\nn_bits: 8\n"
+    text = (
+        "model_name: m\nlora_rnk: 8\nlr: fast\nlr: 1\ntraining:\n  wd: 0\nprecision: bf17\ngroup: x\nlow_memory: no\n"
+    )
     path = file(tmp_path, text)
     lines = mistakes(
         "--config", path, "--batch_size", "0", "--dropot=1", "--use_cpu_offload", "no", "stray", model=False
@@ -296,7 +316,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
         f"lora_rnk: 8 ({path}, line 2): there is no such option",
         f"lr: fast ({path}, line 3): ",
         f"precision: bf17 ({path}, line 7): ",
-        f"n_bits: 8 ({path}, line 9): ",
+        f"low_memory: no ({path}, line 9): ",
         "--batch_size 0: ",
         "--dropot=1: ".replace("=", " "),
         f"group: x ({path}, line 8): has no effect",

@@ -12,6 +12,8 @@ from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.glu_lora import BANDWIDTH, glu_backward_lora_
+from fsdp_qlora.kernels.hqq import dequantize_hqq, hqq_rows
+from fsdp_qlora.kernels.hqq_format import Form, HqqParts, planes
 from fsdp_qlora.kernels.masters import join
 from fsdp_qlora.kernels.nf4 import dequantize_nf4
 from fsdp_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
@@ -34,6 +36,13 @@ def heard(call: Callable[[], object]) -> Cost:
 
 
 X, W = on_meta(T, H), on_meta(H)
+
+
+def hqq(bits: int) -> HqqParts:
+    found = {name: on_meta(*shape, dtype=dtype) for name, (dtype, shape) in planes(bits, T * H).items()}
+    return HqqParts(found["codes"], found.get("high"), on_meta(T * H // 64), on_meta(T * H // 64))
+
+
 SKINNY = (on_meta(T, 16), on_meta(H, 16))
 HEADS = on_meta(2, 32, 4, 64)
 TABLE = on_meta(32, 32, dtype=torch.float32)
@@ -58,6 +67,22 @@ CALLS: dict[str, tuple[Callable[[], object], Cost]] = {
         ),
         Cost(dequantized=T * H // 2 + T * H // 16 + ROW),
     ),
+    **{
+        f"dequantize hqq, {bits} bits": (
+            lambda bits=bits: dequantize_hqq(hqq(bits), Form(bits, 64, 1), (T, H), torch.bfloat16),
+            Cost(dequantized=T * H * bits // 8 + 2 * 2 * T * H // 64 + ROW),
+        )
+        for bits in (8, 4, 3, 2, 1)
+    },
+    **{
+        f"dequantize hqq, rows of {count} in {bits} bits": (
+            lambda bits=bits, count=count: hqq_rows([hqq(bits)] * count, Form(bits, 64, 0), [T] * count, H)(
+                on_meta(count * T, H)
+            ),
+            Cost(dequantized=count * (T * H * bits // 8 + 2 * 2 * T * H // 64 + ROW)),
+        )
+        for bits, count in ((3, 2), (3, 3), (4, 2), (4, 3))
+    },
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for a real card, on a machine without one; NF4's fuses no product and sum into one rounding."""
+"""Every kernel compiles for a real card, on a machine without one; decoders fuse no product and sum in one rounding."""
 
 import os
 import subprocess
@@ -14,18 +14,19 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fsdp_qlora.kernels import cross_entropy, dropout, embedding, glu, glu_lora, lora_wide, nf4, rms_norm, rope
+from fsdp_qlora.kernels import cross_entropy, dropout, embedding, glu, glu_lora, hqq, lora_wide, nf4, rms_norm, rope
 
 
 def compiled(kernel, capability, types, **constants):
     # types: a letter for each argument that is no constant
     full = {"b": "*bf16", "f": "*fp32", "h": "*fp16", "u": "*u8", "l": "*i64", "i": "i32", "F": "fp32", "I": "i64"}
+    full |= {"w": "*i32", "s": "*i16"}
     names = [name for name in kernel.arg_names if name not in constants]
     given = {name: full[letter] for name, letter in zip(names, types, strict=True)}
     signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=places)
-    fused = kernel not in (nf4._dequantize_kernel, nf4._dequantize_rows_kernel)
+    fused = not kernel.__name__.startswith("_dequantize")
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": fused}).asm["ptx"]
 
@@ -39,6 +40,18 @@ for out, nested, apart in (("b", True, 0), ("h", False, 8), ("f", True, 1)):
     for count in (2, 3):
         ptx = compiled(nf4._dequantize_rows_kernel, 90, types, COUNT=count, **tiling)
         assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested, count)
+words = {8: "u", 4: "w", 3: "s", 2: "s", 1: "u"}
+for bits, floats, out, lines, apart in (
+    (8, "b", "b", 0, 0), (4, "b", "b", 0, 8), (3, "h", "f", 0, 1), (2, "f", "f", 8, 0), (1, "b", "h", 8, 8),
+    (3, "b", "b", 8, 8),
+):
+    tiling = {"BITS": bits, "GROUP": 64, "LINES": lines, "ROWS": 256, "APART": apart, "I": 72}
+    ptx = compiled(hqq._dequantize_kernel, 90, words[bits] + "u" + floats * 2 + out + "ii", **tiling)
+    assert "mul" in ptx and "fma.rn.f32" not in ptx, bits
+    types = words[bits] * 3 + "uuu" + floats * 6 + out * 3 + "i" * 6
+    for count in (2, 3):
+        ptx = compiled(hqq._dequantize_rows_kernel, 90, types, COUNT=count, **tiling)
+        assert "mul" in ptx and "fma.rn.f32" not in ptx, (bits, count)
 for softcap, gradient in ((True, True), (False, False)):
     head = {"VOCABULARY": 300, "SOFTCAP": softcap, "GRADIENT": gradient, "TILE": 128}
     compiled(cross_entropy._row_kernel, 86, "blfiiFFF", **head)

@@ -28,19 +28,19 @@ class ModelOptions:
     )
     train_type: str = option(
         "qlora",
-        """What trains over what. qlora: LoRA adapters over a base quantized to 4-bit NF4. lora: LoRA adapters over the
-        base in the precision's dtype.""",
+        """What trains over what. qlora: LoRA adapters over a base quantized to 4-bit NF4. hqq_lora: over a base that
+        HQQ quantizes to n_bits. lora: over the base in the precision's dtype.""",
         "a 4-bit base is what fits a large model on small cards, at nearly the quality of 16 bits (QLoRA paper)",
-        "per base parameter 4.1 to 4.5 bits with qlora, 16 or 32 with lora; qlora decodes each weight before each use",
+        """per base parameter 4.1 to 4.5 bits with qlora, n_bits + 32 / hqq_group_size with hqq_lora, 16 or 32 with
+        lora; a quantized weight is decoded before each use""",
         choices=tuple(TRAIN_TYPES),
         aliases={"custom_lora": "lora", "custom_qlora": "qlora"},
         refused={
             "full": f"full {NOT_BUILT} (it trains every weight); use qlora or lora",
-            "hqq_lora": f"hqq_lora {NOT_BUILT} (HQQ quantization); use qlora",
             "bnb_dora": f"bnb_dora {NOT_BUILT} (DoRA); use qlora",
-            "hqq_dora": f"hqq_dora {NOT_BUILT} (HQQ quantization and DoRA); use qlora",
+            "hqq_dora": f"hqq_dora {NOT_BUILT} (DoRA); use hqq_lora",
             "bnb_llama_pro": f"bnb_llama_pro {NOT_BUILT} (block expansion); use qlora",
-            "hqq_llama_pro": f"hqq_llama_pro {NOT_BUILT} (HQQ quantization and block expansion); use qlora",
+            "hqq_llama_pro": f"hqq_llama_pro {NOT_BUILT} (block expansion); use hqq_lora",
         },
         known_as=("finetuning_type", "adapter"),
     )
@@ -50,6 +50,34 @@ class ModelOptions:
         "it saves 0.37 bits per weight (3.2 GB at 70B) with no measurable loss (QLoRA paper)",
         "one more lookup when a weight is decoded",
         known_as=("bnb_4bit_use_double_quant", "use_double_quant", "double_quantization"),
+    )
+    n_bits: Literal[8, 4, 3, 2, 1] = option(
+        4,
+        """Bits per weight of the quantized base. qlora has 4, hqq_lora all of them. A checkpoint that is published in
+        HQQ keeps its own.""",
+        "it keeps 16-bit quality on most tasks; fewer bits do not",
+        "memory and copies in proportion: a 70B base takes 70 GB in 8 bits, 26 in 3, 17 in 2, and 4 for HQQ's scales",
+        known_as=("bits", "load_in_4bit", "nbits", "hqq_nbits", "quantization_bit"),
+    )
+    hqq_group_size: Literal[32, 64, 128] = option(
+        64,
+        "Weights that share one of HQQ's scales and zeros.",
+        "fsdp_qlora's and hqq's own",
+        "32 / group bits per weight in 16-bit precisions; below 4 bits smaller groups lose less",
+        known_as=("group_size", "q_group_size"),
+    )
+    hqq_axis: Literal[1, 0] = option(
+        1,
+        """Where HQQ's groups lie in a weight [outputs, inputs]. 1: along a row, among the weights of one output. 0:
+        along a column, of one input.""",
+        "fsdp_qlora's, and what hqq's faster backends take at inference",
+        "0 loses a little less at 2 bits (hqq's authors)",
+    )
+    hqq_optimize: bool = option(
+        True,
+        "Let hqq's optimizer fit each group's zero to the weights, in up to 20 steps for each matrix.",
+        "it is what HQQ has over rounding to the nearest code, and hqq's default",
+        "loading takes longer, and 23 bytes of GPU memory per weight of the largest matrix instead of 13",
     )
     precision: Literal["fp32", "bf16", "fp16_autocast", "bf16_autocast", "bf16_buffers_autocast"] = option(
         "bf16",

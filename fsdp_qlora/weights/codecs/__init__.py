@@ -1,11 +1,21 @@
 """Codecs: how a frozen weight becomes bytes and back."""
 
 from fsdp_qlora.weights.codecs.base import Codec, Decoder, Parts
+from fsdp_qlora.weights.codecs.hqq import HQQ
 from fsdp_qlora.weights.codecs.nf4 import NF4
 from fsdp_qlora.weights.codecs.plain import Plain
-from fsdp_qlora.weights.codecs.table import choose_codec, codec_named, companions, is_quantized, stored_codec
+from fsdp_qlora.weights.codecs.table import (
+    choose_codec,
+    codec_named,
+    companions,
+    companions_in,
+    is_quantized,
+    stored_codec,
+    weight_of,
+)
 
 __all__ = [
+    "HQQ",
     "NF4",
     "Codec",
     "Decoder",
@@ -14,6 +24,8 @@ __all__ = [
     "choose_codec",
     "codec_named",
     "companions",
+    "companions_in",
     "is_quantized",
     "stored_codec",
+    "weight_of",
 ]

@@ -83,6 +83,10 @@ class CodecFamily(ABC):
         """Return the codec that a checkpoint's config.json declares, None if it is not of this family."""
         return None
 
+    def weight_of(self, name: str) -> str | None:
+        """Return the weight whose codes a checkpoint has under another name, None if `name` is of no such kind."""
+        return None
+
     def companions(self, weight: str) -> tuple[str, ...]:
         """Return the names of the tensors that a checkpoint may have for a quantized weight, itself excluded."""
         return ()

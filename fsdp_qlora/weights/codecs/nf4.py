@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,29 +14,11 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.nf4 import dequantize_nf4, nf4_rows
 from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, dynamic_map
 from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, Decoder, Parts, Stored
+from fsdp_qlora.weights.codecs.quantizers import bitsandbytes_quantizer
 
 ABSMAX, QUANT_STATE = ".absmax", ".quant_state.bitsandbytes__nf4"
 # What bitsandbytes appends to a weight's name for the other tensors of a quantized weight.
 SUFFIXES = (ABSMAX, ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
-
-
-@cache
-def _quantizer() -> Callable[..., Any]:
-    """Return bitsandbytes' `quantize_4bit`. The library is imported here alone, for a run that quantizes nothing.
-
-    Its import prepares `torch.compile` of functions that are not used here, and with that all of TorchInductor: 0.9 s
-    of 1.0 on a fast host, most of four on a slow one. Hence the switch around it."""
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
-        from bitsandbytes.functional import quantize_4bit
-    finally:
-        if before is None:
-            del os.environ["TORCHDYNAMO_DISABLE"]
-        else:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
-    quantize: Callable[..., Any] = quantize_4bit
-    return quantize
 
 
 @dataclass(frozen=True)
@@ -74,7 +54,7 @@ class NF4:
         return math.prod(shape) * 5 // 8  # half a byte a number, and the scale of 64 twice in float32
 
     def encode(self, weight: Tensor) -> Parts:
-        codes, state = _quantizer()(
+        codes, state = bitsandbytes_quantizer()(
             weight.detach().contiguous(),
             blocksize=BLOCK,
             compress_statistics=self.double_quant,

@@ -10,10 +10,11 @@ from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.config.train_types import TRAIN_TYPES
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily
+from fsdp_qlora.weights.codecs.hqq import HQQFamily
 from fsdp_qlora.weights.codecs.nf4 import NF4Family
 from fsdp_qlora.weights.codecs.plain import PlainFamily
 
-CODECS: dict[str, CodecFamily] = {"plain": PlainFamily(), "nf4": NF4Family()}
+CODECS: dict[str, CodecFamily] = {"plain": PlainFamily(), "nf4": NF4Family(), "hqq": HQQFamily()}
 
 
 def choose_codec(
@@ -50,6 +51,25 @@ def codec_named(name: str) -> Codec:
 def companions(weight: str) -> list[str]:
     """Return the names of the tensors that a checkpoint may have for a quantized weight, itself excluded."""
     return [name for family in CODECS.values() for name in family.companions(weight)]
+
+
+def weight_of(name: str) -> str:
+    """Return the weight that a checkpoint's tensor of that name holds: that of another name where codes have one."""
+    found = (family.weight_of(name) for family in CODECS.values())
+    return next((weight for weight in found if weight is not None), name)
+
+
+def companions_in(names: Set[str]) -> dict[str, tuple[str, int]]:
+    """Return name -> (weight, place among its `companions`) of a checkpoint's tensors that belong to others."""
+    weights = {weight_of(name) for name in names}
+    known = weights | names
+    return {
+        companion: (weight, i)
+        for weight in weights
+        if is_quantized(weight, known)
+        for i, companion in enumerate(companions(weight))
+        if companion in names
+    }
 
 
 def is_quantized(weight: str, names: Set[str] | None) -> bool:

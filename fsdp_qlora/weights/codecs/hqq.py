@@ -1,0 +1,148 @@
+"""HQQ: half-quadratic quantization to 8, 4, 3, 2 or 1 bits, encoded by hqq itself and decoded to its very numbers."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.config.options import ModelOptions
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.kernels.hqq import dequantize_hqq, hqq_rows
+from fsdp_qlora.kernels.hqq_format import Form, HqqParts, pack, planes, unfit
+from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, Decoder, Parts, Stored
+from fsdp_qlora.weights.codecs.hqq_tensors import (
+    CODES,
+    READ,
+    UNREAD,
+    WEIGHT,
+    codes_of,
+    companion,
+    describe,
+    floats_of,
+)
+from fsdp_qlora.weights.codecs.quantizers import hqq_quantizer
+
+NAME = re.compile(r"hqq-(\d)bit-g(\d+)-axis([01])-(bfloat16|float16|float32)(-unoptimized)?")
+GROUPS = (32, 64, 128)  # that an option can ask for
+# Bytes that hqq takes on a GPU for each number of a weight, metered over its own code: with its optimizer, and without.
+SCRATCH = {True: 23, False: 13}
+
+
+@dataclass(frozen=True)
+class HQQ:
+    """Codes of `bits` bits with a scale and a zero in `dtype` for each `group` of numbers: hqq's `HQQLinear`.
+
+    bits + 32 / group bits a number where `dtype` has 16. Decoded to `dtype`, each number is hqq's own."""
+
+    bits: int
+    group: int
+    axis: int  # 1: a group is of one row; 0: of one column
+    dtype: torch.dtype  # in which hqq computes, and its scales and zeros are
+    optimize: bool = True  # whether hqq fits each group's zero to the weights when it encodes
+
+    @property
+    def name(self) -> str:
+        form = f"hqq-{self.bits}bit-g{self.group}-axis{self.axis}-{str(self.dtype).removeprefix('torch.')}"
+        return form if self.optimize else f"{form}-unoptimized"
+
+    @property
+    def quantizes(self) -> bool:
+        return True
+
+    @property
+    def form(self) -> Form:
+        return Form(self.bits, self.group, self.axis)
+
+    def parts(self, shape: tuple[int, ...]) -> Stored:
+        """Return what is stored, as a codec does. Raises UserError for a shape that has no such groups."""
+        why = unfit(self.form, shape)
+        if why:
+            raise UserError(
+                f"hqq_group_size: {self.group} along axis {self.axis} does not fit a linear of {list(shape)}: {why}; "
+                f"{_remedy(self, shape)}"
+            )
+        groups = (math.prod(shape) // self.group,)
+        return planes(self.bits, math.prod(shape)) | {"scale": (self.dtype, groups), "zero": (self.dtype, groups)}
+
+    def encode_scratch_bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * SCRATCH[self.optimize]
+
+    def encode(self, weight: Tensor) -> Parts:
+        quantize, settings = hqq_quantizer()
+        asked = settings(self.bits, self.group, axis=self.axis)["weight_quant_params"] | {"optimize": self.optimize}
+        codes, found = quantize(weight.detach(), bitpack=False, device=weight.device, **asked)
+        # Copies: what the optimizer returns was made in inference mode.
+        floats = {name: found[name].to(self.dtype, copy=True).reshape(-1) for name in ("scale", "zero")}
+        return pack(codes, self.bits) | floats
+
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        rows, width = shape
+        return dequantize_hqq(_stored(parts), self.form, (rows, width), dtype, out)
+
+    def rows_decoder(self, stored: Sequence[Mapping[str, Tensor]], rows: Sequence[int], width: int) -> Decoder:
+        return hqq_rows([_stored(parts) for parts in stored], self.form, rows, width)
+
+    def from_checkpoint(self, weight: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Parts:
+        """Return the parts of a quantized weight, as a `CheckpointCodec` does.
+
+        Scales and zeros are rounded to `dtype`, as hqq does when it loads them to compute in that."""
+        found = describe(weight, tensors)
+        if found != (self.form, tuple(shape)):
+            raise UserError(
+                f"{weight} in the checkpoint is {list(found.shape)} in {_words(found.form)}; {list(shape)} in "
+                f"{_words(self.form)} belongs there"
+            )
+        floats = {name: floats_of(weight, name, tensors, found).to(self.dtype) for name in ("scale", "zero")}
+        return pack(codes_of(weight, tensors, found), self.bits) | floats
+
+
+class HQQFamily(CodecFamily):
+    """HQQ in all of its widths, groups and axes."""
+
+    def named(self, name: str) -> Codec | None:
+        found = NAME.fullmatch(name)
+        if found is None:
+            return None
+        bits, group, axis, dtype, plainly = found.groups()
+        return HQQ(int(bits), int(group), int(axis), getattr(torch, dtype), plainly is None)
+
+    def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
+        return HQQ(options.n_bits, options.hqq_group_size, options.hqq_axis, compute_dtype, options.hqq_optimize)
+
+    def companions(self, weight: str) -> tuple[str, ...]:
+        return tuple(companion(weight, name) for name in (*READ, *UNREAD))
+
+    def weight_of(self, name: str) -> str | None:
+        return name.removesuffix(CODES) + WEIGHT if name.endswith(CODES) else None
+
+    def is_quantized(self, weight: str, names: Set[str]) -> bool:
+        return companion(weight, "nbits") in names
+
+    def stored_codec(self, weight: str, tensors: Mapping[str, Tensor]) -> CheckpointCodec | None:
+        if not self.is_quantized(weight, tensors.keys()):
+            return None
+        scale = tensors.get(companion(weight, "scale"))
+        return HQQ(*describe(weight, tensors).form, torch.float32 if scale is None else scale.dtype)
+
+
+def _stored(parts: Mapping[str, Tensor]) -> HqqParts:
+    return HqqParts(parts["codes"], parts.get("high"), parts["scale"], parts["zero"])
+
+
+def _words(form: Form) -> str:
+    return f"{form.bits} bits in groups of {form.group} along axis {form.axis}"
+
+
+def _remedy(codec: HQQ, shape: tuple[int, ...]) -> str:
+    fitting = [str(group) for group in GROUPS if not unfit(codec.form._replace(group=group), shape)]
+    if fitting:
+        return f"set it to {' or '.join(fitting)}"
+    other = codec.form._replace(axis=1 - codec.axis)
+    if not unfit(other, shape):
+        return f"set hqq_axis to {other.axis}"
+    return "use --train_type qlora"
