@@ -1,4 +1,4 @@
-"""The oracle: training with transformers + PEFT + bitsandbytes, with nothing of ours but the adapters' first values.
+"""The oracle: training with transformers + PEFT + bitsandbytes or hqq, nothing of ours but adapters' first values.
 
 bitsandbytes quantizes the model as `from_pretrained` does, and what it decodes goes into plain linears under PEFT: on
 CPUs with AVX512-BF16 its own `Linear4bit` repacks its weight and loses the gradient. Rows go through the model one at
@@ -16,6 +16,7 @@ import bitsandbytes as bnb
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hqq.core.quantize import HQQLinear, hqq_base_quant_config
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import (
@@ -40,6 +41,8 @@ class Recipe:
 
     quantized: bool = True
     double_quant: bool = True
+    hqq: tuple[int, int, int] | None = None  # bits, group size and axis of hqq's codes, in place of bitsandbytes'
+    hqq_optimize: bool = True
     rank: int = 8
     alpha: float = 16.0
     rslora: bool = False
@@ -65,9 +68,12 @@ class Outcome:
 def load_base(
     folder: Path, recipe: Recipe, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> PreTrainedModel:
-    """The Hugging Face model of a folder, its decoder linears as bitsandbytes' NF4 has them, everything in `dtype`."""
+    """The Hugging Face model of a folder, its decoder linears as bitsandbytes or hqq has them, everything in `dtype`."""
     model = auto_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-    if recipe.quantized:
+    if recipe.hqq is not None:
+        for linear in decoder_linears(model):
+            linear.weight.data.copy_(as_hqq(linear.weight.data, recipe, dtype))
+    elif recipe.quantized:
         for name, linear in load_quantized(folder, recipe).named_modules():
             if isinstance(linear, bnb.nn.Linear4bit):
                 weight = model.get_submodule(name).weight
@@ -79,6 +85,25 @@ def auto_class(folder: Path) -> type[AutoModelForCausalLM] | type[AutoModelForIm
     """Return what a user opens the folder with: causal LMs where transformers has one for it, else wrappers of one."""
     causal = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
+def decoder_linears(model: PreTrainedModel) -> list[nn.Linear]:
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()]
+
+
+def as_hqq(weight: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """What hqq's own linear of that weight decodes to, on the device that our runs quantize on."""
+    return hqq_linear(weight, recipe, dtype).dequantize().to(weight.device)
+
+
+def hqq_linear(weight: Tensor, recipe: Recipe, dtype: torch.dtype) -> HQQLinear:
+    assert recipe.hqq is not None
+    bits, group, axis = recipe.hqq
+    settings = hqq_base_quant_config(bits, group, axis=axis)
+    settings["weight_quant_params"]["optimize"] = recipe.hqq_optimize
+    linear = nn.Linear(*reversed(weight.shape), bias=False)
+    linear.weight.data = weight.to(DEVICE, copy=True)
+    return HQQLinear(linear, settings, compute_dtype=dtype, device=str(DEVICE))
 
 
 def decoded(linear: bnb.nn.Linear4bit) -> Tensor:
