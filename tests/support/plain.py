@@ -68,7 +68,7 @@ class Outcome:
 def load_base(
     folder: Path, recipe: Recipe, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> PreTrainedModel:
-    """The Hugging Face model of a folder, its decoder linears as bitsandbytes or hqq has them, everything in `dtype`."""
+    """The Hugging Face model of a folder, its linears as bitsandbytes or hqq has them, everything in `dtype`."""
     model = auto_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     if recipe.hqq is not None:
         for linear in decoder_linears(model):

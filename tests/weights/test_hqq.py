@@ -1,4 +1,4 @@
-"""The HQQ codec against hqq itself: the numbers of `HQQLinear.dequantize`, bit for bit, encoded here or saved by hqq."""
+"""The HQQ codec against hqq itself: `HQQLinear.dequantize`, bit for bit, encoded here or saved by hqq."""
 
 import pytest
 import torch
