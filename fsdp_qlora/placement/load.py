@@ -87,6 +87,8 @@ def encode_entry(form: Entry, source: str, tensors: Mapping[str, Tensor], device
     """Return one entry's parts on `device`, from the checkpoint's tensors of that name."""
     stored = stored_codec(source, tensors)
     if stored is not None:
+        # On the device already: HQQ's codes are packed anew.
+        tensors = {name: tensors[name].to(device) for name in (source, *companions(source)) if name in tensors}
         if isinstance(form.codec, type(stored)):
             return form.codec.from_checkpoint(source, tensors, form.shape)
         parts = {part: t.to(device) for part, t in stored.from_checkpoint(source, tensors, form.shape).items()}

@@ -1,16 +1,14 @@
 """Files of a checkpoint: those that hold weights, their tensors by name, and folders that hold something else."""
 
 import json
-import pickle
-import zipfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fsdp_qlora.errors import UserError, first_line
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.weights.pickled import QMODEL, HqqFile, PickledFile
 
 # In transformers' order: the first that exists is read.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,48 +51,11 @@ class SafetensorsFile:
             raise UserError(f"model_name: {self.path} cannot be read ({error}); download it again") from error
 
 
-class PickledFile:
-    """A PyTorch .bin file, mapped and unpickled as tensors alone. Files from before PyTorch 1.6 are read whole."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._tensors: dict[str, Tensor] | None = None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._open().items()}
-
-    def tensor(self, name: str) -> Tensor:
-        return self._open()[name]
-
-    def _open(self) -> dict[str, Tensor]:
-        if self._tensors is None:
-            self._tensors = self._unpickle()
-        return self._tensors
-
-    def _unpickle(self) -> dict[str, Tensor]:
-        try:
-            mapped = zipfile.is_zipfile(self.path)
-            found: Any = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"model_name: {self.path} holds Python objects beside tensors ({first_line(error)}); they are not run "
-                "here: save the model anew with save_pretrained of transformers, which writes safetensors"
-            ) from error
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
-            raise UserError(
-                f"model_name: {self.path} cannot be read ({first_line(error)}); download it again"
-            ) from error
-        if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-            raise UserError(
-                f"model_name: {self.path} is no table of tensors by name; save the model with save_pretrained of "
-                "transformers"
-            )
-        return found
-
-
 def open_file(path: Path) -> TensorFile:
     """Open a file of `files_of`."""
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    return HqqFile(path) if path.name == QMODEL else PickledFile(path)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -104,9 +65,11 @@ def files_of(folder: Path) -> list[Path]:
             return [folder / single]
         if (folder / index).is_file():
             return _listed(folder, index)
+    if (folder / QMODEL).is_file():
+        return [folder / QMODEL]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf", ".pth"))
     raise UserError(
-        f"model_name: {folder} holds none of {SINGLE}, {INDEX}, {PICKLED} and {PICKLED_INDEX}"
+        f"model_name: {folder} holds none of {SINGLE}, {INDEX}, {PICKLED}, {PICKLED_INDEX} and {QMODEL}"
         + (f", only {some(others)}" if others else "")
         + "; save_pretrained of transformers writes the first two, or try the machine with --dummy_weights true"
     )

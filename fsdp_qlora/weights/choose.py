@@ -1,17 +1,33 @@
 """The source of weights that the options name, and the codec of each of its linears."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fsdp_qlora.config.options import ModelOptions
+from fsdp_qlora.config.options import OPTIONS, ModelOptions
+from fsdp_qlora.config.train_types import TRAIN_TYPES
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.weights.checkpoint import Checkpoint
-from fsdp_qlora.weights.codecs import Codec, Plain, choose_codec, is_quantized
+from fsdp_qlora.weights.codecs import (
+    HQQ,
+    Codec,
+    CodecOf,
+    Plain,
+    choose_codec,
+    companions,
+    described,
+    is_quantized,
+    train_type_over,
+)
 from fsdp_qlora.weights.dummy import Dummy
 from fsdp_qlora.weights.hub import OnHub
 from fsdp_qlora.weights.source import Weights
+
+# Options that say how a base is quantized, by the field of a codec that a published one has in their place.
+HOW = {"n_bits": "bits", "hqq_group_size": "group", "hqq_axis": "axis"}
 
 
 def open_weights(options: ModelOptions, dtype: torch.dtype) -> Weights:
@@ -27,10 +43,60 @@ def open_weights(options: ModelOptions, dtype: torch.dtype) -> Weights:
 
 def codec_chooser(
     options: ModelOptions, quantization_config: Mapping[str, Any] | None, weights: Weights, compute_dtype: torch.dtype
-) -> Callable[[str], Codec]:
+) -> CodecOf:
     """Return checkpoint name of a linear's weight -> its codec. A quantized checkpoint may hold some unquantized.
 
-    quantization_config: of the checkpoint's config.json."""
-    codec, prequantized = choose_codec(options, quantization_config, compute_dtype)
+    quantization_config: of the checkpoint's config.json; without it a weight's own tensors tell where they can.
+    Raises UserError, as the function that it returns, for a checkpoint that the options do not fit."""
+    chosen, prequantized = choose_codec(options, quantization_config, compute_dtype)
     plain = Plain(compute_dtype)
-    return lambda name: codec if not prequantized or is_quantized(name, weights.names()) else plain
+
+    def codec_of(name: str) -> Codec:
+        if not is_quantized(name, weights.names()):
+            return plain if prequantized else chosen(name)
+        told = None if prequantized else described(name, _WhenAsked(weights, name), compute_dtype)
+        if told is not None and told[0] != TRAIN_TYPES[options.train_type].codec:
+            raise UserError(
+                f"train_type: {options.train_type} does not train over {name} as the checkpoint has it, in "
+                f"{told[1].name}; use --train_type {train_type_over(told[0], options.train_type)}"
+            )
+        codec = chosen(name) if told is None else told[1]
+        if prequantized or told is not None:
+            _check_asked(options, codec, name)
+        return codec
+
+    return codec_of
+
+
+def _check_asked(options: ModelOptions, codec: Codec, name: str) -> None:
+    """Raise UserError for an option that asks for another form than a published weight has."""
+    if not isinstance(codec, HQQ):
+        return
+    for option, field in HOW.items():
+        asked, has = getattr(options, option), getattr(codec, field)
+        if asked not in (OPTIONS[option].default, has):
+            raise UserError(f"{option}: {asked} is not what the checkpoint has ({has} in {name}); omit {option}")
+    if not options.hqq_optimize:
+        raise UserError(
+            f"hqq_optimize: false has no effect on {name}, which the checkpoint has quantized; omit hqq_optimize"
+        )
+
+
+class _WhenAsked(Mapping[str, Tensor]):
+    """The tensors of one weight in a checkpoint, each read when it is asked for."""
+
+    def __init__(self, weights: Weights, weight: str) -> None:
+        self._weights = weights
+        names = weights.names() or set()
+        self._names = {name: None for name in (weight, *companions(weight)) if name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._weights.read({name: None}, torch.device("cpu"))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

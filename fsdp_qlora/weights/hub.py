@@ -10,6 +10,7 @@ from torch import Tensor
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.weights.checkpoint import Checkpoint
 from fsdp_qlora.weights.checkpoint_files import PICKLED_INDEX
+from fsdp_qlora.weights.pickled import QMODEL
 from fsdp_qlora.weights.source import Shape
 
 
@@ -74,7 +75,7 @@ def fetch(model_name: str, revision: str | None) -> Path:
     try:
         folder = download("*.safetensors", "*.json")
         # Pickled files only if there are no safetensors.
-        return folder if any(folder.glob("*.safetensors")) else download("pytorch_model*.bin", "*.json")
+        return folder if any(folder.glob("*.safetensors")) else download("pytorch_model*.bin", QMODEL, "*.json")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model_name: {model_name} is neither a local folder nor a model the hub gives "

@@ -1,6 +1,6 @@
 """Codecs: how a frozen weight becomes bytes and back."""
 
-from fsdp_qlora.weights.codecs.base import Codec, Decoder, Parts
+from fsdp_qlora.weights.codecs.base import Codec, CodecOf, Decoder, Parts
 from fsdp_qlora.weights.codecs.hqq import HQQ
 from fsdp_qlora.weights.codecs.nf4 import NF4
 from fsdp_qlora.weights.codecs.plain import Plain
@@ -9,8 +9,10 @@ from fsdp_qlora.weights.codecs.table import (
     codec_named,
     companions,
     companions_in,
+    described,
     is_quantized,
     stored_codec,
+    train_type_over,
     weight_of,
 )
 
@@ -18,6 +20,7 @@ __all__ = [
     "HQQ",
     "NF4",
     "Codec",
+    "CodecOf",
     "Decoder",
     "Parts",
     "Plain",
@@ -25,7 +28,9 @@ __all__ = [
     "codec_named",
     "companions",
     "companions_in",
+    "described",
     "is_quantized",
     "stored_codec",
+    "train_type_over",
     "weight_of",
 ]

@@ -12,6 +12,7 @@ from fsdp_qlora.config.options import ModelOptions
 Parts = dict[str, Tensor]
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Decoder = Callable[[Tensor], None]
+CodecOf = Callable[[str], "Codec"]
 
 
 class Codec(Protocol):
@@ -79,8 +80,16 @@ class CodecFamily(ABC):
     def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
         """Return the codec of linears that the checkpoint has unquantized."""
 
-    def from_hf_config(self, quantization_config: Mapping[str, Any]) -> Codec | None:
-        """Return the codec that a checkpoint's config.json declares, None if it is not of this family."""
+    def from_hf_config(self, quantization_config: Mapping[str, Any], compute_dtype: torch.dtype) -> CodecOf | None:
+        """Return what a checkpoint's config.json declares as the codec of each quantized weight, by the weight's name.
+
+        None if it is not of this family."""
+        return None
+
+    def described(self, weight: str, tensors: Mapping[str, Tensor], compute_dtype: torch.dtype) -> Codec | None:
+        """Return the codec in which a run keeps a weight whose form a checkpoint's tensors alone tell.
+
+        tensors: each is read when it is asked for. None if it is not of this family, or not told so."""
         return None
 
     def weight_of(self, name: str) -> str | None:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.hqq import dequantize_hqq, hqq_rows
 from fsdp_qlora.kernels.hqq_format import Form, HqqParts, pack, planes, unfit
-from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, Decoder, Parts, Stored
+from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, CodecOf, Decoder, Parts, Stored
 from fsdp_qlora.weights.codecs.hqq_tensors import (
     CODES,
     READ,
@@ -20,8 +21,10 @@ from fsdp_qlora.weights.codecs.hqq_tensors import (
     WEIGHT,
     codes_of,
     companion,
+    declared,
     describe,
     floats_of,
+    tag_of,
 )
 from fsdp_qlora.weights.codecs.quantizers import hqq_quantizer
 
@@ -113,6 +116,27 @@ class HQQFamily(CodecFamily):
 
     def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
         return HQQ(options.n_bits, options.hqq_group_size, options.hqq_axis, compute_dtype, options.hqq_optimize)
+
+    def from_hf_config(self, quantization_config: Mapping[str, Any], compute_dtype: torch.dtype) -> CodecOf | None:
+        forms = declared(quantization_config)
+        if forms is None:
+            return None
+
+        def codec_of(weight: str) -> HQQ:
+            form = forms.get(tag_of(weight), forms.get(""))
+            if form is None:
+                raise UserError(
+                    f"model_name: {weight} is quantized in the checkpoint, and its config.json does not say how "
+                    f"(quant_config has {', '.join(forms)})"
+                )
+            return HQQ(*form, compute_dtype)
+
+        return codec_of
+
+    def described(self, weight: str, tensors: Mapping[str, Tensor], compute_dtype: torch.dtype) -> Codec | None:
+        if not self.is_quantized(weight, tensors.keys()):
+            return None
+        return HQQ(*describe(weight, tensors).form, compute_dtype)
 
     def companions(self, weight: str) -> tuple[str, ...]:
         return tuple(companion(weight, name) for name in (*READ, *UNREAD))

@@ -5,7 +5,7 @@ goes by the name of the weight, as bitsandbytes calls its codes.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,32 @@ class Described(NamedTuple):
 def companion(weight: str, name: str) -> str:
     """Return the name of another tensor of the weight's linear."""
     return f"{weight.removesuffix(WEIGHT)}.{name}"
+
+
+def declared(quantization_config: Mapping[str, Any]) -> dict[str, Form] | None:
+    """Return the forms that a config.json of transformers' HqqConfig declares, by kind of linear (`tag_of`).
+
+    One form for all is that of the kind ''. None for another method than HQQ, and for a form that cannot be read."""
+    settings = quantization_config.get("quant_config")
+    if quantization_config.get("quant_method") != "hqq" or not isinstance(settings, dict):
+        return None
+    kinds = {"": settings} if "weight_quant_params" in settings else settings
+    forms = {}
+    for tag, kind in kinds.items():
+        if kind is None:  # linears of this kind are not quantized
+            continue
+        weights = kind.get("weight_quant_params") or {}
+        bits, group, axis = (weights.get(name) for name in ("nbits", "group_size", "axis"))
+        if bits not in BITS or not isinstance(group, int) or axis not in (0, 1):
+            return None
+        forms[tag] = Form(bits, group, axis)
+    return forms
+
+
+def tag_of(weight: str) -> str:
+    """Return the kind of a weight's linear as hqq and transformers tell kinds apart: its path within its layer."""
+    path = weight.removesuffix(WEIGHT).split(".")
+    return ".".join(name for name in path if name not in ("model", "layers") and not name.isnumeric())
 
 
 def describe(weight: str, tensors: Mapping[str, Tensor]) -> Described:

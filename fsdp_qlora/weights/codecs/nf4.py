@@ -13,7 +13,7 @@ from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.nf4 import dequantize_nf4, nf4_rows
 from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, dynamic_map
-from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, Decoder, Parts, Stored
+from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, CodecOf, Decoder, Parts, Stored
 from fsdp_qlora.weights.codecs.quantizers import bitsandbytes_quantizer
 
 ABSMAX, QUANT_STATE = ".absmax", ".quant_state.bitsandbytes__nf4"
@@ -117,10 +117,11 @@ class NF4Family(CodecFamily):
     def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
         return NF4(options.double_quant)
 
-    def from_hf_config(self, quantization_config: Mapping[str, Any]) -> Codec | None:
+    def from_hf_config(self, quantization_config: Mapping[str, Any], compute_dtype: torch.dtype) -> CodecOf | None:
         if not quantization_config.get("load_in_4bit") or quantization_config.get("bnb_4bit_quant_type") != "nf4":
             return None
-        return NF4(bool(quantization_config.get("bnb_4bit_use_double_quant")))
+        codec = NF4(bool(quantization_config.get("bnb_4bit_use_double_quant")))
+        return lambda weight: codec
 
     def companions(self, weight: str) -> tuple[str, ...]:
         return tuple(weight + suffix for suffix in SUFFIXES)

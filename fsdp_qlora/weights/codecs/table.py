@@ -9,7 +9,7 @@ from torch import Tensor
 from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.config.train_types import TRAIN_TYPES
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily
+from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, CodecOf
 from fsdp_qlora.weights.codecs.hqq import HQQFamily
 from fsdp_qlora.weights.codecs.nf4 import NF4Family
 from fsdp_qlora.weights.codecs.plain import PlainFamily
@@ -19,27 +19,44 @@ CODECS: dict[str, CodecFamily] = {"plain": PlainFamily(), "nf4": NF4Family(), "h
 
 def choose_codec(
     options: ModelOptions, quantization_config: Mapping[str, Any] | None, compute_dtype: torch.dtype
-) -> tuple[Codec, bool]:
-    """Return (the codec of the decoder's linears, whether the checkpoint is published in it).
+) -> tuple[CodecOf, bool]:
+    """Return (weight -> the codec of a decoder's linear, whether the checkpoint is published in it).
 
     quantization_config: of the checkpoint's config.json. Raises UserError for a checkpoint quantized in another way
     than a codec here, or than `train_type` says."""
     family = CODECS[TRAIN_TYPES[options.train_type].codec]
     if quantization_config is None:
-        return family.from_options(options, compute_dtype), False
-    if not any(known.from_hf_config(quantization_config) for known in CODECS.values()):
-        method = quantization_config.get("quant_method", "an unknown method")
+        codec = family.from_options(options, compute_dtype)
+        return lambda weight: codec, False
+    method = quantization_config.get("quant_method", "an unknown method")
+    found = {name: known.from_hf_config(quantization_config, compute_dtype) for name, known in CODECS.items()}
+    published = next((name for name, codec_of in found.items() if codec_of is not None), None)
+    if published is None:
         raise UserError(
-            f"model_name: the checkpoint is quantized by {method} in another form than bitsandbytes' NF4, which alone "
-            "is read as it is; use the unquantized model, or one of the *-bnb-4bit kind"
+            f"model_name: the checkpoint is quantized by {method} in another form than bitsandbytes' NF4 or HQQ's 8, "
+            "4, 3, 2 and 1 bits, which alone are read as they are; use the unquantized model, or one of the "
+            "*-bnb-4bit kind"
         )
-    codec = family.from_hf_config(quantization_config)
-    if codec is None:
+    codec_of = found[TRAIN_TYPES[options.train_type].codec]
+    if codec_of is None:
         raise UserError(
-            f"train_type: {options.train_type} trains over an unquantized base and this checkpoint is quantized; "
-            "use --train_type qlora"
+            f"train_type: {options.train_type} does not train over a checkpoint that {method} quantized; "
+            f"use --train_type {train_type_over(published, options.train_type)}"
         )
-    return codec, True
+    return codec_of, True
+
+
+def train_type_over(codec: str, train_type: str) -> str:
+    """Return the train type over a base in that codec which is nearest to `train_type`."""
+    adapter = TRAIN_TYPES[train_type].adapter
+    over = [name for name, kind in TRAIN_TYPES.items() if kind.codec == codec]
+    return next((name for name in over if TRAIN_TYPES[name].adapter == adapter), over[0])
+
+
+def described(weight: str, tensors: Mapping[str, Tensor], compute_dtype: torch.dtype) -> tuple[str, Codec] | None:
+    """Return (family, codec) of a weight whose form a checkpoint's tensors alone tell, None if none of them does."""
+    found = ((name, family.described(weight, tensors, compute_dtype)) for name, family in CODECS.items())
+    return next(((name, codec) for name, codec in found if codec is not None), None)
 
 
 def codec_named(name: str) -> Codec:
