@@ -1,26 +1,19 @@
 """A training run, stage by stage: checked, read, built, planned, loaded, trained."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fsdp_qlora.config.files import save as save_config
 from fsdp_qlora.config.options import Config
-from fsdp_qlora.data.batches import Batches, Rows, load_rows, load_tokenizer
-from fsdp_qlora.data.held_out import rows_to_evaluate
-from fsdp_qlora.data.packing import Bins
+from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.show_rows import lines_of
-from fsdp_qlora.data.sources import forget_stdin
 from fsdp_qlora.distributed.world import World, open_world
-from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.peft import check_space
-from fsdp_qlora.models.skeleton import max_positions, text_config
 from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.loggers import check_installed
 from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
@@ -33,6 +26,7 @@ from fsdp_qlora.report.startup import (
     describe_rows,
     packing_hint,
 )
+from fsdp_qlora.run_data import Data, count_steps, lengths_to_plan, make_batches, read_data, row_lengths
 from fsdp_qlora.runtime.determinism import check_deterministic, deterministic_algorithms
 from fsdp_qlora.runtime.files import Claim, writing_to
 from fsdp_qlora.runtime.gpu_memory import hold_to_card
@@ -43,18 +37,34 @@ from fsdp_qlora.training.checkpoint import Checkpoints, checkpoint_bytes, most_a
 from fsdp_qlora.training.evaluate import Evaluator
 from fsdp_qlora.training.evaluations import Evaluations, check_evaluations
 from fsdp_qlora.training.loop import Loop
-from fsdp_qlora.training.resume import find_checkpoint, forget_others, notes_of
+from fsdp_qlora.training.resume import Checkpoint, find_checkpoint, forget_others, notes_of
 from fsdp_qlora.training.retry import Refit
 from fsdp_qlora.training.step import Stepper
 
 
 @dataclass(frozen=True)
-class Data:
-    """The tokenized rows of a run and their tokenizer."""
+class PreparedRun:
+    """A run that is read, built and planned. None of its weights is read, and its output folder is as it was."""
 
-    tokenizer: PreTrainedTokenizerBase | None  # None: the dummy dataset of a model without one
-    rows: Rows  # to train on
-    held_out: Rows | None  # to evaluate on
+    session: Session
+    data: Data | None  # None: --plan_only, which reads rows only to show them
+    lengths: RowLengths | None
+    batches: Batches | None
+    checkpoint: Checkpoint | None  # where the run goes on
+    noted: Config  # the options that repeat this run
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.noted.output.output_dir)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model of a run in its place, with what trains it."""
+
+    stepper: Stepper
+    refit: Refit
+    evaluations: Evaluations | None
 
 
 def run(config: Config, notes: Sequence[str] = ()) -> int:
@@ -70,110 +80,131 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         deterministic_algorithms(config.training.deterministic),
     ):
         stages.done("ranks")
-        world.together(lambda: check_deterministic(config.training, world.device))
-        folder, only_plan = Path(config.output.output_dir), config.memory.plan_only
-        if not only_plan:
-            world.together(lambda: check_installed(config))
-            goes_on = config.output.resume is not None
-            world.main_only(lambda: claim.take(folder, goes_on or config.output.overwrite_output_dir))
-        checkpoint = None if only_plan else find_checkpoint(config, world)
-        compute = choose_compute(config, world)
-        data = None if only_plan and not config.data.show_rows else read_data(config, compute.hf_config, world)
-        lengths = None if data is None else row_lengths(config, data.rows)
-        stages.done("config and data")
-        session = prepare(config, world, compute, lengths_to_plan(data, lengths), stages.done)
-        planned, plan = session.planned, session.planned.plan
-        batches = None if data is None else make_batches(session, data.rows, lengths)
-        noted = with_micro_batch(config, plan.micro_batch, plan.accumulation)  # what repeats this run
-        resumed = []
-        if checkpoint is not None:
-            assert batches is not None
-            world.main_only(partial(check_place, checkpoint, config, batches, count_steps(config, batches)))
-            resumed = notes_of(checkpoint, noted, world)
-        for line in [*notes, *start_lines(session, data, batches, lengths), *resumed]:
+        checkpoint = begin(config, world, claim)
+        ready = prepare_run(config, world, checkpoint, stages.done)
+        for line in [*notes, *start_lines(ready)]:
             world.say(line)
-        if only_plan:
+        if config.memory.plan_only:
             return 0
-        assert data is not None
-        assert batches is not None
-        steps = count_steps(config, batches)
-        world.together(lambda: check_evaluations(config.evaluation, steps, batches.steps_per_epoch))
-        earlier = None if checkpoint is None else (checkpoint.run_folder(folder), checkpoint.step)
-        metrics = world.together(lambda: Metrics(noted, world, steps, earlier))
-        left = steps - (0 if checkpoint is None else checkpoint.step)
-        world.main_only(lambda: check_room(noted, folder, adapter_count(session.model), left))
-        if checkpoint is None:
-            world.main_only(lambda: note_run(noted, folder, planned.record))
-
-        layout = planned.layout if data.held_out is not None else None
-        forward = None if layout is None else layout.of_forward()  # before a placement hooks into the model
-        placement = session.place()
-        refit = Refit(planned, session.model, placement, planned.facts.tokens, world, folder)
-        adapters = session.load(placement)
-        give_back_freed()
-        hold_to_card(config.memory.gpu_memory_gib, world.device)
-        arena = refit.first_arena(adapters.exchange.widens)
-        stages.done("loading")
-        if config.output.verbose:
-            world.say(stages.line())
-        torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
-        stepper = Stepper(session.model, adapters, config.training, steps, world, arena)
-        base = base_of(session.model, world.device)
-        evaluations = None
-        if data.held_out is not None:
-            borrow = partial(stepper.lend, forward)
-            evaluator = Evaluator(session.model, data.held_out, planned.facts.tokens, world, borrow)
-            evaluations = Evaluations(config.evaluation, evaluator, steps, batches.steps_per_epoch)
-        parts = {} if evaluations is None else {"evaluations": evaluations}
-        checkpoints = Checkpoints(noted, world, stepper, partial(place_in, batches), base, parts)
-        if checkpoint is not None:
-            world.main_only(partial(check_base, checkpoint, config, base, checkpoints.adapters))
-            checkpoints.load(checkpoint)
-            if evaluations is not None and not checkpoint.is_in(folder):
-                evaluations.kept = None  # in the other folder
-            world.main_only(metrics.take_over)  # from here on files of the run that goes on are changed
-            world.main_only(lambda: note_run(noted, folder, planned.record))
-        world.main_only(partial(forget_others, folder, checkpoint, world))
-        return Loop(
-            config, world, host, metrics, stepper, refit, batches, steps, data.tokenizer, folder, checkpoints,
-            evaluations,
-        ).run()  # fmt: skip
+        return train(ready, host, stages)
 
 
-def read_data(config: Config, hf_config: PretrainedConfig, world: World) -> Data:
-    """Return tokenizer and tokenized rows, which a node's first rank makes and its others find in the cache.
+def begin(config: Config, world: World, claim: Claim) -> Checkpoint | None:
+    """Check what needs neither rows nor model, and take the output folder. Return the checkpoint to go on from.
 
     A collective."""
-    try:
-        return world.first_on_node(lambda: load_data(config, hf_config, progress=world.is_main))
-    finally:
-        if world.local_rank == 0:
-            forget_stdin()
+    world.together(lambda: check_deterministic(config.training, world.device))
+    if config.memory.plan_only:
+        return None
+    world.together(lambda: check_installed(config))
+    allowed = config.output.resume is not None or config.output.overwrite_output_dir
+    world.main_only(lambda: claim.take(Path(config.output.output_dir), allowed))
+    return find_checkpoint(config, world)
 
 
-def load_data(config: Config, hf_config: PretrainedConfig, progress: bool) -> Data:
-    """Return tokenizer and tokenized rows. The dummy dataset needs no tokenizer, and a model may be without one."""
-    try:
-        tokenizer = load_tokenizer(config.model.model_name, config.model.revision)
-    except UserError:
-        if config.data.dataset != "dummy":  # nor is its eval_dataset then
-            raise
-        tokenizer = None
-    vocabulary = text_config(hf_config).vocab_size
-    rows = load_rows(config.data, tokenizer, max_positions(hf_config), vocabulary, progress)
-    return Data(tokenizer, *rows_to_evaluate(config, rows, tokenizer, vocabulary, progress))
+def prepare_run(
+    config: Config, world: World, checkpoint: Checkpoint | None, done: Callable[[str], None]
+) -> PreparedRun:
+    """Read the rows, build the model and plan the run. A collective. done: told of each stage that has ended."""
+    compute = choose_compute(config, world)
+    reads = not config.memory.plan_only or config.data.show_rows
+    data = read_data(config, compute.hf_config, world) if reads else None
+    lengths = None if data is None else row_lengths(config, data.rows)
+    done("config and data")
+    session = prepare(config, world, compute, lengths_to_plan(data, lengths), done)
+    batches = None if data is None else make_batches(session, data.rows, lengths)
+    chosen = session.planned.plan
+    noted = with_micro_batch(config, chosen.micro_batch, chosen.accumulation)
+    if checkpoint is not None:
+        assert batches is not None
+        world.main_only(partial(check_place, checkpoint, config, batches, count_steps(config, batches)))
+    return PreparedRun(session, data, lengths, batches, checkpoint, noted)
 
 
-def start_lines(session: Session, data: Data | None, batches: Batches | None, lengths: RowLengths | None) -> list[str]:
+def train(ready: PreparedRun, host: HostMemory, stages: Stages) -> int:
+    """Load the model and train it. A collective. Returns the exit code."""
+    session, data, batches = ready.session, ready.data, ready.batches
+    assert data is not None
+    assert batches is not None
+    config, world, checkpoint = session.config, session.world, ready.checkpoint
+    steps = count_steps(config, batches)
+    world.together(lambda: check_evaluations(config.evaluation, steps, batches.steps_per_epoch))
+    metrics = open_metrics(ready, steps)
+    loaded = load(ready, data, batches, steps)
+    stages.done("loading")
+    if config.output.verbose:
+        world.say(stages.line())
+    checkpoints = go_on(ready, loaded, batches, metrics)
+    world.main_only(partial(forget_others, ready.folder, checkpoint, world))
+    return Loop(
+        config, world, host, metrics, loaded.stepper, loaded.refit, batches, steps, data.tokenizer, ready.folder,
+        checkpoints, loaded.evaluations,
+    ).run()  # fmt: skip
+
+
+def open_metrics(ready: PreparedRun, steps: int) -> Metrics:
+    """Open the record of a run of `steps` steps, and check the disk's space for all that it will write. A collective.
+
+    What an earlier run of the folder left stays as it is until that run's checkpoint has been loaded."""
+    checkpoint, noted, folder = ready.checkpoint, ready.noted, ready.folder
+    model, world = ready.session.model, ready.session.world
+    earlier = None if checkpoint is None else (checkpoint.run_folder(folder), checkpoint.step)
+    metrics = world.together(lambda: Metrics(noted, world, steps, earlier))
+    left = steps - (0 if checkpoint is None else checkpoint.step)
+    world.main_only(lambda: check_room(noted, folder, adapter_count(model), left))
+    if checkpoint is None:
+        world.main_only(lambda: note_run(ready))
+    return metrics
+
+
+def load(ready: PreparedRun, data: Data, batches: Batches, steps: int) -> Loaded:
+    """Read the weights to where the plan places them; return what trains over them. A collective."""
+    session, planned = ready.session, ready.session.planned
+    config, world, model = session.config, session.world, session.model
+    layout = planned.layout if data.held_out is not None else None
+    forward = None if layout is None else layout.of_forward()  # before a placement hooks into the model
+    placement = session.place()
+    refit = Refit(planned, model, placement, planned.facts.tokens, world, ready.folder)
+    adapters = session.load(placement)
+    give_back_freed()
+    hold_to_card(config.memory.gpu_memory_gib, world.device)
+    arena = refit.first_arena(adapters.exchange.widens)
+    torch.manual_seed(config.training.seed + world.rank)  # only dropout draws from here on
+    stepper = Stepper(model, adapters, config.training, steps, world, arena)
+    evaluations = None
+    if data.held_out is not None:
+        evaluator = Evaluator(model, data.held_out, planned.facts.tokens, world, partial(stepper.lend, forward))
+        evaluations = Evaluations(config.evaluation, evaluator, steps, batches.steps_per_epoch)
+    return Loaded(stepper, refit, evaluations)
+
+
+def go_on(ready: PreparedRun, loaded: Loaded, batches: Batches, metrics: Metrics) -> Checkpoints:
+    """Return the writer of checkpoints, with all that it saves as the run's own checkpoint has it. A collective."""
+    session, checkpoint, evaluations = ready.session, ready.checkpoint, loaded.evaluations
+    world, folder, base = session.world, ready.folder, base_of(session.model, session.world.device)
+    parts = {} if evaluations is None else {"evaluations": evaluations}
+    checkpoints = Checkpoints(ready.noted, world, loaded.stepper, partial(place_in, batches), base, parts)
+    if checkpoint is None:
+        return checkpoints
+    world.main_only(partial(check_base, checkpoint, session.config, base, checkpoints.adapters))
+    checkpoints.load(checkpoint)
+    if evaluations is not None and not checkpoint.is_in(folder):
+        evaluations.kept = None  # in the other folder
+    world.main_only(metrics.take_over)  # from here on files of the run that goes on are changed
+    world.main_only(lambda: note_run(ready))
+    return checkpoints
+
+
+def start_lines(ready: PreparedRun) -> list[str]:
     """Return what the run is about to do, for the user. A collective."""
+    session, data, lengths = ready.session, ready.data, ready.lengths
     config, world, planned = session.config, session.world, session.planned
-    compute, verbose = session.compute, config.output.verbose
+    compute, verbose, context = session.compute, config.output.verbose, config.data.context_length
     lines = describe(session.model, compute.hf_config, config, compute.attention, session.fusion, world)
-    if batches is not None:
-        lines += describe_rows(config, batches, count_steps(config, batches), world)
+    if ready.batches is not None:
+        lines += describe_rows(config, ready.batches, count_steps(config, ready.batches), world)
     if data is not None and data.held_out is not None:
         lines += describe_evaluation(config.evaluation, data.held_out)
-    context = config.data.context_length
     if data is None and config.data.dataset != "dummy":
         lines.append(f"data      not read, rows taken to fill {context} tokens; --show_rows 1 reads and counts them")
     if lengths is not None and session.fusion.blocks and are_short(lengths, context):
@@ -184,7 +215,8 @@ def start_lines(session: Session, data: Data | None, batches: Batches | None, le
     if verbose:
         lines = [*machine_lines(world), *lines]
     rates = [rates_line(planned.record["rates"])] if verbose and planned.record["rates"] else []
-    return [*lines, *planned.lines, *rates]
+    resumed = [] if ready.checkpoint is None else notes_of(ready.checkpoint, ready.noted, world)
+    return [*lines, *planned.lines, *rates, *resumed]
 
 
 def check_room(config: Config, folder: Path, adapters: int, steps: int) -> None:
@@ -196,34 +228,8 @@ def check_room(config: Config, folder: Path, adapters: int, steps: int) -> None:
     check_space(folder, 4 * adapters * copies * config.output.save_model, *checkpoints)
 
 
-def note_run(config: Config, folder: Path, plan: dict[str, Any]) -> None:
+def note_run(ready: PreparedRun) -> None:
     """Write the run's options and plan to its output folder."""
-    with writing_to(folder, "output_dir"):
-        save_config(config, folder / "config.yaml")
-        write_plan(folder, plan)
-
-
-def row_lengths(config: Config, rows: Rows) -> RowLengths:
-    """Return the lengths of the rows, and of the bins that they are packed into."""
-    return RowLengths.of(rows, Bins(rows.context_length, rows.lengths) if config.data.packing else None)
-
-
-def lengths_to_plan(data: Data | None, lengths: RowLengths | None) -> RowLengths | None:
-    """Return the lengths that the plan is made for: of the rows that train, and at least of one to evaluate on."""
-    if data is None or data.held_out is None or lengths is None:
-        return lengths
-    widest = data.held_out.widest
-    return replace(lengths, widest=max(lengths.widest, widest), at_least=widest)
-
-
-def make_batches(session: Session, rows: Rows, lengths: RowLengths | None) -> Batches:
-    """Return this rank's micro-batches, as the session's plan has them."""
-    world, plan, seed = session.world, session.planned.plan, session.config.training.seed
-    flat = lengths if session.fusion.blocks else None
-    return Batches(rows, plan.micro_batch, plan.accumulation, world.size, world.rank, seed, flat)
-
-
-def count_steps(config: Config, batches: Batches) -> int:
-    """Return the optimizer steps of the run."""
-    steps = batches.steps_per_epoch * config.training.num_epochs
-    return min(steps, config.training.max_steps) if config.training.max_steps > 0 else steps
+    with writing_to(ready.folder, "output_dir"):
+        save_config(ready.noted, ready.folder / "config.yaml")
+        write_plan(ready.folder, ready.session.planned.record)

@@ -52,6 +52,7 @@ def test_every_file_is_in_a_room_or_known():
         *GROUND,
         "run",
         "rig_plan",
+        "run_data",
         "session",
     }
 

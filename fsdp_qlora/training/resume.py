@@ -14,8 +14,8 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.peft import ADAPTER
 from fsdp_qlora.runtime.files import check_empty
 from fsdp_qlora.training.agreement import check_options, differences, is_same_run
+from fsdp_qlora.training.checkpoint_folder import Checkpoint as Checkpoint
 from fsdp_qlora.training.checkpoint_folder import (
-    Checkpoint,
     Damaged,
     check_files,
     checkpoints_in,
