@@ -186,7 +186,7 @@ def go_on(ready: PreparedRun, loaded: Loaded, batches: Batches, metrics: Metrics
     checkpoints = Checkpoints(ready.noted, world, loaded.stepper, partial(place_in, batches), base, parts)
     if checkpoint is None:
         return checkpoints
-    world.main_only(partial(check_base, checkpoint, session.config, base, checkpoints.adapters))
+    world.main_only(partial(check_base, checkpoint, session.config, base, checkpoints.adapters, world.say))
     checkpoints.load(checkpoint)
     if evaluations is not None and not checkpoint.is_in(folder):
         evaluations.kept = None  # in the other folder

@@ -1,6 +1,6 @@
 """Whether a checkpoint is this run's: what must agree for the run to go on to the same bits, and what may differ."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -111,11 +111,20 @@ def base_of(model: CausalModel, device: torch.device) -> dict[str, Any]:
     """Return a checksum of the frozen weights: after they are loaded and before they are first read."""
     sums = [unit.frozen.expected for unit in model.units]
     assert None not in sums, "the frozen weights have been read"
-    return {"checksum": sum(number or 0 for number in sums) % 2**64, "device": device.type}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"checksum": sum(number or 0 for number in sums) % 2**64, "device": name}
 
 
-def check_base(checkpoint: Checkpoint, config: Config, base: Mapping[str, Any], adapters: list[list[Any]]) -> None:
-    """Raise UserError where the frozen weights or the adapters are not those of the checkpoint's run."""
+def check_base(
+    checkpoint: Checkpoint,
+    config: Config,
+    base: Mapping[str, Any],
+    adapters: list[list[Any]],
+    say: Callable[[str], None],
+) -> None:
+    """Raise UserError where the frozen weights or the adapters are not those of the checkpoint's run.
+
+    Where another kind of device encoded the weights, their bytes may differ in the last bits: the user is told."""
     before = checkpoint.manifest
     options = _changed(COMPARED_BY_BYTES, "model", before.options, config)
     why = f" ({options})" if options else ""
@@ -124,8 +133,14 @@ def check_base(checkpoint: Checkpoint, config: Config, base: Mapping[str, Any], 
             f"resume: {checkpoint.path} has adapters of other linears or shapes than this model{why}; take the model "
             f"as it was, {ANEW}"
         )
-    # Devices may encode to other bits.
-    if before.base["device"] == base["device"] and before.base["checksum"] != base["checksum"]:
+    if before.base["checksum"] == base["checksum"]:
+        return
+    if before.base["device"] != base["device"]:  # which may sum up the scales of NF4 to other bits
+        say(
+            f"resume    {checkpoint.path} was made on another device ({before.base['device']}, here {base['device']}): "
+            "the frozen weights are not the same to the bit; that they are the same model is not checked"
+        )
+    else:
         raise UserError(
             f"resume: {checkpoint.path} was trained over other frozen weights than {config.model.model_name} has{why}; "
             f"take the model as it was, {ANEW}"

@@ -236,6 +236,18 @@ def test_what_would_not_be_the_same_run_is_refused_in_one_line(name, place, alon
     assert sorted((file, file.stat().st_size) for file in folder.rglob("*") if file.name != "plan.json") == before
 
 
+def test_weights_that_another_device_encoded_are_gone_on_with_and_said(place, alone, capsys):
+    options, folder = continued(place, alone, "another device", dummy_weights=True)
+    saved = read_checkpoint(folder / f"checkpoint-{SAVED}")
+    elsewhere = replace(saved.manifest, base=saved.manifest.base | {"device": "NVIDIA GeForce RTX 3090"})
+    write_manifest(saved.path, elsewhere)
+    run = run_alone(options, folder)
+    said = capsys.readouterr().out
+    assert "was made on another device (NVIDIA GeForce RTX 3090, here " in said
+    assert "that they are the same model is not checked" in said
+    assert len(run.records) == STEPS
+
+
 def test_options_that_may_differ_are_options_of_groups_that_must_agree():
     assert {OPTIONS[name].group for name in MAY_DIFFER} == {"model", "data", "training"}
     assert {"lora_dropout", "seed", "optimizer", "precision"}.isdisjoint(MAY_DIFFER)
