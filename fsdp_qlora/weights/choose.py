@@ -1,6 +1,7 @@
 """The source of weights that the options name, and the codec of each of its linears."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +49,41 @@ def codec_chooser(
 
     quantization_config: of the checkpoint's config.json; without it a weight's own tensors tell where they can.
     Raises UserError, as the function that it returns, for a checkpoint that the options do not fit."""
-    chosen, prequantized = choose_codec(options, quantization_config, compute_dtype)
+    chosen, published = choose_codec(options, quantization_config, compute_dtype)
+    names = weights.names()
+    if not published and _tell_themselves(weights, compute_dtype):
+        chosen, published = partial(_as_stored, options, weights, compute_dtype), True
+    if not published:
+        return chosen
     plain = Plain(compute_dtype)
 
     def codec_of(name: str) -> Codec:
-        if not is_quantized(name, weights.names()):
-            return plain if prequantized else chosen(name)
-        told = None if prequantized else described(name, _WhenAsked(weights, name), compute_dtype)
-        if told is not None and told[0] != TRAIN_TYPES[options.train_type].codec:
-            raise UserError(
-                f"train_type: {options.train_type} does not train over {name} as the checkpoint has it, in "
-                f"{told[1].name}; use --train_type {train_type_over(told[0], options.train_type)}"
-            )
-        codec = chosen(name) if told is None else told[1]
-        if prequantized or told is not None:
-            _check_asked(options, codec, name)
+        if not is_quantized(name, names):
+            return plain
+        codec = chosen(name)
+        _check_asked(options, codec, name)
         return codec
 
     return codec_of
+
+
+def _tell_themselves(weights: Weights, compute_dtype: torch.dtype) -> bool:
+    """Return whether a checkpoint's tensors tell in what form they are, for which its config.json need not."""
+    names = weights.names()
+    first = next((name for name in names or () if is_quantized(name, names)), None)
+    return first is not None and described(first, _WhenAsked(weights, first), compute_dtype) is not None
+
+
+def _as_stored(options: ModelOptions, weights: Weights, compute_dtype: torch.dtype, name: str) -> Codec:
+    found = described(name, _WhenAsked(weights, name), compute_dtype)
+    assert found is not None, f"{name} is quantized otherwise than the rest of its checkpoint"
+    family, codec = found
+    if family != TRAIN_TYPES[options.train_type].codec:
+        raise UserError(
+            f"train_type: {options.train_type} does not train over {name} as the checkpoint has it, in {codec.name}; "
+            f"use --train_type {train_type_over(family, options.train_type)}"
+        )
+    return codec
 
 
 def _check_asked(options: ModelOptions, codec: Codec, name: str) -> None:

@@ -59,11 +59,11 @@ def assert_reads_what_transformers_reads(folder: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def refused(folder: Path, capsys: pytest.CaptureFixture[str], **options: object) -> str:
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], about: str = "model_name", **options: object) -> str:
     """The one line that the program ends with."""
     code = train.main(flags(OPTIONS | {"model_name": folder, "output_dir": folder.parent / "out"} | options))
     said = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in said if "model_name" in line]
+    lines = [line for line in said if about in line]
     assert code == 2
     assert len(lines) == 1, said
     assert not any("Traceback" in line for line in said)

@@ -152,7 +152,6 @@ def test_a_checkpoint_that_says_something_else_is_refused_by_name():
     ("codec", "shape", "words"),
     [
         (HQQ(4, 128, 1, torch.float32), (64, 192), ["its 192 inputs are no multiple of 128", "set it to 32 or 64"]),
-        (HQQ(4, 32, 1, torch.float32), (64, 144), ["its 144 inputs", "set hqq_axis to 0"]),
         (HQQ(4, 32, 1, torch.float32), (72, 144), ["its 144 inputs", "use --train_type qlora"]),
         (HQQ(4, 64, 0, torch.float32), (96, 192), ["along axis 0", "its 96 outputs are no multiple of 64", "to 32"]),
         (HQQ(4, 64, 0, torch.float32), (64, 100), ["its 100 inputs are no multiple of 8", "use --train_type qlora"]),

@@ -164,9 +164,4 @@ def _words(form: Form) -> str:
 
 def _remedy(codec: HQQ, shape: tuple[int, ...]) -> str:
     fitting = [str(group) for group in GROUPS if not unfit(codec.form._replace(group=group), shape)]
-    if fitting:
-        return f"set it to {' or '.join(fitting)}"
-    other = codec.form._replace(axis=1 - codec.axis)
-    if not unfit(other, shape):
-        return f"set hqq_axis to {other.axis}"
-    return "use --train_type qlora"
+    return f"set it to {' or '.join(fitting)}" if fitting else "use --train_type qlora"
