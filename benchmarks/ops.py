@@ -2,7 +2,7 @@
 
     python -m benchmarks.ops results.json [--only dequantize,rms_norm,...]
 
-Nothing is timed if a result is wrong: the NF4 decoder must equal bitsandbytes bit for bit, every other op must be at
+Nothing is timed if a result is wrong: decoders must equal bitsandbytes and hqq bit for bit, every other op must be at
 most twice as far from float64 as plain PyTorch in bf16. Rows show milliseconds, GB/s or TFLOP/s, that as a share of
 this device's measured copy bandwidth or matmul rate, and the same work by PyTorch's own ops, bitsandbytes, and Liger
 where it is installed. Without a GPU tiny shapes run, to see that the script does; those numbers mean nothing.
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.ops_gate import BF16, DEVICE, ON_GPU, gate, random, size
+from benchmarks.ops_hqq import DECODED, ENCODED, dequantize_hqq, encode_hqq, hqq_gate
 from benchmarks.timing import copies, copy_bandwidth, environment, matmul_rate, milliseconds
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.embedding import gather_rows
@@ -222,6 +223,8 @@ def embedding(table: Table, tokens: int, hidden: int, vocabulary: int) -> None:
 MATRICES = [(4096, 4096), (14336, 4096), (1024, 8192), (8192, 8192), (28672, 8192)]
 SECTIONS: dict[str, tuple[Callable[..., None], list[tuple]]] = {
     "dequantize": (dequantize, [(*shape, double) for double in (True, False) for shape in MATRICES]),
+    "dequantize_hqq": (dequantize_hqq, DECODED),
+    "encode_hqq": (encode_hqq, ENCODED),
     "rms_norm": (norm, [(8192, 4096), (4096, 8192), (8192 * 32, 128)]),
     "rope": (rotary, [(8192, 32, 8), (4096, 64, 8)]),
     "glu": (gated, [(8192, 14336), (4096, 28672)]),
@@ -239,7 +242,7 @@ def main() -> int:
     torch.manual_seed(0)
     about = environment()
     print("  ".join(f"{name} {value}" for name, value in about.items()))
-    wrong = gate()
+    wrong = [*gate(), *hqq_gate()]
     for line in wrong:
         print(f"WRONG: {line}")
     table = Table() if not wrong else None

@@ -84,7 +84,7 @@ def environment() -> dict[str, str]:
         "commit": commit or "unknown",
         "command": " ".join(sys.argv),
     }
-    for package in ("torch", "triton", "bitsandbytes", "liger_kernel", "unsloth"):
+    for package in ("torch", "triton", "bitsandbytes", "hqq", "liger_kernel", "unsloth"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
