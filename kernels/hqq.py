@@ -214,9 +214,9 @@ def _rows_cost(*args: Any, COUNT: int, BITS: int, **_: Any) -> Cost:
     return Cost(dequantized=sum(x.nbytes for kind in kinds for x in kind))
 
 
-_ROWS = 256
-_LINES = 8
 _WARPS = 4
+_ROWS = 32 * _WARPS  # a word for each thread: of two, Triton loads them as one and carries half to other threads
+_LINES = 8
 
 
 def _launch(parts: HqqParts, form: Form, out: torch.Tensor) -> None:
