@@ -226,7 +226,7 @@ def _rows_cost(*args: Any, COUNT: int, **_: Any) -> Cost:
 
 
 @functools.cache
-def _tables(device: torch.device) -> torch.Tensor:
+def tables_of(device: torch.device) -> torch.Tensor:
     return torch.cat([torch.tensor(LEVELS, dtype=torch.float32), dynamic_map()]).to(device)
 
 
@@ -235,13 +235,13 @@ _WARPS = 4
 
 
 def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> None:
-    tables = _tables(codes.device)
+    tables = tables_of(codes.device)
     n_bytes = codes.numel()
     if n_bytes:
         stride, apart = _apart(out)
         launch_kernel(
             _dequantize_kernel, (_programs(n_bytes),),
-            codes, *_scales(absmax, tables), tables, out, n_bytes, n, stride, NESTED=isinstance(absmax, tuple),
+            codes, *scale_parts(absmax, tables), tables, out, n_bytes, n, stride, NESTED=isinstance(absmax, tuple),
             ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
         )  # fmt: skip
 
@@ -250,11 +250,11 @@ def _rows_launch(
     stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int], sizes: Sequence[int]
 ) -> Callable[[torch.Tensor], None]:
     """The launch into an `out`, all of its arguments but for that made."""
-    count, tables = len(stored), _tables(stored[0][0].device)
+    count, tables = len(stored), tables_of(stored[0][0].device)
     absent = [count - 1] * (3 - count)  # arguments that are not read
     order = [*range(count), *absent]
     codes = [stored[i][0] for i in order]
-    scale, nested, offset = zip(*(_scales(stored[i][1], tables) for i in order), strict=True)
+    scale, nested, offset = zip(*(scale_parts(stored[i][1], tables) for i in order), strict=True)
     n_bytes = [c.numel() for c in codes]
     second = _programs(n_bytes[0])
     third = second + _programs(n_bytes[1])
@@ -279,7 +279,7 @@ def _programs(n_bytes: int) -> int:
     return -(-n_bytes // (4 * _ROWS))
 
 
-def _scales(absmax: Scales, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scale_parts(absmax: Scales, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (absmax, tables, tables) if isinstance(absmax, torch.Tensor) else absmax
 
 

@@ -5,11 +5,12 @@ layers stay Hugging Face's.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -86,6 +87,15 @@ class Head(nn.Module):
                 label_count=len(labels_L),
             )
 
+    def logits(self, hidden_LH: Tensor) -> Tensor:
+        """Return the logits, float32 [L, V], with what the family does to them."""
+        with self.frozen.opened():
+            bias = None if self.bias is None else self.bias.decode(self.dtype)
+            logits_LV = F.linear(hidden_LH.to(self.dtype), self.weight.decode(self.dtype), bias).float()
+        if self.factor != 1.0:
+            logits_LV *= self.factor
+        return logits_LV if self.softcap is None else torch.tanh(logits_LV / self.softcap) * self.softcap
+
 
 class CurrentSegments:
     """The bounds of documents in the row that a forward is running for; None where a row is a document."""
@@ -148,13 +158,28 @@ class CausalModel(nn.Module):
         self.rest.bind()
         self.current.segments = segments
         positions = {} if segments is None else {"position_ids": segments.positions}
-        kind = input_ids.device.type
-        mixed = self.precision.autocast and kind != "meta"
-        with torch.autocast(kind, self.precision.compute) if mixed else no_autocast(input_ids):
+        with self._in_precision(input_ids):
             hidden_TH = self.backbone(input_ids=input_ids, use_cache=False, **positions)[0].flatten(0, 1)
             hidden_LH = Picked.apply(hidden_TH, places_L)
             loss: Tensor = self.head(self.final_norm(hidden_LH), labels_L, divisor)
         return loss
+
+    def logits(self, input_ids: Tensor, places_L: Tensor | None, **given: Any) -> Tensor:
+        """Return the logits of the next token, float32 [L, V], without gradients.
+
+        input_ids: int64 [B, S]. places_L: int64 [L], the positions in B*S that are asked for; None: all. given: what
+        the Hugging Face model takes beside the tokens (positions, masks, its cache)."""
+        self.rest.bind()
+        with torch.no_grad(), self._in_precision(input_ids):
+            hidden_TH = self.backbone(input_ids=input_ids, **{"use_cache": False, **given})[0].flatten(0, 1)
+            hidden_LH = hidden_TH if places_L is None else hidden_TH.index_select(0, places_L)
+            return self.head.logits(self.final_norm(hidden_LH))
+
+    def _in_precision(self, input_ids: Tensor) -> AbstractContextManager[Any]:
+        """Return the context that the model's dtypes ask for."""
+        kind = input_ids.device.type
+        mixed = self.precision.autocast and kind != "meta"
+        return torch.autocast(kind, self.precision.compute) if mixed else no_autocast(input_ids)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.distributed.world import World
@@ -57,6 +57,7 @@ class Sharded:
             if unit.home == "shared" and unit.name not in model.blocks:
                 shard(unit.frozen, True)
         shard(model, False)  # the root: starts and ends each pass, and holds no bytes of its own
+        register_fsdp_forward_method(model, "logits")
         for i, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + PREFETCH])
             # Without a list FSDP2 gathers what ran before the first block: the last one, after an evaluation's forward.

@@ -14,7 +14,10 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fsdp_qlora.kernels import cross_entropy, dropout, embedding, glu, glu_lora, hqq, lora_wide, nf4, rms_norm, rope
+from fsdp_qlora.kernels import (
+    cached_attention, cross_entropy, dropout, embedding, glu, glu_lora, hqq, lora_wide, nf4, nf4_few_rows, rms_norm,
+    rope
+)
 
 
 def compiled(kernel, capability, types, **constants):
@@ -26,7 +29,7 @@ def compiled(kernel, capability, types, **constants):
     signature = {name: given.get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=places)
-    fused = not kernel.__name__.startswith("_dequantize")
+    fused = not kernel.__name__.startswith(("_dequantize", "_few_rows"))
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": fused}).asm["ptx"]
 
@@ -71,6 +74,16 @@ compiled(dropout._dropout_kernel, 86, "bbiFFI", ADD=True, TILE=128)
 widths = {"O": 96, "H": 200, "R": 24, "RANK": 7, "ROWS": 32, "COLUMNS": 32, "TILES": 2, "TILE": 128}
 for count in (1, 2, 3):
     compiled(lora_wide._lay_kernel, 86, "b" * 7 + "i" * 8, COUNT=count, **widths)
+for nested, group in ((True, 4), (True, 1), (False, 2)):
+    types = "fu" + ("u" if nested else "f") + "fff" + "bbbb" + "iiii"
+    tiling = {"R": 16, "R_TILE": 16, "GROUP": group, "OUTPUTS": 8, "BLOCKS": 8, "STEPS": 8, "BIAS": group > 1}
+    compiled(nf4_few_rows._few_rows_kernel, 86, types, I=4096, NESTED=nested, **tiling)
+for window, capped, is_float in ((0, False, False), (64, True, True)):
+    shape = {"C": 300, "K": 2, "G": 4, "D": 96, "PARTS": 3, "TILES": 2, "TILE": 64, "G_TILE": 16, "D_TILE": 128}
+    letter = "f" if is_float else "b"
+    types = letter * 3 + "l" + "fff" + "FF" + "ii"
+    compiled(cached_attention._part_kernel, 86, types, WINDOW=window, SOFTCAP=capped, FLOAT=is_float, **shape)
+compiled(cached_attention._join_kernel, 86, "fffb", G=4, D=96, PARTS=3, P_TILE=4, D_TILE=128)
 print("compiled")
 """
 

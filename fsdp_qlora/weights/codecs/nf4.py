@@ -72,12 +72,12 @@ class NF4:
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        return dequantize_nf4(parts["codes"], self._scales(parts), shape, dtype, out)
+        return dequantize_nf4(parts["codes"], self.scales(parts), shape, dtype, out)
 
     def rows_decoder(self, stored: Sequence[Mapping[str, Tensor]], rows: Sequence[int], width: int) -> Decoder:
-        return nf4_rows([(parts["codes"], self._scales(parts)) for parts in stored], rows, width)
+        return nf4_rows([(parts["codes"], self.scales(parts)) for parts in stored], rows, width)
 
-    def _scales(self, parts: Mapping[str, Tensor]) -> Scales:
+    def scales(self, parts: Mapping[str, Tensor]) -> Scales:
         if self.double_quant:
             return parts["absmax_q"], parts["nested_absmax"], parts["offset"]
         return parts["absmax"]

@@ -1,0 +1,62 @@
+"""Answers to prompts in their order: batches of rows dealt to the ranks, each round of them brought together."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.generation.decoder import Decoder
+from fsdp_qlora.generation.sampling import Sampling
+from fsdp_qlora.generation.steps import Steps
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens that follow a prompt. is_ended: a stop token, which is not among them, ended it."""
+
+    row: int  # of the prompts
+    ids: list[int]
+    is_ended: bool
+
+
+class Answers:
+    """Makes the answers to prompts, on all ranks together. seconds and tokens: spent and made so far, of all ranks."""
+
+    def __init__(
+        self, decoder: Decoder, sampling: Sampling, stops: Sequence[int], most_new: int, world: World
+    ) -> None:
+        self.decoder, self.world = decoder, world
+        self.steps = Steps(decoder, sampling, stops, most_new, world)
+        self.seconds, self.tokens = 0.0, 0
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Answer]]:
+        """Yield the answers of one round after the other, in the order of the prompts, alike on every rank.
+
+        A collective: every rank takes all rounds. prompts: token ids, at least one each, the same on every rank."""
+        world, rows = self.world, self.decoder.rows
+        start = time.perf_counter()
+        for first in range(0, len(prompts), rows * world.size):
+            own = range(first + world.rank * rows, min(first + (world.rank + 1) * rows, len(prompts)))
+            found = self.steps.run([prompts[i] for i in own], list(own))
+            answers = self._together([Answer(i, *one) for i, one in zip(own, found, strict=True)])
+            self.tokens += sum(len(answer.ids) + answer.is_ended for answer in answers)
+            self.seconds = self.seconds_before + time.perf_counter() - start
+            yield answers
+        self.seconds_before = self.seconds
+
+    seconds_before = 0.0  # of calls that have ended
+
+    def _together(self, own: Sequence[Answer]) -> list[Answer]:
+        """Return every rank's answers, in order."""
+        numbers = [n for answer in own for n in (answer.row, answer.is_ended, len(answer.ids), *answer.ids)]
+        longest = max(int(length) for (length,) in self.world.gather([len(numbers)]))
+        every = self.world.gather([len(numbers), *numbers, *([0] * (longest - len(numbers)))])
+        found = []
+        for count, *flat in every:
+            at = 0
+            while at < count:
+                length = int(flat[at + 2])
+                ids = [int(token) for token in flat[at + 3 : at + 3 + length]]
+                found.append(Answer(int(flat[at]), ids, bool(flat[at + 1])))
+                at += 3 + length
+        return found

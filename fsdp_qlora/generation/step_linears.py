@@ -1,0 +1,124 @@
+"""Linears of one input for a step's few rows: how their weights are read, with their adapters.
+
+M rows, I in features, O out features, R the columns of adapters that read an input.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.kernels.nf4_few_rows import can_multiply, halves_of, nf4_few_rows
+from fsdp_qlora.models.fused.scratch import WeightScratch
+from fsdp_qlora.models.generic_block import FrozenLinear
+from fsdp_qlora.weights.codecs import NF4
+from fsdp_qlora.weights.frozen_bytes import decode_rows
+
+
+class _Adapter(NamedTuple):
+    """An adapter's B [O', R'], and which of the stacked A's columns are its."""
+
+    b: Tensor
+    columns: slice
+
+
+class StepLinears:
+    """y = [x W^T + b + scale * x A^T B^T] of several linears, their outputs one beside the other, for [M, I].
+
+    4-bit codes are read as they are for few rows (`kernels/nf4_few_rows.py`); else the matrices are decoded into
+    scratch one below the other, or lie decoded in `copy`, and cuBLAS multiplies. x A^T is one product for all."""
+
+    def __init__(self, linears: Sequence[FrozenLinear], scratch: WeightScratch) -> None:
+        self.linears, self.scratch = tuple(linears), scratch
+        self.in_features = linears[0].in_features
+        self.widths = [linear.out_features for linear in linears]
+        self.copy: Tensor | None = None  # [O, I] of the compute dtype
+        self.codecs = [linear.weight.home.layout.entries[linear.weight.name].codec for linear in linears]
+        self._adapters: list[_Adapter | None] | None = None  # made when they are first used: they get values late
+        self._a: Tensor | None = None  # [R, I], the A's one below the other
+        self._scale = 1.0
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of a decoded copy; 0 where the weights are numbers already."""
+        return sum(self.widths) * self.in_features * self.scratch.dtype.itemsize if self._is_quantized else 0
+
+    def decode(self) -> None:
+        """Keep a decoded copy from now on."""
+        matrix = self.scratch.buffer.new_empty(sum(self.widths), self.in_features)
+        decode_rows([linear.weight for linear in self.linears], matrix)
+        self.copy = matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [M, O]."""
+        xa = self._adapted(x)
+        out = x.new_empty(x.shape[0], sum(self.widths))
+        pieces = out.split(self.widths, dim=1)
+        if self.copy is None and self._takes_codes(x):
+            self._from_codes(halves_of(x), xa, pieces)
+            return out
+        if self.copy is None and not self._is_quantized:  # views of the frozen bytes
+            for linear, piece in zip(self.linears, pieces, strict=True):
+                torch.mm(x, linear.weight.decode(x.dtype).t(), out=piece)
+        else:
+            torch.mm(x, self._matrix().t(), out=out)
+        for linear, piece, adapter in zip(self.linears, pieces, self._made(), strict=True):
+            if linear.bias is not None:
+                piece.add_(linear.bias.decode(x.dtype))
+            if adapter is not None and xa is not None:
+                piece.addmm_(xa[:, adapter.columns], adapter.b.t())
+        return out
+
+    @property
+    def _is_quantized(self) -> bool:
+        return any(codec.quantizes for codec in self.codecs)
+
+    def _takes_codes(self, x: Tensor) -> bool:
+        return all(isinstance(codec, NF4) for codec in self.codecs) and can_multiply(x, x.shape[0], self.in_features)
+
+    def _from_codes(self, halves: Tensor, xa: Tensor | None, pieces: Sequence[Tensor]) -> None:
+        for linear, codec, piece, adapter in zip(self.linears, self.codecs, pieces, self._made(), strict=True):
+            assert isinstance(codec, NF4)
+            parts = linear.weight.home.parts(linear.weight.name)
+            nf4_few_rows(
+                halves, parts["codes"], codec.scales(parts), piece,
+                bias=None if linear.bias is None else linear.bias.decode(piece.dtype),
+                xa=None if adapter is None or xa is None else xa[:, adapter.columns],
+                b=None if adapter is None else adapter.b,
+            )  # fmt: skip
+
+    def _matrix(self) -> Tensor:
+        if self.copy is not None:
+            return self.copy
+        matrix = self.scratch.room(sum(self.widths), self.in_features)
+        decode_rows([linear.weight for linear in self.linears], matrix)
+        return matrix
+
+    def _adapted(self, x: Tensor) -> Tensor | None:
+        """Return scale * x A^T [M, R], None without adapters."""
+        self._made()
+        if self._a is None:
+            return None
+        out = x.new_empty(x.shape[0], self._a.shape[0])
+        return torch.addmm(out, x, self._a.t(), beta=0, alpha=self._scale, out=out)
+
+    def forget_adapters(self) -> None:
+        """Read the adapters anew when they are next used: their values have changed."""
+        self._adapters = self._a = None
+
+    def _made(self) -> list[_Adapter | None]:
+        if self._adapters is not None:
+            return self._adapters
+        made: list[_Adapter | None] = []
+        stacked, at = list[Tensor](), 0
+        for linear in self.linears:
+            a, b = linear.lora_A, linear.lora_B
+            if a is None or b is None:
+                made.append(None)
+                continue
+            stacked.append(a.detach())
+            made.append(_Adapter(b.detach(), slice(at, at + a.shape[0])))
+            at, self._scale = at + a.shape[0], linear.scale
+        self._adapters, self._a = made, torch.cat(stacked) if len(stacked) > 1 else next(iter(stacked), None)
+        return made

@@ -1,0 +1,69 @@
+"""Attention of one token over kept keys: equal to float64, of whatever lengths, windows, softcaps and groups."""
+
+import pytest
+import torch
+
+from fsdp_qlora.kernels.attention_math import Masking, math_forward
+from fsdp_qlora.kernels.cached_attention import attend_cached
+
+CASES = {
+    "grouped": ((3, 150, 8, 2, 16), Masking(0.25)),
+    "window": ((2, 200, 4, 4, 24), Masking(0.2, window=70)),
+    "softcap": ((2, 130, 6, 2, 32), Masking(0.3, softcap=2.0)),
+    "all": ((4, 70, 4, 1, 20), Masking(0.2, window=3, softcap=1.5)),
+    "one-key": ((2, 5, 2, 2, 16), Masking(0.25)),
+}
+
+
+def inputs(shape, dtype, device):
+    rows, places, heads, kv_heads, size = shape
+    make = torch.Generator().manual_seed(rows)
+    q, k, v = (torch.randn(rows, n, h, size, generator=make) for n, h in
+               ((1, heads), (places, kv_heads), (places, kv_heads)))  # fmt: skip
+    seen = torch.randint(1, places + 1, (rows,), generator=make)
+    seen[0] = 1 if places < 10 else places
+    return q[:, 0].to(device, dtype), k.to(device, dtype), v.to(device, dtype), seen.to(device)
+
+
+def truth(q, k, v, seen, masking):
+    """Of each row alone, by the attention of training in float64."""
+    outs = []
+    for row, count in enumerate(seen.tolist()):
+        queries = torch.zeros(1, count, *q.shape[1:], dtype=torch.float64)
+        queries[0, -1] = q[row].double().cpu()
+        keys, values = (x[row : row + 1, :count].double().cpu() for x in (k, v))
+        outs.append(math_forward(queries, keys, values, masking)[0][0, -1])
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "triton"])
+@pytest.mark.parametrize("case", CASES)
+def test_output_is_that_of_the_row_alone(case, form, dtype, request):
+    device = request.getfixturevalue("triton_device") if form == "triton" else torch.device("cpu")
+    shape, masking = CASES[case]
+    q, k, v, seen = inputs(shape, dtype, device)
+    out = attend_cached(q, k, v, seen, masking).double().cpu()
+    wanted = truth(q, k, v, seen, masking)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=2e-6 if dtype == torch.float32 else 1.6e-2)
+    assert out.abs().max() > 0.1
+
+
+def test_places_that_no_token_has_yet_change_nothing(triton_device):
+    shape, masking = CASES["window"]
+    q, k, v, seen = inputs(shape, torch.float32, triton_device)
+    before = attend_cached(q, k, v, seen, masking)
+    for row, count in enumerate(seen.tolist()):
+        k[row, count:], v[row, count:] = 1e4, 1e4
+        k[row, : max(0, count - 70)], v[row, : max(0, count - 70)] = 1e4, 1e4
+    assert torch.equal(attend_cached(q, k, v, seen, masking), before)
+
+
+def test_what_does_not_fit_is_refused():
+    q, k, v, seen = inputs(CASES["grouped"][0], torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="dividing"):
+        attend_cached(q[:, :7], k, v, seen, Masking(1.0))
+    with pytest.raises(ValueError, match="seen"):
+        attend_cached(q, k, v, seen[:1], Masking(1.0))
+    with pytest.raises(ValueError, match=r"bfloat16"):
+        attend_cached(q, k.bfloat16(), v.bfloat16(), seen, Masking(1.0))

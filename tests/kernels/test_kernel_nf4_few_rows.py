@@ -1,0 +1,49 @@
+"""A few rows times an NF4 matrix: the product with the dequantized matrix, adapter and bias included."""
+
+import pytest
+import torch
+
+from fsdp_qlora.kernels.nf4_few_rows import MOST_ROWS, can_multiply, halves_of, nf4_few_rows
+from fsdp_qlora.weights.codecs import NF4
+
+SHAPES = {"whole": (64, 512), "odd-outputs": (37, 192), "one-block": (5, 64), "many-steps": (16, 1088)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, MOST_ROWS])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_is_that_of_the_dequantized_matrix(shape, rows, double_quant, dtype, triton_device):
+    outputs, width = SHAPES[shape]
+    codec = NF4(double_quant)
+    make = torch.Generator().manual_seed(rows)
+    weight, x = (torch.randn(n, width, generator=make) for n in (outputs, rows))
+    parts = {name: part.to(triton_device) for name, part in codec.encode(weight).items()}
+    bias, xa, b = (torch.randn(s, generator=make) for s in ((outputs,), (rows, 24), (outputs, 12)))
+    x, bias, xa, b = (t.to(triton_device, dtype) for t in (x, bias, xa, b))
+    whole = torch.full((rows, outputs + 3), 7.0, dtype=dtype, device=triton_device)
+    out = whole[:, :outputs]
+    assert can_multiply(x, rows, width)
+    nf4_few_rows(halves_of(x), parts["codes"], codec.scales(parts), out, bias=bias, xa=xa[:, 5:17], b=b)
+    matrix = codec.decode(parts, (outputs, width), dtype).double()
+    wanted = x.double() @ matrix.T + bias.double() + xa[:, 5:17].double() @ b.double().T
+    error = (out.double() - wanted).abs().max() / wanted.abs().max()
+    assert error < (1e-6 if dtype == torch.float32 else 8e-3)  # a rounding of the result; the interpreter truncates
+    assert (whole[:, outputs:] == 7).all(), "it wrote beside its output"
+    bare = torch.empty(rows, outputs, dtype=dtype, device=triton_device)
+    nf4_few_rows(halves_of(x), parts["codes"], codec.scales(parts), bare)
+    wanted = x.double() @ matrix.T
+    assert (bare.double() - wanted).abs().max() < (1e-6 if dtype == torch.float32 else 8e-3) * wanted.abs().max()
+
+
+def test_what_it_cannot_do_is_said(triton_device):
+    like = torch.empty(0, device=triton_device)
+    assert not can_multiply(like, MOST_ROWS + 1, 64)
+    assert not can_multiply(like, 1, 96)
+    parts = NF4(False).encode(torch.randn(8, 64))
+    parts = {name: part.to(triton_device) for name, part in parts.items()}
+    with pytest.raises(ValueError, match="no product"):
+        nf4_few_rows(
+            torch.zeros(2, 3, 32, device=triton_device), parts["codes"], parts["absmax"],
+            torch.empty(2, 8, device=triton_device),
+        )  # fmt: skip
