@@ -5,17 +5,22 @@ imported, and turns how a command ended into one line and an exit code: 0, 2 for
 that stopped in the middle, 130 for Ctrl-C and SIGTERM.
 """
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fsdp_qlora.commands.table import COMMANDS
 from fsdp_qlora.config.help import help_text
 from fsdp_qlora.config.parse import parse_as, wants_help
 from fsdp_qlora.errors import RunEnded, UserError
-from fsdp_qlora.runtime.launcher import keep_cpu_products_inside, read_launch
+from fsdp_qlora.runtime.launcher import choose_allocator, keep_cpu_products_inside, rank_from_environment, read_launch
 from fsdp_qlora.runtime.libraries import silence
 from fsdp_qlora.runtime.terminal import prepare_streams, print_to_pager
+
+HEAD_START_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,26 +28,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     if name in ("-h", "--help"):
-        print_to_pager(_overview())
+        _show(_overview())
         return 0
     if name not in COMMANDS:
         wrong = f"{name}: there is no such command" if name else "a command is missing"
         return _tell("fsdp_qlora", UserError(f"{wrong}; give one of {', '.join(COMMANDS)}, or --help"))
     command = COMMANDS[name]
     if wants_help(rest):
-        print_to_pager(help_text(program=command.program))
+        _show(help_text(program=command.program))
         return 0
     try:
-        asked = parse_as(command.program, rest)
-        if read_launch().size > 1:
+        try:
+            asked = parse_as(command.program, rest)
+        except UserError as error:
+            raise error.on_every_rank(rank_from_environment()) from None
+        if read_launch().size > 1 and not command.ranks:
             raise UserError(f"{name} runs in one process: start it without torchrun")
         silence()
+        if command.ranks:
+            choose_allocator()
         keep_cpu_products_inside()
         command.run(asked)
     except RunEnded as ended:
         return _tell(name, ended)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; {command.interrupted}", file=sys.stderr, flush=True)
+        if rank_from_environment() == 0:
+            print(f"{name}: interrupted; {command.interrupted}", file=sys.stderr, flush=True)
         return 130
     return 0
 
@@ -73,10 +84,25 @@ def _overview() -> str:
 
 
 def _tell(name: str, ended: RunEnded) -> int:
-    sys.stderr.write(f"{name}: {ended}\n")
-    sys.stderr.flush()
+    if ended.told_elsewhere:  # torchrun ends all ranks with the first that ends: the one that tells gets a head start
+        with suppress(KeyboardInterrupt):  # torchrun ends this rank meanwhile
+            time.sleep(HEAD_START_SECONDS)
+    else:
+        sys.stderr.write(f"{name}: {ended}\n")
+        sys.stderr.flush()
     return 2 if isinstance(ended, UserError) else 1
 
 
+def _show(text: str) -> None:
+    if rank_from_environment() == 0:
+        print_to_pager(text)
+
+
 if __name__ == "__main__":
-    sys.exit(entry())
+    code = entry()
+    if read_launch().size > 1:  # threads of the process group may still hold tensors: see train.py
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

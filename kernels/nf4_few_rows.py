@@ -66,7 +66,7 @@ def nf4_few_rows(
         rows, outputs, 0 if xa is None else xa.stride(0), out.stride(0),
         I=width, NESTED=isinstance(absmax, tuple), BIAS=bias is not None, R=rank, R_TILE=next_power_of_2(max(1, rank)),
         GROUP=min(GROUP, next_power_of_2(rows)), OUTPUTS=OUTPUTS, BLOCKS=BLOCKS, STEPS=cdiv(width // BLOCK, BLOCKS),
-        num_warps=2, enable_fp_fusion=False,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -13,12 +13,14 @@ from fsdp_qlora.runtime.libraries import go_offline_if_unreachable
 @dataclass(frozen=True)
 class Command(Generic[Asked]):
     """does: one line for the overview. run: imports what takes long inside; raises RunEnded for whatever ends it.
-    interrupted: what is left after an interruption, and what the same command does next."""
+    interrupted: what is left after an interruption, and what the same command does next. ranks: whether torchrun may
+    start it on several."""
 
     does: str
     program: Program[Asked]
     run: Callable[[Asked], None]
     interrupted: str
+    ranks: bool = False
 
 
 def ready_for_hub(adapter: str, model_name: str | None) -> None:

@@ -54,6 +54,14 @@ def option(default: Any, meaning: str, why: str, price: str = "", **limits: Any)
     return field(default=default, metadata=metadata)
 
 
+def as_in(group: type, name: str) -> Any:
+    """Return the dataclass field of an option that `group` has, for another dataclass: the same in all."""
+    given = next(item for item in dataclasses.fields(group) if item.name == name)
+    if given.default_factory is not dataclasses.MISSING:
+        return field(default_factory=given.default_factory, metadata=given.metadata)
+    return field(default=given.default, metadata=given.metadata)
+
+
 def nearest(word: str, words: Sequence[str], cutoff: float = 0.6) -> str | None:
     """Return the one of `words` that `word` most likely meant, or None: at least as alike as `cutoff`, of 1."""
     close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=cutoff)

@@ -14,7 +14,7 @@ from fsdp_qlora.config.groups.model import ModelOptions
 from fsdp_qlora.config.groups.output import OutputOptions
 from fsdp_qlora.config.groups.profile import ProfileOptions
 from fsdp_qlora.config.groups.training import TrainingOptions
-from fsdp_qlora.config.option import REQUIRED, Option, option, options_of, show
+from fsdp_qlora.config.option import REQUIRED, Option, as_in, option, options_of, show
 from fsdp_qlora.config.program import Asked, Conflict, Needs, Program, command
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "ProfileOptions",
     "Program",
     "TrainingOptions",
+    "as_in",
     "command",
     "option",
     "show",

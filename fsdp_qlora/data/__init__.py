@@ -1,8 +1,8 @@
 """Rows: where they come from, what of them is learnt, and the batches that each rank takes."""
 
 __all__ = [
+    "asked",
     "batches",
-    "collate",
     "evaluation_batches",
     "held_out",
     "packing",

@@ -19,7 +19,7 @@ from fsdp_qlora.data.row_set import Rows
 from fsdp_qlora.data.rows import load_rows
 from fsdp_qlora.data.tokens import load_tokenizer
 
-__all__ = ["Batches", "Rows", "load_rows", "load_tokenizer"]
+__all__ = ["Batch", "Batches", "Rows", "load_rows", "load_tokenizer"]
 
 Numbers = npt.NDArray[np.int64]
 

@@ -111,6 +111,23 @@ class ChatTemplate:
             ) from error
         return self._example(talk, whole, spans)
 
+    def prompt(self, row: Row, location: str) -> tuple[Example, str | None]:
+        """Return (the conversation up to the assistant's turn, that turn's text where the row's last turn is one).
+
+        Raises BadRow for what the template does not take, and for a conversation that asks for nothing."""
+        talk, answer = self.reader.read(row, location), None
+        if talk.messages[-1]["role"] == ASSISTANT:
+            answer = str(talk.messages.pop().get("content") or "")
+        if not talk.messages or talk.messages[-1]["role"] in (ASSISTANT, "system"):
+            raise BadRow(f"{location}: the conversation has no turn that asks for an answer")
+        try:
+            text = self.render(talk.messages, True, talk)
+        except Exception as error:  # a template is a program: it raises whatever it raises
+            raise BadRow(
+                f"{location}: the model's chat template does not take these messages ({first_line(error)})"
+            ) from error
+        return Example([Piece(text, False)], complete=True), answer
+
     def render(self, messages: list[Message], answer_next: bool, talk: Talk, template: str | None = None) -> str:
         """Return what the template makes of messages, asking for an answer at the end if `answer_next`."""
         if self.wants_parts:
@@ -187,9 +204,9 @@ class ChatTemplate:
         if whole[:end].rstrip().endswith(self.specials):
             return end
         at = end + len(whole[end:]) - len(whole[end:].lstrip())
-        return next((at + len(token) for token in self._end_tokens() if whole.startswith(token, at)), end)
+        return next((at + len(token) for token in self.end_tokens() if whole.startswith(token, at)), end)
 
-    def _end_tokens(self) -> list[str]:
+    def end_tokens(self) -> list[str]:
         """Return EOS, and the special token that the template puts behind an answer at the end of a conversation."""
         if self.ends is None:
             said: list[Message] = [{"role": r, "content": f"{NONCE}{i}k"} for i, r in enumerate(("user", "assistant"))]

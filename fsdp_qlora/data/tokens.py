@@ -75,6 +75,13 @@ class Encoder:
         rest = iter(self._by_pieces([example for example, row in zip(examples, done, strict=True) if row is None]))
         return [row if row is not None else next(rest) for row in done]
 
+    def prompt(self, example: Example) -> list[int]:
+        """Return the ids of a text that is to be continued: as those that `encode` begins with, and no EOS behind."""
+        texts = [piece.text for piece in example.pieces]
+        parts = [*self._plain(texts[:1]), *self._continued(texts[1:])]
+        ids = [i for piece, part in zip(example.pieces, parts, strict=True) for i in self._ended(piece.ends, part)]
+        return ids if example.complete or ids[: len(self.start)] == self.start else self.start + ids
+
     def _by_characters(self, example: Example, text: str, encoding: Any) -> Tokens | None:
         """Return the row's tokens; None where one lies across a border between pieces."""
         trains = np.zeros(len(encoding.ids), dtype=np.bool_)
@@ -98,7 +105,7 @@ class Encoder:
         ids: list[int] = []
         trains: list[bool] = []
         for piece, part in zip(example.pieces, parts, strict=True):
-            ended = [*part, self.eos] if piece.ends and part[-1:] != [self.eos] else part
+            ended = self._ended(piece.ends, part)
             ids += ended
             trains += [piece.is_answer] * len(ended)
         if not example.complete:
@@ -108,6 +115,9 @@ class Encoder:
                 ids.append(self.eos)
                 trains.append(bool(example.pieces) and example.pieces[-1].is_answer)
         return self._tokens(ids, np.array(trains, dtype=np.bool_))
+
+    def _ended(self, ends: bool, ids: list[int]) -> list[int]:
+        return [*ids, self.eos] if ends and ids[-1:] != [self.eos] else ids
 
     def _tokens(self, ids: Sequence[int], trains: npt.NDArray[np.bool_]) -> Tokens:
         trained = np.ones(len(ids), dtype=np.bool_) if self.train_on_prompt else trains

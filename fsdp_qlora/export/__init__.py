@@ -1,3 +1,3 @@
 """Results of a run in the form of other programs: a PEFT adapter, a merged Hugging Face model, GGUF."""
 
-__all__ = ["gguf", "merge", "peft"]
+__all__ = ["adapter_folder", "gguf", "merge", "peft"]

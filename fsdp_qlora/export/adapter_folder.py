@@ -87,11 +87,14 @@ def read_adapter(folder: Path) -> SavedAdapter:
     )  # fmt: skip
 
 
-def base_options(adapter: SavedAdapter, given: Mapping[str, Any], stored: bool) -> ModelOptions:
+def base_options(
+    adapter: SavedAdapter, given: Mapping[str, Any], stored: bool, instead: str = ", or --merge_base original"
+) -> ModelOptions:
     """Return the base that an adapter belongs to, as train.py's options name it.
 
     given: those of model_name, revision, train_type, precision and double_quant that the user named, which say what an
     adapter of another program does not. stored: whether it must be known how the base was stored while it trained.
+    instead: what else a user may do where that is not known.
     Raises UserError where that is not known, or is not as given."""
     recorded = adapter.run.model if adapter.run is not None else None
     if recorded is not None and recorded.dummy_weights:
@@ -109,7 +112,7 @@ def base_options(adapter: SavedAdapter, given: Mapping[str, Any], stored: bool) 
         if missing and stored:
             raise UserError(
                 f"{missing[0]}: {adapter.folder} has no {CONFIG}, so how its base was stored in training is not known; "
-                f"add {', '.join(f'--{option}' for option in missing)} as it was trained, or --merge_base original"
+                f"add {', '.join(f'--{option}' for option in missing)} as it was trained{instead}"
             )
         chosen = {option: given[option] for option in (*how, "double_quant") if given.get(option) is not None}
         return ModelOptions(model_name=name, revision=revision, **chosen)

@@ -1,3 +1,3 @@
-"""Answers of a placed model: its tokens one by one, over keys and values that are kept."""
+"""Answers of a placed model, token by token over kept keys and values, in batches dealt to the ranks."""
 
-__all__ = ["answers"]
+__all__ = ["adapter_values", "answers", "decoder", "placing", "sampling"]

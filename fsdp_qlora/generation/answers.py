@@ -22,9 +22,7 @@ class Answer:
 class Answers:
     """Makes the answers to prompts, on all ranks together. seconds and tokens: spent and made so far, of all ranks."""
 
-    def __init__(
-        self, decoder: Decoder, sampling: Sampling, stops: Sequence[int], most_new: int, world: World
-    ) -> None:
+    def __init__(self, decoder: Decoder, sampling: Sampling, stops: Sequence[int], most_new: int, world: World) -> None:
         self.decoder, self.world = decoder, world
         self.steps = Steps(decoder, sampling, stops, most_new, world)
         self.seconds, self.tokens = 0.0, 0

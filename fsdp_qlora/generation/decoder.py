@@ -113,6 +113,19 @@ class FusedDecoder:
         with installed(self.model, self.blocks):
             return self.model.logits(ids, places, position_ids=positions)
 
+    def keep_copies(self, most_bytes: int) -> int:
+        """Keep decoded copies of weights that lie on the device for good, as many as `most_bytes` allow; return how
+        many bytes they take."""
+        taken = 0
+        for block, cached in zip(self.model.blocks.values(), self.blocks, strict=True):
+            if block.frozen.acquire is not None or self.is_joint:
+                continue
+            for linears in cached.linears:
+                if linears.copy_bytes and taken + linears.copy_bytes <= most_bytes:
+                    linears.decode()
+                    taken += linears.copy_bytes
+        return taken
+
     def forget_adapters(self) -> None:
         """Read the adapters' values anew: they have changed."""
         for block in self.blocks:
@@ -149,7 +162,8 @@ class GenericDecoder:
         for i, prompt in enumerate(given):
             ids[i, longest - len(prompt) :] = torch.tensor(prompt)
             mask[i, longest - len(prompt) :] = 1
-        self._mask, self._given = mask.to(self.device), {self._cache_name: DynamicCache(config=self.model.backbone.config)}
+        self._mask = mask.to(self.device)
+        self._given = {self._cache_name: DynamicCache(config=self.model.backbone.config)}
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         ends = torch.arange(1, self.rows + 1) * longest - 1
         self._lengths_B = mask.sum(1).to(self.device)

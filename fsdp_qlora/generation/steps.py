@@ -21,9 +21,7 @@ LOOK_EVERY = 8  # steps of a captured graph, before the host looks whether all r
 class Steps:
     """The new tokens of the rows of a decoder. stops: tokens at which a row ends."""
 
-    def __init__(
-        self, decoder: Decoder, sampling: Sampling, stops: Sequence[int], most_new: int, world: World
-    ) -> None:
+    def __init__(self, decoder: Decoder, sampling: Sampling, stops: Sequence[int], most_new: int, world: World) -> None:
         self.decoder, self.sampling, self.most_new, self.world = decoder, sampling, most_new, world
         rows, device = decoder.rows, world.device
         self.tokens_B = torch.zeros(rows, dtype=torch.int64, device=device)

@@ -12,28 +12,33 @@ from fsdp_qlora.placement.sharded import Sharded
 from fsdp_qlora.placement.streamed import Streamed
 from fsdp_qlora.plan.plan import Plan
 
-Maker = Callable[[Plan, MemoryOptions, World, float | None], Placement]
+Maker = Callable[[Plan, MemoryOptions, World, float | None, bool], Placement]
 
 
-def choose_placement(plan: Plan, options: MemoryOptions, world: World, link_rate: float | None = None) -> Placement:
+def choose_placement(
+    plan: Plan, options: MemoryOptions, world: World, link_rate: float | None = None, trains: bool = True
+) -> Placement:
     """Return the placement that `plan` says, in the form of `--sharding_strategy`.
 
-    link_rate: bytes per second from host memory to this rank's device, if that was measured."""
-    return PLACEMENTS[plan.placement](plan, options, world, link_rate)
+    link_rate: bytes per second from host memory to this rank's device, if that was measured. trains: whether backwards
+    follow forwards."""
+    return PLACEMENTS[plan.placement](plan, options, world, link_rate, trains)
 
 
-def _replicated(plan: Plan, options: MemoryOptions, world: World, link_rate: float | None) -> Placement:
+def _replicated(plan: Plan, options: MemoryOptions, world: World, link_rate: float | None, trains: bool) -> Placement:
     return Replicated()
 
 
-def _sharded(plan: Plan, options: MemoryOptions, world: World, link_rate: float | None, *, offload: bool) -> Placement:
+def _sharded(
+    plan: Plan, options: MemoryOptions, world: World, link_rate: float | None, trains: bool, *, offload: bool
+) -> Placement:
     reshard = not options.sharding_strategy.endswith("shard_grad_op")
     return Sharded(world, reshard, shard_count(options, world), offload)
 
 
-def _streamed(plan: Plan, options: MemoryOptions, world: World, link_rate: float | None) -> Placement:
+def _streamed(plan: Plan, options: MemoryOptions, world: World, link_rate: float | None, trains: bool) -> Placement:
     resident = [block.resident for block in plan.blocks]
-    return Streamed(world, resident, plan.head_resident, plan.staging, link_rate)
+    return Streamed(world, resident, plan.head_resident, plan.staging, link_rate, trains)
 
 
 PLACEMENTS: dict[str, Maker] = {

@@ -19,7 +19,7 @@ class Streamed:
 
     resident: for each block, whether it stays on the device instead. head_resident: whether the head does; otherwise
     it is streamed as one more unit after the last block. buffers: staging buffers on the device. link_rate: of the
-    copies, bytes per second, if it is known.
+    copies, bytes per second, if it is known. trains: whether a backward follows a forward; else the next forward does.
 
     An untied embedding stays in the node's copy, where its rows are read one by one. A tied one is the head as well
     and stays on the device, as do vectors.
@@ -32,7 +32,9 @@ class Streamed:
         head_resident: bool,
         buffers: int,
         link_rate: float | None = None,
+        trains: bool = True,
     ) -> None:
+        self.trains = trains
         self.world, self.resident, self.head_resident, self.buffers = world, resident, head_resident, buffers
         self.link_rate = link_rate
         self._sources: dict[str, Tensor] = {}
@@ -118,6 +120,7 @@ class Streamed:
     def _stream(self) -> None:
         """Stream the units that are in host memory, from now on."""
         units = [StreamedUnit(self._units[name].frozen, self._sources.get(name)) for name in self._order]
-        streamer = Streamer(units, len(self._blocks), self.buffers, self.world.device, self.link_rate)
+        backwards = len(self._blocks) if self.trains else 0
+        streamer = Streamer(units, backwards, self.buffers, self.world.device, self.link_rate)
         for position, unit in enumerate(units):
             unit.frozen.acquire = partial(streamer.acquire, position)

@@ -44,7 +44,8 @@ class _StagingBuffer:
 
 
 class Streamer:
-    """Staging buffers for `units`, of which the first `n_blocks` are used forward and backward, the rest forward alone.
+    """Staging buffers for `units`, of which the first `n_blocks` are used forward and backward, the rest forward alone
+    (all of them where nothing trains).
 
     n_buffers: at most, each as large as the largest streamed unit. link_rate: of the copies, bytes per second, if it
     is known."""

@@ -24,6 +24,7 @@ from fsdp_qlora.plan.search import SIMPLER, Budget, Found, Search, Wishes, place
 __all__ = [
     "BlockPlan",
     "Budget",
+    "Placed",
     "Plan",
     "Wishes",
     "kept_text",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora.config.options import TrainingOptions
-from fsdp_qlora.data.collate import Batch
+from fsdp_qlora.data.batches import Batch
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
 from fsdp_qlora.kernels.segments import Segments

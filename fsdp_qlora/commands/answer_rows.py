@@ -1,0 +1,174 @@
+"""The work of generate: rows read, the model loaded, answers written as they come, in order."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from fsdp_qlora.commands.answering import AnsweringOptions, sized
+from fsdp_qlora.config.options import LaunchOptions
+from fsdp_qlora.data.asked import Prompts, read_prompts
+from fsdp_qlora.data.sources import forget_stdin
+from fsdp_qlora.distributed.world import World, open_world
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.generation.answers import Answer, Answers
+from fsdp_qlora.generation.sampling import Sampling
+from fsdp_qlora.inference import Base, Loaded, build, fit_rows, read_base, stops_of, tokenizer_of
+from fsdp_qlora.models.skeleton import max_positions, text_config
+from fsdp_qlora.runtime.files import writing_to
+from fsdp_qlora.session import Compute, choose_compute
+
+STDOUT = "-"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is to be asked of what."""
+
+    base: Base
+    compute: Compute
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    capacity: int  # tokens of the longest row with its answer
+    stops: list[int]
+
+
+def answer_rows(asked: AnsweringOptions, sampling: Sampling, output: str, overwrite: bool) -> None:
+    """Answer the rows of `asked` and write the answers to `output`. Raises UserError and TrainingStopped."""
+    with _Lines(output) as lines, open_world(LaunchOptions(), sampling.seed) as world:
+        world.main_only(lambda: lines.check(overwrite))
+        ready = read_all(asked, world, sampling.seed)
+        for line in _start_lines(ready):
+            world.say(line)
+        loaded = load_for(ready, asked.batch_size, world)
+        answers = Answers(
+            loaded.decoder(loaded.fit.rows, ready.capacity), sampling, ready.stops, asked.max_new_tokens, world
+        )
+        world.main_only(lines.begin)
+        rows = ready.prompts.prompts
+        with tqdm(total=len(rows), desc="answers", unit="row", disable=None if world.is_main else True) as bar:
+            for some in answers([prompt.ids for prompt in rows]):
+                if world.is_main:
+                    lines.add([record(answer, ready) for answer in some])
+                bar.update(len(some))
+        world.say(speed_line(answers, len(rows)))
+        if output != STDOUT:
+            world.say(f"answers in {output}")
+
+
+def read_all(asked: AnsweringOptions, world: World, seed: int, wants_answers: bool = False) -> Ready:
+    """Read the adapter's headers, the base's config.json, its tokenizer and the rows. A collective."""
+    options = asked.config(seed)
+    base = world.together(lambda: read_base(asked.adapter, options.model, asked.recorded(), options))
+    compute = choose_compute(base.config, world)
+    hf_config = compute.hf_config
+    vocabulary = text_config(hf_config).vocab_size
+    try:
+        tokenizer = world.first_on_node(lambda: tokenizer_of(base))
+        prompts = world.first_on_node(lambda: read_prompts(options.data, tokenizer, vocabulary, wants_answers))
+    finally:
+        if world.local_rank == 0:
+            forget_stdin()
+    capacity = world.together(lambda: capacity_of(prompts, asked.max_new_tokens, hf_config))
+    return Ready(base, compute, tokenizer, prompts, capacity, stops_of(base, hf_config, prompts.stops))
+
+
+def load_for(ready: Ready, rows: int, world: World) -> Loaded:
+    """Return the model with its weights. rows: at a time, -1: automatic. A collective."""
+    lengths = [len(prompt.ids) for prompt in ready.prompts.prompts]
+    built = build(replace(ready.base, config=sized(ready.base.config, max(lengths))), world, ready.compute)
+    fit = fit_rows(built, ready.capacity, rows, len(lengths), max(lengths))
+    world.say(f"blocks    {built.fusion}")
+    world.say(fit.line)
+    return built.load(fit)
+
+
+def capacity_of(prompts: Prompts, most_new: int, hf_config: PretrainedConfig) -> int:
+    """Return the tokens of the longest row with its answer. Raises UserError where the model takes fewer."""
+    longest = max(prompts.prompts, key=lambda prompt: len(prompt.ids))
+    capacity, most = len(longest.ids) + most_new, max_positions(hf_config)
+    if most is not None and capacity > most:
+        raise UserError(
+            f"max_new_tokens {most_new}: the model takes at most {most} tokens, and {longest.location} asks with "
+            f"{len(longest.ids)}; lower it, or leave out long rows"
+        )
+    return capacity
+
+
+def record(answer: Answer, ready: Ready) -> dict[str, Any]:
+    """Return an answer as its line of the file has it."""
+    prompt = ready.prompts.prompts[answer.row]
+    said = {"row": answer.row, "prompt": prompt.text, "answer": text_of(answer, ready.tokenizer)}
+    if prompt.answer is not None:
+        said["expected"] = prompt.answer
+    return said | {"tokens": len(answer.ids), "ended": "stop" if answer.is_ended else "length"}
+
+
+def text_of(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return an answer's words, special tokens left out."""
+    return str(tokenizer.decode(answer.ids, skip_special_tokens=True))
+
+
+def speed_line(answers: Answers, rows: int) -> str:
+    """Return how much was answered and how fast, for the user."""
+    seconds = max(answers.seconds, 1e-9)
+    return (
+        f"answered  {rows:,} row{'s' * (rows != 1)}, {answers.tokens:,} new tokens in {seconds:.1f} s: "
+        f"{answers.tokens / seconds:,.1f} tokens/s"
+    )
+
+
+def _start_lines(ready: Ready) -> list[str]:
+    base, rows = ready.base, ready.prompts.prompts
+    adapter = "none" if base.adapter is None else str(base.adapter.folder)
+    model, tokens = base.config.model, sum(len(prompt.ids) for prompt in rows)
+    return [
+        f"model     {model.model_name}, {model.train_type} in {model.precision}, adapter: {adapter}",
+        f"rows      {len(rows):,} of the form {ready.prompts.form}, {tokens:,} prompt tokens",
+        *(f"          {note}" for note in ready.prompts.notes),
+    ]
+
+
+class _Lines:
+    """JSON lines in a file, or on standard output, where all that is said goes to standard error meanwhile."""
+
+    def __init__(self, output: str) -> None:
+        self.path = None if output == STDOUT else Path(output)
+        self._stdout = sys.stdout
+        self._redirected = contextlib.redirect_stdout(sys.stderr)
+
+    def __enter__(self) -> "_Lines":
+        if self.path is None:
+            self._redirected.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.path is None:
+            self._redirected.__exit__(*exception)
+
+    def check(self, overwrite: bool) -> None:
+        """Raise UserError for a file that exists and shall not be replaced."""
+        if self.path is not None and self.path.exists() and not overwrite:
+            raise UserError(f"output_file: {self.path} exists; choose another file, or --overwrite true to replace it")
+
+    def begin(self) -> None:
+        """Make the file, or empty it."""
+        if self.path is not None:
+            with writing_to(self.path.parent, "output_file"):
+                self.path.write_text("")
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Write lines; what is written stays if the command is interrupted."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if self.path is None:
+            self._stdout.write(text)
+            self._stdout.flush()
+            return
+        with writing_to(self.path.parent, "output_file"), self.path.open("a", encoding="utf-8") as file:
+            file.write(text)

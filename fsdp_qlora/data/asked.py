@@ -1,0 +1,182 @@
+"""Prompts to be answered: from rows of every form, with or without answers, and from lines of plain text."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.config.columns import read_columns
+from fsdp_qlora.config.options import DataOptions
+from fsdp_qlora.data.chat import ChatTemplate, choose_chat_template, read_template
+from fsdp_qlora.data.forms import ANSWERS, CHAT, Columns, Form, form_of, renamed
+from fsdp_qlora.data.prompts import PromptTemplate
+from fsdp_qlora.data.readers import Placed, open_bytes, parse_line
+from fsdp_qlora.data.sources import STDIN, keep_stdin, open_source, parts_of
+from fsdp_qlora.data.templates import Example, Row
+from fsdp_qlora.data.tokens import Encoder
+from fsdp_qlora.errors import BadRow, UserError
+
+TEXT = ".txt"  # a file of it: a line is a prompt, a user's turn where the model has a chat template
+BLANK = "output"  # the column that stands in for an answer that a row does not have
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked. answer: the row's own, None where it has none. row: as it was read, for who looks for more."""
+
+    ids: list[int]
+    text: str
+    answer: str | None
+    location: str
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run and the tokens at which an answer to them ends. notes: lines for the user."""
+
+    prompts: list[Prompt]
+    form: str
+    stops: list[int]
+    notes: list[str]
+
+
+def read_prompts(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, vocab_size: int, wants_answers: bool = False
+) -> Prompts:
+    """Read the rows of `options` as prompts. wants_answers: rows without one are refused.
+
+    Raises UserError and BadRow as `load_rows` does, and for a row that is no prompt."""
+    choose_chat_template(tokenizer, options.chat_template)
+    reader = _Reader(options, tokenizer)
+    prompts, bad = list[Prompt](), list[str]()
+    for location, raw in _rows(options, tokenizer):
+        where = f"dataset {options.dataset!r}: {location}"
+        try:
+            prompt = reader.prompt(parse_line(where, raw), where)
+            if wants_answers and not (prompt.answer or "").strip():
+                raise BadRow(f"{where}: has no answer to compare with")
+        except BadRow as error:
+            if options.bad_rows != "skip":
+                raise
+            bad.append(str(error))
+            continue
+        prompts.append(prompt)
+        if options.dataset_samples is not None and len(prompts) == options.dataset_samples:
+            break
+    if not prompts:
+        raise UserError(f"dataset {options.dataset!r}: has no rows{f'; the first bad one: {bad[0]}' if bad else ''}")
+    most = max(token for prompt in prompts for token in prompt.ids)
+    if most >= vocab_size:
+        raise UserError(
+            f"the tokenizer makes token {most}, but the model has {vocab_size} embeddings: they do not match"
+        )
+    notes = [f"{len(bad)} bad row{'s' * (len(bad) > 1)} left out (the first: {bad[0]})"] if bad else []
+    assert reader.form is not None
+    return Prompts(prompts, reader.form.name, reader.stops(), notes)
+
+
+class _Reader:
+    """Rows -> prompts; the first row says which form all have."""
+
+    def __init__(self, options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.options, self.tokenizer, self.encoder = options, tokenizer, Encoder(tokenizer, False)
+        self.named = read_columns(options.columns or [])
+        self.form: Form | None = None
+        self.chat: ChatTemplate | None = None
+        self.own: PromptTemplate | None = None
+
+    def prompt(self, row: Row, where: str) -> Prompt:
+        """Return what a row asks. Raises BadRow where it asks nothing."""
+        columns = [column for name, column in self.named.items() if column in row or name not in ANSWERS]
+        named = {name: column for name, column in self.named.items() if column in columns}
+        fields = renamed(row, named, where)
+        has_answer = any(column in fields for column in ANSWERS)
+        if isinstance(fields.get("prompt"), list) and not has_answer:
+            fields = {**fields, "messages": fields["prompt"]}
+        if not has_answer:
+            fields = {**fields, BLANK: ""}
+        if self.form is None:
+            self._begin(fields)
+        assert self.form is not None
+        if self.chat is not None:
+            example, answer = self.chat.prompt(Columns(self.form, {}).fields(fields, where), where)
+        else:
+            example, answer = self._apart(Columns(self.form, {}).fields(fields, where), where)
+        text = "".join(piece.text for piece in example.pieces)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow(f"{where}: holds half a character (a surrogate alone), which no tokenizer takes") from error
+        ids = self.encoder.prompt(example) if text else []
+        if not ids:
+            raise BadRow(f"{where}: asks nothing: its prompt is empty")
+        return Prompt(ids, text, answer if has_answer or self.chat is not None else None, where, row)
+
+    def stops(self) -> list[int]:
+        """Return EOS, and of chats the token that ends a turn."""
+        words = self.chat.end_tokens() if self.chat is not None else []
+        return list(dict.fromkeys([self.encoder.eos, *map(int, self.tokenizer.convert_tokens_to_ids(words))]))
+
+    def _begin(self, row: Row) -> None:
+        options = self.options
+        if options.prompt_template is not None:
+            text = read_template(options.prompt_template, "prompt_template")
+            self.own = PromptTemplate(text, options.prompt_template)
+            self.form = PromptTemplate.FORM
+            return
+        self.form = form_of(row, options.dataset_format, options.dataset)
+        if self.form.name in CHAT:
+            self.chat = ChatTemplate(self.tokenizer, options.dataset)
+        elif options.chat_template is not None:
+            raise UserError(
+                f"chat_template {options.chat_template}: has no effect on rows of the form {self.form.name}; omit it"
+            )
+
+    def _apart(self, row: Row, where: str) -> tuple[Example, str | None]:
+        """Return (what comes before a row's last answer, that answer). Text as a whole is to be continued."""
+        assert self.form is not None
+        template = self.own or self.form.template
+        assert template is not None
+        example = template(row, where)
+        if self.form.name == "text":
+            return example, None
+        last = max((i for i, piece in enumerate(example.pieces) if piece.is_answer), default=len(example.pieces))
+        answer = example.pieces[last].text if last < len(example.pieces) else None
+        return Example(example.pieces[:last], example.complete), answer
+
+
+def _rows(options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> Iterator[Placed]:
+    """Yield the rows of all datasets."""
+    parts = parts_of(options.dataset)
+    if any(part.weight is not None for part in parts):
+        raise UserError(f"dataset {options.dataset!r}: weights have no effect where every row is read; omit them")
+    for part in parts:
+        lines = _text_file(part.name)
+        if lines is not None:
+            yield from _lines(lines, bool(tokenizer.chat_template) and options.dataset_format in ("auto", "messages"))
+        else:
+            yield from open_source(part.name, None).rows
+
+
+def _text_file(name: str) -> Path | None:
+    """Return the file of a dataset that is lines of text: by its name, or what comes by standard input and is no
+    JSON."""
+    if name != STDIN:
+        path = Path(name).expanduser()
+        return path if TEXT in path.suffixes and path.is_file() else None
+    path = keep_stdin()
+    with path.open("rb") as file:
+        first = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    return None if first in (b"{", b"[", b"") else path
+
+
+def _lines(path: Path, as_chat: bool) -> Iterator[Placed]:
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = line.decode("utf-8-sig", errors="strict").strip("\r\n") if line.strip() else ""
+            if text:
+                row: Row = {"messages": [{"role": "user", "content": text}]} if as_chat else {"prompt": text}
+                yield f"line {number}", row
