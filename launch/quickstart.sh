@@ -26,5 +26,6 @@ LOGLEVEL=ERROR .venv/bin/torchrun --nproc_per_node "$RANKS" train.py --config "$
   --dataset "$DATA/train.jsonl" --output_dir "$OUTPUT" --overwrite_output_dir true "$@"
 
 echo "quickstart: 4/4 asking the model before and after"
-.venv/bin/python launch/ask.py --model "$MODEL" --adapter "$OUTPUT" --heldout "$DATA/heldout.jsonl" --at_least 0.8
+.venv/bin/python -m fsdp_qlora evaluate --adapter "$OUTPUT" --dataset "$DATA/heldout.jsonl" --measures exact \
+  --max_new_tokens 24 --at_least 0.8 --output_dir "$OUTPUT/evaluation" --overwrite_output_dir true
 echo "quickstart: done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the adapter is in $OUTPUT"

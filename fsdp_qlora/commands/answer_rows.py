@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.commands.answering import AnsweringOptions, sized
 from fsdp_qlora.config.options import LaunchOptions
@@ -35,8 +35,18 @@ class Ready:
     compute: Compute
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
-    capacity: int  # tokens of the longest row with its answer
     stops: list[int]
+
+    def capacity(self, most_new: int) -> int:
+        """Return the tokens of the longest row with its answer. Raises UserError where the model takes fewer."""
+        longest = max(self.prompts.prompts, key=lambda prompt: len(prompt.ids))
+        capacity, most = len(longest.ids) + most_new, max_positions(self.compute.hf_config)
+        if most is not None and capacity > most:
+            raise UserError(
+                f"max_new_tokens {most_new}: the model takes at most {most} tokens, and {longest.location} asks with "
+                f"{len(longest.ids)}; lower it, or leave out long rows"
+            )
+        return capacity
 
 
 def answer_rows(asked: AnsweringOptions, sampling: Sampling, output: str, overwrite: bool) -> None:
@@ -44,12 +54,11 @@ def answer_rows(asked: AnsweringOptions, sampling: Sampling, output: str, overwr
     with _Lines(output) as lines, open_world(LaunchOptions(), sampling.seed) as world:
         world.main_only(lambda: lines.check(overwrite))
         ready = read_all(asked, world, sampling.seed)
-        for line in _start_lines(ready):
+        capacity = world.together(lambda: ready.capacity(asked.max_new_tokens))
+        for line in start_lines(ready):
             world.say(line)
-        loaded = load_for(ready, asked.batch_size, world)
-        answers = Answers(
-            loaded.decoder(loaded.fit.rows, ready.capacity), sampling, ready.stops, asked.max_new_tokens, world
-        )
+        loaded = load_for(ready, capacity, asked.batch_size, world)
+        answers = Answers(loaded.decoder(loaded.fit.rows, capacity), sampling, ready.stops, asked.max_new_tokens, world)
         world.main_only(lines.begin)
         rows = ready.prompts.prompts
         with tqdm(total=len(rows), desc="answers", unit="row", disable=None if world.is_main else True) as bar:
@@ -75,30 +84,19 @@ def read_all(asked: AnsweringOptions, world: World, seed: int, wants_answers: bo
     finally:
         if world.local_rank == 0:
             forget_stdin()
-    capacity = world.together(lambda: capacity_of(prompts, asked.max_new_tokens, hf_config))
-    return Ready(base, compute, tokenizer, prompts, capacity, stops_of(base, hf_config, prompts.stops))
+    return Ready(base, compute, tokenizer, prompts, stops_of(base, hf_config, prompts.stops))
 
 
-def load_for(ready: Ready, rows: int, world: World) -> Loaded:
-    """Return the model with its weights. rows: at a time, -1: automatic. A collective."""
+def load_for(ready: Ready, capacity: int, rows: int, world: World) -> Loaded:
+    """Return the model with its weights. capacity: tokens of a row with its answer. rows: at a time, -1: automatic.
+
+    A collective."""
     lengths = [len(prompt.ids) for prompt in ready.prompts.prompts]
     built = build(replace(ready.base, config=sized(ready.base.config, max(lengths))), world, ready.compute)
-    fit = fit_rows(built, ready.capacity, rows, len(lengths), max(lengths))
+    fit = fit_rows(built, capacity, rows, len(lengths), max(lengths))
     world.say(f"blocks    {built.fusion}")
     world.say(fit.line)
     return built.load(fit)
-
-
-def capacity_of(prompts: Prompts, most_new: int, hf_config: PretrainedConfig) -> int:
-    """Return the tokens of the longest row with its answer. Raises UserError where the model takes fewer."""
-    longest = max(prompts.prompts, key=lambda prompt: len(prompt.ids))
-    capacity, most = len(longest.ids) + most_new, max_positions(hf_config)
-    if most is not None and capacity > most:
-        raise UserError(
-            f"max_new_tokens {most_new}: the model takes at most {most} tokens, and {longest.location} asks with "
-            f"{len(longest.ids)}; lower it, or leave out long rows"
-        )
-    return capacity
 
 
 def record(answer: Answer, ready: Ready) -> dict[str, Any]:
@@ -124,7 +122,7 @@ def speed_line(answers: Answers, rows: int) -> str:
     )
 
 
-def _start_lines(ready: Ready) -> list[str]:
+def start_lines(ready: Ready) -> list[str]:
     base, rows = ready.base, ready.prompts.prompts
     adapter = "none" if base.adapter is None else str(base.adapter.folder)
     model, tokens = base.config.model, sum(len(prompt.ids) for prompt in rows)

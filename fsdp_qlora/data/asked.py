@@ -1,6 +1,6 @@
 """Prompts to be answered: from rows of every form, with or without answers, and from lines of plain text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,12 @@ def read_prompts(
     notes = [f"{len(bad)} bad row{'s' * (len(bad) > 1)} left out (the first: {bad[0]})"] if bad else []
     assert reader.form is not None
     return Prompts(prompts, reader.form.name, reader.stops(), notes)
+
+
+def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts that each follow a prompt, as an answer's are in training."""
+    encoder = Encoder(tokenizer, False)
+    return [encoder.continuation(text) for text in texts]
 
 
 class _Reader:

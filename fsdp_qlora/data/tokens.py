@@ -82,6 +82,10 @@ class Encoder:
         ids = [i for piece, part in zip(example.pieces, parts, strict=True) for i in self._ended(piece.ends, part)]
         return ids if example.complete or ids[: len(self.start)] == self.start else self.start + ids
 
+    def continuation(self, text: str) -> list[int]:
+        """Return the ids of a text that follows another one, as `encode` has an answer's."""
+        return self._continued([text])[0]
+
     def _by_characters(self, example: Example, text: str, encoding: Any) -> Tokens | None:
         """Return the row's tokens; None where one lies across a border between pieces."""
         trains = np.zeros(len(encoding.ids), dtype=np.bool_)

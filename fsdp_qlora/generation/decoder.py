@@ -49,6 +49,9 @@ class Decoder(Protocol):
     def step(self, tokens_B: Tensor) -> Tensor:
         """Add a token to each row; return float32 [B, V]."""
 
+    def forget_adapters(self) -> None:
+        """Read the adapters' values anew: they have changed. Captured steps are of no use then."""
+
 
 class FusedDecoder:
     """Blocks of known families over keys and values in place (`cached_block.py`). Prompts lie one after the other, so
@@ -168,6 +171,9 @@ class GenericDecoder:
         ends = torch.arange(1, self.rows + 1) * longest - 1
         self._lengths_B = mask.sum(1).to(self.device)
         return self._run(ids.to(self.device), ends.to(self.device), positions.to(self.device))
+
+    def forget_adapters(self) -> None:
+        """Nothing of them is kept."""
 
     def step(self, tokens_B: Tensor) -> Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(self.rows, 1)], dim=1)

@@ -22,6 +22,8 @@ from fsdp_qlora.models.generic_block import Block, FrozenLinear, FrozenViews
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 
+LABELS = 256  # whose logits are there at a time, where each label's loss is wanted
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -90,8 +92,20 @@ class Head(nn.Module):
     def logits(self, hidden_LH: Tensor) -> Tensor:
         """Return the logits, float32 [L, V], with what the family does to them."""
         with self.frozen.opened():
-            bias = None if self.bias is None else self.bias.decode(self.dtype)
-            logits_LV = F.linear(hidden_LH.to(self.dtype), self.weight.decode(self.dtype), bias).float()
+            return self._logits(hidden_LH)
+
+    def losses(self, hidden_LH: Tensor, labels_L: Tensor) -> Tensor:
+        """Return the cross-entropy of each label, float32 [L]; logits of a few labels are there at a time."""
+        with self.frozen.opened():
+            pieces = [
+                F.cross_entropy(self._logits(hidden), labels, reduction="none")
+                for hidden, labels in zip(hidden_LH.split(LABELS), labels_L.split(LABELS), strict=True)
+            ]
+        return torch.cat(pieces)
+
+    def _logits(self, hidden_LH: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.decode(self.dtype)
+        logits_LV = F.linear(hidden_LH.to(self.dtype), self.weight.decode(self.dtype), bias).float()
         if self.factor != 1.0:
             logits_LV *= self.factor
         return logits_LV if self.softcap is None else torch.tanh(logits_LV / self.softcap) * self.softcap
@@ -174,6 +188,14 @@ class CausalModel(nn.Module):
             hidden_TH = self.backbone(input_ids=input_ids, **{"use_cache": False, **given})[0].flatten(0, 1)
             hidden_LH = hidden_TH if places_L is None else hidden_TH.index_select(0, places_L)
             return self.head.logits(self.final_norm(hidden_LH))
+
+    def losses(self, input_ids: Tensor, places_L: Tensor, labels_L: Tensor) -> Tensor:
+        """Return the cross-entropy of each label, float32 [L], without gradients. Arguments as of `forward`."""
+        self.rest.bind()
+        self.current.segments = None
+        with torch.no_grad(), self._in_precision(input_ids):
+            hidden_TH = self.backbone(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)
+            return self.head.losses(self.final_norm(hidden_TH.index_select(0, places_L)), labels_L)
 
     def _in_precision(self, input_ids: Tensor) -> AbstractContextManager[Any]:
         """Return the context that the model's dtypes ask for."""

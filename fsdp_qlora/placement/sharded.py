@@ -57,7 +57,8 @@ class Sharded:
             if unit.home == "shared" and unit.name not in model.blocks:
                 shard(unit.frozen, True)
         shard(model, False)  # the root: starts and ends each pass, and holds no bytes of its own
-        register_fsdp_forward_method(model, "logits")
+        for method in ("logits", "losses"):
+            register_fsdp_forward_method(model, method)
         for i, block in enumerate(blocks):
             block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + PREFETCH])
             # Without a list FSDP2 gathers what ran before the first block: the last one, after an evaluation's forward.

@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
+import shlex
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +13,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fsdp_qlora.__main__ import main as fsdp_qlora_command
 from tests.support.small_tokenizers import CHATML, bytes_tokenizer
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+QUICKSTART = (LAUNCH / "quickstart.sh").read_text()
 
 
 def script(path: str) -> ModuleType:
@@ -50,8 +52,9 @@ def test_numbers_in_words() -> None:
 
 
 def test_asking_counts_right_answers_and_fails_below_the_mark(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """As the quickstart asks: held-out conversations, exactly right answers before and after."""
     tokenizer = bytes_tokenizer(eos="<|im_end|>", chat_template=CHATML)
     tokenizer.pad_token = "<unk>"
     tokenizer.save_pretrained(tmp_path / "model")
@@ -64,13 +67,18 @@ def test_asking_counts_right_answers_and_fails_below_the_mark(
     ]
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    options = ["--model", tmp_path / "model", "--adapter", tmp_path / "adapter", "--heldout", heldout, "--at_least"]
+    line = next(line for line in QUICKSTART.split("\n\n") if "fsdp_qlora evaluate" in line).replace("\\\n", "")
+    asked = shlex.split(line)[shlex.split(line).index("evaluate") :]
+    asked = asked[: asked.index("--overwrite_output_dir") + 2]
+    places = {"$OUTPUT": tmp_path / "adapter", "$DATA/heldout.jsonl": heldout, "$OUTPUT/evaluation": tmp_path / "e"}
+    given = [str(places.get(word, word)) for word in asked]
+    given += ["--train_type", "lora", "--precision", "fp32", "--model_name", str(tmp_path / "model")]
     for mark, code in (("0.5", 0), ("0.8", 1)):
-        monkeypatch.setattr(sys, "argv", ["ask.py", *map(str, options), mark])
-        assert script("ask.py").main() == code
+        given[given.index("--at_least") + 1] = mark
+        assert fsdp_qlora_command(given) == code
         printed = capsys.readouterr().out
-        assert "before: yellow\nafter:  yellow\nright:  hello\n" in printed
-        assert "1 of 2 before, 1 of 2 after" in printed
+        assert "right:    hello\nadapter:  yellow\nbase:     yellow\n" in printed
+        assert printed.count("1 of 2, 50.0%") == 2
 
 
 def says_always(tokenizer: PreTrainedTokenizerFast, answer: str) -> LlamaForCausalLM:

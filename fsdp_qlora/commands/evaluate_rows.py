@@ -1,0 +1,235 @@
+"""The work of evaluate: rows measured with the adapter and without it, the figures as a record and as a table."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.atomic_files import atomic_file
+from fsdp_qlora.commands.answer_rows import Ready, load_for, read_all, record, speed_line, start_lines, text_of
+from fsdp_qlora.commands.evaluate import EvaluateOptions
+from fsdp_qlora.config.options import LaunchOptions
+from fsdp_qlora.data.asked import continuations
+from fsdp_qlora.data.batches import Rows, load_rows
+from fsdp_qlora.distributed.world import World, open_world
+from fsdp_qlora.errors import TrainingStopped, UserError
+from fsdp_qlora.generation.answers import Answer, Answers
+from fsdp_qlora.generation.decoder import PROMPT_TOKENS, FusedDecoder, GenericDecoder
+from fsdp_qlora.generation.likelihood import row_losses, rows_of
+from fsdp_qlora.generation.sampling import Sampling
+from fsdp_qlora.generation.scores import NORMALIZE, Loss, Share, best, choices_of, mean_loss, sign_test
+from fsdp_qlora.inference import Loaded, tokenizer_of
+from fsdp_qlora.models.skeleton import max_positions, text_config
+from fsdp_qlora.runtime.files import writing_to
+
+FILE, ANSWERS, BASE_ANSWERS = "evaluation.json", "answers.jsonl", "answers_base.jsonl"
+MOST_TOKENS = {"cuda": PROMPT_TOKENS, "cpu": 2048}  # of a pass, padding included
+
+
+@dataclass
+class Measured:
+    """The figures of one state of the model. right: of exact, of each row."""
+
+    loss: Loss | None = None
+    exact: Share | None = None
+    choice: Share | None = None
+    choice_per_token: Share | None = None
+    right: list[bool] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        made = {} if self.loss is None else self.loss.record()
+        for name in ("exact", "choice", "choice_per_token"):
+            share = getattr(self, name)
+            made |= {} if share is None else {name: share.record()}
+        return made
+
+    def cells(self) -> dict[str, str]:
+        """Return measure -> its figure, for the table."""
+        found = {name: str(getattr(self, name)) for name in ("loss", "exact", "choice", "choice_per_token")}
+        found = {name: text for name, text in found.items() if text != "None"}
+        if self.loss is not None:
+            found["perplexity"] = f"{math.exp(self.loss.mean):.3f}"
+        return found
+
+
+@dataclass
+class Task:
+    """What is measured: rows for the loss, choices and the right one of each row."""
+
+    measures: list[str]
+    rows: Rows | None
+    choices: list[tuple[list[str], int]]
+
+
+def evaluate_rows(asked: EvaluateOptions) -> None:
+    """Measure what `asked` wants. Raises UserError, and TrainingStopped where fewer rows are right than asked for."""
+    folder = Path(asked.output_dir)
+    with open_world(LaunchOptions(), 42) as world:
+        world.main_only(lambda: _check_output(folder, asked.overwrite_output_dir))
+        ready = read_all(asked, world, 42, wants_answers="exact" in asked.measures)
+        task = world.together(lambda: _task(asked, ready, world))
+        most_new = asked.max_new_tokens if "exact" in task.measures else 1
+        capacity = world.together(lambda: ready.capacity(most_new))
+        for line in start_lines(ready):
+            world.say(line)
+        world.say(f"measures  {', '.join(task.measures)}")
+        loaded = load_for(ready, capacity, asked.batch_size, world)
+        decoder = loaded.decoder(loaded.fit.rows, capacity)
+        states = {"adapter": True} if ready.base.adapter is not None else {}
+        states |= {"base": False} if asked.base_too or not states else {}
+        found = {}
+        for name, is_on in states.items():
+            world.together(partial(loaded.set_adapter, is_on))
+            found[name] = _measure(asked, ready, task, loaded, decoder, world)
+        world.main_only(lambda: _write(folder, asked, ready, task, found))
+        for line in _shown(asked, ready, found):
+            world.say(line)
+        world.say(f"figures in {folder / FILE}")
+        first = next(iter(found.values()))
+        if asked.at_least is not None and first.exact is not None and first.exact.share < asked.at_least:
+            raise TrainingStopped(
+                f"at_least: {first.exact.share:.1%} of the rows are right, and {asked.at_least:.1%} were to be"
+            ).on_every_rank(world.rank)
+
+
+def _task(asked: EvaluateOptions, ready: Ready, world: World) -> Task:
+    """Return what is to be measured. Raises UserError for a measure that the rows have no columns for."""
+    wanted, prompts = list(asked.measures), ready.prompts.prompts
+    auto = "auto" in wanted
+    given = [prompt.row.get("choices") is not None for prompt in prompts]
+    if auto:
+        wanted = ["loss"]
+        if all(given):
+            wanted.append("choice")
+        elif all((prompt.answer or "").strip() for prompt in prompts):
+            wanted.append("exact")
+        if not any((prompt.answer or "").strip() for prompt in prompts) and ready.prompts.form != "text":
+            wanted.remove("loss")
+    if not wanted:
+        raise UserError(
+            f"dataset {asked.dataset!r}: its rows have neither answers nor choices; nothing can be measured"
+        )
+    if asked.at_least is not None and "exact" not in wanted:
+        raise UserError(
+            f"at_least {asked.at_least:g}: has no effect, as exact is not measured here; add it to measures"
+        )
+    choices = list[tuple[list[str], int]]()
+    if "choice" in wanted:
+        for prompt in prompts:
+            one = choices_of(prompt.row, prompt.answer, prompt.location)
+            if one is None:
+                raise UserError(f"measures: choice needs the column choices, which {prompt.location} does not have")
+            choices.append(one)
+    rows = None
+    if "loss" in wanted:
+        data = ready.base.config.data
+        hf_config = ready.compute.hf_config
+        limit = min(asked.context_length, max_positions(hf_config) or asked.context_length)
+        data = type(data)(**vars(data) | {"context_length": limit, "rows_cache": None})
+        rows = load_rows(data, tokenizer_of(ready.base), None, text_config(hf_config).vocab_size)
+        for note in rows.notes:
+            world.say(f"          {note}")
+    return Task(wanted, rows, choices)
+
+
+def _measure(
+    asked: EvaluateOptions,
+    ready: Ready,
+    task: Task,
+    loaded: Loaded,
+    decoder: FusedDecoder | GenericDecoder,
+    world: World,
+) -> Measured:
+    """Return the figures of the model as it is now. A collective."""
+    made, prompts = Measured(), ready.prompts.prompts
+    most = max(MOST_TOKENS[world.device.type], 0 if task.rows is None else task.rows.widest)
+    if task.rows is not None:
+        made.loss = mean_loss(row_losses(loaded.model, task.rows, most, world))
+    if task.choices:
+        pieces = [
+            (prompt.ids, ids)
+            for prompt, (texts, _) in zip(prompts, task.choices, strict=True)
+            for ids in continuations(ready.tokenizer, texts)
+        ]
+        rows = rows_of(pieces, int(ready.tokenizer.pad_token_id or 0))
+        losses = row_losses(loaded.model, rows, max(most, rows.widest), world)
+        edges, right = 0, {False: 0, True: 0}
+        for texts, which in task.choices:
+            for per_token in right:
+                right[per_token] += best(losses[edges : edges + len(texts)], per_token) == which
+            edges += len(texts)
+        made.choice, made.choice_per_token = (Share(right[per], len(task.choices)) for per in (False, True))
+    if "exact" in task.measures:
+        decoder.forget_adapters()
+        answers = Answers(decoder, Sampling(), ready.stops, asked.max_new_tokens, world)
+        made.answers = [answer for some in answers([prompt.ids for prompt in prompts]) for answer in some]
+        world.say(speed_line(answers, len(prompts)))
+        said = [text_of(answer, ready.tokenizer) for answer in made.answers]
+        same = NORMALIZE[asked.normalize]
+        made.right = [same(text) == same(prompt.answer or "") for text, prompt in zip(said, prompts, strict=True)]
+        made.exact = Share(sum(made.right), len(prompts))
+    return made
+
+
+def _record(asked: EvaluateOptions, ready: Ready, task: Task, found: dict[str, Measured]) -> dict[str, Any]:
+    base, model = ready.base, ready.base.config.model
+    made: dict[str, Any] = {
+        "model_name": model.model_name, "revision": model.revision, "train_type": model.train_type,
+        "precision": model.precision, "adapter_folder": None if base.adapter is None else str(base.adapter.folder),
+        "dataset": asked.dataset, "rows": len(ready.prompts.prompts), "measures": task.measures,
+    }  # fmt: skip
+    if "exact" in task.measures:
+        made |= {"normalize": asked.normalize, "max_new_tokens": asked.max_new_tokens}
+    made |= {name: measured.record() for name, measured in found.items()}
+    if len(found) == 2 and "exact" in task.measures:
+        pairs = list(zip(found["adapter"].right, found["base"].right, strict=True))
+        gained, lost = pairs.count((True, False)), pairs.count((False, True))
+        made["exact_compared"] = {"only_adapter": gained, "only_base": lost, "p": sign_test(gained, lost)}
+    return made
+
+
+def _write(folder: Path, asked: EvaluateOptions, ready: Ready, task: Task, found: dict[str, Measured]) -> None:
+    names = {"adapter": ANSWERS, "base": BASE_ANSWERS if "adapter" in found else ANSWERS}
+    with writing_to(folder, "output_dir"):
+        for name, measured in found.items():
+            if measured.answers:
+                with atomic_file(folder / names[name]) as part, part.open("w", encoding="utf-8") as file:
+                    for answer, right in zip(measured.answers, measured.right, strict=True):
+                        file.write(json.dumps(record(answer, ready) | {"right": right}, ensure_ascii=False) + "\n")
+        with atomic_file(folder / FILE) as part:
+            part.write_text(json.dumps(_record(asked, ready, task, found), indent=1) + "\n")
+
+
+def _shown(asked: EvaluateOptions, ready: Ready, found: dict[str, Measured]) -> list[str]:
+    """Return some answers and the table, for the user."""
+    lines = []
+    for i, prompt in enumerate(ready.prompts.prompts[: asked.show_answers]):
+        texts = {name: text_of(one.answers[i], ready.tokenizer) for name, one in found.items() if one.answers}
+        said = {name: " ".join(text.split()) for name, text in texts.items()}
+        if said:
+            lines += ["", f"asked:    {_asked(prompt.row) or prompt.text}", f"right:    {prompt.answer}"]
+            lines += [f"{name + ':':<9} {text}" for name, text in said.items()]
+    return [*lines, "", *table({name: measured.cells() for name, measured in found.items()}), ""]
+
+
+def _asked(row: Any) -> str:
+    """Return the words of a conversation's last question."""
+    turns = [turn for turn in row.get("messages") or [] if isinstance(turn, dict) and turn.get("role") == "user"]
+    return str(turns[-1].get("content")) if turns else ""
+
+
+def table(columns: dict[str, dict[str, str]]) -> list[str]:
+    """Return lines of a table: a row for each measure, a column for each state."""
+    rows = list(dict.fromkeys(name for cells in columns.values() for name in cells))
+    lines: list[Sequence[str]] = [("", *columns), *((row, *(c.get(row, "") for c in columns.values())) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if (folder / FILE).exists() and not overwrite:
+        raise UserError(f"output_dir: {folder / FILE} exists; choose another folder, or --overwrite_output_dir true")

@@ -1,0 +1,183 @@
+"""The command evaluate: PEFT's losses and choices, exact answers counted, alike on ranks; intervals that are right."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from fsdp_qlora.__main__ import main
+from fsdp_qlora.errors import BadRow
+from fsdp_qlora.generation.likelihood import RowLoss
+from fsdp_qlora.generation.scores import NORMALIZE, Share, best, choices_of, mean_loss, sign_test
+from tests.generation.test_generate import WORKER, by_peft, material
+from tests.support import plain
+from tests.support.runs import Options, flags
+from tests.support.torchrun import run_torchrun
+
+__all__ = ["material"]  # the fixture
+NEW = 8
+
+
+def evaluate(folder: Path, code: int = 0, **options: object) -> dict:
+    assert main(["evaluate", *flags({"output_dir": folder} | options)]) == code
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def saved(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def peft_model(material: Path, adapted: bool) -> torch.nn.Module:
+    model = plain.load_base(material / "base", plain.Recipe())
+    return (PeftModel.from_pretrained(model, material / "adapter") if adapted else model).eval()
+
+
+def test_loss_and_exact_answers_are_those_of_peft(material, tmp_path, capsys):
+    """The rows' answers are what the adapted model says, but for two; the base says other things."""
+    asked = [json.loads(line)["prompt"] for line in (material / "rows.jsonl").read_text().splitlines()]
+    said = by_peft(material, True)
+    rows = [{"prompt": p, "completion": f" {a}\n" if a.strip() else "x"} for p, a in zip(asked, said, strict=True)]
+    rows[1]["completion"], rows[4]["completion"] = "wrong", "wrong too"
+    wanted = sum(" ".join(row["completion"].split()) == " ".join(a.split()) for row, a in zip(rows, said, strict=True))
+    assert wanted >= len(rows) - 3
+    file = saved(tmp_path / "rows.jsonl", rows)
+    shared: Options = {"adapter": material / "adapter", "dataset": file, "max_new_tokens": NEW, "batch_size": 3}
+    found = evaluate(tmp_path / "e", **shared)
+    printed = capsys.readouterr().out
+    assert found["measures"] == ["loss", "exact"]
+    assert (found["adapter"]["exact"]["right"], found["adapter"]["exact"]["rows"]) == (wanted, len(rows))
+    assert found["base"]["exact"]["right"] == 0
+    assert found["exact_compared"] == {"only_adapter": wanted, "only_base": 0, "p": sign_test(wanted, 0)}
+    assert f"{wanted} of {len(rows)}" in printed
+    for state, adapted in (("adapter", True), ("base", False)):
+        model, total, labels = peft_model(material, adapted), 0.0, 0
+        with torch.no_grad():
+            for ids, row_labels in plain.read_rows(file, material / "base", 512):
+                total += plain.summed_loss(model, ids, row_labels).item()
+                labels += sum(label != -100 for label in row_labels)
+        assert found[state]["loss"] == pytest.approx(total / labels, rel=1e-5)
+        assert found[state]["label_tokens"] == labels
+        assert found[state]["perplexity"] == pytest.approx(math.exp(total / labels), rel=1e-4)
+    answers = [json.loads(line) for line in (tmp_path / "e" / "answers.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in answers] == said
+    assert sum(line["right"] for line in answers) == wanted
+    assert len((tmp_path / "e" / "answers_base.jsonl").read_text().splitlines()) == len(rows)
+    again: Options = shared | {"overwrite_output_dir": "true", "at_least": 0.99}
+    evaluate(tmp_path / "e", 1, **again)
+    assert "at_least" in capsys.readouterr().err
+    assert main(["evaluate", *flags(shared | {"output_dir": tmp_path / "e"})]) == 2
+    assert "evaluation.json exists" in capsys.readouterr().err
+
+
+def test_choices_are_scored_as_peft_scores_them_on_two_ranks_too(material, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(material / "base")
+    texts = ["cow", "doe doe doe", "e", "fox", "gnu gnu"]
+    rows = [{"prompt": f"{text} is", "choices": texts[:3], "completion": texts[i % 3]} for i, text in enumerate(texts)]
+    model, right = peft_model(material, True), {"choice": 0, "choice_per_token": 0}
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        losses = []
+        for text in row["choices"]:
+            answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                total = plain.summed_loss(model, prompt + answer, [-100] * len(prompt) + answer).item()
+            losses.append((total, total / len(answer)))
+        for i, name in enumerate(right):
+            best_one = min(range(3), key=lambda c, i=i, losses=losses: losses[c][i])
+            right[name] += row["choices"][best_one] == row["completion"]
+    options: Options = {"adapter": material / "adapter", "dataset": saved(tmp_path / "rows.jsonl", rows)}
+    alone = evaluate(tmp_path / "alone", **options)
+    assert alone["measures"] == ["loss", "choice"]
+    assert {name: alone["adapter"][name]["right"] for name in right} == right
+    runs = {
+        name: ["evaluate", *flags(options | more | {"output_dir": tmp_path / name})]
+        for name, more in (("shard", {"sharding_strategy": "full_shard"}), ("stream", {"use_cpu_offload": "true"}))
+    }
+    (tmp_path / "cases.json").write_text(json.dumps(runs))
+    done = run_torchrun(WORKER, 2, [str(tmp_path / "cases.json")], timeout=200)
+    for name in runs:
+        assert done.stdout.count(f"{name} ended with 0") == 2, done.stdout + done.stderr
+        found = json.loads((tmp_path / name / "evaluation.json").read_text())
+        for state in ("adapter", "base"):
+            assert found[state].pop("loss") == pytest.approx(alone[state]["loss"], rel=1e-6)
+            assert found[state]["choice"] == alone[state]["choice"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"measures": "choice"}, ["measures", "column choices", "line 1"]),
+        ({"measures": "auto,loss"}, ["measures auto,loss", "auto includes"]),
+        ({"measures": "loss", "at_least": 0.5}, ["at_least 0.5", "no effect", "add exact"]),
+        ({"measures": "exact", "dataset": "BARE"}, ["line 1", "no answer to compare"]),
+        ({"dataset": "BARE"}, ["neither answers nor choices"]),
+        ({"measures": "accuracy"}, ["measures accuracy", "loss, exact, choice"]),
+    ],
+)
+def test_a_mistake_is_one_line(options, words, material, tmp_path, capsys):
+    places = {"BARE": saved(tmp_path / "bare.jsonl", [{"prompt": "ant bee"}])}
+    given: Options = {"adapter": material / "adapter", "dataset": material / "rows.jsonl", "output_dir": tmp_path / "e"}
+    given |= {"max_new_tokens": NEW} if options.get("measures") not in ("choice", "loss") else {}
+    given |= {name: places.get(value, value) for name, value in options.items()}
+    capsys.readouterr()
+    assert main(["evaluate", *flags(given)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("evaluate:", "--"))]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines
+    assert not (tmp_path / "e" / "evaluation.json").exists()
+
+
+# ---- figures
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "low", "high"), [(38, 40, 0.8350, 0.9862), (0, 11, 0.0, 0.2588), (10, 10, 0.7225, 1.0)]
+)
+def test_intervals_are_wilsons(right, rows, low, high):
+    assert Share(right, rows).interval == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_interval_of_a_loss_holds_the_truth_as_often_as_it_says():
+    """Of 400 samples of 60 rows with one mean loss per label; rows are of unequal lengths, as rows are."""
+    draw = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(400):
+        labels = torch.randint(1, 40, (60,), generator=draw)
+        levels = 2 + 0.7 * torch.randn(60, generator=draw)
+        found = mean_loss([RowLoss(float(n * x), int(n)) for n, x in zip(labels, levels, strict=True)])
+        assert found.half is not None
+        held += abs(found.mean - 2) < found.half
+    assert 0.91 < held / 400 < 0.98
+    assert mean_loss([RowLoss(6.0, 3)]).half is None
+
+
+def test_what_of_an_answer_counts():
+    assert NORMALIZE["none"](" a  b ") == " a  b "
+    assert NORMALIZE["space"](" A\n b ") == "A b"
+    assert NORMALIZE["words"]("The cat, and A dog!") == "cat and dog"
+
+
+def test_the_right_choice_is_found_by_text_label_number_and_letter():
+    assert choices_of({"choices": ["1", "0"]}, "0", "x") == (["1", "0"], 1)  # a text comes before a number
+    assert choices_of({"choices": ["x", "y"]}, "1", "x") == (["x", "y"], 1)
+    assert choices_of({"choices": ["x", "y"]}, "A", "x") == (["x", "y"], 0)
+    assert choices_of({"choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, None, "x") == (
+        ["x", "y"],
+        1,
+    )
+    assert choices_of({"prompt": "x"}, "y", "x") is None
+    with pytest.raises(BadRow, match="none of its 2 choices"):
+        choices_of({"choices": ["x", "y"]}, "z", "row 1")
+    scores = [RowLoss(3.0, 1), RowLoss(4.0, 4), RowLoss(3.0, 1)]
+    assert (best(scores, per_token=False), best(scores, per_token=True)) == (0, 1)
+
+
+def test_chance_of_unequal_numbers():
+    assert sign_test(0, 0) == 1.0
+    assert sign_test(5, 0) == pytest.approx(2 / 32)
+    assert sign_test(3, 3) == 1.0
