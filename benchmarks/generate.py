@@ -237,8 +237,7 @@ def compare(model: Any, file: Path) -> list[float]:
         logits = model(input_ids=whole).logits.float().cpu()
     theirs = [logits[:, kept["prompt"].shape[1] - 1], logits[:, -1]]
     return [
-        float(((a.double() - b.double()).norm() / b.double().norm()))
-        for a, b in zip(kept["logits"], theirs, strict=True)
+        float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(kept["logits"], theirs, strict=True)
     ]
 
 
