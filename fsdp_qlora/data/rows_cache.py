@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.data.sources import Source
+from fsdp_qlora.runtime.files import user_cache
 
 ARRAYS = ("ids", "trains", "offsets", "index")
 NOTE = "rows.json"
@@ -93,13 +94,13 @@ class Cache:
 
 
 def cache_folder(option: str | None) -> Path | None:
-    """Return the folder of --rows_cache: none where it is null."""
+    """Return the folder of --rows_cache: none where it is null, or auto of a user without a home."""
     if option is None:
         return None
     if option != "auto":
         return Path(option)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fsdp_qlora" / "rows"
+    folder = user_cache()
+    return None if folder is None else folder / "rows"
 
 
 def _remove_old(folder: Path) -> None:

@@ -36,6 +36,18 @@ def check_empty(folder: Path) -> None:
         )
 
 
+def user_cache() -> Path | None:
+    """Return this program's folder for what any run can make again: in $XDG_CACHE_HOME, or ~/.cache.
+
+    None for a user without a home: neither $HOME nor an entry in passwd, as in containers under a number of their
+    own."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(base) / "fsdp_qlora"
+
+
 class Claim:
     """The output folder, taken by one run at a time from the moment it is checked; a context manager gives it back.
 

@@ -18,6 +18,7 @@ from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.plan.rates import Rates
+from fsdp_qlora.runtime.files import user_cache
 
 VERSION = 4  # of how rates are measured: others' files are measured again
 SLOWER_IS_MORE = {"crowding", "launch"}  # of all other rates the slowest rank has the least
@@ -70,13 +71,10 @@ def key_of(facts: Facts, world: World) -> dict[str, Any]:
 
 
 def cache_file(key: dict[str, Any]) -> Path | None:
-    """Where rates with that key are kept: $XDG_CACHE_HOME, or ~/.cache; None for a user without a home."""
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # neither $HOME nor an entry in passwd, as in containers under a number of their own
-        return None
+    """Where rates with that key are kept: in the user's cache folder; None for a user without a home."""
+    folder = user_cache()
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(base) / "fsdp_qlora" / f"rates-{digest}.json"
+    return None if folder is None else folder / f"rates-{digest}.json"
 
 
 def read(file: Path | None) -> Rates | None:
