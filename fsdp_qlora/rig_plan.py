@@ -38,8 +38,7 @@ from fsdp_qlora.runtime.determinism import deterministic_algorithms
 from fsdp_qlora.runtime.launcher import read_launch
 from fsdp_qlora.session import make_recipe
 from fsdp_qlora.units import GIB
-from fsdp_qlora.weights.choose import open_weights
-from fsdp_qlora.weights.dummy import Dummy
+from fsdp_qlora.weights.choose import open_weights, random_weights
 from fsdp_qlora.weights.source import Weights
 
 META = torch.device("meta")
@@ -239,4 +238,4 @@ def weights_of(config: Config, hf_config: PretrainedConfig, precision: Precision
     """Names of a quantized checkpoint tell which linears are; of any other the config is enough: nothing is read."""
     if hasattr(hf_config, "quantization_config") and not config.model.dummy_weights:
         return open_weights(config.model, precision.stream)
-    return Dummy(precision.stream)
+    return random_weights(precision.stream)

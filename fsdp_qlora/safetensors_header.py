@@ -29,14 +29,16 @@ class Form(NamedTuple):
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def header(forms: Mapping[str, Form]) -> bytes:
-    """Return the beginning of a file of these tensors, whose bytes follow in this order."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def header(forms: Mapping[str, Form], notes: Mapping[str, str] | None = None, multiple_of: int = 8) -> bytes:
+    """Return the beginning of a file of these tensors, whose bytes follow in this order.
+
+    notes: what the file says beside its tensors. multiple_of: bytes, of which the beginning takes a multiple."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(notes or {})}}
     offset = 0
     for name, form in forms.items():
         end = offset + form.nbytes
         entries[name] = {"dtype": NAMES[form.dtype], "shape": list(form.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % multiple_of)
     return len(text).to_bytes(8, "little") + text

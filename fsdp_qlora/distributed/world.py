@@ -125,6 +125,12 @@ class World:
         dist.all_gather(everyone, mine)
         return [row.tolist() for row in everyone]
 
+    def gather_texts(self, text: str) -> list[str]:
+        """Return every rank's `text`, in rank order, on every rank. A collective, on the host."""
+        everyone: list[str] = [""] * self.size
+        dist.all_gather_object(everyone, text)
+        return everyone
+
 
 @contextmanager
 def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:

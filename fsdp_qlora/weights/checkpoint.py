@@ -1,5 +1,7 @@
 """A checkpoint in a folder as a source of weights."""
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ from fsdp_qlora.weights.checkpoint_files import TensorFile, files_of, open_file,
 from fsdp_qlora.weights.source import Shape
 
 READERS = 4  # threads: enough to keep a disk busy; each holds one tensor in memory
+SHA256 = re.compile(r"[0-9a-f]{64}")
 ROWS_COMPARED = 4096  # of an embedding and a head at a time
 
 
@@ -24,7 +27,8 @@ class Checkpoint:
         self.workers = workers if workers > 0 else READERS
         self._file_of: dict[str, TensorFile] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
-        for file in map(open_file, files_of(folder)):
+        self._files = files_of(folder)
+        for file in map(open_file, self._files):
             shapes = file.shapes()
             self._shape_of |= shapes
             self._file_of |= dict.fromkeys(shapes, file)
@@ -47,6 +51,9 @@ class Checkpoint:
                 "Is the download complete, and is the config of this model?"
             )
 
+    def content(self) -> str:
+        return json.dumps([_stamp(file) for file in self._files])
+
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         if self._shape_of[one] != self._shape_of[other]:
             return False
@@ -63,3 +70,16 @@ class Checkpoint:
 
         with ThreadPoolExecutor(self.workers) as pool:
             return dict(zip(wanted, pool.map(one, wanted), strict=True))
+
+
+def _stamp(file: Path) -> list[str | int]:
+    """Return what tells a file's bytes from those that it had before, and from another's.
+
+    In the hub's cache that is their SHA-256, the name of the file itself, and the time of the last change, for programs
+    may write through the link. Elsewhere it is the path and, beside that time, the one at which the system noted a
+    change: unlike the first it cannot be set, so a copy that keeps times is told from what it replaces."""
+    target = file.resolve()
+    found = target.stat()
+    if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
+        return [file.name, target.name, found.st_size, found.st_mtime_ns]
+    return [str(target), found.st_size, found.st_mtime_ns, found.st_ctime_ns]

@@ -36,10 +36,15 @@ def open_weights(options: ModelOptions, dtype: torch.dtype) -> Weights:
 
     dtype: of dummy weights."""
     if options.dummy_weights:
-        return Dummy(dtype)
+        return random_weights(dtype)
     if Path(options.model_name).is_dir():
         return Checkpoint(Path(options.model_name), options.loading_workers)
     return OnHub(options.model_name, options.revision, options.loading_workers)
+
+
+def random_weights(dtype: torch.dtype) -> Weights:
+    """Return a source of random numbers under any name."""
+    return Dummy(dtype)
 
 
 def codec_chooser(

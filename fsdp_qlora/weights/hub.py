@@ -32,6 +32,9 @@ class OnHub:
     def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
         self._open().check(expected, unknown)
 
+    def content(self) -> str:
+        return self._open().content()
+
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         return self._checkpoint is not None and self._checkpoint.equal(one, other, dtype)
 

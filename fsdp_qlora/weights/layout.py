@@ -34,6 +34,7 @@ class Layout:
     """name -> Entry for one block. The same on every rank without communication: it depends on codecs and shapes only.
 
     nbytes is the buffer's length, a multiple of ALIGN * multiple_of so that `multiple_of` ranks can hold equal shards.
+    used is the part of it that has tensors, a multiple of ALIGN; the rest is zeros.
     """
 
     def __init__(self, tensors: Mapping[str, tuple[Codec, tuple[int, ...]]], multiple_of: int = 1) -> None:
@@ -46,7 +47,8 @@ class Layout:
                 parts[part] = Part(dtype, tuple(part_shape), offset, nbytes)
                 offset += _round_up(nbytes, ALIGN)
             self.entries[name] = Entry(codec, tuple(shape), parts)
-        self.nbytes = _round_up(max(offset, 1), ALIGN * multiple_of)
+        self.used = max(offset, ALIGN)
+        self.nbytes = _round_up(self.used, ALIGN * multiple_of)
 
     def write(self, buffer: Tensor, name: str, parts: Mapping[str, Tensor]) -> None:
         """Copy the encoded `parts` of `name` to their offsets in `buffer` (uint8 [nbytes], any device)."""

@@ -18,6 +18,11 @@ class Weights(Protocol):
     def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
         """Raise UserError naming every tensor that is missing or of another shape, and with them the unknown ones."""
 
+    def content(self) -> str | None:
+        """Return what tells these tensors' bytes from any others, without reading them; None if they are made up.
+
+        Raises OSError where their files are gone."""
+
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         """Return whether two tensors are known to have the same numbers in `dtype`, without a download."""
 
