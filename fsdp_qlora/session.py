@@ -23,6 +23,7 @@ from fsdp_qlora.models.skeleton import build, quantization_of, read_config
 from fsdp_qlora.optim.optimizers import check_optimizer
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.placement.base import Placement, check_bytes
+from fsdp_qlora.placement.cache_use import open_cache
 from fsdp_qlora.placement.choose import choose_placement
 from fsdp_qlora.placement.load import check_names, load
 from fsdp_qlora.plan.planning import Planned, micro_batches, plan_run
@@ -72,7 +73,7 @@ class Session:
         placement.prepare(model)  # page-locks host memory from here on
         drawn = beside(adapters.draw, world.device)
         adapters.exchange = choose_exchange(adapters.largest, self.config.memory, world)
-        load(model, self.weights, placement, world)
+        load(model, self.weights, placement, world, open_cache(self.config.model, model, self.weights, world))
         check_bytes(model, placement)
         drawn.result()
         return adapters

@@ -3,6 +3,8 @@
 Adapters are no concern of a placement: they are small, and every rank has them (see optim/sharded_adapters.py).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.distributed as dist
@@ -13,13 +15,28 @@ from fsdp_qlora.models.causal_lm import CausalModel, Unit
 from fsdp_qlora.plan.plan import Plan
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where a rank holds its part of a unit's bytes, for a reader that can fill it without the other parts."""
+
+    memory: Tensor  # uint8 [n], contiguous, on the host or the rank's device
+    start: int  # the byte of the unit that comes first there
+    filled: Callable[[], object] = lambda: None  # to be called once it is filled
+
+
 class Placement(Protocol):
-    """The home of the frozen bytes: `prepare` before loading, `store` each unit, `finish` after the last."""
+    """The home of the frozen bytes: `prepare` before loading, `store` or `slot` for each unit, `finish` at the end."""
 
     def prepare(self, model: CausalModel) -> None: ...
 
     def store(self, unit: Unit, whole: Tensor) -> None:
         """Place a unit's bytes. whole: uint8 [nbytes] on the device; the placement may keep it."""
+        ...
+
+    def slot(self, unit: Unit) -> Slot | None:
+        """Return where this rank's part of a unit goes; None where it needs all of it, by `store`.
+
+        `store` may follow in spite of it, if the part could not be read."""
         ...
 
     def finish(self) -> None:

@@ -4,7 +4,7 @@ Never more than a few units are in flight, so the peak of host memory is the pla
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -17,6 +17,10 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
 from fsdp_qlora.placement.base import Placement
+from fsdp_qlora.placement.cache_use import CacheUse
+from fsdp_qlora.placement.from_cache import place_kept
+from fsdp_qlora.placement.to_cache import Keeper
+from fsdp_qlora.weights.base_cache.lanes import Lanes
 from fsdp_qlora.weights.codecs import Parts, companions, is_quantized, stored_codec
 from fsdp_qlora.weights.frozen_bytes import checksum
 from fsdp_qlora.weights.layout import Entry
@@ -45,10 +49,41 @@ def check_names(model: CausalModel, weights: Weights) -> None:
     weights.check({name: shape for unit in model.units for name, shape in expected_tensors(unit, weights).items()})
 
 
-def load(model: CausalModel, weights: Weights, placement: Placement, world: World) -> None:
-    """Read, encode and place every unit. A collective: each rank encodes every n-th unit, all at the same time."""
-    units, start = model.units, time.perf_counter()
-    bar = tqdm(total=len(units), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
+def load(
+    model: CausalModel, weights: Weights, placement: Placement, world: World, cache: CacheUse | None = None
+) -> None:
+    """Place every unit: from the base cache where it has the unit, else read and encoded, and kept there. A collective.
+
+    cache: None: there is none for this base."""
+    left, start, said = list(model.units), time.perf_counter(), ""
+    bar = tqdm(total=len(left), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
+    if cache is None:
+        encode_units(left, weights, placement, world, bar.update)
+    else:
+        with Lanes(cache.threads, world.device) as lanes:
+            left, damaged = place_kept(left, cache.kept, placement, lanes, world, bar.update)
+            if left:
+                with Keeper(left, damaged, cache.kept, weights, lanes, world) as keeper:
+                    encode_units(left, weights, placement, world, bar.update, keeper)
+                    said = keeper.end()
+            if len(left) < len(model.units):
+                said = f"{len(model.units) - len(left)} of {len(model.units)} units from {cache.kept.folder}" + (
+                    f", {said}" if said else ""
+                )
+    bar.close()
+    placement.finish()
+    world.say(f"loaded    in {time.perf_counter() - start:.0f} s" + (f": {said}" if said else ""))
+
+
+def encode_units(
+    units: Sequence[Unit],
+    weights: Weights,
+    placement: Placement,
+    world: World,
+    done: Callable[[], object],
+    keeper: Keeper | None = None,
+) -> None:
+    """Read, encode and place units. A collective: each rank encodes every n-th unit, all at the same time."""
     own = units[world.rank :: world.size]
     with ThreadPoolExecutor(1) as prefetch:
         reading = [prefetch.submit(_read, own[0], weights, world.device)] if own else []
@@ -67,11 +102,12 @@ def load(model: CausalModel, weights: Weights, placement: Placement, world: Worl
                 whole = _broadcast(unit, encoded if source == world.rank else None, source, world)
                 unit.frozen.expected = checksum(whole)
                 world.together(partial(placement.store, unit, whole))
-                bar.update()
+                if keeper is not None:
+                    keeper.received(unit, whole, source)
+                done()
+            if keeper is not None and encoded is not None:
+                keeper.encoded(own[turn], encoded)
             del encoded
-    bar.close()
-    placement.finish()
-    world.say(f"loaded    in {time.perf_counter() - start:.0f} s")
 
 
 def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:

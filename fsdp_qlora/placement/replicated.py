@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
+from fsdp_qlora.placement.base import Slot
 from fsdp_qlora.placement.resident import Residents, keep_whole
 from fsdp_qlora.plan.plan import Plan
 
@@ -18,6 +19,9 @@ class Replicated:
             self._residents.store(unit, whole)
         else:
             keep_whole(unit, whole)
+
+    def slot(self, unit: Unit) -> Slot | None:
+        return None
 
     def finish(self) -> None:
         pass

@@ -26,11 +26,16 @@ class Residents:
             self._pieces = made
         piece = self._pieces.pop(unit.name, None)
         piece = whole if piece is None else piece.copy_(whole)  # None: stored a second time
-        unit.frozen.flat = nn.Parameter(piece.view(torch.float32), requires_grad=False)
+        keep_at(unit, piece)
 
 
 def keep_whole(unit: Unit, whole: Tensor) -> None:
     """Give a unit all of its bytes on this rank, on the device or in pinned host memory as its `home` says."""
     if unit.home == "host" and whole.is_cuda:
         whole = page_lock(torch.empty_like(whole, device="cpu"), "the embedding").copy_(whole)
+    keep_at(unit, whole)
+
+
+def keep_at(unit: Unit, whole: Tensor) -> None:
+    """Give a unit the memory that all of its bytes are in."""
     unit.frozen.flat = nn.Parameter(whole.view(torch.float32), requires_grad=False)

@@ -1,5 +1,7 @@
 """The placements by FSDP2: each unit's bytes divided among ranks, on their GPUs or in their host memory."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -9,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.memory.pinned import page_lock
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
+from fsdp_qlora.placement.base import Slot
 from fsdp_qlora.placement.resident import keep_whole
 from fsdp_qlora.plan.placements import PREFETCH
 from fsdp_qlora.plan.plan import Plan
@@ -68,16 +71,24 @@ class Sharded:
         if unit.home != "shared":
             keep_whole(unit, whole)
             return
-        length = whole.numel() // self.shards
-        mine = whole[self.index * length : (self.index + 1) * length].view(torch.float32)
+        mine = self._shard(unit)
+        mine.memory.copy_(whole[mine.start : mine.start + mine.memory.numel()])
+        mine.filled()
+
+    def slot(self, unit: Unit) -> Slot | None:
+        return self._shard(unit) if unit.home == "shared" else None
+
+    def _shard(self, unit: Unit) -> Slot:
+        """Return fresh memory for this rank's shard of a unit, which takes it over when it is filled."""
         with torch.no_grad():
             shard = torch.empty_like(unit.frozen.flat, device="cpu" if self.offload else self.device)
             assert isinstance(shard, DTensor), "`prepare` makes it one"
             local = shard.to_local()
             if self.pin:
                 page_lock(local, "use_cpu_offload")
-            local.copy_(mine)
-        unit.frozen.load_state_dict({"flat": nn.Parameter(shard, requires_grad=False)}, assign=True)
+        state = {"flat": nn.Parameter(shard, requires_grad=False)}
+        filled = partial(unit.frozen.load_state_dict, state, assign=True)
+        return Slot(local.view(torch.uint8), self.index * local.nbytes, filled)
 
     def finish(self) -> None:
         pass

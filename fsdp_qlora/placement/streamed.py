@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.memory.shared import HostStore, rounded
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
-from fsdp_qlora.placement.resident import Residents, keep_whole
+from fsdp_qlora.placement.base import Slot
+from fsdp_qlora.placement.resident import Residents, keep_at, keep_whole
 from fsdp_qlora.placement.streamer import StreamedUnit, Streamer
 from fsdp_qlora.plan.plan import Plan
 
@@ -37,7 +38,7 @@ class Streamed:
         self.trains = trains
         self.world, self.resident, self.head_resident, self.buffers = world, resident, head_resident, buffers
         self.link_rate = link_rate
-        self._sources: dict[str, Tensor] = {}
+        self._sources: dict[str, Tensor] = {}  # a unit's bytes in host memory
 
     def prepare(self, model: CausalModel) -> None:
         self._blocks = list(model.blocks)
@@ -55,8 +56,8 @@ class Streamed:
         }
         self._units = {u.name: u for u in model.units}
         self._residents = Residents([self._units[name] for name in self._blocks if name not in self._streamed])
-        self._in_store = in_store
-        pieces = [unit.frozen.layout.nbytes for unit in model.units if unit.name in in_store]  # as `store` takes them
+        self._in_store = [unit.name for unit in model.units if unit.name in in_store]
+        pieces = [self._units[name].frozen.layout.nbytes for name in self._in_store]
         self._stores = [HostStore(sum(map(rounded, pieces)), self.world, pieces=pieces)] if pieces else []
 
     def store(self, unit: Unit, whole: Tensor) -> None:
@@ -66,12 +67,19 @@ class Streamed:
         if unit.name not in self._in_store:
             keep_whole(unit, whole)
             return
-        piece = self._write(whole)
+        piece = self._place(unit)
+        self._write(piece, whole)
+        if unit.name not in self._streamed:  # the embedding, whose rows the device reads itself
+            keep_at(unit, piece if self._is_readable() else whole)
+
+    def slot(self, unit: Unit) -> Slot | None:
+        if unit.name not in self._in_store:
+            return None
+        piece = self._place(unit)
+        mine = self._stores[0].share(piece.numel())
         if unit.name in self._streamed:
-            self._sources[unit.name] = piece
-            return
-        readable = not (whole.is_cuda and self._stores[-1].refused)  # the embedding, whose rows the device reads itself
-        unit.frozen.flat = nn.Parameter((piece if readable else whole).view(torch.float32), requires_grad=False)
+            return Slot(piece[mine], mine.start)
+        return Slot(piece[mine], mine.start, partial(keep_at, unit, piece)) if self._is_readable() else None
 
     def finish(self) -> None:
         if self.world.device.type == "cuda":
@@ -98,7 +106,9 @@ class Streamed:
         nbytes = sum(rounded(self._units[name].frozen.layout.nbytes) for name in leaving)
         self._stores += [HostStore(nbytes, self.world)] if nbytes else []
         for name in leaving:
-            self._sources[name] = self._write(self._units[name].frozen.flat.detach().view(torch.uint8))
+            whole = self._units[name].frozen.flat.detach().view(torch.uint8)
+            self._sources[name] = self._stores[-1].take(whole.numel())
+            self._write(self._sources[name], whole)
         self.buffers = plan.staging
         self._streamed |= set(leaving)
         if self.world.device.type == "cuda":
@@ -110,12 +120,21 @@ class Streamed:
                 self._units[name].frozen.release()
         self._stream()
 
-    def _write(self, whole: Tensor) -> Tensor:
-        """Return a unit's bytes in the newest store, with the copy of this rank's share of them begun."""
-        piece = self._stores[-1].take(whole.numel())
+    def _place(self, unit: Unit) -> Tensor:
+        """Return a unit's place in the first store. They are taken in the order in which they are page-locked."""
+        while unit.name not in self._sources:
+            name = self._in_store[len(self._sources)]
+            self._sources[name] = self._stores[0].take(self._units[name].frozen.layout.nbytes)
+        return self._sources[unit.name]
+
+    def _write(self, piece: Tensor, whole: Tensor) -> None:
+        """Begin the copy of this rank's share of a unit's bytes to their place in host memory."""
         mine = self._stores[-1].share(whole.numel())
         piece[mine].copy_(whole[mine], non_blocking=True)
-        return piece
+
+    def _is_readable(self) -> bool:
+        """Return whether the device can read the store's memory itself."""
+        return self.world.device.type != "cuda" or not self._stores[0].refused
 
     def _stream(self) -> None:
         """Stream the units that are in host memory, from now on."""

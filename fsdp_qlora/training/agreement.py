@@ -24,7 +24,7 @@ ROUNDING = ("attention", "fused", "deterministic")  # that change the last bits 
 FROM_HERE_ON = (
     "num_epochs", "max_steps", "lr", "lr_scheduler", "warmup_ratio", "wd", "apply_gradient_clipping", "grad_norm",
 )  # fmt: skip
-NO_MATTER = ("loading_workers", "show_rows", "rows_cache")
+NO_MATTER = ("base_cache", "loading_workers", "show_rows", "rows_cache")
 MAY_DIFFER = {*COMPARED_BY_BYTES, *COMPARED_BY_ROWS, *ROUNDING, *FROM_HERE_ON, *NO_MATTER}
 ANEW = "or start anew in another output_dir, without --resume"
 

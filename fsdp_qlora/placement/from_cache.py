@@ -1,0 +1,139 @@
+"""Units read from the base cache: each rank reads from the disk what it holds, straight into its place.
+
+Where a placement needs a whole unit on every rank, the ranks read a part each and gather it. A unit is taken from the
+cache where every rank finds it there; a file that turns out to be damaged is left to be encoded anew, by all of them.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.models.causal_lm import Unit
+from fsdp_qlora.placement.base import Placement, Slot
+from fsdp_qlora.torch_compat import all_gather
+from fsdp_qlora.weights.base_cache.kept import KeptBase
+from fsdp_qlora.weights.base_cache.lanes import Lanes, results
+from fsdp_qlora.weights.base_cache.unit_file import Contents, Damaged, Reading
+
+AHEAD = 1  # units whose reading is begun before the one that is waited for: the plan counts two in GPU memory
+
+
+@dataclass
+class _Coming:
+    """A unit whose bytes are being read."""
+
+    unit: Unit
+    slot: Slot
+    whole: Tensor | None  # of a unit that this rank needs whole
+    gathered: bool  # whether `slot` is this rank's part of `whole`
+    total: int = 0  # the unit's checksum, by its file
+    file: Reading | None = None
+    reading: list[Future[None]] = field(default_factory=list)
+    wrong: str = ""  # why its file cannot be taken
+
+
+def place_kept(
+    units: Sequence[Unit], kept: KeptBase, placement: Placement, lanes: Lanes, world: World, done: Callable[[], object]
+) -> tuple[list[Unit], set[str]]:
+    """Place the units that the cache has. A collective.
+
+    done: called for each. Returns (the units that are left, the names of those among them whose file is to be
+    replaced)."""
+    found = [_look(kept, unit.name) for unit in units]
+    here = [[float(isinstance(one, Contents)), float(isinstance(one, str) and one != "")] for one in found]
+    by_rank = world.gather([number for pair in here for number in pair])
+    everywhere = [min(rank[2 * i] for rank in by_rank) == 1 for i in range(len(units))]
+    damaged = {unit.name for i, unit in enumerate(units) if any(rank[2 * i + 1] for rank in by_rank)}
+    wrong = [f"{unit.name} ({one})" for unit, one in zip(units, found, strict=True) if isinstance(one, str) and one]
+    waiting = deque[_Coming]()
+    left = [unit for i, unit in enumerate(units) if not everywhere[i]]
+    pairs = zip(units, found, strict=True)
+    ready = deque((unit, one) for i, (unit, one) in enumerate(pairs) if everywhere[i] and isinstance(one, Contents))
+    while ready or waiting:
+        while ready and len(waiting) <= AHEAD:
+            unit, contents = ready.popleft()
+            waiting.append(world.together(partial(_start, unit, contents, kept, placement, lanes, world)))
+        coming = waiting.popleft()
+        _wait(coming)
+        if any(bad for (bad,) in world.gather([float(bool(coming.wrong))])):
+            damaged.add(coming.unit.name)
+            left.append(coming.unit)
+            if coming.wrong:
+                wrong.append(f"{coming.unit.name} ({coming.wrong})")
+            continue
+        _place(coming, placement, world)
+        done()
+    if everywhere.count(True):
+        kept.touch()
+    for line in dict.fromkeys(line for line in world.gather_texts(_line(wrong, kept)) if line):
+        world.say(line)
+    order = {unit.name: i for i, unit in enumerate(units)}
+    return sorted(left, key=lambda unit: order[unit.name]), damaged
+
+
+def _line(wrong: Sequence[str], kept: KeptBase) -> str:
+    """Return the line about files that cannot be taken, '' if there are none."""
+    if not wrong:
+        return ""
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"base_cache: {wrong[0]}{more} of {kept.folder} cannot be taken: encoded anew"
+
+
+def _look(kept: KeptBase, name: str) -> Contents | str:
+    """Return what the header of a unit's file says, or why it cannot be taken: '' where there is none."""
+    try:
+        return kept.contents(name)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # the last two are told where it is written
+        return ""
+    except (Damaged, OSError) as error:
+        return _reason(error)
+
+
+def _start(unit: Unit, contents: Contents, kept: KeptBase, placement: Placement, lanes: Lanes, world: World) -> _Coming:
+    """Begin to read a unit to where this rank holds it. Raises UserError as `Placement.slot`."""
+    nbytes, slot, whole = unit.frozen.layout.nbytes, placement.slot(unit), None
+    gathered = slot is None and world.size > 1 and nbytes % world.size == 0
+    if slot is None:
+        whole = torch.empty(nbytes, dtype=torch.uint8, device=world.device)
+        share = nbytes // world.size if gathered else nbytes
+        first = share * world.rank if gathered else 0
+        slot = Slot(whole[first : first + share], first)
+    coming = _Coming(unit, slot, whole, gathered, contents.total)
+    try:
+        coming.file = kept.open(unit.name, contents)
+        coming.reading = lanes.fetch(coming.file, slot.memory, slot.start)
+    except OSError as error:
+        coming.wrong = _reason(error)
+    return coming
+
+
+def _wait(coming: _Coming) -> None:
+    """Return once nothing is being read any more into a unit's place."""
+    try:
+        results(coming.reading)
+    except (Damaged, OSError) as error:
+        coming.wrong = _reason(error)
+    finally:
+        if coming.file is not None:
+            coming.file.close()
+
+
+def _place(coming: _Coming, placement: Placement, world: World) -> None:
+    unit, whole = coming.unit, coming.whole
+    unit.frozen.expected = coming.total
+    if whole is None:
+        coming.slot.filled()
+        return
+    if coming.gathered:
+        all_gather(whole, coming.slot.memory)
+    world.together(partial(placement.store, unit, whole))
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
