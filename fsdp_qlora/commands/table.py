@@ -3,9 +3,17 @@
 from typing import Any
 
 from fsdp_qlora.commands.base import Command
+from fsdp_qlora.commands.cache import CACHE_CLEAR, CACHE_LIST
 from fsdp_qlora.commands.evaluate import EVALUATE
 from fsdp_qlora.commands.generate import GENERATE
 from fsdp_qlora.commands.gguf import GGUF
 from fsdp_qlora.commands.merge import MERGE
 
-COMMANDS: dict[str, Command[Any]] = {"generate": GENERATE, "evaluate": EVALUATE, "merge": MERGE, "gguf": GGUF}
+COMMANDS: dict[str, Command[Any]] = {
+    "generate": GENERATE,
+    "evaluate": EVALUATE,
+    "merge": MERGE,
+    "gguf": GGUF,
+    "cache list": CACHE_LIST,
+    "cache clear": CACHE_CLEAR,
+}
