@@ -34,12 +34,7 @@ NEEDS: tuple[Needs[Config], ...] = (
         "set train_type to hqq_lora",
     ),
     Needs(("base_cache",), "dummy_weights", lambda c: not c.model.dummy_weights, "set dummy_weights to false"),
-    Needs(
-        ("base_cache",),
-        "train_type",
-        lambda c: TRAIN_TYPES[c.model.train_type].codec != "plain",
-        "set train_type to one that quantizes the base",
-    ),
+    Needs(("base_cache",), "train_type", lambda c: _codec(c) != "plain", "set train_type to qlora or hqq_lora"),
     Needs(("revision",), "model_name", lambda c: not Path(c.model.model_name).is_dir(), "set model_name to a hub id"),
     Needs(
         ("warmup_ratio",),

@@ -22,7 +22,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.weights.base_cache import entry, unit_file
 from fsdp_qlora.weights.base_cache.kept import VERSION
 from fsdp_qlora.weights.checkpoint import Checkpoint
-from fsdp_qlora.weights.codecs import NF4, Plain
+from fsdp_qlora.weights.codecs import HQQ, NF4, Plain
 from fsdp_qlora.weights.layout import Layout
 from tests.support import plain, tiny
 from tests.support.built import built
@@ -32,6 +32,7 @@ from tests.support.torchrun import ROOT, run_torchrun
 BYTES = {
     "nf4-double-quantized": 4693471305193682929,
     "nf4": -8195448152219349221,
+    "hqq-4bit-g32-axis1-float32-unoptimized": 8651956033975050959,
     "bfloat16": 8461950338540401776,
 }  # a sum of a small weight's stored words, by codec
 UNITS = 6  # the embedding, three blocks, the head and the rest
@@ -207,6 +208,19 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_not_kept(options, tmp_pat
     (line,) = said(capsys)
     assert "the checkpoint's files were changed while they were read" in line
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("more", [{}, {"hqq_group_size": 32}], ids=str)
+def test_a_base_in_hqq_is_kept_too(more, options, tmp_path, reads):
+    shape = tiny.SHAPE | {"intermediate_size": 192}  # of whole groups
+    hqq = (
+        options | {"train_type": "hqq_lora", "model_name": tiny.save_model(LlamaConfig(**shape), tmp_path / "m")} | more
+    )
+    first = start(hqq)
+    assert reads
+    reads.clear()
+    assert_same(start(hqq), first)
+    assert not reads
 
 
 def test_other_options_of_the_codec_are_another_base(options, kept, encoded):
@@ -494,7 +508,7 @@ def test_bytes_of_the_encoders_have_a_version():
     """Fails where an encoder or the layout makes other bytes of the same weights: VERSION then has to count up."""
     weight = (torch.arange(64 * 96).remainder(211).float() - 105).reshape(64, 96) / 128  # sums of these are exact
     found = {}
-    for codec in (NF4(True), NF4(False), Plain(torch.bfloat16)):
+    for codec in (NF4(True), NF4(False), HQQ(4, 32, 1, torch.float32, optimize=False), Plain(torch.bfloat16)):
         layout = Layout({"w": (codec, (64, 96)), "n": (Plain(torch.float32), (96,))})
         buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
         layout.write(buffer, "w", codec.encode(weight))

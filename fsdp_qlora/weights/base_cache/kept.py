@@ -28,7 +28,7 @@ from fsdp_qlora.weights.base_cache.unit_file import Contents, Reading, Writing, 
 from fsdp_qlora.weights.layout import Layout
 
 VERSION = 1  # of encoders and layouts; counts up where one makes other bytes of the same options
-ENCODERS = ("bitsandbytes",)  # packages that encode
+ENCODERS = ("bitsandbytes", "hqq")  # packages that encode
 
 
 @dataclass(frozen=True)
