@@ -69,6 +69,13 @@ SHARD = (NO_STREAM, "--sharding_strategy=full_shard")
 REPLICATE = (NO_STREAM, "--sharding_strategy=ddp")
 SHORT_ROWS, PACKED = ("--dummy_row_tokens=150",), "--packing=true"
 FSDP2 = (STREAM, "--cpu_offload_by=fsdp2")
+BNB_DORA = ("--train_type=bnb_dora",)
+
+
+def hqq(bits: int, adapter: str = "lora") -> tuple[str, ...]:
+    return f"--train_type=hqq_{adapter}", f"--n_bits={bits}"
+
+
 CASES = {
     "8b-all": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *keeping("all")), cap_gib=40),
     "8b-input": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *keeping("input"))),
@@ -104,6 +111,20 @@ CASES = {
     "8b-rows-8": Case("grid_8b", 1, 8, 512, 16, (NO_STREAM, *SHORT_ROWS)),
     "8b-packed": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *SHORT_ROWS, PACKED)),
     "8b-full": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM,)),
+    # Other codecs and adapters, beside 8b-full and 70b20.
+    "8b-hqq4": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *hqq(4))),
+    "8b-hqq3": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *hqq(3))),
+    "8b-hqq2": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *hqq(2))),
+    "8b-dora": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *BNB_DORA)),
+    "8b-hqq-dora": Case("grid_8b", 1, 4, 2048, 16, (NO_STREAM, *hqq(4, "dora"))),
+    "70b20": Case("grid_70b_20_layers", 2, 2, 2048, 64, (STREAM,)),
+    "70b20-hqq4": Case("grid_70b_20_layers", 2, 2, 2048, 64, (STREAM, *hqq(4))),
+    "70b20-hqq3": Case("grid_70b_20_layers", 2, 2, 2048, 64, (STREAM, *hqq(3))),
+    "70b20-hqq2": Case("grid_70b_20_layers", 2, 2, 2048, 64, (STREAM, *hqq(2))),
+    "70b20-dora": Case("grid_70b_20_layers", 2, 2, 2048, 64, (STREAM, *BNB_DORA)),
+    "70b20-hqq-dora": Case("grid_70b_20_layers", 2, 2, 2048, 64, (STREAM, *hqq(4, "dora"))),
+    "70b-hqq3": Case("grid_70b", 2, 2, 2048, 64, hqq(3), host_gib=38.3),
+    "70b-hqq2-one": Case("grid_70b", 1, 2, 2048, 64, hqq(2), host_gib=38.3),
 }
 # How long a context may be; minutes each, so only by name, with --steps 2.
 LONG = {
