@@ -71,11 +71,15 @@ class Session:
             model, world, self.config, accumulates=self.planned.plan.accumulation > 1, draw=False
         )
         placement.prepare(model)  # page-locks host memory from here on
-        drawn = beside(adapters.draw, world.device)
+        drawn = None if adapters.reads_norms else beside(adapters.draw, world.device)
         adapters.exchange = choose_exchange(adapters.largest, self.config.memory, world)
-        load(model, self.weights, placement, world, open_cache(self.config.model, model, self.weights, world))
+        cache = open_cache(self.config.model, model, self.weights, world)
+        norms = load(model, self.weights, placement, world, cache)
         check_bytes(model, placement)
-        drawn.result()
+        if drawn is None:
+            adapters.draw(norms)
+        else:
+            drawn.result()
         return adapters
 
 

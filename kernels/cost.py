@@ -28,6 +28,9 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, name) + getattr(other, name) for name in NAMES))
 
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, name) - getattr(other, name) for name in NAMES))
+
 
 NAMES = tuple(field.name for field in fields(Cost))
 CostFunction = Callable[..., Cost]

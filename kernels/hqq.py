@@ -10,7 +10,7 @@ each number of a line has its own, so a program decodes the same piece of severa
 per line they would be twice the bytes that are written.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, on_triton, tl, triton
 from fsdp_qlora.kernels.device import launch as launch_kernel
+from fsdp_qlora.kernels.dora import RowsDecoder, scale_rows_
 from fsdp_qlora.kernels.hqq_format import EIGHT, Form, HqqParts, check_out, check_stored, unpack
 
 
@@ -39,35 +40,39 @@ def dequantize_hqq(
     return out
 
 
-def hqq_rows(stored: Sequence[HqqParts], form: Form, rows: Sequence[int], width: int) -> Callable[[torch.Tensor], None]:
+def hqq_rows(stored: Sequence[HqqParts], form: Form, rows: Sequence[int], width: int) -> RowsDecoder:
     """Return a function that decodes several matrices of one width into an `out` [sum of rows, width], one below the
     other; up to three in one launch. Checked and made ready here, for as long as the bytes stay where they are.
 
-    stored: the parts of each, rows: how many it has; these and out are as `dequantize_hqq` has them."""
+    stored: the parts of each, rows: how many it has; these and out are as `dequantize_hqq` has them. The function's
+    factor: as of `nf4.nf4_rows`."""
     for parts, count in zip(stored, rows, strict=True):
         check_stored(parts, form, (count, width))
     lengths, shape = list(rows), (sum(rows), width)
     together = 1 < len(stored) <= 3 and len({parts.scale.dtype for parts in stored}) == 1
-    launch: Callable[[torch.Tensor], None] | None = None
+    launch: RowsDecoder | None = None
 
-    def decode(out: torch.Tensor) -> None:
+    def decode(out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         nonlocal launch
         check_out(out, shape, out.dtype)
         if together and on_triton(out):
             launch = launch or _rows_launch(stored, form, rows, width)
-            launch(out)
+            launch(out, factor)
             return
-        for parts, piece in zip(stored, out.split(lengths), strict=True):
-            _decode(parts, form, piece)
+        factors = [None] * len(lengths) if factor is None else factor.split(lengths)
+        for parts, piece, own in zip(stored, out.split(lengths), factors, strict=True):
+            _decode(parts, form, piece, own)
 
     return decode
 
 
-def _decode(parts: HqqParts, form: Form, out: torch.Tensor) -> None:
+def _decode(parts: HqqParts, form: Form, out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
     if on_triton(out):
-        _launch(parts, form, out)
-    else:
-        out.copy_(_plain(parts, form).view(out.shape))
+        _launch(parts, form, out, factor)
+        return
+    out.copy_(_plain(parts, form).view(out.shape))
+    if factor is not None:
+        scale_rows_(out, factor)
 
 
 # ---- meaning, and the path on a CPU
@@ -108,24 +113,31 @@ def _numbers(codes, scale, zero):
 
 
 @triton.jit
-def _store(out_ptr, numbers, first, step, live, out_stride, APART: tl.constexpr, I: tl.constexpr):
+def _store(
+    out_ptr, factor_ptr, numbers, first, step, live, out_stride,
+    APART: tl.constexpr, I: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
     """Write [ROWS, 8]. first: the word that comes before `step` others [ROWS], in the order of the matrix."""
-    if APART == 0:
-        at = (first + step) * 8
-    else:
+    numbers = numbers.to(out_ptr.dtype.element_ty)
+    at = (first + step) * 8
+    if APART or FACTOR:
         row = first // (I // 8)
         column = (first - row * (I // 8)).to(tl.int32) + step
         over = column // (I // 8)
-        at = (row + over) * out_stride * APART + (column - over * (I // 8)) * 8
+        if APART:
+            at = (row + over) * out_stride * APART + (column - over * (I // 8)) * 8
+        if FACTOR:
+            factor = tl.load(factor_ptr + row + over, mask=live, other=0.0)
+            numbers = (numbers.to(tl.float32) * factor[:, None]).to(out_ptr.dtype.element_ty)
     place = tl.arange(0, 8)[None, :]
-    tl.store(out_ptr + at[:, None] + place, numbers.to(out_ptr.dtype.element_ty), mask=live[:, None])
+    tl.store(out_ptr + at[:, None] + place, numbers, mask=live[:, None])
 
 
 @triton.jit
 def _dequantize(
-    program, codes_ptr, high_ptr, scale_ptr, zero_ptr, out_ptr, n_words, out_stride,
+    program, codes_ptr, high_ptr, scale_ptr, zero_ptr, out_ptr, factor_ptr, n_words, out_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr,
-    I: tl.constexpr,
+    I: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """The piece of that number; arguments as the kernel's."""
     step = tl.arange(0, ROWS)
@@ -136,7 +148,7 @@ def _dequantize(
         scale = tl.load(scale_ptr + group, mask=live, other=0.0)[:, None]
         zero = tl.load(zero_ptr + group, mask=live, other=0.0)[:, None]
         codes = _codes(codes_ptr, high_ptr, first + step, live, BITS)
-        _store(out_ptr, _numbers(codes, scale, zero), first, step, live, out_stride, APART, I)
+        _store(out_ptr, factor_ptr, _numbers(codes, scale, zero), first, step, live, out_stride, APART, I, FACTOR)
     else:
         in_line = n_words // GROUP
         pieces = tl.cdiv(in_line, ROWS)
@@ -149,7 +161,7 @@ def _dequantize(
         for i in tl.static_range(LINES):
             first = (line + i) * in_line + piece
             codes = _codes(codes_ptr, high_ptr, first + step, live, BITS)
-            _store(out_ptr, _numbers(codes, scale, zero), first, step, live, out_stride, APART, I)
+            _store(out_ptr, factor_ptr, _numbers(codes, scale, zero), first, step, live, out_stride, APART, I, FACTOR)
 
 
 @triton.jit
@@ -159,6 +171,7 @@ def _dequantize_kernel(
     scale_ptr,
     zero_ptr,
     out_ptr,
+    factor_ptr,  # of each row of the matrix, if FACTOR
     n_words,
     out_stride,  # from one row of the matrix to the next: in eights if APART is 8, else in numbers
     BITS: tl.constexpr,
@@ -166,39 +179,40 @@ def _dequantize_kernel(
     LINES: tl.constexpr,  # 0: groups along axis 1; else along axis 0, and lines that a program decodes a piece of
     ROWS: tl.constexpr,  # a row: one word, eight numbers
     APART: tl.constexpr,  # 0: out is contiguous; 8: its rows lie apart, by multiples of 8; 1: by anything
-    I: tl.constexpr,  # numbers in a row of the matrix, if APART
+    I: tl.constexpr,  # numbers in a row of the matrix, if APART or FACTOR
+    FACTOR: tl.constexpr,
 ):
     _dequantize(
-        tl.program_id(0), codes_ptr, high_ptr, scale_ptr, zero_ptr, out_ptr, n_words, out_stride,
-        BITS, GROUP, LINES, ROWS, APART, I,
+        tl.program_id(0), codes_ptr, high_ptr, scale_ptr, zero_ptr, out_ptr, factor_ptr, n_words, out_stride,
+        BITS, GROUP, LINES, ROWS, APART, I, FACTOR,
     )  # fmt: skip
 
 
 @triton.jit
 def _dequantize_rows_kernel(
     codes0_ptr, codes1_ptr, codes2_ptr, high0_ptr, high1_ptr, high2_ptr, scale0_ptr, scale1_ptr, scale2_ptr,
-    zero0_ptr, zero1_ptr, zero2_ptr, out0_ptr, out1_ptr, out2_ptr,
+    zero0_ptr, zero1_ptr, zero2_ptr, out0_ptr, out1_ptr, out2_ptr, factor0_ptr, factor1_ptr, factor2_ptr,
     n_words0, n_words1, n_words2, second, third, out_stride,
     COUNT: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr,
-    APART: tl.constexpr, I: tl.constexpr,
+    APART: tl.constexpr, I: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Two matrices or, if COUNT is 3, three. second, third: the programs with which they begin."""
     program = tl.program_id(0)
     if program < second:
         _dequantize(
-            program, codes0_ptr, high0_ptr, scale0_ptr, zero0_ptr, out0_ptr, n_words0, out_stride,
-            BITS, GROUP, LINES, ROWS, APART, I,
+            program, codes0_ptr, high0_ptr, scale0_ptr, zero0_ptr, out0_ptr, factor0_ptr, n_words0, out_stride,
+            BITS, GROUP, LINES, ROWS, APART, I, FACTOR,
         )  # fmt: skip
     else:
         if COUNT == 2 or program < third:
             _dequantize(
-                program - second, codes1_ptr, high1_ptr, scale1_ptr, zero1_ptr, out1_ptr, n_words1, out_stride,
-                BITS, GROUP, LINES, ROWS, APART, I,
+                program - second, codes1_ptr, high1_ptr, scale1_ptr, zero1_ptr, out1_ptr, factor1_ptr, n_words1,
+                out_stride, BITS, GROUP, LINES, ROWS, APART, I, FACTOR,
             )  # fmt: skip
         else:
             _dequantize(
-                program - third, codes2_ptr, high2_ptr, scale2_ptr, zero2_ptr, out2_ptr, n_words2, out_stride,
-                BITS, GROUP, LINES, ROWS, APART, I,
+                program - third, codes2_ptr, high2_ptr, scale2_ptr, zero2_ptr, out2_ptr, factor2_ptr, n_words2,
+                out_stride, BITS, GROUP, LINES, ROWS, APART, I, FACTOR,
             )  # fmt: skip
 
 
@@ -219,20 +233,18 @@ _ROWS = 32 * _WARPS  # a word for each thread: of two, Triton loads them as one 
 _LINES = 8
 
 
-def _launch(parts: HqqParts, form: Form, out: torch.Tensor) -> None:
+def _launch(parts: HqqParts, form: Form, out: torch.Tensor, factor: torch.Tensor | None) -> None:
     n_words = out.numel() // EIGHT
     if n_words:
-        stride, apart = _apart(out)
+        stride, kind = _kind(out, factor)
         launch_kernel(
-            _dequantize_kernel, (_programs(n_words, form),), *_pointers(parts), out, n_words, stride,
-            **_tiling(form), **apart,
+            _dequantize_kernel, (_programs(n_words, form),),
+            *_pointers(parts), out, out if factor is None else factor, n_words, stride, **_tiling(form), **kind,
         )  # fmt: skip
 
 
-def _rows_launch(
-    stored: Sequence[HqqParts], form: Form, rows: Sequence[int], width: int
-) -> Callable[[torch.Tensor], None]:
-    """The launch into an `out`, all of its arguments but for that made."""
+def _rows_launch(stored: Sequence[HqqParts], form: Form, rows: Sequence[int], width: int) -> RowsDecoder:
+    """The launch into an `out` with its rows' factors, all other arguments made."""
     count = len(stored)
     order = [*range(count), *[count - 1] * (3 - count)]  # the last are arguments that are not read
     pointers = zip(*(_pointers(stored[i]) for i in order), strict=True)
@@ -243,12 +255,14 @@ def _rows_launch(
     total = third + (programs[2] if count == 3 else 0)
     lengths, tiling = list(rows), _tiling(form)
 
-    def launch(out: torch.Tensor) -> None:
+    def launch(out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         outs = out.split(lengths)
-        stride, apart = _apart(out)
+        factors = outs if factor is None else factor.split(lengths)
+        stride, kind = _kind(out, factor)
         launch_kernel(
             _dequantize_rows_kernel, (total,),
-            *before, *(outs[i] for i in order), *n_words, second, third, stride, COUNT=count, **tiling, **apart,
+            *before, *(outs[i] for i in order), *(factors[i] for i in order), *n_words, second, third, stride,
+            COUNT=count, **tiling, **kind,
         )  # fmt: skip
 
     return launch
@@ -271,10 +285,11 @@ def _tiling(form: Form) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _apart(out: torch.Tensor) -> tuple[int, dict[str, int]]:
-    """(the kernel's out_stride, its APART and I)."""
+def _kind(out: torch.Tensor, factor: torch.Tensor | None) -> tuple[int, dict[str, Any]]:
+    """(the kernel's out_stride, its APART, I and FACTOR)."""
+    scaled = factor is not None
     if out.is_contiguous():
-        return 0, {"APART": 0, "I": 1}
+        return 0, {"APART": 0, "I": out.shape[1] if scaled else 1, "FACTOR": scaled}
     stride, width = out.stride(0), out.shape[1]
     apart = 1 if stride % EIGHT else EIGHT
-    return stride // apart, {"APART": apart, "I": width}
+    return stride // apart, {"APART": apart, "I": width, "FACTOR": scaled}

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fsdp_qlora.kernels.device import empty, no_autocast
+from fsdp_qlora.kernels.dora import scale_rows_
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 
 
@@ -41,15 +42,17 @@ class Adapter(NamedTuple):
 class Projection(NamedTuple):
     """weight() -> [O, H] of the compute dtype, good until the next weight() of any projection; bias [O] or None.
 
-    weight(out) writes to out instead, whose rows may lie apart; only lora_wide.py asks for that.
+    weight(out) writes to out instead, whose rows may lie apart; only lora_wide.py asks for that. factor: of each output
+    but for its bias, [O] as `dora.py` has it; weight() is times it already, the adapters' b are not.
     """
 
     weight: Callable[..., torch.Tensor]
     bias: torch.Tensor | None = None
     adapters: tuple[Adapter, ...] = ()
+    factor: torch.Tensor | None = None
 
 
-Gradients = list[tuple[torch.Tensor, torch.Tensor]]  # (d_a, d_b) of each adapter, in order
+Gradients = list[tuple[torch.Tensor, ...]]  # of each adapter, in order: (d_a, d_b), and d_m where it has a magnitude
 
 
 def lora_projections(
@@ -100,6 +103,8 @@ def check(x: torch.Tensor, projections: Sequence[Projection], features: int | No
     features = x.shape[-1] if features is None else features
     for projection in projections:
         bias, adapters = projection.bias, projection.adapters
+        if projection.factor is not None:
+            raise ValueError("a projection's factor has no gradient here")
         for name, tensor in [("bias", bias), *(pair for ad in adapters for pair in (("a", ad.a), ("b", ad.b)))]:
             if tensor is not None and tensor.dtype != x.dtype:
                 raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
@@ -152,7 +157,7 @@ def project(
         torch.addmm(xa, x_dropped, stacked.t(), beta=0, alpha=1.0 if scale is None else scale, out=xa)
         del x_dropped
     results, at = [], 0
-    for i, (weight, bias, adapters) in enumerate(projections):
+    for i, (weight, bias, adapters, factor) in enumerate(projections):
         matrix = weight()
         out = empty((x.shape[0], matrix.shape[0]), x) if outs is None else outs[i]
         if bias is None:
@@ -163,7 +168,10 @@ def project(
             assert xa is not None
             rank = adapter.a.shape[0]
             alpha = adapter.scale if scale is None else 1.0
-            out[:, adapter.rows].addmm_(xa[:, at : at + rank], adapter.b.t(), alpha=alpha)
+            b = adapter.b
+            if factor is not None:
+                b = scale_rows_(empty(b.shape, b).copy_(b), factor[adapter.rows])
+            out[:, adapter.rows].addmm_(xa[:, at : at + rank], b.t(), alpha=alpha)
             at += rank
         results.append(out)
     return results, xa

@@ -21,19 +21,23 @@ each B beside the rows of its own outputs, with zeros around it:
 One decoded matrix serves forward (its first O rows), the input's gradient (its first H columns) and d_xa (its last R).
 So a block launches few kernels, and d_x is a sum that is rounded once.
 
+A projection's factor of its outputs (`dora.py`) is in the weight and in the B's that are laid beside it, so all else is
+as without one. Gradients of B are those of the B's times their factors then.
+
 What is kept of the adapter's middle, `xs`, is s x A^T: its gradient formulas then need no further scaling.
 Everything here is outside autograd, for functions that hold more than linears. Adapters of one input share a scale.
 
 T tokens, H in features, O out features, R the sum of the ranks of an input's adapters, rounded up to 8 for alignment.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import cdiv, empty, launch, next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.dora import scale_rows_
 from fsdp_qlora.kernels.dropout import dropout, dropout_add_
 from fsdp_qlora.kernels.glu_lora import MOST_RANK, Pair, glu_backward_lora_
 from fsdp_qlora.kernels.lora import Projection
@@ -50,7 +54,12 @@ def wide(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
 
 def extra(projection: Projection) -> int:
     """R, the columns that the adapters of an input need beside it."""
-    return -(-sum(_ranks(projection)) // ALIGN) * ALIGN
+    return room_for(_ranks(projection))
+
+
+def room_for(ranks: Sequence[int]) -> int:
+    """R of adapters of these ranks."""
+    return -(-sum(ranks) // ALIGN) * ALIGN
 
 
 def lay(projection: Projection, out_features: int, in_features: int, room: Room) -> torch.Tensor:
@@ -62,6 +71,8 @@ def lay(projection: Projection, out_features: int, in_features: int, room: Room)
         return laid
     if on_triton(laid):
         _launch(projection, laid, out_features, in_features)
+        if projection.factor is not None:
+            scale_rows_(laid[:out_features, in_features:], projection.factor)
         return laid
     b_OR, a_RH = laid[:out_features, in_features:].zero_(), laid[out_features:, :in_features].zero_()
     at = 0
@@ -69,6 +80,8 @@ def lay(projection: Projection, out_features: int, in_features: int, room: Room)
         b_OR[adapter.rows, at : at + rank] = adapter.b
         a_RH[at : at + rank] = adapter.a
         at += rank
+    if projection.factor is not None:
+        scale_rows_(b_OR, projection.factor)
     return laid
 
 
@@ -191,8 +204,11 @@ def glu_backward_wide_(
     gate_up_projection: Projection,
     d_ha: torch.Tensor,
     down: Projection,
+    dots: torch.Tensor | None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """([d_b of gate's and up's adapters], [d_a of down's]), by `glu_backward_lora_` over gate_up [T, 2 I]."""
+    """([d_b of gate's and up's adapters], [d_a of down's]), by `glu_backward_lora_` over gate_up [T, 2 I].
+
+    dots: where it writes the sums for gate's and up's magnitudes to."""
     width, at = d_h.shape[1], 0
     halves: list[Pair | None] = [None, None]  # of gate and of up
     d_bs = []
@@ -206,7 +222,10 @@ def glu_backward_wide_(
         at += rank
     d_as = [empty((rank, width), d_h) for rank in _ranks(down)]
     of_down = (d_ha[:, : len(d_as[0])], d_as[0]) if d_as else None
-    glu_backward_lora_(d_h, gate_up[:, :width], gate_up[:, width:], activation, halves[0], halves[1], of_down)
+    glu_backward_lora_(
+        d_h, gate_up[:, :width], gate_up[:, width:], activation, halves[0], halves[1], of_down,
+        dots=dots, bias=gate_up_projection.bias,
+    )  # fmt: skip
     return d_bs, d_as
 
 

@@ -11,7 +11,7 @@ need a second form for sizes that are odd.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import launch as launch_kernel
 from fsdp_qlora.kernels.device import on_triton, tl, triton
+from fsdp_qlora.kernels.dora import RowsDecoder, scale_rows_
 from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, check_out, check_stored, dynamic_map
 
 _CHUNK = 1 << 18  # numbers decoded at a time on the CPU: the float32 intermediate stays in cache (4x faster than whole)
@@ -47,41 +48,44 @@ def dequantize_nf4(
     return out
 
 
-def nf4_rows(
-    stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int], width: int
-) -> Callable[[torch.Tensor], None]:
+def nf4_rows(stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int], width: int) -> RowsDecoder:
     """What decodes several matrices of one width into an `out` [sum of rows, width], one below the other; up to three
     in one launch. Checked and made ready here, for as long as the bytes stay where they are.
 
     stored: (codes, absmax) of each, rows: how many it has; these and out are as `dequantize_nf4` has them, and the
-    scales of all quantized in one way."""
+    scales of all quantized in one way. Its second argument: None, or a factor of each row of out, float32 (float64 for
+    float64), with which what was rounded to out's dtype is multiplied and rounded again (`dora.scale_rows_`)."""
     sizes = [check_stored(*one, (count, width)) for one, count in zip(stored, rows, strict=True)]
     lengths, shape = list(rows), (sum(rows), width)
     together = 1 < len(stored) <= 3 and all(sizes) and len({type(absmax) for _, absmax in stored}) == 1
-    launch: Callable[[torch.Tensor], None] | None = None
+    launch: RowsDecoder | None = None
 
-    def decode(out: torch.Tensor) -> None:
+    def decode(out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         nonlocal launch
         check_out(out, shape, out.dtype)
         if together and on_triton(out):
             launch = launch or _rows_launch(stored, rows, sizes)
-            launch(out)
+            launch(out, factor)
             return
-        for (codes, absmax), n, piece in zip(stored, sizes, out.split(lengths), strict=True):
-            _decode(codes, absmax, piece, n)
+        factors = [None] * len(lengths) if factor is None else factor.split(lengths)
+        for (codes, absmax), n, piece, own in zip(stored, sizes, out.split(lengths), factors, strict=True):
+            _decode(codes, absmax, piece, n, own)
 
     return decode
 
 
-def _decode(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> None:
+def _decode(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int, factor: torch.Tensor | None = None) -> None:
     if on_triton(codes):
-        _launch(codes, absmax, out, n)
-    elif out.is_contiguous():
+        _launch(codes, absmax, out, n, factor)
+        return
+    if out.is_contiguous():
         _plain(codes.view(-1), _plain_scales(absmax), out.view(-1), n)
     else:  # a block of 64 may reach from one row into the next
         whole = torch.empty(n, dtype=out.dtype, device=codes.device)
         _plain(codes.view(-1), _plain_scales(absmax), whole, n)
         out.copy_(whole.view(out.shape))
+    if factor is not None:
+        scale_rows_(out, factor)
 
 
 # ---- meaning, and the path on a CPU
@@ -128,8 +132,8 @@ def _plain(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, n: int)
 
 @triton.jit
 def _dequantize(
-    program, codes_ptr, scale_ptr, nested_ptr, offset_ptr, tables_ptr, out_ptr, n_bytes, n, out_stride,
-    NESTED: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, I: tl.constexpr,
+    program, codes_ptr, scale_ptr, nested_ptr, offset_ptr, tables_ptr, out_ptr, factor_ptr, n_bytes, n, out_stride,
+    NESTED: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, I: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """The piece of that number; arguments as the kernel's."""
     first_row = program.to(tl.int64) * ROWS
@@ -151,6 +155,15 @@ def _dequantize(
     codes = tl.reshape(tl.join(code >> 4, code & 15), [ROWS * 8])
     numbers = tl.reshape(tl.gather(levels, codes, 0), [ROWS, 8]) * scale[:, None]
     numbers = numbers.to(out_ptr.dtype.element_ty)
+    if FACTOR:
+        if I % 8 == 0:  # 8 numbers are of one row of the matrix
+            first = first_row // (I // 8)
+            eighth = (first_row - first * (I // 8)).to(tl.int32) + tl.arange(0, ROWS)
+            factor = tl.load(factor_ptr + first + eighth // (I // 8), mask=live, other=0.0)[:, None]
+        else:
+            number = (row * 8)[:, None] + tl.arange(0, 8)[None, :]
+            factor = tl.load(factor_ptr + number // I, mask=number < n, other=0.0)
+        numbers = (numbers.to(tl.float32) * factor).to(out_ptr.dtype.element_ty)
     if APART == 8:  # the 8 numbers of a thread stay together: one store of 16 bytes in bf16
         first = first_row // (I // 8)
         column = (first_row - first * (I // 8)).to(tl.int32) + tl.arange(0, ROWS)
@@ -173,17 +186,19 @@ def _dequantize_kernel(
     offset_ptr,
     tables_ptr,  # float32 [272]: the 16 levels, then the 256-entry map
     out_ptr,
+    factor_ptr,  # of each row of the matrix, if FACTOR
     n_bytes,
     n,
     out_stride,  # from one row of the matrix to the next: in eights if APART is 8, else in numbers
     NESTED: tl.constexpr,
     ROWS: tl.constexpr,  # a row: 4 bytes, 8 numbers
     APART: tl.constexpr,  # 0: out is contiguous; 8: its rows lie apart, by multiples of 8; 1: by anything
-    I: tl.constexpr,  # numbers in a row of the matrix, if APART
+    I: tl.constexpr,  # numbers in a row of the matrix, if APART or FACTOR
+    FACTOR: tl.constexpr,
 ):
     _dequantize(
-        tl.program_id(0), codes_ptr, scale_ptr, nested_ptr, offset_ptr, tables_ptr, out_ptr, n_bytes, n, out_stride,
-        NESTED, ROWS, APART, I,
+        tl.program_id(0), codes_ptr, scale_ptr, nested_ptr, offset_ptr, tables_ptr, out_ptr, factor_ptr, n_bytes, n,
+        out_stride, NESTED, ROWS, APART, I, FACTOR,
     )  # fmt: skip
 
 
@@ -191,26 +206,27 @@ def _dequantize_kernel(
 def _dequantize_rows_kernel(
     codes0_ptr, codes1_ptr, codes2_ptr, scale0_ptr, scale1_ptr, scale2_ptr, nested0_ptr, nested1_ptr, nested2_ptr,
     offset0_ptr, offset1_ptr, offset2_ptr, tables_ptr, out0_ptr, out1_ptr, out2_ptr,
-    n_bytes0, n_bytes1, n_bytes2, n0, n1, n2, second, third, out_stride,
+    factor0_ptr, factor1_ptr, factor2_ptr, n_bytes0, n_bytes1, n_bytes2, n0, n1, n2, second, third, out_stride,
     COUNT: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr, I: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Two matrices or, if COUNT is 3, three. second, third: the programs with which they begin."""
     program = tl.program_id(0)
     if program < second:
         _dequantize(
-            program, codes0_ptr, scale0_ptr, nested0_ptr, offset0_ptr, tables_ptr, out0_ptr, n_bytes0, n0, out_stride,
-            NESTED, ROWS, APART, I,
+            program, codes0_ptr, scale0_ptr, nested0_ptr, offset0_ptr, tables_ptr, out0_ptr, factor0_ptr, n_bytes0, n0,
+            out_stride, NESTED, ROWS, APART, I, FACTOR,
         )  # fmt: skip
     else:
         if COUNT == 2 or program < third:
             _dequantize(
-                program - second, codes1_ptr, scale1_ptr, nested1_ptr, offset1_ptr, tables_ptr, out1_ptr, n_bytes1, n1,
-                out_stride, NESTED, ROWS, APART, I,
+                program - second, codes1_ptr, scale1_ptr, nested1_ptr, offset1_ptr, tables_ptr, out1_ptr, factor1_ptr,
+                n_bytes1, n1, out_stride, NESTED, ROWS, APART, I, FACTOR,
             )  # fmt: skip
         else:
             _dequantize(
-                program - third, codes2_ptr, scale2_ptr, nested2_ptr, offset2_ptr, tables_ptr, out2_ptr, n_bytes2, n2,
-                out_stride, NESTED, ROWS, APART, I,
+                program - third, codes2_ptr, scale2_ptr, nested2_ptr, offset2_ptr, tables_ptr, out2_ptr, factor2_ptr,
+                n_bytes2, n2, out_stride, NESTED, ROWS, APART, I, FACTOR,
             )  # fmt: skip
 
 
@@ -234,22 +250,22 @@ _ROWS = 256
 _WARPS = 4
 
 
-def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int) -> None:
+def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int, factor: torch.Tensor | None) -> None:
     tables = tables_of(codes.device)
     n_bytes = codes.numel()
     if n_bytes:
-        stride, apart = _apart(out)
+        stride, form = _form(out, factor)
         launch_kernel(
             _dequantize_kernel, (_programs(n_bytes),),
-            codes, *scale_parts(absmax, tables), tables, out, n_bytes, n, stride, NESTED=isinstance(absmax, tuple),
-            ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
+            codes, *scale_parts(absmax, tables), tables, out, tables if factor is None else factor, n_bytes, n, stride,
+            NESTED=isinstance(absmax, tuple), ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **form,
         )  # fmt: skip
 
 
 def _rows_launch(
     stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int], sizes: Sequence[int]
-) -> Callable[[torch.Tensor], None]:
-    """The launch into an `out`, all of its arguments but for that made."""
+) -> RowsDecoder:
+    """The launch into an `out` with its rows' factors, all other arguments made."""
     count, tables = len(stored), tables_of(stored[0][0].device)
     absent = [count - 1] * (3 - count)  # arguments that are not read
     order = [*range(count), *absent]
@@ -263,13 +279,14 @@ def _rows_launch(
     behind = (*n_bytes, *(sizes[i] for i in order), second, third)
     lengths, is_nested = list(rows), isinstance(stored[0][1], tuple)
 
-    def launch(out: torch.Tensor) -> None:
+    def launch(out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         outs = out.split(lengths)
-        stride, apart = _apart(out)
+        factors = [tables] * count if factor is None else factor.split(lengths)
+        stride, form = _form(out, factor)
         launch_kernel(
             _dequantize_rows_kernel, (total,),
-            *before, *(outs[i] for i in order), *behind, stride, COUNT=count, NESTED=is_nested,
-            ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **apart,
+            *before, *(outs[i] for i in order), *(factors[i] for i in order), *behind, stride,
+            COUNT=count, NESTED=is_nested, ROWS=_ROWS, num_warps=_WARPS, enable_fp_fusion=False, **form,
         )  # fmt: skip
 
     return launch
@@ -283,10 +300,11 @@ def scale_parts(absmax: Scales, tables: torch.Tensor) -> tuple[torch.Tensor, tor
     return (absmax, tables, tables) if isinstance(absmax, torch.Tensor) else absmax
 
 
-def _apart(out: torch.Tensor) -> tuple[int, dict[str, int]]:
-    """(the kernel's out_stride, its APART and I)."""
+def _form(out: torch.Tensor, factor: torch.Tensor | None) -> tuple[int, dict[str, Any]]:
+    """(the kernel's out_stride, its APART, I and FACTOR)."""
+    scaled = factor is not None
     if out.is_contiguous():
-        return 0, {"APART": 0, "I": 1}
+        return 0, {"APART": 0, "I": out.shape[1] if scaled else 1, "FACTOR": scaled}
     stride, width = out.stride(0), out.shape[1]
     apart = 1 if stride % 8 or width % 8 else 8
-    return stride // apart, {"APART": apart, "I": width}
+    return stride // apart, {"APART": apart, "I": width, "FACTOR": scaled}

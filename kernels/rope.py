@@ -56,9 +56,12 @@ def rope_(
     positions: torch.Tensor | None = None,
     *,
     backward: bool = False,
+    inverse: bool = False,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Rotates q and k where they lie (shapes as `rope`), outside autograd; by the opposite angle if `backward`.
+
+    inverse: undoes a rotation, whose tables may be times a scaling: `backward` over cos^2 + sin^2.
 
     out: (q, k) of the same shapes and dtype, any strides with the last one 1, to write to instead."""
     _check(q, k, cos, sin, positions)
@@ -70,10 +73,10 @@ def rope_(
                 f"got {place.dtype} {tuple(place.shape)} with strides {place.stride()}"
             )
     if on_triton(q):
-        _launch(q, k, cos, sin, positions, backward, out)
+        _launch(q, k, cos, sin, positions, backward or inverse, inverse, out)
     else:
         for heads, place in zip((q, k), out, strict=True):
-            _plain(heads, cos, sin, positions, backward, place)
+            _plain(heads, cos, sin, positions, backward or inverse, inverse, place)
 
 
 def _check(
@@ -129,6 +132,7 @@ def _plain(
     sin: torch.Tensor,
     positions: torch.Tensor | None,
     backward: bool,
+    inverse: bool,
     out: torch.Tensor,
 ) -> None:
     half = cos.shape[1]
@@ -138,6 +142,9 @@ def _plain(
         sin = -sin
     if heads.dtype == torch.float64:
         cos, sin = cos.double(), sin.double()
+    if inverse:
+        size = cos * cos + sin * sin
+        cos, sin = cos / size, sin / size
     first, second = heads[..., :half].to(cos.dtype), heads[..., half : 2 * half].to(cos.dtype)
     turned = first * cos - second * sin, second * cos + first * sin
     if out is not heads:
@@ -156,6 +163,7 @@ def _rope_kernel(
     q_out_stride_b, q_out_stride_s, q_out_stride_n, k_out_stride_b, k_out_stride_s, k_out_stride_n,
     HALF: tl.constexpr, HALF_TILE: tl.constexpr, HEADS: tl.constexpr, Q_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
     REST: tl.constexpr, REST_TILE: tl.constexpr, POSITIONS: tl.constexpr, BACKWARD: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     token = program // GROUPS
@@ -167,10 +175,14 @@ def _rope_kernel(
         place = tl.load(positions_ptr + token).to(tl.int64)
     feature = tl.arange(0, HALF_TILE)
     in_half = feature < HALF
-    cos = tl.load(cos_ptr + place * HALF + feature, mask=in_half, other=0.0)[None, :]
+    cos = tl.load(cos_ptr + place * HALF + feature, mask=in_half, other=1.0)[None, :]
     sin = tl.load(sin_ptr + place * HALF + feature, mask=in_half, other=0.0)[None, :]
     if BACKWARD:
         sin = -sin
+    if INVERSE:
+        size = cos * cos + sin * sin
+        cos = cos / size
+        sin = sin / size
 
     if group < Q_GROUPS:
         ptr = q_ptr + b * q_stride_b + s * q_stride_s
@@ -215,6 +227,7 @@ def _launch(
     sin: torch.Tensor,
     positions: torch.Tensor | None,
     backward: bool,
+    inverse: bool,
     out: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     batch, sequence, n_q, _ = q.shape
@@ -232,5 +245,5 @@ def _launch(
             *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
             HALF=half, HALF_TILE=next_power_of_2(half), HEADS=heads, Q_GROUPS=q_groups, GROUPS=q_groups + k_groups,
             REST=rest, REST_TILE=next_power_of_2(max(1, rest)), POSITIONS=positions is not None, BACKWARD=backward,
-            num_warps=4,
+            INVERSE=inverse, num_warps=4,
         )  # fmt: skip

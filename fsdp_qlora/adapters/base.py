@@ -11,14 +11,25 @@ from fsdp_qlora.config.options import AdapterOptions
 class AdapterKind(Protocol):
     """A kind of adapter. Callers take the parameters of a linear as they come, by name and in order."""
 
+    @property
+    def label(self) -> str:
+        """Its name for the user."""
+        ...
+
+    @property
+    def reads_norms(self) -> bool:
+        """Return whether it needs the norms of the base's rows, [O] of each adapted linear: they are stored with it."""
+        ...
+
     def parameters(self, out_features: int, in_features: int, options: AdapterOptions) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of the trainable parameters of a linear, in PEFT's order."""
         ...
 
-    def initialize(self, values: Tensor, path: str, parameter: str, seed: int) -> None:
+    def initialize(self, values: Tensor, path: str, parameter: str, seed: int, norms: Tensor | None = None) -> None:
         """Give a parameter of the linear at `path` its first values. values: zeros, float32 on the CPU.
 
-        They depend neither on the number of ranks nor on the other linears that are adapted."""
+        norms: of the base's rows, [O] on the CPU, where `reads_norms`. The values depend neither on the number of ranks
+        nor on the other linears that are adapted."""
         ...
 
     def peft_name(self, path: str, parameter: str) -> str:

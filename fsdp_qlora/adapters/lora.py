@@ -14,7 +14,6 @@ from fsdp_qlora.errors import UserError
 PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
 # What other programs' LoRA may have and this one does not: setting of adapter_config.json -> its values that mean no.
 ABSENT: dict[str, tuple[object, ...]] = {
-    "use_dora": (False, None),
     "bias": ("none", None),
     "modules_to_save": (None, []),
     "rank_pattern": ({}, None),
@@ -50,10 +49,14 @@ def lora_shapes(out_features: int, in_features: int, rank: int) -> dict[str, tup
 class LoRA:
     """Low-rank adapters (arXiv:2106.09685)."""
 
+    label = "LoRA"
+    peft_settings: Mapping[str, object] = {}  # of `LoraConfig`, beside the options
+    reads_norms = False
+
     def parameters(self, out_features: int, in_features: int, options: AdapterOptions) -> dict[str, tuple[int, ...]]:
         return lora_shapes(out_features, in_features, options.lora_rank)
 
-    def initialize(self, values: Tensor, path: str, parameter: str, seed: int) -> None:
+    def initialize(self, values: Tensor, path: str, parameter: str, seed: int, norms: Tensor | None = None) -> None:
         """Draw `lora_A` as PEFT does, Kaiming-uniform with a = sqrt(5). `lora_B` stays zero.
 
         Each linear has a generator of its own."""
@@ -81,6 +84,7 @@ class LoRA:
             base_model_name_or_path=base_model,
             revision=revision,
             inference_mode=True,
+            **self.peft_settings,
         ).to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
@@ -89,6 +93,10 @@ class LoRA:
         return (found[1], found[2]) if found else None
 
     def from_peft_config(self, settings: Mapping[str, Any]) -> AdapterOptions | None:
+        return None if settings.get("use_dora") else self._options(settings)
+
+    def _options(self, settings: Mapping[str, Any]) -> AdapterOptions | None:
+        """Return what adapter_config.json says of rank and scale, None if its two matrices are not LoRA's."""
         if settings.get("peft_type") != "LORA":
             return None
         for name, no in ABSENT.items():

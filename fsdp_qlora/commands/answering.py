@@ -19,6 +19,7 @@ from fsdp_qlora.config.options import (
     as_in,
     option,
 )
+from fsdp_qlora.config.train_types import TRAIN_TYPES
 
 RECORDED = ("model_name", "revision", "train_type", "double_quant", "precision")
 COMPUTED = ("attention", "fused", "loading_workers")
@@ -127,7 +128,12 @@ def sized(config: Config, longest: int) -> Config:
 
 
 NEEDS: tuple[Needs[Any], ...] = (
-    Needs(("double_quant",), "train_type", lambda a: a.train_type in (None, "qlora"), "set train_type to qlora"),
+    Needs(
+        ("double_quant",),
+        "train_type",
+        lambda a: a.train_type is None or TRAIN_TYPES[a.train_type].is_nf4,
+        "set train_type to one over NF4, as qlora",
+    ),
     Needs(
         ("revision",),
         "model_name",

@@ -7,6 +7,7 @@ from typing import Literal
 from fsdp_qlora.commands.base import Command, ready_for_hub
 from fsdp_qlora.commands.merge import BaseOptions
 from fsdp_qlora.config.options import Conflict, Needs, command, option
+from fsdp_qlora.config.train_types import TRAIN_TYPES
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.runtime.libraries import installed
 
@@ -73,7 +74,10 @@ NEEDS = (
         "set adapter to the adapter's folder",
     ),
     Needs[GgufOptions](
-        ("double_quant",), "train_type", lambda asked: asked.train_type in (None, "qlora"), "set train_type to qlora"
+        ("double_quant",),
+        "train_type",
+        lambda asked: asked.train_type is None or TRAIN_TYPES[asked.train_type].is_nf4,
+        "set train_type to one over NF4, as qlora",
     ),
     Needs[GgufOptions](
         ("merge_base", "train_type", "double_quant", "precision", "quantization_workers"),

@@ -112,7 +112,10 @@ class MergeOptions(BaseOptions):
 
 NEEDS = (
     Needs[MergeOptions](
-        ("double_quant",), "train_type", lambda asked: asked.train_type in (None, "qlora"), "set train_type to qlora"
+        ("double_quant",),
+        "train_type",
+        lambda asked: asked.train_type is None or TRAIN_TYPES[asked.train_type].is_nf4,
+        "set train_type to one over NF4, as qlora",
     ),
 )
 

@@ -40,5 +40,5 @@ HINTS = {
     "modules_to_save": f"training whole modules beside the adapter {NOT_YET}",
     "lora_bias": f"training biases {NOT_YET}",
     "neftune_noise_alpha": f"NEFTune {NOT_YET}",
-    "use_dora": f"DoRA {NOT_YET}; omit it",
+    "use_dora": "use --train_type bnb_dora or dora",
 }  # fmt: skip

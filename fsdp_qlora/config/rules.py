@@ -25,13 +25,18 @@ def _codec(config: Config) -> str:
 NEEDS: tuple[Needs[Config], ...] = (
     Needs(("plan_for",), "plan_only", lambda c: c.memory.plan_only, "set plan_only to true"),
     Needs(("link_gbps",), "plan_for", lambda c: c.memory.plan_for is not None, "set plan_for to a rig, as 2x4090"),
-    Needs(("double_quant",), "train_type", lambda c: _codec(c) == "nf4", "set train_type to qlora"),
-    Needs(("n_bits",), "train_type", lambda c: _codec(c) in ("nf4", "hqq"), "set train_type to qlora or hqq_lora"),
+    Needs(("double_quant",), "train_type", lambda c: _codec(c) == "nf4", "set train_type to qlora or bnb_dora"),
+    Needs(
+        ("n_bits",),
+        "train_type",
+        lambda c: _codec(c) in ("nf4", "hqq"),
+        "set train_type to qlora or hqq_lora",
+    ),
     Needs(
         ("hqq_group_size", "hqq_axis", "hqq_optimize"),
         "train_type",
         lambda c: _codec(c) == "hqq",
-        "set train_type to hqq_lora",
+        "set train_type to hqq_lora or hqq_dora",
     ),
     Needs(("base_cache",), "dummy_weights", lambda c: not c.model.dummy_weights, "set dummy_weights to false"),
     Needs(("base_cache",), "train_type", lambda c: _codec(c) != "plain", "set train_type to qlora or hqq_lora"),

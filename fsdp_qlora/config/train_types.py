@@ -10,9 +10,16 @@ class TrainType:
     codec: str
     adapter: str
 
+    @property
+    def is_nf4(self) -> bool:
+        return self.codec == "nf4"
+
 
 TRAIN_TYPES: dict[str, TrainType] = {
     "qlora": TrainType(codec="nf4", adapter="lora"),
     "lora": TrainType(codec="plain", adapter="lora"),
     "hqq_lora": TrainType(codec="hqq", adapter="lora"),
+    "bnb_dora": TrainType(codec="nf4", adapter="dora"),
+    "hqq_dora": TrainType(codec="hqq", adapter="dora"),
+    "dora": TrainType(codec="plain", adapter="dora"),
 }

@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fsdp_qlora.adapters.base import AdapterKind
-from fsdp_qlora.adapters.table import saved_kind
+from fsdp_qlora.adapters.table import saved_kind, train_type_of
 from fsdp_qlora.config.options import AdapterOptions, Config, ModelOptions
 from fsdp_qlora.config.parse import parse
+from fsdp_qlora.config.train_types import TRAIN_TYPES
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.export.peft import ADAPTER, ADAPTER_CONFIG
 
@@ -78,7 +79,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         found = kind.from_peft_name(name)
         if found is None:
             raise UserError(
-                f"adapter: {folder / ADAPTER} holds {name}, which is no parameter of LoRA; merge it with PEFT"
+                f"adapter: {folder / ADAPTER} holds {name}, which is no parameter of {kind.label}; merge it with PEFT"
             )
         linears.setdefault(found[0], {})[found[1]] = name
     return SavedAdapter(
@@ -107,7 +108,8 @@ def base_options(
     if recorded is None:
         how = ("train_type", "precision")
         missing = [option for option in how if given.get(option) is None]
-        if given.get("train_type") == "qlora" and given.get("double_quant") is None:
+        named = TRAIN_TYPES.get(given.get("train_type") or "")
+        if named is not None and named.is_nf4 and given.get("double_quant") is None:
             missing.append("double_quant")
         if missing and stored:
             raise UserError(
@@ -115,6 +117,8 @@ def base_options(
                 f"add {', '.join(f'--{option}' for option in missing)} as it was trained{instead}"
             )
         chosen = {option: given[option] for option in (*how, "double_quant") if given.get(option) is not None}
+        if "train_type" in chosen:  # says how the base is stored; the adapter is what it is
+            chosen["train_type"] = train_type_of(chosen["train_type"], adapter.kind)
         return ModelOptions(model_name=name, revision=revision, **chosen)
     for option in ("train_type", "precision", "double_quant"):
         was = getattr(recorded, option)

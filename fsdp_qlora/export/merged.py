@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from fsdp_qlora.config.options import AdapterOptions, ModelOptions
+from fsdp_qlora.config.train_types import TRAIN_TYPES
 from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.export.adapter_folder import SavedAdapter
 from fsdp_qlora.models.assemble import Recipe, assemble
@@ -62,7 +63,7 @@ class Merged:
                 "use --merge_base trained, or name the unquantized one as --model_name"
             )
         # Whether the base's 4-bit form is made anew, and with scales that CPUs and GPUs round differently.
-        self.requantizes = merge_base == "trained" and quantized is None and options.train_type == "qlora"
+        self.requantizes = merge_base == "trained" and quantized is None and TRAIN_TYPES[options.train_type].is_nf4
         self.requantizes = self.requantizes and options.double_quant
         self.skeleton: PreTrainedModel = self.build()
         state = self.skeleton.state_dict()

@@ -15,6 +15,7 @@ def make_adapters(model: CausalModel, device: torch.device) -> None:
     for linear in model.linears().values():
         for name, meta in linear.adapter_parameters().items():
             setattr(linear, name, nn.Parameter(torch.zeros(meta.shape, dtype=meta.dtype, device=device)))
+        linear.is_base = True
 
 
 def set_adapters(model: CausalModel, values: Values | None) -> None:
@@ -28,3 +29,5 @@ def set_adapters(model: CausalModel, values: Values | None) -> None:
                     parameter.zero_()
                 else:
                     parameter.copy_(found[name])
+            linear.is_base = values is None
+            linear.values_change()

@@ -17,14 +17,16 @@ from fsdp_qlora.weights.frozen_bytes import decode_rows
 
 
 class _Adapter(NamedTuple):
-    """An adapter's B [O', R'], and which of the stacked A's columns are its."""
+    """An adapter's B [O', R'], and which of the stacked A's columns are its; DoRA's factor [O'] of the outputs."""
 
     b: Tensor
     columns: slice
+    factor: Tensor | None
 
 
 class StepLinears:
-    """y = [x W^T + b + scale * x A^T B^T] of several linears, their outputs one beside the other, for [M, I].
+    """y = [x W^T + b + scale * x A^T B^T] of several linears, their outputs one beside the other, for [M, I]; with
+    magnitudes c (x W^T + scale * x A^T B^T) + b.
 
     4-bit codes are read as they are for few rows (`kernels/nf4_few_rows.py`); else the matrices are decoded into
     scratch one below the other, or lie decoded in `copy`, and cuBLAS multiplies. x A^T is one product for all."""
@@ -64,10 +66,14 @@ class StepLinears:
         else:
             torch.mm(x, self._matrix().t(), out=out)
         for linear, piece, adapter in zip(self.linears, pieces, self._made(), strict=True):
-            if linear.bias is not None:
-                piece.add_(linear.bias.decode(x.dtype))
+            bias = None if linear.bias is None else linear.bias.decode(x.dtype)
+            factor = None if adapter is None else adapter.factor
+            if bias is not None and factor is None:
+                piece.add_(bias)
             if adapter is not None and xa is not None:
                 piece.addmm_(xa[:, adapter.columns], adapter.b.t())
+            if factor is not None:
+                _finish_(piece, factor, bias)
         return out
 
     @property
@@ -81,12 +87,16 @@ class StepLinears:
         for linear, codec, piece, adapter in zip(self.linears, self.codecs, pieces, self._made(), strict=True):
             assert isinstance(codec, NF4)
             parts = linear.weight.home.parts(linear.weight.name)
+            bias = None if linear.bias is None else linear.bias.decode(piece.dtype)
+            factor = None if adapter is None else adapter.factor
             nf4_few_rows(
                 halves, parts["codes"], codec.scales(parts), piece,
-                bias=None if linear.bias is None else linear.bias.decode(piece.dtype),
+                bias=bias if factor is None else None,
                 xa=None if adapter is None or xa is None else xa[:, adapter.columns],
                 b=None if adapter is None else adapter.b,
             )  # fmt: skip
+            if factor is not None:
+                _finish_(piece, factor, bias)
 
     def _matrix(self) -> Tensor:
         if self.copy is not None:
@@ -118,7 +128,15 @@ class StepLinears:
                 made.append(None)
                 continue
             stacked.append(a.detach())
-            made.append(_Adapter(b.detach(), slice(at, at + a.shape[0])))
+            factor = linear.factor()
+            made.append(_Adapter(b.detach(), slice(at, at + a.shape[0]), None if factor is None else factor.detach()))
             at, self._scale = at + a.shape[0], linear.scale
         self._adapters, self._a = made, torch.cat(stacked) if len(stacked) > 1 else next(iter(stacked), None)
         return made
+
+
+def _finish_(out: Tensor, factor: Tensor, bias: Tensor | None) -> None:
+    """out [M, O'] * factor + bias, in place."""
+    out.mul_(factor)
+    if bias is not None:
+        out.add_(bias)

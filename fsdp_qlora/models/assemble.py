@@ -3,7 +3,7 @@
 Nothing has values yet: the layouts of the bytes and the adapters' shapes are what is made here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -14,7 +14,8 @@ from fsdp_qlora.adapters.lora import LoRA, lora_scale
 from fsdp_qlora.adapters.targets import choose_targets
 from fsdp_qlora.config.options import AdapterOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.models.causal_lm import CausalModel, FrozenEmbedding, Head, Unit
+from fsdp_qlora.kernels.dora import exact_dtype
+from fsdp_qlora.models.causal_lm import CausalModel, FrozenEmbedding, Head, RowNorms, Unit
 from fsdp_qlora.models.generic_block import Block, FrozenLinear, FrozenViews
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.models.skeleton import (
@@ -29,6 +30,8 @@ from fsdp_qlora.models.skeleton import (
 from fsdp_qlora.weights.codecs import Codec, Plain
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 from fsdp_qlora.weights.layout import Layout
+
+ROW_NORMS = "row_norms"  # after a linear's name: the entry of its weight's norms by rows
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,21 @@ def _block(
                 "(no mixture of experts, no convolutions)"
             )
     tensors |= _buffers(layer, recipe)
-    frozen = FrozenBytes(Layout(tensors, recipe.shards))
+    adapted = [name for name in linears if f"{path}.{name}" in targets]
+    norms_of = {name: f"{name}.{ROW_NORMS}" for name in adapted} if recipe.adapter.reads_norms else {}
+    exact = Plain(exact_dtype(recipe.precision.compute))
+    stored = tensors | {entry: (exact, (linears[name].weight.shape[0],)) for name, entry in norms_of.items()}
+    frozen = FrozenBytes(Layout(stored, recipe.shards))
     for name, linear in linears.items():
         ours = _frozen_linear(name, linear, frozen, recipe)
         if f"{path}.{name}" in targets:
             shapes = recipe.adapter.parameters(ours.out_features, ours.in_features, adapter)
-            ours.add_adapter(shapes, lora_scale(adapter), adapter.lora_dropout)
+            norms = FrozenTensor(frozen, norms_of[name]) if name in norms_of else None
+            ours.add_adapter(shapes, lora_scale(adapter), adapter.lora_dropout, norms)
         layer.set_submodule(name, ours)
-    return Block(layer, frozen, _take_views(layer, frozen), recipe.remat), _unit(path, frozen)
+    unit = _unit(path, frozen, tensors)
+    stored_norms = {entry: RowNorms(f"{name}.weight", recipe.precision.compute) for name, entry in norms_of.items()}
+    return Block(layer, frozen, _take_views(layer, frozen), recipe.remat), replace(unit, norms=stored_norms)
 
 
 def _frozen_linear(name: str, linear: nn.Module, frozen: FrozenBytes, recipe: Recipe) -> FrozenLinear:
@@ -188,5 +198,6 @@ def _take_views(root: nn.Module, frozen: FrozenBytes, names: set[str] | None = N
     return FrozenViews(bindings)
 
 
-def _unit(path: str, frozen: FrozenBytes) -> Unit:
-    return Unit(path, frozen, {name: f"{path}.{name}" for name in frozen.layout.entries})
+def _unit(path: str, frozen: FrozenBytes, names: Iterable[str] | None = None) -> Unit:
+    names = frozen.layout.entries if names is None else names
+    return Unit(path, frozen, {name: f"{path}.{name}" for name in names})

@@ -4,10 +4,10 @@ The adapters are inside. What is replaced is a module instance, never a class: r
 layers stay Hugging Face's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ LABELS = 256  # whose logits are there at a time, where each label's loss is wan
 class Unit:
     """What is encoded, moved and placed in one piece.
 
-    sources: entry of the layout -> its name in the checkpoint. home: "shared" where the placement decides, "device" for
+    sources: entry of the layout -> its name in the checkpoint. norms: entry -> what norms it holds, which no checkpoint
+    has. home: "shared" where the placement decides, "device" for
     a few vectors that every rank simply has, "host" for an embedding whose rows are read from host memory.
     """
 
@@ -37,6 +38,23 @@ class Unit:
     frozen: FrozenBytes
     sources: dict[str, str]
     home: Literal["shared", "device", "host"] = "shared"
+    norms: Mapping[str, "RowNorms"] = field(default_factory=dict)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Return entry -> what it is made from."""
+        return self.sources | {name: f"norms of {weight} in {dtype}" for name, (weight, dtype) in self.norms.items()}
+
+    def linear_of(self, norms: str) -> str:
+        """Return the path in the Hugging Face model of the linear whose norms an entry holds."""
+        return self.sources[self.norms[norms].weight].removesuffix(".weight")
+
+
+class RowNorms(NamedTuple):
+    """The norms by rows of a weight as it is multiplied."""
+
+    weight: str  # its entry in the same layout
+    dtype: torch.dtype  # that it is decoded to
 
 
 class FrozenEmbedding(nn.Module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fsdp_qlora.kernels.dora import exact_dtype, whole_norms
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 
 FusedForward = Callable[..., Tensor]  # (h, what the rotary embedding gives) -> h
@@ -35,7 +36,10 @@ class _FrozenMatmul(torch.autograd.Function):
 class FrozenLinear(nn.Module):
     """y [..., O] = x [..., I] @ W^T + b + scale * dropout(x) @ A^T @ B^T, W and b frozen, A [R, I] and B [O, R] not.
 
-    Everything is computed in `dtype`, to which x is cast. `add_adapter` makes A and B; without it the layer is the
+    With a magnitude m [O] (`kernels/dora.py`) c = m / |W + scale B A| comes before both products; what is multiplied by
+    c is, as in PEFT, of the dropped x: y = x W^T + b + (c - 1) * dropout(x) W^T + c * scale * dropout(x) A^T B^T.
+
+    Everything is computed in `dtype`, to which x is cast. `add_adapter` makes the adapter; without it the layer is the
     base alone.
     """
 
@@ -45,26 +49,77 @@ class FrozenLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        self.norms: FrozenTensor | None = None  # |W| by rows [O], where there are magnitudes
         self.scale = 0.0
         self.dropout = 0.0
+        self.is_base = False  # True: its adapter is zeros, and magnitudes have no say: it computes as the base alone
+        self.version = 0  # goes up with the adapter's values, which what is computed of them once a step depends on
+        self._norms: Tensor | None = None  # of weight and adapter together, until these change
 
-    def add_adapter(self, shapes: Mapping[str, tuple[int, ...]], scale: float, dropout: float) -> None:
+    def add_adapter(
+        self, shapes: Mapping[str, tuple[int, ...]], scale: float, dropout: float, norms: FrozenTensor | None = None
+    ) -> None:
         """Declare the adapter's parameters on the meta device; `ShardedAdapters` gives them values."""
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta")))
-        self.scale, self.dropout = scale, dropout
+        self.scale, self.dropout, self.norms = scale, dropout, norms
+
+    def values_change(self) -> None:
+        """Note that the adapter has new values, or will have by the next forward."""
+        self.version += 1
+        self._norms = None
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's parameters by name, as they were declared: all that this layer has."""
-        return dict(self.named_parameters(recurse=False))
+        return {name: p for name, p in self._parameters.items() if p is not None}
 
     def forward(self, x: Tensor) -> Tensor:
         x_TI = x.to(self.dtype).flatten(0, -2)
+        if self.lora_magnitude_vector is not None:
+            return self._with_magnitude(x_TI).view(*x.shape[:-1], self.out_features)
         y_TO: Tensor = _FrozenMatmul.apply(x_TI, self.weight, self.bias)
         if self.lora_A is not None and self.lora_B is not None:
             dropped_TI = F.dropout(x_TI, self.dropout, self.training) if self.dropout else x_TI
             y_TO = y_TO.addmm_(dropped_TI @ self.lora_A.T, self.lora_B.T, alpha=self.scale)
         return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def _with_magnitude(self, x_TI: Tensor) -> Tensor:
+        """Return y [T, O]. Sums are float32 and rounded once; float64 stays."""
+        a, b = self.lora_A, self.lora_B
+        assert a is not None
+        assert b is not None
+        drops = self.dropout > 0 and self.training
+        dropped_TI = F.dropout(x_TI, self.dropout) if drops else x_TI
+        base_TO: Tensor = _FrozenMatmul.apply(dropped_TI, self.weight, None)
+        factor = self.factor()
+        assert factor is not None
+        scaled_TO = base_TO.addmm(dropped_TI @ a.T, b.T, alpha=self.scale) * factor
+        if drops:
+            scaled_TO = scaled_TO + (_FrozenMatmul.apply(x_TI, self.weight, None) - base_TO)
+        if self.bias is not None:
+            scaled_TO = scaled_TO + self.bias.decode(self.dtype)
+        return scaled_TO.to(self.dtype)
+
+    def factor(self) -> Tensor | None:
+        """Return m / |W + scale B A| by rows [O], differentiable in m; None without a magnitude. Reads the weight where
+        the adapter has changed."""
+        a, b, magnitude = self.lora_A, self.lora_B, self.lora_magnitude_vector
+        if a is None or b is None or magnitude is None:
+            return None
+        if self.is_base:
+            return torch.ones(self.out_features, dtype=exact_dtype(self.dtype), device=b.device)
+        norms = self._whole_norms(a, b)
+        return torch.where(norms == 0, 0, magnitude / norms.masked_fill(norms == 0, 1))
+
+    @torch.no_grad()
+    def _whole_norms(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return |W + scale B A| by rows [O], a constant of the gradient, computed once for each of its values."""
+        if self._norms is None:
+            assert self.norms is not None
+            products = torch.addmm(self.weight.decode(self.dtype) @ a.T, b, a @ a.T, alpha=self.scale / 2)
+            self._norms = whole_norms(self.norms.decode(exact_dtype(self.dtype)), products, b, self.scale)
+        return self._norms
 
 
 class FrozenViews:

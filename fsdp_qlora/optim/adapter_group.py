@@ -28,6 +28,7 @@ class AdapterGroup:
         default_factory=list
     )  # linear by linear, `path.lora_A` and so on in the order of the adapter's parameters
     params: list[nn.Parameter] = field(default_factory=list)  # as `names`
+    linears: list[FrozenLinear] = field(default_factory=list)  # that have them
     # Of this rank's slice, float32 [padded / ranks], from the block's backward to `zero_grad`. Between the passes,
     # where the blocks save most, there is none.
     gradient: Tensor | None = None
@@ -65,6 +66,12 @@ class AdapterGroup:
         length = flat.numel() // world.size
         own = flat[world.rank * length : (world.rank + 1) * length]
         self.masters.set(self.index, own.to(world.device))
+        self.values_change()
+
+    def values_change(self) -> None:
+        """Tell the linears that their adapters have new values, or will have once they are gathered."""
+        for linear in self.linears:
+            linear.values_change()
 
 
 def make_groups(model: CausalModel, world: World) -> dict[str, AdapterGroup]:
@@ -98,6 +105,7 @@ def _buffers(sizes: list[int], dtype: torch.dtype, world: World) -> Iterator[tup
 def _make_parameters(group: AdapterGroup, linears: dict[str, FrozenLinear]) -> None:
     """Replace the adapters of the linears, on the meta device, by views of the group's working copy."""
     offset = 0
+    group.linears = list(linears.values())
     for path, linear in linears.items():
         for name, meta in linear.adapter_parameters().items():
             parameter = nn.Parameter(group.working[offset : offset + meta.numel()].view(meta.shape))

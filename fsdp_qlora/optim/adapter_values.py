@@ -1,6 +1,6 @@
 """Values of all adapters by name: drawn, loaded, gathered from the master weights, or read off the working copies."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -16,13 +16,17 @@ from fsdp_qlora.runtime.launcher import usable_cores
 DRAWING_THREADS = 8  # at most
 
 
-def draw_values(groups: Sequence[AdapterGroup], kind: AdapterKind, seed: int, world: World) -> None:
-    """Give every adapter its first values. Threads draw them, a few blocks at a time."""
+def draw_values(
+    groups: Sequence[AdapterGroup], kind: AdapterKind, seed: int, world: World, norms: Mapping[str, Tensor]
+) -> None:
+    """Give every adapter its first values. Threads draw them, a few blocks at a time.
+
+    norms: of the base's rows, by linear, where the kind reads them."""
     count = max(1, min(DRAWING_THREADS, usable_cores(None) // world.local_size))
     with ThreadPoolExecutor(count) as pool:
         for first in range(0, len(groups), count):
             some = groups[first : first + count]
-            for group, flat in zip(some, pool.map(lambda group: _drawn(group, kind, seed), some), strict=True):
+            for group, flat in zip(some, pool.map(lambda group: _drawn(group, kind, seed, norms), some), strict=True):
                 group.fill(flat, world)
 
 
@@ -67,12 +71,12 @@ def copy_working(groups: Sequence[AdapterGroup], device: torch.device) -> dict[s
     return tensors
 
 
-def _drawn(group: AdapterGroup, kind: AdapterKind, seed: int) -> Tensor:
+def _drawn(group: AdapterGroup, kind: AdapterKind, seed: int, norms: Mapping[str, Tensor]) -> Tensor:
     """Return the first values of a block's adapters, float32 [padded] on the CPU."""
     flat = torch.zeros(group.working.numel())
     for name, view in group.named_views(flat):
         path, _, parameter = name.rpartition(".")
-        kind.initialize(view, path, parameter, seed)
+        kind.initialize(view, path, parameter, seed, norms.get(path))
     return flat
 
 

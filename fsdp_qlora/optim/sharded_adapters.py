@@ -7,7 +7,7 @@ a block waits for its own adapters alone. Against ZeRO-3, which gathers the adap
 backward, this moves a third of the bytes, and the optimizer sees plain tensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import groupby
 
@@ -39,7 +39,7 @@ class ShardedAdapters:
         self, model: CausalModel, world: World, config: Config, *, accumulates: bool, draw: bool = True
     ) -> None:
         """Replace the model's adapters. accumulates: an optimizer step has several micro-batches. draw: give them their
-        first values; else all are zero until `draw`."""
+        first values; else all are zero until `draw`, as they must be where these depend on the base."""
         self.world, self._seed = world, config.training.seed
         self._kind = choose_adapter(config.model.train_type)
         self._update_begins: torch.cuda.Event | None = None  # of the last `update`
@@ -121,6 +121,7 @@ class ShardedAdapters:
             updated = self._record()
             for group in some:
                 group.updated = updated
+                group.values_change()
 
     def publish(self) -> None:
         """All-gather the new values, rounded to the compute dtype, into every rank's working copies, after `update`.
@@ -151,9 +152,16 @@ class ShardedAdapters:
         """Raise RuntimeError after `working_tensors`, when reduced gradients are incomplete."""
         self.rescue.check()
 
-    def draw(self) -> None:
-        """Give every adapter its first values. Safe from any thread."""
-        draw_values(self.groups, self._kind, self._seed, self.world)
+    @property
+    def reads_norms(self) -> bool:
+        """Return whether `draw` needs the norms of the base's rows."""
+        return self._kind.reads_norms
+
+    def draw(self, norms: Mapping[str, Tensor] | None = None) -> None:
+        """Give every adapter its first values. Safe from any thread.
+
+        norms: of the base's rows [O] on the CPU, by linear, where `reads_norms`."""
+        draw_values(self.groups, self._kind, self._seed, self.world, norms or {})
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Set every adapter from `path.lora_A` -> matrix, as `named_tensors` gives them."""

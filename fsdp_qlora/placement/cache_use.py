@@ -46,7 +46,7 @@ def open_cache(options: ModelOptions, model: CausalModel, weights: Weights, worl
     content = world.together(weights.content)
     assert content is not None, "weights that are not made up have bytes"
     threads = min(MOST, max(LEAST, usable_cores(psutil.cpu_count(logical=False)) // world.local_size))
-    units = {unit.name: UnitKey(unit.frozen.layout, unit.sources) for unit in model.units}
+    units = {unit.name: UnitKey(unit.frozen.layout, unit.origins) for unit in model.units}
     local = Path(options.model_name).is_dir()
     name = options.model_name if options.revision is None else f"{options.model_name}@{options.revision}"
     source = str(Path(options.model_name).resolve()) if local else name

@@ -16,6 +16,7 @@ from torch import Tensor
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.models.causal_lm import Unit
 from fsdp_qlora.placement.base import Placement, Slot
+from fsdp_qlora.placement.norms import SeenNorms, room_for, span_of
 from fsdp_qlora.torch_compat import all_gather
 from fsdp_qlora.weights.base_cache.kept import KeptBase
 from fsdp_qlora.weights.base_cache.lanes import Lanes, results
@@ -36,15 +37,22 @@ class _Coming:
     file: Reading | None = None
     reading: list[Future[None]] = field(default_factory=list)
     wrong: str = ""  # why its file cannot be taken
+    norms: Tensor | None = None  # of `norms.span_of`, where this rank does not need the unit whole
 
 
 def place_kept(
-    units: Sequence[Unit], kept: KeptBase, placement: Placement, lanes: Lanes, world: World, done: Callable[[], object]
+    units: Sequence[Unit],
+    kept: KeptBase,
+    placement: Placement,
+    lanes: Lanes,
+    world: World,
+    done: Callable[[], object],
+    seen: SeenNorms,
 ) -> tuple[list[Unit], set[str]]:
     """Place the units that the cache has. A collective.
 
-    done: called for each. Returns (the units that are left, the names of those among them whose file is to be
-    replaced)."""
+    done: called for each. seen: takes their norms. Returns (the units that are left, the names of those among them
+    whose file is to be replaced)."""
     found = [_look(kept, unit.name) for unit in units]
     here = [[float(isinstance(one, Contents)), float(isinstance(one, str) and one != "")] for one in found]
     by_rank = world.gather([number for pair in here for number in pair])
@@ -67,7 +75,7 @@ def place_kept(
             if coming.wrong:
                 wrong.append(f"{coming.unit.name} ({coming.wrong})")
             continue
-        _place(coming, placement, world)
+        _place(coming, placement, world, seen)
         done()
     if everywhere.count(True):
         kept.touch()
@@ -108,6 +116,9 @@ def _start(unit: Unit, contents: Contents, kept: KeptBase, placement: Placement,
     try:
         coming.file = kept.open(unit.name, contents)
         coming.reading = lanes.fetch(coming.file, slot.memory, slot.start)
+        if whole is None and unit.norms:
+            coming.norms = room_for(unit)
+            coming.reading += lanes.fetch(coming.file, coming.norms, span_of(unit)[0])
     except OSError as error:
         coming.wrong = _reason(error)
     return coming
@@ -124,14 +135,17 @@ def _wait(coming: _Coming) -> None:
             coming.file.close()
 
 
-def _place(coming: _Coming, placement: Placement, world: World) -> None:
+def _place(coming: _Coming, placement: Placement, world: World, seen: SeenNorms) -> None:
     unit, whole = coming.unit, coming.whole
     unit.frozen.expected = coming.total
     if whole is None:
+        if coming.norms is not None:
+            seen.take(unit, coming.norms, span_of(unit)[0])
         coming.slot.filled()
         return
     if coming.gathered:
         all_gather(whole, coming.slot.memory)
+    seen.take(unit, whole)
     world.together(partial(placement.store, unit, whole))
 
 

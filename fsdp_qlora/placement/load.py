@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.kernels.dora import row_norms
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
 from fsdp_qlora.placement.base import Placement
 from fsdp_qlora.placement.cache_use import CacheUse
 from fsdp_qlora.placement.from_cache import place_kept
+from fsdp_qlora.placement.norms import SeenNorms
 from fsdp_qlora.placement.to_cache import Keeper
 from fsdp_qlora.weights.base_cache.lanes import Lanes
 from fsdp_qlora.weights.codecs import Parts, companions, is_quantized, stored_codec
@@ -51,20 +53,21 @@ def check_names(model: CausalModel, weights: Weights) -> None:
 
 def load(
     model: CausalModel, weights: Weights, placement: Placement, world: World, cache: CacheUse | None = None
-) -> None:
+) -> dict[str, Tensor]:
     """Place every unit: from the base cache where it has the unit, else read and encoded, and kept there. A collective.
 
-    cache: None: there is none for this base."""
-    left, start, said = list(model.units), time.perf_counter(), ""
+    cache: None: there is none for this base. Returns, of each linear whose norms by rows are stored with it: its path
+    -> these norms [O], on the CPU."""
+    left, start, said, seen = list(model.units), time.perf_counter(), "", SeenNorms()
     bar = tqdm(total=len(left), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
     if cache is None:
-        encode_units(left, weights, placement, world, bar.update)
+        encode_units(left, weights, placement, world, bar.update, seen)
     else:
         with Lanes(cache.threads, world.device) as lanes:
-            left, damaged = place_kept(left, cache.kept, placement, lanes, world, bar.update)
+            left, damaged = place_kept(left, cache.kept, placement, lanes, world, bar.update, seen)
             if left:
                 with Keeper(left, damaged, cache.kept, weights, lanes, world) as keeper:
-                    encode_units(left, weights, placement, world, bar.update, keeper)
+                    encode_units(left, weights, placement, world, bar.update, seen, keeper)
                     said = keeper.end()
             if len(left) < len(model.units):
                 said = f"{len(model.units) - len(left)} of {len(model.units)} units from {cache.kept.folder}" + (
@@ -73,6 +76,7 @@ def load(
     bar.close()
     placement.finish()
     world.say(f"loaded    in {time.perf_counter() - start:.0f} s" + (f": {said}" if said else ""))
+    return seen.by_linear
 
 
 def encode_units(
@@ -81,6 +85,7 @@ def encode_units(
     placement: Placement,
     world: World,
     done: Callable[[], object],
+    seen: SeenNorms,
     keeper: Keeper | None = None,
 ) -> None:
     """Read, encode and place units. A collective: each rank encodes every n-th unit, all at the same time."""
@@ -101,6 +106,7 @@ def encode_units(
             for source, unit in enumerate(units[first : first + world.size]):
                 whole = _broadcast(unit, encoded if source == world.rank else None, source, world)
                 unit.frozen.expected = checksum(whole)
+                seen.take(unit, whole)
                 world.together(partial(placement.store, unit, whole))
                 if keeper is not None:
                     keeper.received(unit, whole, source)
@@ -116,6 +122,11 @@ def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> T
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
     for entry, source in unit.sources.items():
         layout.write(buffer, entry, encode_entry(layout.entries[entry], source, tensors, device))
+    views = layout.views(buffer) if unit.norms else {}
+    for entry, (weight, dtype) in unit.norms.items():
+        form = layout.entries[weight]
+        decoded = form.codec.decode(views[weight], form.shape, dtype)
+        layout.write(buffer, entry, {"values": row_norms(decoded)})
     return buffer
 
 

@@ -52,7 +52,8 @@ class Clock:
         self.publish_in = self.publish_out * (facts.ranks - 1)
         # New adapters travel behind the next forward; only what outlasts it is waited for.
         late = max(self.publish / facts.layers, self.publish - facts.layers * min(self.forward.values()))
-        self.beside = update_bytes(facts) / rates.copy + STEP_WAIT + self.reduction + late
+        once = facts.layers * self._of(next(iter(on_gpu.values())).once)
+        self.beside = update_bytes(facts) / rates.copy + STEP_WAIT + self.reduction + late + once
 
     def seconds(self, candidate: Candidate) -> float:
         """Of an optimizer step."""

@@ -6,7 +6,7 @@ block of a shape are traced in 0.1 s, once per process.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -41,6 +41,7 @@ class BlockCost:
     loose: int  # most bytes of what operators allocate by themselves
     forward: Cost
     backward: Cost  # what it recomputes included
+    once: Cost = field(default_factory=Cost)  # beside them in the first forward of a step: of magnitudes
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ def trace(block: FusedBlock, batch: int, context: int, keep: Keep) -> tuple[Bloc
     if not block.shared.weights.buffer.numel():
         _passes(block, batch, context)  # makes the scratch buffer as large as it will be
     here = _passes(block, batch, context)
+    if any(linear.lora_magnitude_vector is not None for linear in block.spec.linears):
+        for linear in block.spec.linears:
+            linear.values_change()
+        first = _passes(block, batch, context)
+        here = replace(here, loose=max(here.loose, first.loose), once=first.forward - here.forward)
     return here, _offloaded(block, batch, context, here)
 
 
@@ -166,9 +172,8 @@ def release(block: FusedBlock) -> None:
     """Free what a block's passes have left behind."""
     block.shared.gradient.forget()
     for linear in block.spec.linears:
-        for matrix in (linear.lora_A, linear.lora_B):
-            if matrix is not None:
-                matrix.grad = None
+        for parameter in linear.adapter_parameters().values():
+            parameter.grad = None
 
 
 class _HostMemory:
@@ -186,9 +191,9 @@ def metered(block: FusedBlock, tokens: int) -> Iterator[Meter]:
     attention, mlp = block.spec.attention, block.spec.mlp
     frozen = attention.o.weight.home
     with frozen.on_meta():
-        matrices = [m for linear in block.spec.linears for m in (linear.lora_A, linear.lora_B) if m is not None]
+        adapters = [p for linear in block.spec.linears for p in linear.adapter_parameters().values()]
         by_input = (attention.qkv, (attention.o,), mlp.gate_up, (mlp.down,))
         columns = max(sum(m.lora_A.shape[0] for m in linears if m.lora_A is not None) for linears in by_input)
-        meter = Meter([frozen.flat, block.shared.weights.buffer, *matrices], tokens, beside(columns))
+        meter = Meter([frozen.flat, block.shared.weights.buffer, *adapters], tokens, beside(columns))
         with meter.counting():
             yield meter

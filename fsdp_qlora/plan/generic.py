@@ -3,6 +3,7 @@ placed; work as that of a fused block of these sizes that keeps everything."""
 
 from dataclasses import replace
 
+from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.kernels.cost import Cost
 from fsdp_qlora.kernels.cross_entropy import chunk_tokens
 from fsdp_qlora.plan.costs import BlockCost, HeadCost, Kind, block_costs
@@ -49,6 +50,8 @@ def _layer_bytes(facts: Facts) -> tuple[int, int, int]:
     attention = (2 * f.qkv + f.queries + 2 * f.hidden) * c + f.heads * FLOAT
     inner = 4 * f.inner * c
     ranks = (f.rank_qkv + f.rank_o + f.rank_gate_up + f.rank_down) * c
+    if ADAPTERS[f.adapter].reads_norms:  # each output before its magnitude; with dropout of two products
+        ranks += (f.qkv + 2 * f.hidden + 2 * f.inner) * (FLOAT + c) * (2 if f.dropout else 1)
     inside = f.tokens * (norms + attention + inner + ranks)
     passing = f.tokens * (2 * f.inner + 2 * f.hidden) * c  # gradients on their way through the MLP
     h = f.tokens * f.hidden * f.stream_bytes

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.config.keep import Keep
+from fsdp_qlora.config.train_types import TRAIN_TYPES
 from fsdp_qlora.kernels.attention_on_meta import keys_seen
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Facts:
     mean_tokens: int = 0
     mean_row: int = 0
     label_share: float = 1.0
+    adapter: str = "lora"  # as `adapters.table.ADAPTERS` names it
 
     @property
     def tokens(self) -> int:
@@ -204,6 +206,7 @@ def facts_of(
         stream_bytes=model.precision.stream.itemsize,
         compute_bytes=model.precision.compute.itemsize,
         rank=config.adapter.lora_rank,
+        adapter=TRAIN_TYPES[config.model.train_type].adapter,
         reduce_bytes={"fp32": 4, "bf16": 2}[memory.reduce_dtype],
         state_bytes=state_bytes,
         batch=training.batch_size,

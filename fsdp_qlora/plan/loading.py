@@ -1,5 +1,6 @@
 """Bytes on a GPU while weights are loaded and encoded."""
 
+from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.weights.codecs import codec_named
 
@@ -18,6 +19,8 @@ class Loading:
         largest = max(f.qkv if f.qkv_linears == 1 else f.queries, f.inner * (3 - f.gate_up_linears)) * f.hidden
         # One weight's, not yet among the unit's bytes.
         self.parts = codec_named(f.codec).encode_scratch_bytes((largest,))
+        if ADAPTERS[f.adapter].reads_norms:  # of a weight, decoded once its encoding is among the unit's bytes
+            self.parts = max(self.parts, largest * f.compute_bytes)
         self.first = (2 + received) * f.embedding_bytes + (dense if f.dummy else 0)
         weights = 2 * dense if f.dummy else largest * f.stream_bytes
         self.block = weights + self.parts + f.block_bytes * (1 + received)

@@ -133,7 +133,7 @@ def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> It
     model.backbone.rotary_emb = _Tables(next(iter(model.blocks.values())).fused)
     buffers = {(m, name): b for m in model.backbone.modules() for name, b in m.named_buffers(recurse=False)}
     before = {block: (block.fused, block.before_forward) for block in model.blocks.values()}
-    adapters = {linear: (linear.lora_A, linear.lora_B) for linear in model.linears().values()}
+    adapters = {linear: linear.adapter_parameters() for linear in model.linears().values()}
     shared = Shared.on(META, model.precision.compute)
     offload = ActivationOffload(META, tokens) if any(plan.offloaded for plan in blocks) else None
     state = torch.get_rng_state()
@@ -154,6 +154,8 @@ def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> It
                 setattr(module, name, buffer)
             for block, (passes, calls) in before.items():
                 block.fused, block.before_forward = passes, calls
-            for linear, (a, b) in adapters.items():
-                linear.lora_A, linear.lora_B = a, b
+            for linear, parameters in adapters.items():
+                for name, parameter in parameters.items():
+                    setattr(linear, name, parameter)
+                linear.values_change()
             torch.set_rng_state(state)

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from fsdp_qlora.adapters.lora import lora_shapes
+from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.config.keep import Keep
+from fsdp_qlora.config.options import AdapterOptions
 from fsdp_qlora.kernels.attention import Masking
+from fsdp_qlora.kernels.dora import exact_dtype
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.models.fused.spec import AttentionSpec, BlockSpec, GatedMlpSpec, Norm
@@ -40,6 +42,7 @@ class Shape(NamedTuple):
     dropout: float
     attention: str
     multiprocessors: int
+    adapter: str = "lora"
 
 
 def shape_of(facts: Facts) -> Shape:
@@ -65,11 +68,15 @@ def block_of(shape: Shape) -> FusedBlock:
     order = (*qkv, "o", *gate_up, "down")
     norms = {"norm": s.hidden, "head_norm": s.head_dim}
     layout = {name: (codec, linears[name]) for name in order} | {n: (Plain(dtype), (w,)) for n, w in norms.items()}
+    kind, options = ADAPTERS[s.adapter], AdapterOptions(lora_rank=s.rank)
+    if kind.reads_norms:
+        layout |= {f"{name}.row_norms": (Plain(exact_dtype(dtype)), linears[name][:1]) for name in order}
     frozen = FrozenBytes(Layout(layout))
     made = {name: FrozenLinear(FrozenTensor(frozen, name), None, dtype) for name in order}
     for name, adapted in zip(order, s.adapted or "1" * len(order), strict=True):
         if adapted == "1":
-            made[name].add_adapter(lora_shapes(*linears[name], s.rank), 1.0, s.dropout)
+            of_rows = FrozenTensor(frozen, f"{name}.row_norms") if kind.reads_norms else None
+            made[name].add_adapter(kind.parameters(*linears[name], options), 1.0, s.dropout, of_rows)
     norm, head_norm = (Norm(FrozenTensor(frozen, name), 1e-5, 0.0) for name in norms)
     spec = BlockSpec(
         AttentionSpec(

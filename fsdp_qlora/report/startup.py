@@ -3,6 +3,7 @@
 import torch
 from transformers import PretrainedConfig
 
+from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.config.options import Config, EvaluationOptions
 from fsdp_qlora.data.batches import Batches, Rows
 from fsdp_qlora.data.packing import Bins
@@ -35,11 +36,12 @@ def describe(
     stored = codec.home.layout.entries[codec.name].codec.name
     base = sum(u.frozen.layout.nbytes for u in model.units)
     adapted = sum(m.lora_A is not None for m in linears.values())
+    kind = choose_adapter(config.model.train_type).label
     return [
         f"model     {config.model.model_name}: {hf_config.model_type}, {len(model.blocks)} layers, "
         f"{_si(weights)} parameters" + (", RANDOM WEIGHTS" if config.model.dummy_weights else ""),
         f"base      {_size(base)} frozen, linears {stored}",
-        f"adapters  LoRA rank {config.adapter.lora_rank} on {adapted} of {len(linears)} linears: "
+        f"adapters  {kind} rank {config.adapter.lora_rank} on {adapted} of {len(linears)} linears: "
         f"{_si(adapter_count(model))} parameters; {config.training.optimizer}, "
         f"master copy and state sharded over {_ranks(world)}",
         f"compute   {config.model.precision}, {fusion}",

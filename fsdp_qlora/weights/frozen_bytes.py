@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.kernels.dora import scale_rows_
 from fsdp_qlora.weights.codecs import Decoder
 from fsdp_qlora.weights.layout import Entry, Layout
 
@@ -124,15 +125,16 @@ class FrozenTensor:
         return self.home.decode(self.name, dtype, out)
 
 
-def decode_rows(tensors: Sequence[FrozenTensor], out: Tensor) -> None:
-    """Decode matrices of one width and one unit into `out`, concatenated along the rows.
+def decode_rows(tensors: Sequence[FrozenTensor], out: Tensor, factor: Tensor | None = None) -> None:
+    """Decode matrices of one width and one unit into `out`, concatenated along the rows, times `factor` by rows.
 
-    Those of one codec take one launch, if the codec can do that."""
+    Those of one codec take one launch, if the codec can do that. factor: float32 [rows] (float64 for float64) or None;
+    numbers are rounded to out's dtype before and after they are multiplied by it."""
     home, names = tensors[0].home, tuple(t.name for t in tensors)
     location = home.location()
     if names not in location.decoders:
         location.decoders[names] = _rows_decoder([home.layout.entries[name] for name in names], location, names)
-    location.decoders[names](out)
+    location.decoders[names](out, factor)
 
 
 def _rows_decoder(entries: Sequence[Entry], location: Location, names: Sequence[str]) -> Decoder:
@@ -141,9 +143,11 @@ def _rows_decoder(entries: Sequence[Entry], location: Location, names: Sequence[
     if len({entry.codec for entry in entries}) == 1:
         return entries[0].codec.rows_decoder(stored, rows, width)
 
-    def decode(out: Tensor) -> None:
+    def decode(out: Tensor, factor: Tensor | None = None) -> None:
         for entry, parts, piece in zip(entries, stored, out.split(rows), strict=True):
             entry.codec.decode(parts, entry.shape, out.dtype, piece)
+        if factor is not None:
+            scale_rows_(out, factor)
 
     return decode
 

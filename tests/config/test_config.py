@@ -210,10 +210,7 @@ REFUSED = [
     ("run.yaml", ["run.yaml", "did you mean --config run.yaml?"]),
     ("-v", ["-v", "belongs to no option"]),
     ("--config none.yaml", ["none.yaml", "No such file"]),
-    *[
-        (f"--train_type {name}", [name, "not built yet"])
-        for name in ("full", "bnb_dora", "hqq_dora", "bnb_llama_pro", "hqq_llama_pro")
-    ],
+    *[(f"--train_type {name}", [name, "not built yet"]) for name in ("full", "bnb_llama_pro", "hqq_llama_pro")],
     ("--train_type qlor", ["--train_type qlor", "did you mean qlora?"]),
     ("--llama_pro_path x", ["--llama_pro_path x", "block expansion (Llama-Pro) is known but not built yet; omit it"]),
     ("--low_memory false", ["--low_memory false", "not built yet"]),

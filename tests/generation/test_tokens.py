@@ -26,9 +26,9 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, 259, (length,), generator=draw).tolist() for length in LENGTHS]
 
 
-def theirs_of(folder: Path, adapted: bool = True) -> PeftModel:
+def theirs_of(folder: Path, adapted: bool = True, dora: bool = False) -> PeftModel:
     """transformers + PEFT + bitsandbytes' numbers, with adapters that matter."""
-    recipe = plain.Recipe()
+    recipe = plain.Recipe(dora=dora)
     model = plain.with_adapters(plain.load_base(folder, recipe, attention="eager"), recipe)
     draw = torch.Generator().manual_seed(0)
     for path, p in model.named_parameters():
@@ -86,5 +86,21 @@ def test_tokens_are_those_of_transformers_on_peft_and_bitsandbytes(family, fused
     assert len({tuple(tokens) for tokens in wanted}) == len(LENGTHS), "answers that are all alike compare nothing"
     with built(options(folder, fused=fused)) as ours:
         assert bool(ours.fusion.blocks) == (fused == "auto" and name not in GENERIC)
+        load_theirs(ours, theirs)
+        assert ours_of(ours, prompts()) == wanted
+
+
+@pytest.mark.parametrize("fused", ["auto", "false"])
+def test_tokens_of_dora_are_those_of_transformers_on_peft(fused, tmp_path):
+    """Qwen2 has biases, which no magnitude scales."""
+    folder = tiny.save_model(config_of("Qwen2", FAMILIES["Qwen2"]), tmp_path)
+    theirs = theirs_of(folder, dora=True)
+    draw = torch.Generator().manual_seed(2)
+    for path, p in theirs.named_parameters():
+        if "lora_magnitude_vector" in path:
+            p.data.mul_(0.7 + 0.6 * torch.rand(p.shape, generator=draw))
+    wanted = tokens_of(theirs, prompts())
+    assert len({tuple(tokens) for tokens in wanted}) == len(LENGTHS), "answers that are all alike compare nothing"
+    with built(options(folder, fused=fused, train_type="bnb_dora")) as ours:
         load_theirs(ours, theirs)
         assert ours_of(ours, prompts()) == wanted

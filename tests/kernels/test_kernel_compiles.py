@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fsdp_qlora.kernels import (
-    cached_attention, cross_entropy, dropout, embedding, glu, glu_lora, hqq, lora_wide, nf4, nf4_few_rows, rms_norm,
-    rope
+    cached_attention, cross_entropy, dora, dropout, embedding, glu, glu_lora, hqq, lora_wide, nf4, nf4_few_rows,
+    rms_norm, rope,
 )
 
 
@@ -35,23 +35,24 @@ def compiled(kernel, capability, types, **constants):
 
 
 for out, nested, apart in (("b", True, 0), ("h", False, 8), ("f", True, 1)):
-    types = "u" + ("u" if nested else "f") + "fff" + out + "iii"
-    ptx = compiled(nf4._dequantize_kernel, 90, types, NESTED=nested, ROWS=64, APART=apart, I=72)
-    assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested)
-    types = "uuu" + ("uuu" if nested else "fff") + "fff" + "fff" + "f" + out * 3 + "i" * 9
-    tiling = {"NESTED": nested, "ROWS": 64, "APART": apart, "I": 72}
-    for count in (2, 3):
-        ptx = compiled(nf4._dequantize_rows_kernel, 90, types, COUNT=count, **tiling)
-        assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested, count)
+    for width in (72, 76):
+        tiling = {"NESTED": nested, "ROWS": 64, "APART": apart, "I": width, "FACTOR": out != "h"}
+        types = "u" + ("u" if nested else "f") + "fff" + out + "f" + "iii"
+        ptx = compiled(nf4._dequantize_kernel, 90, types, **tiling)
+        assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested)
+        types = "uuu" + ("uuu" if nested else "fff") + "fff" + "fff" + "f" + out * 3 + "fff" + "i" * 9
+        for count in (2, 3):
+            ptx = compiled(nf4._dequantize_rows_kernel, 90, types, COUNT=count, **tiling)
+            assert "mul" in ptx and "fma.rn.f32" not in ptx, (out, nested, count)
 words = {8: "u", 4: "w", 3: "s", 2: "s", 1: "u"}
 for bits, floats, out, lines, apart in (
     (8, "b", "b", 0, 0), (4, "b", "b", 0, 8), (3, "h", "f", 0, 1), (2, "f", "f", 8, 0), (1, "b", "h", 8, 8),
     (3, "b", "b", 8, 8),
 ):
-    tiling = {"BITS": bits, "GROUP": 64, "LINES": lines, "ROWS": 256, "APART": apart, "I": 72}
-    ptx = compiled(hqq._dequantize_kernel, 90, words[bits] + "u" + floats * 2 + out + "ii", **tiling)
+    tiling = {"BITS": bits, "GROUP": 64, "LINES": lines, "ROWS": 256, "APART": apart, "I": 72, "FACTOR": bits < 4}
+    ptx = compiled(hqq._dequantize_kernel, 90, words[bits] + "u" + floats * 2 + out + "fii", **tiling)
     assert "mul" in ptx and "fma.rn.f32" not in ptx, bits
-    types = words[bits] * 3 + "uuu" + floats * 6 + out * 3 + "i" * 6
+    types = words[bits] * 3 + "uuu" + floats * 6 + out * 3 + "fff" + "i" * 6
     for count in (2, 3):
         ptx = compiled(hqq._dequantize_rows_kernel, 90, types, COUNT=count, **tiling)
         assert "mul" in ptx and "fma.rn.f32" not in ptx, (bits, count)
@@ -62,13 +63,15 @@ compiled(rms_norm._forward_kernel, 86, "bbbbbiiiFF", H=100, HEADS=0, RESIDUAL=Tr
 compiled(rms_norm._backward_kernel, 86, "bbbbbiiiiiFF", H=100, HEADS=8, SKIP=True, ROWS=2, COLUMNS=128)
 tiles = {"HALF": 24, "HALF_TILE": 32, "HEADS": 4, "Q_GROUPS": 2, "GROUPS": 3, "POSITIONS": True, "BACKWARD": True}
 for rest in (0, 12):
-    compiled(rope._rope_kernel, 86, "bbbbffl" + "i" * 14, n_k=1, REST=rest, REST_TILE=16 if rest else 1, **tiles)
+    tiles |= {"REST": rest, "REST_TILE": 16 if rest else 1, "INVERSE": not rest}
+    compiled(rope._rope_kernel, 86, "bbbbffl" + "i" * 14, n_k=1, **tiles)
 for activation in glu.ACTIVATIONS:
     compiled(glu._backward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION=activation)
 compiled(glu._forward_kernel, 86, "bbbiii", I=300, TILES=3, TILE=128, ACTIVATION="silu")
 for down in (0, 12):
     ranks = {"R_GATE": 8, "R_UP": 0, "R_DOWN": down, "R": 16, "ROWS": 32, "COLUMNS": 64, "STAGES": 3}
-    compiled(glu_lora._glu_lora_kernel, 86, "bbbbbbbbb" + "i" * 7, I=300, ACTIVATION="silu", PRECISION="tf32", **ranks)
+    ranks |= {"DOTS": down > 0, "BIAS": down > 0, "KEEPS_H": down == 0, "ACTIVATION": "silu", "PRECISION": "tf32"}
+    compiled(glu_lora._glu_lora_kernel, 86, "b" * 9 + "fb" + "i" * 7, I=300, **ranks)
 compiled(embedding._gather_kernel, 86, "blbii", H=5000, TILES=2, TILE=4096)
 compiled(dropout._dropout_kernel, 86, "bbiFFI", ADD=True, TILE=128)
 widths = {"O": 96, "H": 200, "R": 24, "RANK": 7, "ROWS": 32, "COLUMNS": 32, "TILES": 2, "TILE": 128}
@@ -84,6 +87,11 @@ for window, capped, is_float in ((0, False, False), (64, True, True)):
     types = letter * 3 + "l" + "fff" + "FF" + "ii"
     compiled(cached_attention._part_kernel, 86, types, WINDOW=window, SOFTCAP=capped, FLOAT=is_float, **shape)
 compiled(cached_attention._join_kernel, 86, "fffb", G=4, D=96, PARTS=3, P_TILE=4, D_TILE=128)
+tiling = {"R": 24, "COLUMNS": 32, "ROWS": 16}
+compiled(dora._factors_kernel, 86, "bbfbfiiFi", **tiling)
+compiled(dora._finish_kernel, 86, "bbffbiii", **tiling)
+compiled(dora._scale_kernel, 86, "bfi", H=200, TILES=2, TILE=128)
+compiled(dora._dots_kernel, 86, "bbbfiiii", O=300, BIAS=True, ROWS=32, COLUMNS=128)
 print("compiled")
 """
 

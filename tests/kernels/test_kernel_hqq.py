@@ -123,6 +123,11 @@ def test_matrices_are_decoded_one_below_the_other(bits, axis, rows, form_of, req
     together = torch.empty(sum(rows), width, dtype=torch.float16, device=device)
     hqq_rows(stored, form, rows, width)(together)
     assert torch.equal(together, whole[: sum(rows), :width])
+    factor = torch.linspace(0.5, 1.7, sum(rows), device=device)
+    for out in (whole[: sum(rows), :width], torch.empty_like(together)):
+        hqq_rows(stored, form, rows, width)(out, factor)
+        assert torch.equal(out, (together * factor[:, None]).half()), "rounded, multiplied, rounded again"
+    assert (whole[:, width:] == 7).all(), "wrote beside the matrices"
 
 
 def test_wrong_parts_are_refused_by_name():

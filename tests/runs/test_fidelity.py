@@ -33,6 +33,22 @@ CASES: dict[str, tuple[str, dict, dict]] = {
     "generic": ("model", {"fused": "false"}, {}),
     "single-quantized": ("model", {"double_quant": False}, {"double_quant": False}),
     "plain-base": ("model", {"train_type": "lora"}, {"quantized": False}),
+    "bnb-dora": ("model", {"train_type": "bnb_dora"}, {"dora": True}),
+    "dora": ("tied", {"train_type": "dora"}, {"dora": True, "quantized": False}),
+    "dora-generic": ("model", {"train_type": "bnb_dora", "fused": "false"}, {"dora": True}),
+    "dora-some-linears-accumulating": (
+        "model",
+        {
+            "train_type": "bnb_dora",
+            "lora_target_modules": "q_proj,mlp.down_proj",
+            "use_rslora": True,
+            "lora_alpha": 9,
+            "wd": 0.1,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 2,
+        },
+        {"dora": True, "targets": ["q_proj", "mlp.down_proj"], "rslora": True, "alpha": 9.0, "weight_decay": 0.1},
+    ),
     "some-linears-rslora": (
         "model",
         {"lora_target_modules": "q_proj,mlp.down_proj", "use_rslora": True, "lora_alpha": 9},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.config.options import AdapterOptions
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.models.assemble import Recipe, assemble
@@ -60,10 +61,9 @@ class Subject:
     @property
     def adapters(self) -> dict[str, nn.Parameter]:
         return {
-            f"{path}.{matrix}": getattr(linear, matrix)
+            f"{path}.{name}": parameter
             for path, linear in self.model.linears().items()
-            if linear.lora_A is not None
-            for matrix in ("lora_A", "lora_B")
+            for name, parameter in linear.adapter_parameters().items()
         }
 
     def run(self, h: Tensor, d_out: Tensor) -> Results:
@@ -83,9 +83,12 @@ class Subject:
         adapters = {}
         for path, linear in self.model.linears().items():
             if linear.lora_A is not None and linear.lora_B is not None:
-                lora = LoraLinear(model.get_submodule(path), linear.lora_A, linear.lora_B, linear.scale)
+                magnitude = linear.lora_magnitude_vector
+                lora = LoraLinear(model.get_submodule(path), linear.lora_A, linear.lora_B, magnitude, linear.scale)
                 model.set_submodule(path, lora)
                 adapters |= {f"{path}.lora_A": lora.a, f"{path}.lora_B": lora.b}
+                if lora.magnitude is not None:
+                    adapters[f"{path}.lora_magnitude_vector"] = lora.magnitude
         model.base_model.norm = nn.Identity()
         return model.base_model, adapters
 
@@ -100,15 +103,23 @@ class Subject:
 
 
 class LoraLinear(nn.Module):
-    """LoRA as its paper has it."""
+    """LoRA as its paper has it; with a magnitude DoRA, its steps as in PEFT's `DoraLinearLayer`."""
 
-    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
-        self.a, self.b = (nn.Parameter(m.detach().to(base.weight.dtype)) for m in (a, b))
+        self.a, self.b, self.magnitude = (
+            None if m is None else nn.Parameter(m.detach().to(base.weight.dtype)) for m in (a, b, magnitude)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
+        result, lora = self.base(x), F.linear(F.linear(x, self.a), self.b)
+        if self.magnitude is None:
+            return result + lora * self.scale
+        weight = self.base.weight + self.scale * (self.b @ self.a).detach()
+        factor = self.magnitude / torch.linalg.norm(weight, dim=1).to(weight.dtype)
+        base = result if self.base.bias is None else result - self.base.bias
+        return result + (factor - 1) * base + factor * lora * self.scale
 
 
 class TrueFloat64(TorchFunctionMode):
@@ -137,8 +148,9 @@ def subject(
     device: torch.device,
     codec: Codec | None = None,
     adapter: AdapterOptions | None = None,
+    kind: str = "lora",
 ) -> Subject:
-    """A random model of that config. codec: of its linears; default: NF4, double-quantized."""
+    """A random model of that config. codec: of its linears; default: NF4, double-quantized. kind: of its adapters."""
     codec = codec or NF4(double_quant=True)
     adapter = adapter or AdapterOptions(lora_rank=4, lora_alpha=6.0)
     torch.manual_seed(0)
@@ -148,7 +160,8 @@ def subject(
             value += torch.randn_like(value) * 0.1
     precision = Precision(dtype, dtype)
     skeleton = build(hf_config, precision, "eager")
-    model = assemble(skeleton, Recipe(precision, lambda name: codec, remat=None, shards=1), adapter)
+    recipe = Recipe(precision, lambda name: codec, remat=None, shards=1, adapter=ADAPTERS[kind])
+    model = assemble(skeleton, recipe, adapter)
     weights, placement = {}, Replicated()
     placement.prepare(model)
     for unit in model.units:
@@ -160,6 +173,10 @@ def subject(
                 matrix = getattr(linear, name)
                 values = torch.randn(matrix.shape) / matrix.shape[1] ** 0.5 * 0.5
                 setattr(linear, name, nn.Parameter(values.to(device, dtype)))
+            if linear.norms is not None:
+                magnitude = linear.norms.decode(dtype) * (0.5 + torch.rand(linear.out_features, device=device))
+                linear.lora_magnitude_vector = nn.Parameter(magnitude.to(dtype))
+            linear.values_change()
     model.backbone.norm = nn.Identity()
     model.backbone.to(device)
     return Subject(model, hf_config, weights, model.backbone.rotary_emb)

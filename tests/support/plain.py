@@ -46,6 +46,7 @@ class Recipe:
     rank: int = 8
     alpha: float = 16.0
     rslora: bool = False
+    dora: bool = False
     targets: str | list[str] = "all-linear"
     lr: float = 5e-3
     weight_decay: float = 0.0
@@ -132,6 +133,7 @@ def with_adapters(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
         target_modules=recipe.targets,
         task_type="CAUSAL_LM",
     )

@@ -128,6 +128,20 @@ def test_matrices_are_decoded_one_below_the_other(form, rows, width, double_quan
     together = torch.empty(sum(rows), width, dtype=torch.float16, device=device)
     codec.rows_decoder(stored, rows, width)(together)
     assert torch.equal(together, whole[: sum(rows), :width])
+    factor = torch.linspace(0.5, 1.7, sum(rows), device=device)
+    for out in (whole[: sum(rows), :width], torch.empty_like(together)):
+        codec.rows_decoder(stored, rows, width)(out, factor)
+        assert torch.equal(out, (together * factor[:, None]).half()), "rounded, multiplied, rounded again"
+    assert (whole[:, width:] == 7).all(), "wrote beside the matrices"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_plain_numbers_are_multiplied_by_their_rows_factors(dtype):
+    weights, factor = [weight_of((n, 24), torch.float16) for n in (5, 9)], torch.linspace(0.5, 1.7, 14)
+    stored = [Plain(torch.float16).encode(weight) for weight in weights]
+    out = torch.empty(14, 24, dtype=dtype)
+    Plain(torch.float16).rows_decoder(stored, (5, 9), 24)(out, factor)
+    assert torch.equal(out, (torch.cat(weights) * factor[:, None]).to(dtype))
 
 
 def plain(parts, double_quant, shape, dtype):

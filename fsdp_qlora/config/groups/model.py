@@ -29,16 +29,16 @@ class ModelOptions:
     train_type: str = option(
         "qlora",
         """What trains over what. qlora: LoRA adapters over a base quantized to 4-bit NF4. hqq_lora: over a base that
-        HQQ quantizes to n_bits. lora: over the base in the precision's dtype.""",
+        HQQ quantizes to n_bits. lora: over the base in the precision's dtype. bnb_dora, hqq_dora, dora: DoRA over the
+        same three, LoRA with a trained magnitude for each row of a weight.""",
         "a 4-bit base is what fits a large model on small cards, at nearly the quality of 16 bits (QLoRA paper)",
         """per base parameter 4.1 to 4.5 bits with qlora, n_bits + 32 / hqq_group_size with hqq_lora, 16 or 32 with
-        lora; a quantized weight is decoded before each use""",
+        lora; a quantized weight is decoded before each use. DoRA saves the outputs of o_proj and down_proj too, and
+        with lora_dropout it does without fused kernels""",
         choices=tuple(TRAIN_TYPES),
         aliases={"custom_lora": "lora", "custom_qlora": "qlora"},
         refused={
             "full": f"full {NOT_BUILT} (it trains every weight); use qlora or lora",
-            "bnb_dora": f"bnb_dora {NOT_BUILT} (DoRA); use qlora",
-            "hqq_dora": f"hqq_dora {NOT_BUILT} (DoRA); use hqq_lora",
             "bnb_llama_pro": f"bnb_llama_pro {NOT_BUILT} (block expansion); use qlora",
             "hqq_llama_pro": f"hqq_llama_pro {NOT_BUILT} (block expansion); use hqq_lora",
         },

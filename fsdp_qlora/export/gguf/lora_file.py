@@ -27,6 +27,11 @@ def write_lora(
     """Write an adapter's file, whole or not at all; return its bytes. model: the base, on the meta device.
 
     llama.cpp scales an adapter by alpha / rank. rsLoRA scales by alpha / sqrt(rank), so alpha sqrt(rank) is told."""
+    if adapter.kind.reads_norms:
+        raise UserError(
+            f"lora_only: {adapter.folder} is {adapter.kind.label}, which llama.cpp has not; omit lora_only to write it "
+            "merged with its base"
+        )
     config = text_config(model.config)
     family = family_of(config)
     names = Names(model, config, family)

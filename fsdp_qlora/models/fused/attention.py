@@ -39,7 +39,7 @@ class AttentionSaved:
     out: Tensor | None = None  # [B, S, N, D]
     stats: Stats = None
     oa: Tensor | None = None  # xs of o
-    projected: Tensor | None = None  # o's output, where a norm follows it
+    projected: Tensor | None = None  # o's output, where a norm follows it or its adapter has a magnitude
 
 
 class AttentionHalf:
@@ -63,8 +63,9 @@ class AttentionHalf:
         (added,), saved.oa = project(
             _rows(saved.out), [self.o.projection()], scale=spec.o.scale, **context.dropout.at(DropoutSite.O)
         )
-        if spec.out_norm is not None:
+        if spec.out_norm is not None or self.o.has_magnitudes:
             saved.projected = added
+        if spec.out_norm is not None:
             added = norm_forward(added, spec.out_norm)
         return ResidualStream(x.hidden, added), saved
 
@@ -84,7 +85,7 @@ class AttentionHalf:
 
         o first: q, k and v, if they are recomputed, are then decoded once for that and for their gradients."""
         spec, features, dropout = self.spec, x_TH.shape[1], context.dropout
-        d_out, d_oa, d_b = self._through_o(d_y, saved, context)
+        d_out, d_oa, d_b, o_dots = self._through_o(d_y, saved, context)
         qkv = self.qkv.projection()
         y_wide = normed_wide(x_TH, spec.norm, self.qkv.padding)
         laid, q, k, v = self._recompute(saved, y_wide, qkv, context)
@@ -97,14 +98,14 @@ class AttentionHalf:
         del d_out, q, k, v
         saved.out = saved.stats = None
         d_q, d_k = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
-        d_wide = self._through_rotation(d_q, d_k, d_v, saved, context)
+        d_wide, dots = self._through_rotation(d_q, d_k, d_v, saved, context)
         del d_q, d_k, d_v
         assert saved.xs is not None
         outputs = self.qkv.out_features
         d_bs = gradients_of_b_wide(d_wide[:, :outputs], d_wide[:, outputs:], saved.xs, qkv, laid)
         d_as = gradients_of_a_wide(d_wide[:, outputs:], y_wide[:, :features], qkv, **dropout.at(DropoutSite.QKV))
         del y_wide
-        gradients = [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
+        gradients = [*self.qkv.gradients(d_as, d_bs, dots), *self.o.gradients(d_a, d_b, o_dots)]
         if padding is None:
             return None, gradients
         d_n = gradient_of_input_wide(d_wide, qkv, laid, **dropout.at(DropoutSite.QKV))
@@ -117,17 +118,19 @@ class AttentionHalf:
 
     def _through_o(
         self, d_y: Tensor, saved: AttentionSaved, context: PassContext
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return (d_out [B, S, N, D], the gradient of o's x A^T [T, R], [d_b of o])."""
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+        """Return (d_out [B, S, N, D], the gradient of o's x A^T [T, R], [d_b of o], `Linears.dots` of o)."""
         spec, features, o = self.spec, self.o.out_features, self.o.bare()
         d_added = d_y
         if spec.out_norm is not None:
             d_added = wide(d_y.shape[0], features + self.o.padding, d_y)
             norm_backward(d_y[:, :features], saved.projected, spec.out_norm, out=d_added[:, :features])
+        dots = self.o.dots(d_added[:, :features], saved.projected)
+        saved.projected = None
         laid, d_oa = self.o.lay(o), d_added[:, features:]
         d_b = gradients_of_b_wide(d_added[:, :features], d_oa, saved.oa, o, laid)
         d_out = gradient_of_input_wide(d_added, o, laid, **context.dropout.at(DropoutSite.O))
-        return d_out.view(*context.shape, spec.heads, spec.head_dim), d_oa, d_b
+        return d_out.view(*context.shape, spec.heads, spec.head_dim), d_oa, d_b, dots
 
     def _recompute(
         self, saved: AttentionSaved, y_wide: Tensor, qkv: Projection, context: PassContext
@@ -146,10 +149,11 @@ class AttentionHalf:
 
     def _through_rotation(
         self, d_q: Tensor, d_k: Tensor, d_v: Tensor, saved: AttentionSaved, context: PassContext
-    ) -> Tensor:
-        """Return [T, (N + 2K)*D + R], the gradient of qkv's output with free columns for qkv's adapters."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ([T, (N + 2K)*D + R], the gradient of qkv's output with free columns for its adapters, `Linears.dots`
+        of qkv)."""
         spec = self.spec
-        if spec.q_norm is None:
+        if spec.q_norm is None and not self.qkv.has_magnitudes:
             saved.qkv = None
         tokens, outputs = d_q.shape[0] * d_q.shape[1], self.qkv.out_features
         d_wide = wide(tokens, outputs + self.qkv.padding, d_q)
@@ -160,11 +164,15 @@ class AttentionHalf:
             out_q.copy_(norm_backward(d_q.contiguous(), raw_q, spec.q_norm))
             out_k.copy_(norm_backward(d_k.contiguous(), raw_k, spec.k_norm))
             del raw_q, raw_k
-            saved.qkv = None
         else:
             rope_(d_q, d_k, *context.rotary, backward=True, out=(out_q, out_k))
+            if self.qkv.has_magnitudes:  # as projected: rotated back
+                q, k, _ = self._split(saved.qkv, context)
+                rope_(q, k, *context.rotary, inverse=True)
         out_v.copy_(d_v)
-        return d_wide
+        dots = self.qkv.dots(d_wide[:, :outputs], saved.qkv)
+        saved.qkv = None
+        return d_wide, dots
 
     # ---- pieces of both passes
 

@@ -60,13 +60,13 @@ class FusedBlock:
 
     def __call__(self, h: Tensor, cos: Tensor, sin: Tensor, segments: Segments | None = None) -> Tensor:
         linears = self.spec.linears
-        matrices = [m for linear in linears if linear.lora_A is not None for m in (linear.lora_A, linear.lora_B)]
+        parameters = [p for linear in linears for p in linear.adapter_parameters().values()]
         p = max(linear.dropout for linear in linears) if any(linear.training for linear in linears) else 0.0
         seed = int(torch.randint(1 << 62, ()).item()) if p else 0
         context = PassContext((h.shape[0], h.shape[1]), (cos, sin), Dropout(p, seed), segments)
         block = self if torch.is_grad_enabled() else self.without_backward
         with no_autocast(h):  # as in backward, which recomputes: a product stays float32
-            out: Tensor = _Fused.apply(h, block, context, *matrices)
+            out: Tensor = _Fused.apply(h, block, context, *parameters)
         return out
 
     @cached_property
@@ -93,7 +93,8 @@ class FusedBlock:
         stream, attention = self.attention.forward(ResidualStream(rows), context)
         attention.xs = own(attention.xs)
         assert stream.addend is not None
-        return stream.addend.add_(rows), attention
+        h2 = empty_like(rows) if attention.projected is stream.addend else stream.addend
+        return torch.add(stream.addend, rows, out=h2), attention
 
     def forget(self) -> None:
         """Release what a pass that failed has left behind, in this block and in what it shares with the others."""
@@ -104,7 +105,7 @@ class FusedBlock:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, block: FusedBlock, context: PassContext, *matrices: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, block: FusedBlock, context: PassContext, *parameters: Tensor) -> Tensor:
         h = empty_like(h).copy_(h) if block.copies_input else h
         stream, attention = block.attention.forward(ResidualStream(h.reshape(-1, h.shape[-1])), context)
         attention_saved = block.attention.keep(attention, block.keep)  # now: the MLP needs the memory
@@ -140,4 +141,4 @@ class _Fused(torch.autograd.Function):
             padding = block.mlp.padding if ctx.needs_input_grad[0] else None
             d_h, gradients = block.attention.backward(d_h2, rows, attention, context, padding)
             d_h = block.input_gradient(d_h, h.shape)
-        return d_h, None, None, *(m for pair in gradients + mlp_gradients for m in pair)
+        return d_h, None, None, *(d for adapter in gradients + mlp_gradients for d in adapter)

@@ -137,7 +137,10 @@ def _specs(model: CausalModel, options: ModelOptions) -> list[BlockSpec]:
         raise NotFusable(f"precision {options.precision} keeps a {stream} residual stream")
     if not isinstance(getattr(model.backbone, "rotary_emb", None), nn.Module):
         raise NotFusable("the model has no rotary tables of its own")
-    return [recognise(block.layer, block.frozen) for block in model.blocks.values()]
+    specs = [recognise(block.layer, block.frozen) for block in model.blocks.values()]
+    if any(m.lora_magnitude_vector is not None and m.dropout for spec in specs for m in spec.linears):
+        raise NotFusable("DoRA's dropout takes a second product with each weight; set lora_dropout to 0")
+    return specs
 
 
 def _unused(*args: object, **kwargs: object) -> None:

@@ -6,11 +6,13 @@ T tokens (B*S), H hidden, I intermediate, R the columns of adapters that read an
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.kernels.device import empty, empty_like
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
+from fsdp_qlora.kernels.glu_lora import glu_backward_dots_
 from fsdp_qlora.kernels.lora import Gradients, Projection
 from fsdp_qlora.kernels.lora_wide import (
     adapt_,
@@ -43,7 +45,7 @@ class GatedMlpSaved:
     gate_up: Tensor | None = None  # [T, 2 I + R]: gate, up, and in backward the gradient of x A^T
     xs: Tensor | None = None  # see kernels/lora_wide.py
     hs: Tensor | None = None  # xs of down
-    projected: Tensor | None = None  # down's output, where a norm follows it
+    projected: Tensor | None = None  # down's output, where a norm follows it or its adapter has a magnitude
 
 
 class GatedMlpHalf:
@@ -72,10 +74,13 @@ class GatedMlpHalf:
         glu_forward(*self._gate_and_up(saved), spec.activation, out=middle[:, :inner])
         laid = self.down.lay(down)
         saved.hs = own(adapt_(middle, down, laid, **context.dropout.at(DropoutSite.DOWN)))
-        if spec.out_norm is not None:
+        if spec.out_norm is not None or self.down.has_magnitudes:
             saved.projected = empty_like(h_TH)
             project_wide(middle, down, laid, saved.projected)
-            norm_forward(saved.projected, spec.out_norm, out=y_TH).add_(h_TH)
+            if spec.out_norm is not None:
+                norm_forward(saved.projected, spec.out_norm, out=y_TH).add_(h_TH)
+            else:
+                torch.add(saved.projected, h_TH, out=y_TH)
         elif down.bias is not None:
             project_wide(middle, down, laid, y_TH)
             y_TH.add_(h_TH)
@@ -96,25 +101,29 @@ class GatedMlpHalf:
 
         down first: gate and up, if they are recomputed, are then decoded once for that and for their gradients."""
         spec, features, dropout, down = self.spec, x_TH.shape[1], context.dropout, self.down.bare()
-        middle, d_ha, d_b = self._through_down(d_y, saved, context)
+        middle, d_ha, d_b, down_dots = self._through_down(d_y, saved, context)
         gate_up = self.gate_up.projection()
         n_wide = normed_wide(x_TH, spec.norm, self.gate_up.padding)
         laid = self._recompute(saved, n_wide, gate_up, context)
         assert saved.gate_up is not None
         assert saved.xs is not None
         d_gate_up = saved.gate_up[:, : self.gate_up.out_features]  # what gate and up become
+        dots = self.gate_up.room_for_dots(middle)
         if not dropout.p and fits_glu(gate_up, down):
-            d_bs, d_a = glu_backward_wide_(middle, d_gate_up, spec.activation, saved.xs, gate_up, d_ha, down)
+            d_bs, d_a = glu_backward_wide_(middle, d_gate_up, spec.activation, saved.xs, gate_up, d_ha, down, dots)
             del middle, d_ha
-        else:
-            glu_backward_(middle, *self._gate_and_up(saved), spec.activation)  # now the inner activations again
+        else:  # middle: the inner activations again
+            if dots is None:
+                glu_backward_(middle, *self._gate_and_up(saved), spec.activation)
+            else:
+                glu_backward_dots_(middle, *self._gate_and_up(saved), spec.activation, dots, gate_up.bias)
             d_a = gradients_of_a_wide(d_ha, middle, down, **dropout.at(DropoutSite.DOWN))
             del middle, d_ha
             d_bs = products_of_b(d_gate_up, saved.xs, gate_up)
         d_n, d_as = self._through_gate_up(saved.gate_up, n_wide[:, :features], gate_up, laid, context)
         del n_wide, d_gate_up
         saved.gate_up = saved.xs = None
-        gradients = [*zip(d_as, d_bs, strict=True), *zip(d_a, d_b, strict=True)]
+        gradients = [*self.gate_up.gradients(d_as, d_bs, dots), *self.down.gradients(d_a, d_b, down_dots)]
         if padding is None:
             return None, gradients
         d_x = wide(x_TH.shape[0], features + padding, x_TH)
@@ -125,8 +134,9 @@ class GatedMlpHalf:
 
     def _through_down(
         self, d_y: Tensor, saved: GatedMlpSaved, context: PassContext
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return (the gradient of down's input [T, I], that of its x A^T [T, R], [d_b of down])."""
+    ) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+        """Return (the gradient of down's input [T, I], that of its x A^T [T, R], [d_b of down], `Linears.dots` of
+        down)."""
         spec, down, columns = self.spec, self.down.bare(), self.down.out_features + self.down.padding
         features = self.down.out_features
         d_rows, is_padded = d_y[:, :features], spec.out_norm is None and d_y.shape[1] == columns
@@ -135,11 +145,13 @@ class GatedMlpHalf:
             norm_backward(d_rows, saved.projected, spec.out_norm, out=d_wide[:, :features])
         elif not is_padded:
             d_wide[:, :features] = d_rows
+        dots = self.down.dots(d_wide[:, :features], saved.projected)
+        saved.projected = None
         laid, d_ha = self.down.lay(down), d_wide[:, features:]
         assert saved.hs is not None
         d_b = gradients_of_b_wide(d_wide[:, :features], d_ha, saved.hs, down, laid)
         middle = gradient_of_input_wide(d_wide, down, laid, **context.dropout.at(DropoutSite.DOWN))
-        return middle, as_saved(d_ha) if is_padded else own(d_ha), d_b
+        return middle, as_saved(d_ha) if is_padded else own(d_ha), d_b, dots
 
     def _recompute(self, saved: GatedMlpSaved, n_wide: Tensor, gate_up: Projection, context: PassContext) -> Tensor:
         """Return the weights as `lay` has them; fills in what `saved` lacks."""

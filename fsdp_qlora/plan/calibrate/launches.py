@@ -71,11 +71,11 @@ def _moved(spec: BlockSpec, frozen: FrozenBytes, device: torch.device) -> BlockS
     def linear(old: FrozenLinear) -> FrozenLinear:
         bias = None if old.bias is None else FrozenTensor(frozen, old.bias.name)
         new = FrozenLinear(FrozenTensor(frozen, old.weight.name), bias, old.dtype)
-        if old.lora_A is not None and old.lora_B is not None:
-            new.lora_A, new.lora_B = (
-                nn.Parameter(torch.zeros(m.shape, dtype=m.dtype, device=device)) for m in (old.lora_A, old.lora_B)
-            )
-            new.scale, new.dropout = old.scale, old.dropout
+        norms = None if old.norms is None else FrozenTensor(frozen, old.norms.name)
+        parameters = old.adapter_parameters()
+        new.add_adapter({name: tuple(p.shape) for name, p in parameters.items()}, old.scale, old.dropout, norms)
+        for name, p in parameters.items():
+            setattr(new, name, nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device)))
         return new
 
     attention, mlp = spec.attention, spec.mlp

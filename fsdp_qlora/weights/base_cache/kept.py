@@ -36,7 +36,7 @@ class UnitKey:
     """A unit as the cache knows it."""
 
     layout: Layout
-    sources: Mapping[str, str]  # entry of the layout -> its name in the checkpoint
+    sources: Mapping[str, str]  # entry of the layout -> its name in the checkpoint, or what else it is made from
 
     @property
     def digest(self) -> str:

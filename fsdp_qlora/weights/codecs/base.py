@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.config.options import ModelOptions
+from fsdp_qlora.kernels.dora import RowsDecoder
 
 Parts = dict[str, Tensor]
 Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-Decoder = Callable[[Tensor], None]
+Decoder = RowsDecoder
 CodecOf = Callable[[str], "Codec"]
 
 
@@ -53,7 +54,8 @@ class Codec(Protocol):
         """Return a function that decodes several matrices of this codec into one, concatenated along the rows.
 
         stored: each matrix's parts. rows: each matrix's number of rows. The function writes to its argument
-        [sum of rows, width], as `decode` to `out`. It is valid while the parts stay at their addresses."""
+        [sum of rows, width], as `decode` to `out`, and multiplies the rows by `factor` where that is given: as
+        `kernels.dora.scale_rows_` does, or to the same bits. It is valid while the parts stay at their addresses."""
         ...
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.config.options import ModelOptions
+from fsdp_qlora.kernels.dora import scale_rows_
 from fsdp_qlora.weights.codecs.base import Codec, CodecFamily, Decoder, Parts, Stored
 
 
@@ -41,10 +42,18 @@ class Plain:
 
     def rows_decoder(self, stored: Sequence[Mapping[str, Tensor]], rows: Sequence[int], width: int) -> Decoder:
         values = [parts["values"].view(count, width) for parts, count in zip(stored, rows, strict=True)]
+        stored_dtype = self.dtype
 
-        def decode(out: Tensor) -> None:
-            for value, piece in zip(values, out.split(list(rows)), strict=True):
-                piece.copy_(value)
+        def decode(out: Tensor, factor: Tensor | None = None) -> None:
+            if factor is None or out.dtype != stored_dtype:
+                for value, piece in zip(values, out.split(list(rows)), strict=True):
+                    piece.copy_(value)
+                if factor is not None:
+                    scale_rows_(out, factor)
+                return
+            factors = factor[:, None].split(list(rows))
+            for value, own, piece in zip(values, factors, out.split(list(rows)), strict=True):
+                torch.mul(value, own, out=piece)  # rounded once as well
 
         return decode
 
