@@ -6,7 +6,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from fsdp_qlora.adapters.lora import lora_shapes
+from fsdp_qlora.adapters.dora import MAGNITUDE
+from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.adapters.targets import choose_targets
 from fsdp_qlora.config.files import save
 from fsdp_qlora.config.parse import parse
@@ -27,11 +28,14 @@ def save_random_adapter(folder: Path, options: Options, size: float = 0.02) -> P
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     inside = [name for name in linears if name.startswith(f"{path}.")]
     draw = torch.Generator().manual_seed(1)
-    tensors = {}
+    tensors, kind = {}, choose_adapter(config.model.train_type)
     for name in choose_targets(config.adapter.lora_target_modules, inside):
         rows, width = linears[name].weight.shape
-        for parameter, shape in lora_shapes(rows, width, config.adapter.lora_rank).items():
-            tensors[f"{name}.{parameter}"] = size**0.5 * torch.randn(shape, generator=draw)
+        for parameter, shape in kind.parameters(rows, width, config.adapter).items():
+            if parameter == MAGNITUDE:  # near the norms of a new model's rows
+                tensors[f"{name}.{parameter}"] = 0.02 * width**0.5 * (0.5 + torch.rand(shape, generator=draw))
+            else:
+                tensors[f"{name}.{parameter}"] = size**0.5 * torch.randn(shape, generator=draw)
     folder.mkdir(parents=True, exist_ok=True)
     save(config, folder / "config.yaml")
     save_adapter(folder, tensors, list(linears), config, load_tokenizer(config.model.model_name))
