@@ -10,8 +10,8 @@ from fsdp_qlora.kernels.hqq import dequantize_hqq, hqq_rows
 from fsdp_qlora.kernels.hqq_format import BITS, Form, HqqParts, pack, planes, unfit, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# A whole tile of 2048 numbers and more; a part of one; one group along axis 0; a row that is no power of two.
-SHAPES = [(128, 192), (256, 8), (64, 72)]
+# Tiles of 1024 numbers and a part of one, lines of more and of less than a tile; one row of words.
+SHAPES = [(64, 200), (128, 8)]
 
 
 def fitting(form: Form, shape: tuple[int, int]) -> tuple[int, int]:
