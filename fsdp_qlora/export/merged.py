@@ -23,7 +23,7 @@ from fsdp_qlora.models.skeleton import build, quantization_of, read_config
 from fsdp_qlora.placement.load import check_names, encode_entry, expected_of
 from fsdp_qlora.weights.checkpoint_files import some
 from fsdp_qlora.weights.choose import codec_chooser, open_weights
-from fsdp_qlora.weights.codecs import Codec, Plain, is_quantized
+from fsdp_qlora.weights.codecs import Codec, Plain, is_quantized, weight_of
 from fsdp_qlora.weights.hub import fetch
 from fsdp_qlora.weights.layout import Entry
 
@@ -57,14 +57,8 @@ class Merged:
         self.precision: Precision = MODES[options.precision]
         self.hf_config: PretrainedConfig = read_config(options.model_name, options.revision)
         quantized = quantization_of(self.hf_config)
-        if merge_base == "original" and quantized is not None:
-            raise UserError(
-                f"merge_base: original is the unquantized checkpoint, and {options.model_name} is published quantized; "
-                "use --merge_base trained, or name the unquantized one as --model_name"
-            )
-        # Whether the base's 4-bit form is made anew, and with scales that CPUs and GPUs round differently.
-        self.requantizes = merge_base == "trained" and quantized is None and TRAIN_TYPES[options.train_type].is_nf4
-        self.requantizes = self.requantizes and options.double_quant
+        if quantized is not None:
+            self._check_original(options)
         self.skeleton: PreTrainedModel = self.build()
         state = self.skeleton.state_dict()
         if adapter is not None:
@@ -75,22 +69,37 @@ class Merged:
         weights = fit(self.skeleton, open_weights(local, self.precision.stream))
         assert isinstance(weights, Fitted)
         self.weights = weights
+        names = weights.names()
+        published = quantized is not None or any(is_quantized(name, names) for name in names)
+        if published:
+            self._check_original(options)
+        # What CPUs and GPUs do differently where the base's quantized form is made anew, "" where nothing is.
+        self.rounded_by = "" if published or merge_base != "trained" else _rounded_by(options)
         self.own_head = has_its_own_head(self.skeleton, weights)  # though the config ties it to the embedding
         self._entries, self._computed = self._encoding(options, quantized)
         linears = {f"{path}.weight": path for path in (adapter.linears if adapter is not None else ())}
         pieces: dict[str, Piece] = {}
         for name, stored in weights.fitted.stored.items():
-            if name in state and (stored not in pieces or name in linears):
+            written = weight_of(stored)
+            if name in state and (written not in pieces or name in linears):
                 dtype = None if state[name].is_floating_point() else state[name].dtype
-                pieces[stored] = Piece(name, stored, tuple(state[name].shape), dtype, linears.get(name))
-        self.pieces = [pieces[stored] for stored in sorted(pieces, key=dot_natural_key)]
+                pieces[written] = Piece(name, written, tuple(state[name].shape), dtype, linears.get(name))
+        self.pieces = [pieces[written] for written in sorted(pieces, key=dot_natural_key)]
+
+    def _check_original(self, options: ModelOptions) -> None:
+        """Raise UserError where the original of a checkpoint is asked for that is published quantized."""
+        if self.merge_base == "original":
+            raise UserError(
+                f"merge_base: original is the unquantized checkpoint, and {options.model_name} is published quantized; "
+                "use --merge_base trained, or name the unquantized one as --model_name"
+            )
 
     def say_notes(self) -> None:
         """Print where the base's numbers cannot be those of the training to the last bit."""
-        if self.adapter is not None and self.requantizes and self.adapter.was_on_gpu() and self.device.type == "cpu":
+        if self.adapter is not None and self.rounded_by and self.adapter.was_on_gpu() and self.device.type == "cpu":
             print(
-                "note      the base was quantized on a GPU and is here on the CPU, which rounds a few scales of double "
-                "quantization to the next code; start this on a machine with a GPU for the very same numbers",
+                f"note      the base was quantized on a GPU and is here on the CPU, which {self.rounded_by}; "
+                "start this on a machine with a GPU for the very same numbers",
                 flush=True,
             )
 
@@ -101,7 +110,7 @@ class Merged:
     def piece(self, name: str) -> Piece:
         """Return the piece of a name in the model, also where it is stored once under a name that it is tied to."""
         found = self._by_name.get(name)
-        return found or self._by_stored[self.weights.fitted.stored[name]]
+        return found or self._by_stored[weight_of(self.weights.fitted.stored[name])]
 
     def names(self) -> list[str]:
         """Return the names in the model of all that is stored, in order."""
@@ -178,6 +187,15 @@ def reading(folder: Path) -> Iterator[None]:
             f"model_name: {error.filename or folder} cannot be read any more ({error.strerror or error}); see to that "
             "disk and start the same command again"
         ) from error
+
+
+def _rounded_by(options: ModelOptions) -> str:
+    codec = TRAIN_TYPES[options.train_type].codec
+    if codec == "nf4" and options.double_quant:
+        return "rounds a few scales of double quantization to the next code"
+    if codec == "hqq" and options.hqq_optimize:
+        return "fits HQQ's zeros in float32 and not in float16"
+    return ""
 
 
 def _folder_of(options: ModelOptions) -> Path:

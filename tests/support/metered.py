@@ -19,7 +19,7 @@ from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.models.skeleton import build
 from fsdp_qlora.plan.metering import ROUND
 from fsdp_qlora.plan.shape import META
-from fsdp_qlora.weights.codecs import NF4
+from fsdp_qlora.weights.codecs import NF4, Codec
 from tests.support.runs import flags
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=META)
@@ -59,11 +59,11 @@ class Meter(TorchDispatchMode):
         return self.peak
 
 
-def planned(hf_config: PretrainedConfig, **options: Any) -> tuple[CausalModel, Any, Fusion]:
+def planned(hf_config: PretrainedConfig, codec: Codec | None = None, **options: Any) -> tuple[CausalModel, Any, Fusion]:
     """A model on meta, fused, as a run with these options has it when it asks for a plan; its options; its fusion."""
     config = parse(flags({"model_name": "none", "dummy_weights": True} | options))
     precision = Precision(torch.bfloat16, torch.bfloat16)
-    recipe = Recipe(precision, lambda name: NF4(True), remat="non_reentrant", shards=1)
+    recipe = Recipe(precision, lambda name: codec or NF4(True), remat="non_reentrant", shards=1)
     model = assemble(build(hf_config, precision, "eager"), recipe, config.adapter)
     fusion = fuse(model, config, META)
     for block in model.blocks.values():
