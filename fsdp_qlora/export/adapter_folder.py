@@ -19,7 +19,6 @@ from fsdp_qlora.export.peft import ADAPTER, ADAPTER_CONFIG
 
 BASE_COPY = ".base_layer.weight"  # of an adapted head, whose own weight PEFT saves along with its adapter
 PLAN = "plan.json"
-OVER_HQQ = tuple(name for name, kind in TRAIN_TYPES.items() if kind.codec == "hqq")
 CONFIG = "config.yaml"  # beside an adapter of train.py: the options of its run
 
 
@@ -112,10 +111,10 @@ def base_options(
         named = TRAIN_TYPES.get(given.get("train_type") or "")
         if named is not None and named.is_nf4 and given.get("double_quant") is None:
             missing.append("double_quant")
-        if stored and given.get("train_type") in OVER_HQQ:
+        if stored and named is not None and named.codec == "hqq":
             raise UserError(
                 f"train_type: {adapter.folder} has no {CONFIG}, which alone tells bits and groups of a base in HQQ; "
-                "bring it from the run's output_dir, or use --merge_base original"
+                f"bring it from the run's output_dir{instead}"
             )
         if missing and stored:
             raise UserError(
