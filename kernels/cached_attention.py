@@ -20,7 +20,7 @@ from fsdp_qlora.kernels.attention_math import Masking
 from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import INTERPRETER, cdiv, launch, next_power_of_2, on_triton, tl, triton
 
-TILE = 64  # keys that a program looks at together
+TILE_BYTES = 32 << 10  # of keys that a program looks at together, and of values: small cards hold both in shared memory
 PROGRAMS = 512  # that are wanted, about two to four a multiprocessor
 
 
@@ -144,18 +144,19 @@ def _launch(
 ) -> torch.Tensor:
     rows, heads, size = q.shape
     places, kv_heads = keys.shape[1], keys.shape[2]
-    group, tiles = heads // kv_heads, cdiv(places, TILE)
+    d_tile = max(16, next_power_of_2(size))
+    tile = max(16, min(64, TILE_BYTES // (d_tile * keys.element_size())))
+    group, tiles = heads // kv_heads, cdiv(places, tile)
     parts = max(1, min(tiles, PROGRAMS // (rows * kv_heads)))
     tiles = cdiv(tiles, parts)
     sums = torch.empty((rows * kv_heads * parts * group, size), dtype=torch.float32, device=q.device)
     tops, totals = (torch.empty(sums.shape[0], dtype=torch.float32, device=q.device) for _ in range(2))
     out = torch.empty((rows, heads, size), dtype=q.dtype, device=q.device)
-    d_tile = max(16, next_power_of_2(size))
     launch(
         _part_kernel, (rows * kv_heads, parts),
         q, keys, values, seen, sums, tops, totals, masking.scale, masking.softcap or 1.0, q.stride(0), q.stride(1),
         C=places, K=kv_heads, G=group, D=size, WINDOW=masking.window or 0, SOFTCAP=masking.softcap is not None,
-        PARTS=parts, TILES=tiles, TILE=TILE, G_TILE=max(16, next_power_of_2(group)), D_TILE=d_tile,
+        PARTS=parts, TILES=tiles, TILE=tile, G_TILE=max(16, next_power_of_2(group)), D_TILE=d_tile,
         FLOAT=q.dtype == torch.float32 or INTERPRETER,
     )  # fmt: skip
     launch(
