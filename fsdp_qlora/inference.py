@@ -25,11 +25,12 @@ from fsdp_qlora.placement.choose import choose_placement
 from fsdp_qlora.placement.load import check_names, load
 from fsdp_qlora.plan.budget import device_bytes
 from fsdp_qlora.runtime.gpu_memory import hold_to_card
-from fsdp_qlora.runtime.host_memory import give_back_freed
+from fsdp_qlora.runtime.host_memory import available_host_bytes, give_back_freed
 from fsdp_qlora.session import Compute, build_model
 from fsdp_qlora.weights.choose import open_weights
 
 COPY_SHARE = 0.9  # of what is free behind all else, that decoded copies of weights may take
+HOST_SHARE = 0.5  # the same of host memory, where there is no GPU: decoding is most of a step's time there
 MANY_ROWS = 8  # above which reading codes anew for each step costs more than tensor cores on copies
 
 
@@ -98,7 +99,11 @@ class Loaded:
         """Return a decoder for so many rows; weights are decoded for good where that pays and memory is left."""
         world, memory = self.world, self.base.config.memory
         decoder = make_decoder(self.model, rows, capacity, world.device)
-        if isinstance(decoder, FusedDecoder) and world.device.type == "cuda" and rows > MANY_ROWS:
+        if not isinstance(decoder, FusedDecoder):
+            return decoder
+        if world.device.type != "cuda":
+            decoder.keep_copies(int(HOST_SHARE * available_host_bytes() / world.local_size))
+        elif rows > MANY_ROWS:
             free = device_bytes(memory, world) - self.fit.plan.device_bytes
             decoder.keep_copies(int(COPY_SHARE * free))
         return decoder
