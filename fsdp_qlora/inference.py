@@ -21,6 +21,7 @@ from fsdp_qlora.generation.placing import Fit, fit
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.placement.base import check_bytes
+from fsdp_qlora.placement.cache_use import open_cache
 from fsdp_qlora.placement.choose import choose_placement
 from fsdp_qlora.placement.load import check_names, load
 from fsdp_qlora.plan.budget import device_bytes
@@ -63,6 +64,7 @@ def read_base(adapter: str | None, model: ModelOptions, given: Mapping[str, Any]
     options = base_options(saved, named, stored=True, instead="")
     options = replace(
         options, attention=model.attention, fused=model.fused, loading_workers=model.loading_workers,
+        base_cache=model.base_cache,
         precision=given.get("precision") or options.precision,
     )  # fmt: skip
     adapters = replace(saved.options, lora_target_modules=list(saved.linears))
@@ -129,7 +131,7 @@ def build(base: Base, world: World, compute: Compute) -> Built:
         make_adapters(model, world.device)
         placement = world.together(lambda: choose_placement(found.plan, config.memory, world, trains=False))
         placement.prepare(model)
-        load(model, weights, placement, world)
+        load(model, weights, placement, world, open_cache(config.model, model, weights, world))
         check_bytes(model, placement)
         give_back_freed()
         hold_to_card(config.memory.gpu_memory_gib, world.device)

@@ -22,7 +22,7 @@ from fsdp_qlora.config.options import (
 from fsdp_qlora.config.train_types import TRAIN_TYPES
 
 RECORDED = ("model_name", "revision", "train_type", "double_quant", "precision")
-COMPUTED = ("attention", "fused", "loading_workers")
+COMPUTED = ("attention", "fused", "loading_workers", "base_cache")
 PLACED = ("sharding_strategy", "use_cpu_offload", "cpu_offload_by", "resident_blocks", "gpu_memory_gib",
           "host_memory_gib")  # fmt: skip
 READ = ("dataset_format", "columns", "prompt_template", "chat_template", "dataset_samples", "bad_rows")
@@ -65,6 +65,7 @@ class AnsweringOptions:
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = as_in(ModelOptions, "attention")
     fused: Literal["auto", "true", "false"] = as_in(ModelOptions, "fused")
     loading_workers: int = as_in(ModelOptions, "loading_workers")
+    base_cache: str | None = as_in(ModelOptions, "base_cache")
 
     dataset_format: Literal["auto", "alpaca", "prompt_completion", "text", "messages"] = as_in(
         DataOptions, "dataset_format"
@@ -115,7 +116,8 @@ class AnsweringOptions:
 
     def config(self, seed: int = 42) -> Config:
         """Return these options as train.py has them; what an adapter says is not known yet."""
-        given = {name: getattr(self, name) for name in (*RECORDED, *COMPUTED) if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in RECORDED if getattr(self, name) is not None}
+        given |= {name: getattr(self, name) for name in COMPUTED}
         model = ModelOptions(**{"model_name": ""} | given)
         memory = MemoryOptions(**{name: getattr(self, name) for name in PLACED}, use_gradient_checkpointing=False)
         data = DataOptions(dataset=self.dataset, **{name: getattr(self, name) for name in READ})
