@@ -129,6 +129,14 @@ CASES: dict[str, tuple[str, Options]] = {
     "sums in bf16": ("llama", {"reduce_dtype": "bf16"}),
     "no update ahead": ("llama", {"optimizer": "sgd"}),
     "packed": ("llama", {"packing": True, "keep_activations": "qkv"}),
+    "dora": ("llama", {"train_type": "bnb_dora"}),
+    "dora, all, micro-batches": (
+        "llama", {"train_type": "bnb_dora", "keep_activations": "all", "gradient_accumulation_steps": 2}
+    ),
+    "dora, four norms, in host memory": (
+        "four norms",
+        {"train_type": "bnb_dora", "keep_activations": "qkv", "use_activation_cpu_offload": True, "lora_rank": 72},
+    ),
     "queries and values": ("llama", {"lora_target_modules": "q_proj,v_proj"}),
 }  # fmt: skip
 
@@ -159,7 +167,7 @@ def test_a_run_in_an_arena_is_the_run_without(
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", ["llama, all", "head norms, bf16", "four norms", "packed", "dropout"])
+@pytest.mark.parametrize("name", ["llama, all", "head norms, bf16", "four norms", "packed", "dropout", "dora"])
 def test_an_evaluation_lies_in_the_arena_of_a_step(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

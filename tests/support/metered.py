@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.models.assemble import Recipe, assemble
@@ -63,7 +64,8 @@ def planned(hf_config: PretrainedConfig, codec: Codec | None = None, **options: 
     """A model on meta, fused, as a run with these options has it when it asks for a plan; its options; its fusion."""
     config = parse(flags({"model_name": "none", "dummy_weights": True} | options))
     precision = Precision(torch.bfloat16, torch.bfloat16)
-    recipe = Recipe(precision, lambda name: codec or NF4(True), remat="non_reentrant", shards=1)
+    kind = choose_adapter(config.model.train_type)
+    recipe = Recipe(precision, lambda name: codec or NF4(True), remat="non_reentrant", shards=1, adapter=kind)
     model = assemble(build(hf_config, precision, "eager"), recipe, config.adapter)
     fusion = fuse(model, config, META)
     for block in model.blocks.values():
