@@ -95,14 +95,14 @@ def _traced(shape: Shape, batch: int, context: int, repeatable: bool) -> dict[Ki
 def trace(block: FusedBlock, batch: int, context: int, keep: Keep) -> tuple[BlockCost, BlockCost]:
     """Return what a block on the meta device costs whose kept tensors stay on the GPU, and whose are offloaded."""
     block = replace(block, keep=keep, offload=None, offloads=False)
-    if not block.shared.weights.buffer.numel():
-        _passes(block, batch, context)  # makes the scratch buffer as large as it will be
-    here = _passes(block, batch, context)
-    if any(linear.lora_magnitude_vector is not None for linear in block.spec.linears):
-        for linear in block.spec.linears:
-            linear.values_change()
-        first = _passes(block, batch, context)
-        here = replace(here, loose=max(here.loose, first.loose), once=first.forward - here.forward)
+    magnitudes = any(linear.lora_magnitude_vector is not None for linear in block.spec.linears)
+    if magnitudes or not block.shared.weights.buffer.numel():
+        _passes(block, batch, context)  # makes the scratch buffer as large as it will be, and memory for factors
+    for linear in block.spec.linears:
+        linear.values_change()
+    first = _passes(block, batch, context)
+    here = _passes(block, batch, context) if magnitudes else first
+    here = replace(here, loose=max(here.loose, first.loose), once=first.forward - here.forward)
     return here, _offloaded(block, batch, context, here)
 
 

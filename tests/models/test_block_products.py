@@ -66,14 +66,15 @@ def products(block: FusedBlock) -> tuple[Counter[tuple[Any, ...]], Counter[tuple
     return forward.seen, backward.seen
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("dropout", "adapter"), [(0.0, "lora"), (0.1, "lora"), (0.0, "dora")])
 @pytest.mark.parametrize("rank", [20, 64])
 def test_what_a_block_keeps_and_where_changes_no_matrix_that_it_multiplies(
-    strict: None, rank: int, dropout: float
+    strict: None, rank: int, dropout: float, adapter: str
 ) -> None:
     """Backward multiplies the same matrices, laid out alike, and beside them some of forward's once more: whichever
     kernels cuBLAS takes, they are the same. Rank 20 leaves rows that are no whole cache lines."""
-    block = block_of(Shape(1024, 3584, 16, 4, 64, 3, 2, rank, "", False, False, "nf4", 2, dropout, "flash", 0))
+    block = block_of(Shape(1024, 3584, 16, 4, 64, 3, 2, rank, "", False, False, "nf4", 2, dropout, "flash", 0, adapter))
+    products(block)  # what is multiplied once a step, for magnitudes
     forward, least = products(replace(block, keep=Keep.ALL))
     assert sum(least.values()) > 10
     for keep in Keep:

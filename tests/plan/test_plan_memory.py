@@ -63,8 +63,9 @@ def of(known: Facts, keep: str, offloaded: bool = False) -> BlockCost:
         {"lora_dropout": 0.1},
         {"lora_target_modules": ".*(q_proj|v_proj|qkv_proj)"},
         {"lora_target_modules": "down_proj"},
+        {"train_type": "bnb_dora"},
     ],
-    ids=["plain", "dropout", "qkv alone", "down alone"],
+    ids=["plain", "dropout", "qkv alone", "down alone", "dora"],
 )
 def test_a_block_made_of_facts_takes_what_the_models_own_takes(family: str, more: dict[str, Any]) -> None:
     model, config, fusion = planned(FAMILIES[family], **SMALL, **more)
@@ -76,6 +77,25 @@ def test_a_block_made_of_facts_takes_what_the_models_own_takes(family: str, more
             here, away = trace(replace(own, backend=backend), known.batch, known.context, Keep.named(keep))
             assert of(replace(known, attention=backend), keep) == here, (backend, keep)
             assert of(replace(known, attention=backend), keep, True) == away, (backend, keep)
+
+
+def test_dora_saves_what_its_magnitudes_gradients_need_and_costs_a_few_percent() -> None:
+    """down's output always and o's where it is not computed again; weights are dequantized once more in a step."""
+    lora = facts("llama3_8b", 4, 2048, 16)
+    dora = replace(lora, adapter="dora")
+    number = lora.tokens * lora.hidden * lora.compute_bytes
+    for keep in KEEP:
+        least, most = of(lora, keep), of(dora, keep)
+        assert most.kept - least.kept == (1 if keep == "input" else 2) * number
+        assert of(dora, keep, True).away - of(lora, keep, True).away == most.kept - least.kept
+        ours, theirs = most.forward + most.backward, least.forward + least.backward
+        assert (ours.forward, ours.backward) == (theirs.forward, theirs.backward), "no product is added"
+        assert ours.dequantized == theirs.dequantized
+        assert theirs.bytes < ours.bytes < 1.25 * theirs.bytes
+        assert most.once.dequantized == pytest.approx(least.forward.dequantized, rel=1e-3)
+        assert most.once.forward == most.once.backward == 0
+        assert most.once.skinny > 0
+        assert least.once.launches == 0
 
 
 def test_what_a_level_keeps_is_what_its_name_says() -> None:
@@ -90,11 +110,14 @@ def test_what_a_level_keeps_is_what_its_name_says() -> None:
         assert of(known, keep, True).away == pytest.approx(least, rel=0.003)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "train_type"), [(1, "qlora"), (2, "qlora"), (4, "qlora"), (2, "bnb_dora")], ids=["1", "2", "4", "2-dora"]
+)
 @pytest.mark.parametrize("vocabulary", [1024, 32000])
-def test_a_step_needs_as_much_at_once_as_is_counted(ranks: int, vocabulary: int) -> None:
+def test_a_step_needs_as_much_at_once_as_is_counted(ranks: int, train_type: str, vocabulary: int) -> None:
     """With few words the peak is in a block's backward, with many at the head."""
-    model, config, fusion = planned(LlamaConfig(**SHAPE | {"vocab_size": vocabulary, "num_hidden_layers": 6}), **SMALL)
+    shape = LlamaConfig(**SHAPE | {"vocab_size": vocabulary, "num_hidden_layers": 6})
+    model, config, fusion = planned(shape, **SMALL, train_type=train_type)
     world = replace(WORLD, size=ranks, local_size=ranks)
     known = replace(facts_of(model, config, world, fusion, 8), sent_bytes=2, exchange_by_host=True)
     mixes = {keep: [BlockPlan(True, keep, False)] * 6 for keep in KEEP}
