@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from fsdp_qlora.weights.frozen_bytes import decode_rows
 from tests.support import tiny
 from tests.support.built import built
 from tests.support.checkpoint_forms import refused, rewrite
+from tests.support.plain import Recipe, as_hqq
 from tests.support.runs import run_alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,3 +181,26 @@ def test_unfit_groups_are_one_line_before_anything_is_read(tmp_path, capsys):
         "train.py: hqq_group_size: 64 along axis 1 does not fit a linear of [64, 144]: its 144 inputs are no multiple "
         "of 64; use --train_type qlora"
     )
+
+
+@pytest.mark.parametrize(
+    ("precision", "compute"),
+    [
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("bf16_autocast", torch.bfloat16),
+        ("fp16_autocast", torch.float16),
+    ],
+)
+def test_a_run_multiplies_with_hqqs_numbers_in_its_compute_dtype(precision, compute, model):
+    """Also several matrices at once, as fused blocks decode them."""
+    plainly = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with built(OPTIONS | {"model_name": model, "n_bits": 3, "precision": precision}) as ours:
+        linears = ours.model.linears()
+        for name, linear in linears.items():
+            truth = as_hqq(plainly.get_submodule(name).weight.data, Recipe(hqq=(3, 64, 1)), compute)
+            assert torch.equal(linear.weight.decode(compute).cpu(), truth.cpu()), name
+        qkv = [linears[f"model.layers.1.self_attn.{name}_proj"].weight for name in "qkv"]
+        together = torch.empty(128, 64, dtype=compute, device=ours.world.device)
+        decode_rows(qkv, together)
+        assert torch.equal(together, torch.cat([weight.decode(compute) for weight in qkv]))
