@@ -21,6 +21,7 @@ CASES: dict[str, tuple[dict, dict]] = {
     **{f"{bits}-bits": ({"n_bits": bits}, {"hqq": (bits, 64, 1)}) for bits in (8, 4, 3, 2, 1)},
     "axis-0": ({"hqq_axis": 0, "hqq_group_size": 32}, {"hqq": (4, 32, 0)}),
     "3-bits-axis-0": ({"n_bits": 3, "hqq_axis": 0, "hqq_group_size": 32}, {"hqq": (3, 32, 0)}),
+    "hqq-dora": ({"train_type": "hqq_dora", "n_bits": 3}, {"hqq": (3, 64, 1), "dora": True}),
     "unoptimized-generic": (
         {"n_bits": 3, "hqq_optimize": False, "fused": "false"},
         {"hqq": (3, 64, 1), "hqq_optimize": False},
