@@ -52,7 +52,8 @@ class Clock:
         self.publish_in = self.publish_out * (facts.ranks - 1)
         # New adapters travel behind the next forward; only what outlasts it is waited for.
         late = max(self.publish / facts.layers, self.publish - facts.layers * min(self.forward.values()))
-        once = facts.layers * self._of(next(iter(on_gpu.values())).once)
+        first = next(iter(on_gpu.values()))  # launched ahead in the forward that it is part of
+        once = facts.layers * (self._of(first.forward + first.once) - self._of(first.forward))
         self.beside = update_bytes(facts) / rates.copy + STEP_WAIT + self.reduction + late + once
 
     def seconds(self, candidate: Candidate) -> float:
