@@ -13,6 +13,7 @@ from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.show_rows import lines_of
 from fsdp_qlora.distributed.world import World, open_world
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.loggers import check_installed
@@ -35,7 +36,7 @@ from fsdp_qlora.session import Session, choose_compute, prepare
 from fsdp_qlora.training.agreement import base_of, check_base, check_place, place_in
 from fsdp_qlora.training.checkpoint import Checkpoints, checkpoint_bytes, most_at_once
 from fsdp_qlora.training.evaluate import Evaluator
-from fsdp_qlora.training.evaluations import Evaluations, check_evaluations
+from fsdp_qlora.training.evaluations import EvalAnswers, Evaluations, check_evaluations
 from fsdp_qlora.training.loop import Loop
 from fsdp_qlora.training.resume import Checkpoint, find_checkpoint, forget_others, notes_of
 from fsdp_qlora.training.retry import Refit
@@ -174,8 +175,26 @@ def load(ready: PreparedRun, data: Data, batches: Batches, steps: int) -> Loaded
     evaluations = None
     if data.held_out is not None:
         evaluator = Evaluator(model, data.held_out, planned.facts.tokens, world, partial(stepper.lend, forward))
-        evaluations = Evaluations(config.evaluation, evaluator, steps, batches.steps_per_epoch)
+        answer = answer_of(ready, data)
+        evaluations = Evaluations(config.evaluation, evaluator, steps, batches.steps_per_epoch, answer)
     return Loaded(stepper, refit, evaluations)
+
+
+def answer_of(ready: PreparedRun, data: Data) -> Callable[[int], None]:
+    """Return what answers held-out rows after an evaluation; nothing, where none are asked for or all are text."""
+    session, count = ready.session, ready.session.config.evaluation.eval_generate
+    if not count or data.held_out is None or data.tokenizer is None:
+        return lambda step: None
+    options, memory = session.config.evaluation, session.config.memory
+    answers = EvalAnswers(
+        session.model, data.held_out, data.tokenizer, count, options.eval_generate_tokens, memory, session.world,
+        ready.folder,
+    )  # fmt: skip
+    if not answers.questions:
+        raise UserError(
+            f"eval_generate {count}: has no effect, as no held-out row asks anything before its answer; omit it"
+        ).on_every_rank(session.world.rank)
+    return answers
 
 
 def go_on(ready: PreparedRun, loaded: Loaded, batches: Batches, metrics: Metrics) -> Checkpoints:

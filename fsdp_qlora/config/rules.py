@@ -124,7 +124,7 @@ NEEDS: tuple[Needs[Config], ...] = (
         "set save_steps to a number of steps",
     ),
     Needs(
-        ("eval_steps", "eval_on_start", "save_best", "early_stopping_patience"),
+        ("eval_steps", "eval_on_start", "eval_generate", "save_best", "early_stopping_patience"),
         "eval_dataset",
         lambda c: c.evaluation.has_rows,
         "set eval_dataset, eval_fraction or eval_samples",
@@ -134,6 +134,12 @@ NEEDS: tuple[Needs[Config], ...] = (
         "eval_steps",
         lambda c: c.evaluation.eval_steps != -1,
         "set eval_steps to 0 or above",
+    ),
+    Needs(
+        ("eval_generate_tokens",),
+        "eval_generate",
+        lambda c: c.evaluation.eval_generate > 0,
+        "set eval_generate to a number of rows",
     ),
     Needs(("save_best",), "save_model", lambda c: c.output.save_model, "set save_model to true"),
     *(

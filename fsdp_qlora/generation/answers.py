@@ -20,11 +20,21 @@ class Answer:
 
 
 class Answers:
-    """Makes the answers to prompts, on all ranks together. seconds and tokens: spent and made so far, of all ranks."""
+    """Makes the answers to prompts, on all ranks together. seconds and tokens: spent and made so far, of all ranks.
 
-    def __init__(self, decoder: Decoder, sampling: Sampling, stops: Sequence[int], most_new: int, world: World) -> None:
+    captures: whether steps may become a CUDA graph, which keeps its memory."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        sampling: Sampling,
+        stops: Sequence[int],
+        most_new: int,
+        world: World,
+        captures: bool = True,
+    ) -> None:
         self.decoder, self.world = decoder, world
-        self.steps = Steps(decoder, sampling, stops, most_new, world)
+        self.steps = Steps(decoder, sampling, stops, most_new, world, captures)
         self.seconds, self.tokens = 0.0, 0
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Answer]]:

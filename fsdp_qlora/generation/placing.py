@@ -70,7 +70,14 @@ def fit(
     ).on_every_rank(world.rank)
 
 
-def _needs(model: CausalModel, capacity: int, longest: int) -> _Needs:
+def answering_bytes(model: CausalModel, capacity: int, longest: int) -> int:
+    """Return what answering one row at a time takes of a device beside the model. Arguments as of `fit`."""
+    needs = _needs(model, capacity, longest, longest)
+    return needs.row + needs.work
+
+
+def _needs(model: CausalModel, capacity: int, longest: int, at_least: int = PROMPT_TOKENS) -> _Needs:
+    """at_least: tokens of a pass over prompts."""
     linears, config = model.linears().values(), text_config(model.backbone.config)
     size = model.precision.compute.itemsize
     hidden = config.hidden_size
@@ -84,7 +91,7 @@ def _needs(model: CausalModel, capacity: int, longest: int) -> _Needs:
         row = 3 * config.num_hidden_layers * heads * head_dim * capacity * size
     # Decoded: the widest pair of linears that share an input. Of a prompt's tokens: the stream and an MLP's middle.
     decoded = 2 * max(linear.out_features * linear.in_features for linear in linears) * size
-    tokens = max(PROMPT_TOKENS, longest)
+    tokens = max(at_least, longest)
     adapters = sum(p.numel() for linear in linears for p in linear.adapter_parameters().values()) * size * 3 // 2
     on_device = [unit for unit in model.units if unit.home != "host"]
     blocks = [unit.frozen.layout.nbytes for unit in on_device if unit.name in model.blocks]

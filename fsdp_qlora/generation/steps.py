@@ -21,7 +21,16 @@ LOOK_EVERY = 8  # steps of a captured graph, before the host looks whether all r
 class Steps:
     """The new tokens of the rows of a decoder. stops: tokens at which a row ends."""
 
-    def __init__(self, decoder: Decoder, sampling: Sampling, stops: Sequence[int], most_new: int, world: World) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        sampling: Sampling,
+        stops: Sequence[int],
+        most_new: int,
+        world: World,
+        captures: bool = True,
+    ) -> None:
+        self.captures = captures
         self.decoder, self.sampling, self.most_new, self.world = decoder, sampling, most_new, world
         rows, device = decoder.rows, world.device
         self.tokens_B = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -66,7 +75,7 @@ class Steps:
         self._take(self.decoder.step(self.tokens_B))
 
     def _step(self) -> None:
-        if self._graph is None and self._eager and self.decoder.can_capture:
+        if self._graph is None and self._eager and self.captures and self.decoder.can_capture:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._eager_step()

@@ -8,13 +8,26 @@ from typing import Any
 from fsdp_qlora.config.options import EvaluationOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.report.eval_record import EvalRecord
+from fsdp_qlora.training.eval_answers import EvalAnswers
 from fsdp_qlora.training.evaluate import Evaluator
+
+__all__ = ["EvalAnswers", "Evaluations", "check_evaluations"]
 
 
 class Evaluations:
-    """The evaluations of a run of `steps` steps. One before the first step is for comparison: it is never the best."""
+    """The evaluations of a run of `steps` steps. One before the first step is for comparison: it is never the best.
 
-    def __init__(self, options: EvaluationOptions, evaluator: Evaluator, steps: int, steps_per_epoch: int) -> None:
+    answer: called after each, with the steps that are done."""
+
+    def __init__(
+        self,
+        options: EvaluationOptions,
+        evaluator: Evaluator,
+        steps: int,
+        steps_per_epoch: int,
+        answer: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.answer = answer
         self.options, self.evaluator, self.steps, self.steps_per_epoch = options, evaluator, steps, steps_per_epoch
         self.best: EvalRecord | None = None
         self.kept: EvalRecord | None = None  # whose adapter is in output_dir, where save_best has put one there

@@ -132,6 +132,7 @@ class Loop:
                 return False
             for callback in self.callbacks:
                 callback.on_eval(record)
+            self.evaluations.answer(step)
             if self.evaluations.is_to_be_kept(record):
                 self._save_best(record)
         return True

@@ -57,6 +57,26 @@ class EvaluationOptions:
         "one more evaluation",
         known_as=("eval_before_training", "eval_at_start", "baseline_eval"),
     )
+    eval_generate: int = option(
+        0,
+        """After each evaluation, answer so many of the held-out rows, the first ones, greedily: eval_answers.jsonl in
+        output_dir has prompt, answer and the row's own answer. Training stays the same to the bit.""",
+        "the loss needs no reading",
+        "a pass over the base for each token of each row; ranks share the rows",
+        unit="rows",
+        at_least=1,
+        special={0: "none"},
+        known_as=("generate_samples", "predict_with_generate", "eval_samples_to_generate", "num_generations"),
+    )
+    eval_generate_tokens: int = option(
+        64,
+        "With eval_generate: most tokens of an answer.",
+        "it shows how an answer begins",
+        "keys and values of one row in GPU memory",
+        unit="tokens",
+        at_least=1,
+        known_as=("eval_max_new_tokens", "generation_max_length"),
+    )
     save_best: bool = option(
         False,
         """Leave the adapter with the lowest evaluation loss in output_dir, written when it is found. The one of the
