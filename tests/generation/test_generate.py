@@ -11,7 +11,7 @@ from peft import PeftModel
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.generation.sampling import Sampling, pick
 from tests.support import plain, tiny
-from tests.support.runs import Options, flags
+from tests.support.runs import Options, flags, run_alone
 from tests.support.saved_adapters import save_random_adapter
 from tests.support.torchrun import run_torchrun
 
@@ -62,6 +62,17 @@ def test_answers_are_those_of_peft_with_the_adapter_and_without(material, tmp_pa
     assert all(line["ended"] == ("stop" if line["tokens"] < NEW else "length") for line in on)
     assert "3 rows at a time on each rank" in said
     assert "tokens/s" in said
+
+
+def test_the_base_that_a_run_has_kept_answers(material, tmp_path, capsys):
+    shared: Options = {"model_name": material / "base", "precision": "fp32", "base_cache": tmp_path / "cache"}
+    trained = {"dataset": material / "rows.jsonl", "max_steps": 1, "context_length": 48, "lora_rank": 2}
+    run_alone(shared | trained, tmp_path / "out")
+    capsys.readouterr()
+    asked: Options = {"dataset": material / "rows.jsonl"}
+    kept = generate(tmp_path / "kept.jsonl", **shared, **asked)
+    assert f"6 of 6 units from {tmp_path / 'cache'}" in capsys.readouterr().out
+    assert kept == generate(tmp_path / "none.jsonl", **(shared | {"base_cache": "null"}), **asked)
 
 
 def test_a_file_of_lines_and_standard_output(material, tmp_path, capsys):
