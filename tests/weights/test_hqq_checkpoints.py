@@ -20,6 +20,7 @@ from tests.support.built import built
 from tests.support.checkpoint_forms import refused, rewrite
 from tests.support.plain import Recipe, as_hqq
 from tests.support.runs import run_alone
+from tests.support.truth import DEVICE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,9 +42,9 @@ def model(tmp_path_factory) -> Path:
 
 
 def quantized(model: Path, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model as hqq quantizes it."""
+    """The model as hqq quantizes it, on the device that our runs quantize on."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    AutoHQQHFModel.quantize_model(base, json.loads(json.dumps(settings)), compute_dtype=dtype, device="cpu")
+    AutoHQQHFModel.quantize_model(base, json.loads(json.dumps(settings)), compute_dtype=dtype, device=str(DEVICE))
     return base
 
 
@@ -54,7 +55,7 @@ def transformers_4(base: PreTrainedModel, folder: Path, settings: dict[str, Any]
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.clone() for name, tensor in base.state_dict().items()}, folder / "model.safetensors")
+    save_file({name: tensor.cpu().clone() for name, tensor in base.state_dict().items()}, folder / "model.safetensors")
 
 
 def hqq_safetensors(base: PreTrainedModel, folder: Path, settings: dict[str, Any]) -> None:
@@ -97,13 +98,13 @@ def test_a_checkpoint_in_hqq_is_taken_over_bit_for_bit(saved_by, form, dtype, mo
     for module in base.modules():  # scales that were stored in float16 are widened to compute in float32, as by hqq
         if isinstance(module, HQQLinear):
             module.compute_dtype = torch.float32
-            module.cuda("cpu")
+            module.cuda(str(DEVICE))
     again = decoded(base)
     with built(OPTIONS | {"model_name": tmp_path / "hqq"}) as ours:
         linears = ours.model.linears()
         assert linears.keys() == truth.keys()
         for name, linear in linears.items():
-            assert torch.equal(linear.weight.decode(torch.float32), again[name].float()), name
+            assert torch.equal(linear.weight.decode(torch.float32).cpu(), again[name].float().cpu()), name
         names = {linear.weight.home.layout.entries[linear.weight.name].codec.name for linear in linears.values()}
         assert len(names) == (1 if form == "alike" else 5)
 
