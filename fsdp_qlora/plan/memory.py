@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.plan import generic
 from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
 from fsdp_qlora.plan.costs import block_costs, head_cost
@@ -34,7 +35,7 @@ class Memory:
         self.facts = facts
         self.of = block_costs(facts) if facts.fused else generic.layer_costs(facts)
         self.head = head_cost(facts) if facts.fused else generic.head_cost(facts)
-        self.adapters = facts.all_adapters * facts.compute_bytes
+        self.adapters = facts.all_adapters * facts.compute_bytes + _factors(facts)
         self.loading = Loading(facts)
         owned = -(-facts.all_adapters // facts.ranks)
         self.masters = facts.master_bytes * owned
@@ -170,6 +171,12 @@ class Memory:
             backward = (before[i + 1], size.backward_bytes + size.away + restored, behind[i] + flying)
             worst = max(worst, forward, backward, key=sum)
         return worst
+
+
+def _factors(facts: Facts) -> int:
+    """Bytes of what magnitudes come to, a number for each output (`fused.Linears`)."""
+    outputs = facts.qkv + 2 * facts.hidden + 2 * facts.inner
+    return FLOAT * outputs * facts.layers if ADAPTERS[facts.adapter].reads_norms else 0
 
 
 def _reduction(facts: Facts) -> int:
