@@ -106,6 +106,7 @@ def test_merged_in_float32_is_bitsandbytes_base_plus_adapter(base, double_quant,
     torch.testing.assert_close(logits(tmp_path / "m"), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_merged_in_bf16_is_rounded_once_and_what_it_moved_is_said(base, tmp_path, capsys):
     adapter = save_random_adapter(tmp_path / "a", {"model_name": base}, size=0.005)
     said = merge(capsys, adapter=adapter, output_dir=tmp_path / "m", check_rows=4)

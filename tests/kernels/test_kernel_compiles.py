@@ -96,6 +96,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests compile them on a GPU")
 def test_every_kernel_compiles_and_nf4_is_not_fused(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -48,7 +48,10 @@ def config_of(family: str, more: dict) -> PretrainedConfig:
     return getattr(transformers, f"{family}Config")(**tiny.SHAPE | more)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+SLOW = {name: [pytest.mark.slow] for name in GENERIC[1:]}  # one of them is enough every day
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=SLOW.get(name, [])) for name in FAMILIES])
 def family(request, tmp_path_factory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, tiny.save_model(config_of(request.param, FAMILIES[request.param]), folder)

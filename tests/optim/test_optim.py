@@ -70,6 +70,7 @@ def test_paged_adamw_is_adamw(truth, moved):
     assert float(moved.abs().max()) > 1000 * allowed, "eps, decay or schedule could hide in what is allowed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
 def test_adamw_in_8_bits_goes_nearly_the_same_way(optimizer, truth, moved):
     ours, _ = trained(optimizer)
@@ -91,6 +92,7 @@ def test_only_fused_kernels_take_their_scale_from_the_device(optimizer):
     assert OPTIMIZERS[optimizer].takes_device_scale(DEVICE) == bool(made.defaults.get("fused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIONS["optimizer"].choices)
 def test_state_takes_the_bytes_that_are_planned(optimizer):
     _, chosen = trained(optimizer)

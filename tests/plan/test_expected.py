@@ -16,7 +16,7 @@ from tests.plan.test_plan_grid import NAMES, ROWS, candidate_of
 from tests.support.known_runs import facts
 
 HOST_BINDS = 0.8  # of a row's seconds that its own rates predict without launches: less is the host's doing
-# The rates that these runs measured are 13 and 24 % short as well: hosts whose cores are a third slower than the others'.
+# The rates that these runs measured are 13 and 24 % short as well: hosts whose cores are a third slower than others'.
 SLOW_HOST = {("70b-512", "ac9d3f2"), ("70b-rows-2", "a18d4ba")}
 
 

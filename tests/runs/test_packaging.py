@@ -50,6 +50,7 @@ def test_hugging_faces_package_of_the_same_name_is_not_shadowed(tmp_path):
     assert python(code, ROOT, tmp_path) == "True 1"
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_checkout():
     """It looks for a package called kernels, and may find our folder: an empty name, none of whose files has run."""
     code = f"""

@@ -46,6 +46,7 @@ class Stepping:
         return [self.step(step) for step in range(STEPS)], self.adapters.named_tensors()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("norm", [None, LOOSE, TIGHT], ids=["none", "loose", "tight"])
 def test_it_is_the_same_update(precision, norm, options):

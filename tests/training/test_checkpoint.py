@@ -133,6 +133,7 @@ def continued(place: Place, alone: Run, name: str, **changes: object) -> tuple[O
     return options | changes, folder
 
 
+@pytest.mark.slow
 def test_auto_goes_on_in_the_folder_and_the_record_is_one(place, alone, capsys):
     options, folder = continued(place, alone, "auto")
     with (folder / "metrics.jsonl").open("a") as file:
@@ -147,6 +148,7 @@ def test_auto_goes_on_in_the_folder_and_the_record_is_one(place, alone, capsys):
     assert capsys.readouterr().out.count("SAVE cannot be removed") == 1
 
 
+@pytest.mark.slow
 def test_auto_starts_where_there_is_nothing_and_ends_where_all_is_done(place, alone, capsys):
     options = place.options(precision="fp32", optimizer="fused_adamw", wd=0.1, resume="auto", save_steps=STEPS)
     folder = place.folder / "nothing"
@@ -167,6 +169,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "rank-00000-of-00001.safetensors", MANIFEST])
 def test_of_a_damaged_checkpoint_the_one_before_is_taken_but_not_instead_of_a_path(place, alone, file, capsys):
     options, folder = continued(place, alone, f"damaged {file}", max_steps=SAVED + 1)
@@ -236,6 +239,7 @@ def test_what_would_not_be_the_same_run_is_refused_in_one_line(name, place, alon
     assert sorted((file, file.stat().st_size) for file in folder.rglob("*") if file.name != "plan.json") == before
 
 
+@pytest.mark.slow
 def test_weights_that_another_device_encoded_are_gone_on_with_and_said(place, alone, capsys):
     options, folder = continued(place, alone, "another device", dummy_weights=True)
     saved = read_checkpoint(folder / f"checkpoint-{SAVED}")
@@ -253,6 +257,7 @@ def test_options_that_may_differ_are_options_of_groups_that_must_agree():
     assert {"lora_dropout", "seed", "optimizer", "precision"}.isdisjoint(MAY_DIFFER)
 
 
+@pytest.mark.slow
 def test_what_may_change_is_said(place, alone, capsys):
     options, folder = continued(place, alone, "changed", max_steps=STEPS + 1, lr=1e-3)
     run = run_alone(options, folder)
@@ -271,6 +276,7 @@ def test_peft_opens_a_checkpoint_and_the_last_one_is_the_adapter(place, alone):
         assert torch.equal(opened[name.replace(".weight", ".default.weight")], tensor)
 
 
+@pytest.mark.slow
 def test_a_file_asks_for_a_checkpoint_and_old_ones_go_but_the_best(place, capsys):
     folder = place.folder / "on request"
     folder.mkdir()
@@ -289,6 +295,7 @@ def test_a_file_asks_for_a_checkpoint_and_old_ones_go_but_the_best(place, capsys
     assert "removed   checkpoint-90 in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_signal_makes_a_checkpoint_and_the_run_goes_on_from_it(place, alone):
     options = place.options(precision="fp32", optimizer="fused_adamw", wd=0.1, resume="auto")
     folder = place.folder / "stopped"
@@ -306,6 +313,7 @@ def test_a_signal_makes_a_checkpoint_and_the_run_goes_on_from_it(place, alone):
     assert same_run(run_alone(options, folder), alone)
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_checkpoint_is_written_is_obeyed_behind_it(place):
     options = place.options(save_steps=2, output_dir=place.folder / "stopped in it")
     save = checkpoints.Checkpoints.save
@@ -325,6 +333,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_full_disk_or_gpu_costs_a_checkpoint_and_not_the_run(name, place, alone, capsys):
     options = place.options(precision="fp32", optimizer="fused_adamw", wd=0.1, save_steps=SAVED)

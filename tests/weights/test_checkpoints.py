@@ -74,6 +74,7 @@ def test_a_checkpoint_quantized_otherwise_than_asked_is_refused(model, tmp_path)
         pass
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_trains_as_the_one_it_was_made_from(model, tmp_path):
     folder = tmp_path / "4bit"
     plain.load_quantized(model, plain.Recipe()).save_pretrained(folder)
