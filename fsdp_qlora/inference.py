@@ -32,7 +32,6 @@ from fsdp_qlora.weights.choose import open_weights
 
 COPY_SHARE = 0.9  # of what is free behind all else, that decoded copies of weights may take
 HOST_SHARE = 0.5  # the same of host memory, where there is no GPU: decoding is most of a step's time there
-MANY_ROWS = 8  # above which reading codes anew for each step costs more than tensor cores on copies
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Loaded:
             return decoder
         if world.device.type != "cuda":
             decoder.keep_copies(int(HOST_SHARE * available_host_bytes() / world.local_size))
-        elif rows > MANY_ROWS:
+        else:
             free = device_bytes(memory, world) - self.fit.plan.device_bytes
             decoder.keep_copies(int(COPY_SHARE * free))
         return decoder
