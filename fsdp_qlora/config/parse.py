@@ -1,6 +1,7 @@
 """Flags and a config file become a checked Config; every mistake in them is found before the first is reported."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fsdp_qlora.config.compat import COMPATIBILITY
@@ -27,6 +28,13 @@ TRAIN = Program(
 def parse(argv: Sequence[str]) -> Config:
     """Return the Config that train.py's `argv` (without the program's name) asks for, as `parse_as` does."""
     return parse_as(TRAIN, argv)
+
+
+def parse_record(file: str) -> Config:
+    """Return the Config that a run wrote down. It ran, so the rules between options, which change, are not asked again.
+
+    Raises UserError for values and options that are not known now."""
+    return parse_as(replace(TRAIN, rules=lambda *_: iter(())), ["--config", file])
 
 
 def parse_as(program: Program[Asked], argv: Sequence[str]) -> Asked:

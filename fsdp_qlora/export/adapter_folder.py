@@ -12,7 +12,7 @@ from torch import Tensor
 from fsdp_qlora.adapters.base import AdapterKind
 from fsdp_qlora.adapters.table import saved_kind, train_type_of
 from fsdp_qlora.config.options import AdapterOptions, Config, ModelOptions
-from fsdp_qlora.config.parse import parse
+from fsdp_qlora.config.parse import parse_record
 from fsdp_qlora.config.train_types import TRAIN_TYPES
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.export.peft import ADAPTER, ADAPTER_CONFIG
@@ -140,7 +140,7 @@ def _run_of(folder: Path) -> Config | None:
     if not file.is_file():
         return None
     try:
-        return parse(["--config", str(file)])
+        return parse_record(str(file))
     except UserError as error:
         raise UserError(
             f"adapter: {file} is not read ({first_line(error)}); move it away and name --train_type, --precision and "

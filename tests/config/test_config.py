@@ -15,7 +15,7 @@ from fsdp_qlora.config.files import save
 from fsdp_qlora.config.help import help_text, markdown
 from fsdp_qlora.config.option import REQUIRED, show
 from fsdp_qlora.config.options import OPTIONS, Config
-from fsdp_qlora.config.parse import parse
+from fsdp_qlora.config.parse import parse, parse_record
 from fsdp_qlora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -465,3 +465,15 @@ def test_reading_options_imports_nothing_heavy():
     code = "import sys, fsdp_qlora.config.parse; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_what_a_run_wrote_down_is_read_though_rules_have_changed_since(tmp_path):
+    """A run's own file may have options that would have no effect now: an adapter must not be lost for that."""
+    file = tmp_path / "config.yaml"
+    file.write_text("model_name: here\neval_steps: 0\nlora_rank: 4\n")
+    assert parse_record(str(file)).adapter.lora_rank == 4
+    with pytest.raises(UserError, match="has no effect"):
+        parse(["--config", str(file)])
+    file.write_text("model_name: here\nlora_rank: many\n")
+    with pytest.raises(UserError, match="lora_rank"):
+        parse_record(str(file))
