@@ -5,7 +5,9 @@ was not measured.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,7 +26,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fitting import fit, has_its_own_head
 from fsdp_qlora.models.fused.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import MODES, Precision, needs_bf16
-from fsdp_qlora.models.skeleton import build, read_config
+from fsdp_qlora.models.skeleton import build, quantization_of, read_config
 from fsdp_qlora.optim.optimizers import state_bytes
 from fsdp_qlora.plan.budget import HOST_SHARE
 from fsdp_qlora.plan.expected import expected_rates, link_rate
@@ -38,7 +40,8 @@ from fsdp_qlora.runtime.determinism import deterministic_algorithms
 from fsdp_qlora.runtime.launcher import read_launch
 from fsdp_qlora.session import make_recipe
 from fsdp_qlora.units import GIB
-from fsdp_qlora.weights.choose import open_weights, random_weights
+from fsdp_qlora.weights.choose import open_weights, random_weights, told_forms
+from fsdp_qlora.weights.codecs import is_quantized, weight_of
 from fsdp_qlora.weights.source import Weights
 
 META = torch.device("meta")
@@ -155,7 +158,8 @@ def build_for(config: Config, rig: Rig, hf_config: PretrainedConfig) -> Built:
     skeleton = build(hf_config, precision, attention.name)
     fitted = fit(skeleton, weights_of(config, hf_config, precision))
     own_head = has_its_own_head(skeleton, fitted)
-    recipe = make_recipe(config, hf_config, fitted, precision, own_head, world)
+    told = told_forms(quantization_of(hf_config), fitted, precision.compute)
+    recipe = make_recipe(config, hf_config, fitted, precision, own_head, world, told)
     model = assemble(skeleton, recipe, config.adapter)
     return Built(model, fuse(model, micro_batches(config)[0], META, chooser(card)), attention)
 
@@ -235,7 +239,18 @@ def chooser(card: Card) -> Chooser:
 
 
 def weights_of(config: Config, hf_config: PretrainedConfig, precision: Precision) -> Weights:
-    """Names of a quantized checkpoint tell which linears are; of any other the config is enough: nothing is read."""
-    if hasattr(hf_config, "quantization_config") and not config.model.dummy_weights:
-        return open_weights(config.model, precision.stream)
+    """Names of a quantized checkpoint tell which linears are; of any other the config is enough.
+
+    A folder is asked for its names in any case: hqq's own checkpoints have nothing in their config."""
+    options = config.model
+    if options.dummy_weights:
+        return random_weights(precision.stream)
+    if quantization_of(hf_config) is not None:
+        return open_weights(options, precision.stream)
+    if Path(options.model_name).is_dir():
+        with suppress(UserError):  # of a model that is not here yet there may be a config alone
+            found = open_weights(options, precision.stream)
+            names = found.names() or set()
+            if any(is_quantized(weight_of(name), names) for name in names):
+                return found
     return random_weights(precision.stream)

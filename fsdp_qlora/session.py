@@ -29,7 +29,7 @@ from fsdp_qlora.placement.load import check_names, load
 from fsdp_qlora.plan.planning import Planned, micro_batches, plan_run
 from fsdp_qlora.runtime.background import beside
 from fsdp_qlora.runtime.gpu_memory import cap_gpu_memory
-from fsdp_qlora.weights.choose import codec_chooser, open_weights
+from fsdp_qlora.weights.choose import Told, codec_chooser, open_weights, told_forms
 from fsdp_qlora.weights.codecs import is_quantized
 from fsdp_qlora.weights.hub import OnHub
 from fsdp_qlora.weights.source import Weights
@@ -131,7 +131,11 @@ def build_model(
     skeleton = world.together(lambda: build(compute.hf_config, compute.precision, compute.attention.name))
     fitted = world.first_on_node(lambda: fit(skeleton, weights))
     own_head = world.agree(lambda: has_its_own_head(skeleton, fitted))
-    recipe = world.together(lambda: make_recipe(config, compute.hf_config, fitted, compute.precision, own_head, world))
+    # Read by one rank: a header of many tensors takes long to parse.
+    told = world.from_main(lambda: told_forms(quantization_of(compute.hf_config), fitted, compute.precision.compute))
+    recipe = world.together(
+        lambda: make_recipe(config, compute.hf_config, fitted, compute.precision, own_head, world, told)
+    )
     for line in left_over(skeleton, fitted, own_head):
         world.say(line)
     model = world.together(lambda: assemble(skeleton, recipe, config.adapter))
@@ -150,11 +154,12 @@ def make_recipe(
     precision: Precision,
     own_head: bool,
     world: World,
+    told: Told,
 ) -> Recipe:
-    """Return how the options and the checkpoint say that the model's pieces are made."""
+    """Return how the options and the checkpoint say that the model's pieces are made. told: its `told_forms`."""
     return Recipe(
         precision,
-        codec_chooser(config.model, quantization_of(hf_config), weights, precision.compute),
+        codec_chooser(config.model, quantization_of(hf_config), weights, precision.compute, told),
         checkpointing_kind(config.memory),
         shards=world.size,  # also if the placement shards nothing: the padding is a few hundred bytes
         host_embedding=world.device.type == "cuda",

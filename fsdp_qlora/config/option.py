@@ -172,7 +172,7 @@ def options_of(group: str, group_class: type) -> list[Option]:
     for item in dataclasses.fields(group_class):
         hint, nullable, many = hints[item.name], False, False
         choices: tuple[Any, ...] = tuple(item.metadata["spec"].choices)
-        if isinstance(hint, types.UnionType):  # X | None
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None; the latter of a Literal
             nullable, hint = True, next(part for part in typing.get_args(hint) if part is not type(None))
         if typing.get_origin(hint) is list:
             many, hint = True, typing.get_args(hint)[0]

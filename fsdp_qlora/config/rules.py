@@ -169,7 +169,7 @@ CONFLICTS: tuple[Conflict[Config], ...] = (
     ),
     Conflict(
         ("n_bits", "train_type"),
-        lambda c: _codec(c) == "nf4" and c.model.n_bits != 4,
+        lambda c: _codec(c) == "nf4" and c.model.n_bits not in (None, 4),
         "NF4 has 4 bits; set train_type to hqq_lora for another width, or omit n_bits",
     ),
     Conflict(

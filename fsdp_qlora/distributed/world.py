@@ -83,9 +83,15 @@ class World:
 
     def agree(self, do: Callable[[], bool]) -> bool:
         """Return rank 0's answer, on every rank. A collective: what is wrong there ends every rank alike."""
+        return self.from_main(do)
+
+    def from_main(self, do: Callable[[], T]) -> T:
+        """Return what `do` gives on rank 0, on every rank. A collective: what is wrong there ends every rank alike."""
         done = self._try(do) if self.is_main else None
         self._agree(done.error if done is not None else None)
-        return bool(self.gather([float(done is not None and done.value)])[0][0])
+        found: list[T] = [done.value if done is not None else None]  # type: ignore[list-item]
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+        return found[0]
 
     def first_on_node(self, do: Callable[[], T]) -> T:
         """Run `do` on one rank of each node and then on its others, which find what it has cached. A collective."""

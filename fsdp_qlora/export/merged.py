@@ -22,7 +22,7 @@ from fsdp_qlora.models.precision import MODES, Precision
 from fsdp_qlora.models.skeleton import build, quantization_of, read_config
 from fsdp_qlora.placement.load import check_names, encode_entry, expected_of
 from fsdp_qlora.weights.checkpoint_files import some
-from fsdp_qlora.weights.choose import codec_chooser, open_weights
+from fsdp_qlora.weights.choose import codec_chooser, open_weights, told_forms
 from fsdp_qlora.weights.codecs import Codec, Plain, is_quantized, weight_of
 from fsdp_qlora.weights.hub import fetch
 from fsdp_qlora.weights.layout import Entry
@@ -156,7 +156,8 @@ class Merged:
 
         Raises UserError for a checkpoint that is not the model's, or that such a run does not take."""
         precision = self.precision
-        codec_of = codec_chooser(options, quantized, self.weights, precision.compute)
+        told = told_forms(quantized, self.weights, precision.compute)
+        codec_of = codec_chooser(options, quantized, self.weights, precision.compute, told)
         if self.merge_base == "original":
             plain: Codec = Plain(precision.compute)
             codec_of = lambda name: plain  # noqa: E731

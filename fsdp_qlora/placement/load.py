@@ -23,7 +23,7 @@ from fsdp_qlora.placement.from_cache import place_kept
 from fsdp_qlora.placement.norms import SeenNorms
 from fsdp_qlora.placement.to_cache import Keeper
 from fsdp_qlora.weights.base_cache.lanes import Lanes
-from fsdp_qlora.weights.codecs import Parts, companions, is_quantized, stored_codec
+from fsdp_qlora.weights.codecs import Parts, all_finite, companions, is_quantized, stored_codec
 from fsdp_qlora.weights.frozen_bytes import checksum
 from fsdp_qlora.weights.layout import Entry
 from fsdp_qlora.weights.source import Shape, Weights
@@ -141,18 +141,11 @@ def encode_entry(form: Entry, source: str, tensors: Mapping[str, Tensor], device
         parts = {part: t.to(device) for part, t in stored.from_checkpoint(source, tensors, form.shape).items()}
         return form.codec.encode(stored.decode(parts, form.shape, torch.float32))  # a head in 4 bits
     weight = tensors[source].to(device)
-    if form.codec.quantizes and not _all_finite(weight):  # on a GPU some code would hide it
+    if form.codec.quantizes and not all_finite(weight):  # on a GPU some code would hide it
         raise UserError(
             f"model_name: {source} of the checkpoint holds NaN or infinity: it is damaged, download it again"
         )
     return form.codec.encode(weight)
-
-
-def _all_finite(weight: Tensor) -> bool:
-    """Return whether a weight has neither NaN, which is both its minimum and maximum, nor infinity.
-
-    `isfinite` of the weight would take 2.5 times its memory."""
-    return bool(torch.stack(weight.aminmax()).isfinite().all())
 
 
 def _read(unit: Unit, weights: Weights, device: torch.device) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ ROUNDING = ("attention", "fused", "deterministic")  # that change the last bits 
 FROM_HERE_ON = (
     "num_epochs", "max_steps", "lr", "lr_scheduler", "warmup_ratio", "wd", "apply_gradient_clipping", "grad_norm",
 )  # fmt: skip
+LEFT_OPEN = ("n_bits", "hqq_group_size", "hqq_axis")  # of which null is any: the base's bytes are compared
 NO_MATTER = ("base_cache", "loading_workers", "show_rows", "rows_cache")
 MAY_DIFFER = {*COMPARED_BY_BYTES, *COMPARED_BY_ROWS, *ROUNDING, *FROM_HERE_ON, *NO_MATTER}
 ANEW = "or start anew in another output_dir, without --resume"
@@ -35,7 +36,7 @@ def check_options(checkpoint: Checkpoint, config: Config, ranks: int) -> None:
     wrong = [
         name
         for name, before in manifest.options.items()
-        if name in now and OPTIONS[name].group in DECISIVE and name not in MAY_DIFFER and before != now[name]
+        if name in now and OPTIONS[name].group in DECISIVE and name not in MAY_DIFFER and _differ(name, before, now)
     ]
     if wrong:
         raise UserError(
@@ -53,10 +54,14 @@ def is_same_run(before: Config, now: Config) -> bool:
     """Return whether the options ask for the same training from the beginning, to the last bits."""
     options, differs = before.to_flat(), (*COMPARED_BY_ROWS, *ROUNDING, *NO_MATTER)
     return all(
-        value == options[name]
+        not _differ(name, value, options)
         for name, value in now.to_flat().items()
         if (OPTIONS[name].group in DECISIVE and name not in differs) or name in HELD_OUT
     )
+
+
+def _differ(name: str, before: Any, now: Mapping[str, Any]) -> bool:
+    return before != now[name] and not (name in LEFT_OPEN and None in (before, now[name]))
 
 
 def place_in(batches: Batches) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Set
+import threading
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,19 +58,33 @@ class Checkpoint:
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         if self._shape_of[one] != self._shape_of[other]:
             return False
-        first, second = (self._file_of[name].tensor(name) for name in (one, other))
+        first, second = (self._file_of[name].reader()(name) for name in (one, other))
         rows = zip(first.split(ROWS_COMPARED), second.split(ROWS_COMPARED), strict=True)
         return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in rows)
 
     def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
+        opened = _Opened()
+
         def one(name: str) -> Tensor:
             try:
-                return self._file_of[name].tensor(name).clone()  # the clone is the read: until then it is a mapped file
+                return opened.reader(self._file_of[name])(name).clone()  # the clone is the read: before it is mapped
             except (SafetensorError, OSError) as error:
                 raise UserError(f"model_name: {name} in {self.folder} cannot be read ({error})") from error
 
         with ThreadPoolExecutor(self.workers) as pool:
             return dict(zip(wanted, pool.map(one, wanted), strict=True))
+
+
+class _Opened(threading.local):
+    """Files that a thread has opened to read several tensors: to open one is to parse all of its header."""
+
+    def __init__(self) -> None:
+        self._readers: dict[TensorFile, Callable[[str], Tensor]] = {}
+
+    def reader(self, file: TensorFile) -> Callable[[str], Tensor]:
+        if file not in self._readers:
+            self._readers[file] = file.reader()
+        return self._readers[file]
 
 
 def _stamp(file: Path) -> list[str | int]:

@@ -1,6 +1,7 @@
 """Files of a checkpoint: those that hold weights, their tensors by name, and folders that hold something else."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -25,12 +26,12 @@ class TensorFile(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of every tensor, without reading them."""
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor whose numbers are read from the file when they are first used."""
+    def reader(self) -> Callable[[str], Tensor]:
+        """Return what gives tensors by name, for one thread: their numbers are read when they are first used."""
 
 
 class SafetensorsFile:
-    """A .safetensors file, opened for each tensor: threads cannot share a handle."""
+    """A .safetensors file, opened for each thread that reads: threads cannot share a handle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,10 +40,9 @@ class SafetensorsFile:
         with self._open() as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
-    def tensor(self, name: str) -> Tensor:
-        with self._open() as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-        return tensor
+    def reader(self) -> Callable[[str], Tensor]:
+        tensors: Callable[[str], Tensor] = self._open().get_tensor
+        return tensors
 
     def _open(self) -> safe_open:
         try:

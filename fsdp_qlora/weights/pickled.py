@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from fsdp_qlora.errors import UserError, first_line
 
 QMODEL = "qmodel.pt"
+MOST = torch.iinfo(torch.int64).max
 
 
 class PickledFile:
@@ -24,8 +25,8 @@ class PickledFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._open().items()}
 
-    def tensor(self, name: str) -> Tensor:
-        return self._open()[name]
+    def reader(self) -> Callable[[str], Tensor]:
+        return self._open().__getitem__
 
     def _open(self) -> dict[str, Tensor]:
         if self._tensors is None:
@@ -65,8 +66,8 @@ class HqqFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._open().items()}
 
-    def tensor(self, name: str) -> Tensor:
-        return self._open()[name]
+    def reader(self) -> Callable[[str], Tensor]:
+        return self._open().__getitem__
 
     def _open(self) -> dict[str, Tensor]:
         if self._tensors is None:
@@ -89,7 +90,7 @@ def _as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, str):
-        return torch.tensor([ord(letter) for letter in value], dtype=torch.uint8)
-    if isinstance(value, bool | int | float | torch.Size):
+        return torch.tensor(list(value.encode(errors="replace")), dtype=torch.uint8)
+    if isinstance(value, bool | float | torch.Size) or (isinstance(value, int) and abs(value) <= MOST):
         return torch.tensor(value)
     return None

@@ -14,12 +14,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import train
+from fsdp_qlora.__main__ import main
+from fsdp_qlora.models.fitting import fit
+from fsdp_qlora.models.precision import MODES
+from fsdp_qlora.models.skeleton import build, read_config
+from fsdp_qlora.weights import checkpoint_files
+from fsdp_qlora.weights.checkpoint import Checkpoint
+from fsdp_qlora.weights.choose import told_forms
 from fsdp_qlora.weights.frozen_bytes import decode_rows
 from tests.support import tiny
 from tests.support.built import built
 from tests.support.checkpoint_forms import refused, rewrite
 from tests.support.plain import Recipe, as_hqq
-from tests.support.runs import run_alone
+from tests.support.runs import flags, run_alone, run_ranks
 from tests.support.truth import DEVICE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,6 +145,7 @@ def ready(model, tmp_path_factory) -> dict[str, Path]:
     [
         ({"train_type": "qlora"}, ["train_type: qlora does not train over", "use --train_type hqq_lora"]),
         ({"train_type": "lora"}, ["train_type: lora does not train over", "use --train_type hqq_lora"]),
+        ({"n_bits": 4}, ["n_bits: 4 is not what the checkpoint has (3 in ", "omit n_bits"]),  # the usual, but asked for
         ({"n_bits": 2}, ["n_bits: 2 is not what the checkpoint has (3 in ", "omit n_bits"]),
         ({"hqq_group_size": 32}, ["hqq_group_size: 32 is not what the checkpoint has (64 in ", "omit hqq_group_size"]),
         ({"hqq_axis": 0}, ["hqq_axis: 0 is not what the checkpoint has (1 in ", "omit hqq_axis"]),
@@ -148,6 +157,51 @@ def test_options_that_do_not_fit_the_checkpoint_are_refused(options, words, how,
     line = refused(ready[how], capsys, "hqq" if "qlora" in str(options) else "", **OPTIONS | options)
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("options", "has"),
+    [
+        ({"hqq_group_size": 64}, "hqq_group_size: 64 is not what the checkpoint has (32 in "),
+        ({"hqq_axis": 1}, "hqq_axis: 1 is not what the checkpoint has (0 in "),
+    ],
+    ids=str,
+)
+def test_usual_values_that_are_asked_for_are_compared_too(options, has, model, tmp_path, capsys):
+    form = hqq_base_quant_config(3, 32, axis=0)
+    transformers_4(quantized(model, form), tmp_path / "hqq", form)
+    tiny.save_tokenizer(tmp_path / "hqq")
+    assert has in refused(tmp_path / "hqq", capsys, "hqq_", **OPTIONS | options)
+
+
+def test_a_run_over_a_published_base_repeats_from_its_config_and_merges(ready, tmp_path, capsys):
+    """config.yaml has all options, also those that the checkpoint decided."""
+    options = OPTIONS | {"model_name": ready["untold"], "dataset_samples": 4, "context_length": 32, "batch_size": 2}
+    first = run_alone(options, tmp_path / "first")
+    again = run_alone({"config": first.folder / "config.yaml"}, tmp_path / "again")
+    assert again.losses == first.losses
+    assert main(["merge", "--adapter", str(first.folder), "--output_dir", str(tmp_path / "merged")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.config.vocab_size == SHAPE["vocab_size"]
+
+
+def test_a_checkpoint_goes_on_where_the_bits_are_named_or_left_open(ready, tmp_path, capsys):
+    options = OPTIONS | {"model_name": ready["told"], "dataset_samples": 8, "context_length": 32, "batch_size": 2}
+    run_alone(options | {"save_steps": 2, "max_steps": 2}, tmp_path / "out")
+    longer = options | {"resume": "auto", "save_steps": 2, "max_steps": 4}
+    assert len(run_alone(longer | {"n_bits": 3, "hqq_group_size": 64}, tmp_path / "out").losses) == 4
+
+
+def test_what_tells_the_forms_is_read_at_once(ready, monkeypatch):
+    """A file is opened once for each thread, whatever the number of its tensors: all of its header is parsed then."""
+    opened, safe_open = [], checkpoint_files.safe_open
+    monkeypatch.setattr(checkpoint_files, "safe_open", lambda *a, **k: opened.append(a) or safe_open(*a, **k))
+    skeleton = build(read_config(str(ready["untold"]), None), MODES["fp32"], "eager")
+    weights = fit(skeleton, Checkpoint(ready["untold"], workers=2))
+    forms = told_forms(None, weights, torch.float32)
+    assert len(forms) == 14
+    assert {codec.form for _, codec in forms.values()} == {(3, 64, 1)}
+    assert len(opened) <= 1 + 2  # for the names, and in each thread
 
 
 def test_options_that_the_checkpoint_has_too_are_no_mistake(ready):
@@ -205,3 +259,18 @@ def test_a_run_multiplies_with_hqqs_numbers_in_its_compute_dtype(precision, comp
         together = torch.empty(128, 64, dtype=compute, device=ours.world.device)
         decode_rows(qkv, together)
         assert torch.equal(together, torch.cat([weight.decode(compute) for weight in qkv]))
+
+
+def test_two_ranks_train_alike_whether_the_config_tells_the_forms_or_the_tensors(ready, tmp_path):
+    """One rank reads what the tensors tell, for both."""
+    options = OPTIONS | {"dataset_samples": 8, "context_length": 32, "batch_size": 2}
+    runs = run_ranks({how: options | {"model_name": ready[how]} for how in ready}, 2, tmp_path)
+    assert len(runs["told"].losses) == 2
+    assert runs["untold"].losses == runs["told"].losses
+
+
+@pytest.mark.parametrize("how", ["told", "untold"])
+def test_a_plan_for_another_rig_counts_the_bits_that_the_checkpoint_has(how, ready, capsys):
+    options = OPTIONS | {"model_name": ready[how], "plan_only": True, "plan_for": "1x4090"}
+    assert train.main(flags(options)) == 0
+    assert "hqq-3bit-g64-axis1-float32" in capsys.readouterr().out

@@ -51,26 +51,26 @@ class ModelOptions:
         "one more lookup when a weight is decoded",
         known_as=("bnb_4bit_use_double_quant", "use_double_quant", "double_quantization"),
     )
-    n_bits: Literal[8, 4, 3, 2, 1] = option(
-        4,
-        """Bits per weight of the quantized base. qlora has 4, hqq_lora all of them. A checkpoint that is published in
-        HQQ keeps its own.""",
-        "it keeps 16-bit quality on most tasks; fewer bits do not",
+    n_bits: Literal[8, 4, 3, 2, 1] | None = option(
+        None,
+        """Bits per weight of the quantized base. qlora has 4, hqq_lora all of them. null: those of a checkpoint that is
+        published in HQQ, else 4.""",
+        "4 bits keep 16-bit quality on most tasks, fewer do not; what is published in other bits stays so",
         "memory and copies in proportion: a 70B base takes 70 GB in 8 bits, 26 in 3, 17 in 2, and 4 for HQQ's scales",
         known_as=("bits", "load_in_4bit", "nbits", "hqq_nbits", "quantization_bit"),
     )
-    hqq_group_size: Literal[32, 64, 128] = option(
-        64,
-        "Weights that share one of HQQ's scales and zeros.",
-        "fsdp_qlora's and hqq's own",
-        "32 / group bits per weight in 16-bit precisions; below 4 bits smaller groups lose less",
+    hqq_group_size: Literal[32, 64, 128] | None = option(
+        None,
+        "Weights that share one of HQQ's scales and zeros. null: as many as in a checkpoint in HQQ, else 64.",
+        "64 is fsdp_qlora's and hqq's own",
+        "32 / group bits per weight in 16-bit precisions, 64 / group in fp32; below 4 bits smaller groups lose less",
         known_as=("group_size", "q_group_size"),
     )
-    hqq_axis: Literal[1, 0] = option(
-        1,
+    hqq_axis: Literal[1, 0] | None = option(
+        None,
         """Where HQQ's groups lie in a weight [outputs, inputs]. 1: along a row, among the weights of one output. 0:
-        along a column, of one input.""",
-        "fsdp_qlora's, and what hqq's faster backends take at inference",
+        along a column, of one input. null: as in a checkpoint in HQQ, else 1.""",
+        "1 is fsdp_qlora's, and what hqq's faster backends take at inference",
         "0 loses a little less at 2 bits (hqq's authors)",
     )
     hqq_optimize: bool = option(

@@ -1,6 +1,7 @@
 """Codecs: how a frozen weight becomes bytes and back."""
 
 from fsdp_qlora.weights.codecs.base import Codec, CodecOf, Decoder, Parts
+from fsdp_qlora.weights.codecs.finite import all_finite
 from fsdp_qlora.weights.codecs.hqq import HQQ
 from fsdp_qlora.weights.codecs.nf4 import NF4
 from fsdp_qlora.weights.codecs.plain import Plain
@@ -12,6 +13,7 @@ from fsdp_qlora.weights.codecs.table import (
     described,
     is_quantized,
     stored_codec,
+    telling,
     train_type_over,
     weight_of,
 )
@@ -24,6 +26,7 @@ __all__ = [
     "Decoder",
     "Parts",
     "Plain",
+    "all_finite",
     "choose_codec",
     "codec_named",
     "companions",
@@ -31,6 +34,7 @@ __all__ = [
     "described",
     "is_quantized",
     "stored_codec",
+    "telling",
     "train_type_over",
     "weight_of",
 ]

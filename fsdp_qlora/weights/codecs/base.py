@@ -91,8 +91,12 @@ class CodecFamily(ABC):
     def described(self, weight: str, tensors: Mapping[str, Tensor], compute_dtype: torch.dtype) -> Codec | None:
         """Return the codec in which a run keeps a weight whose form a checkpoint's tensors alone tell.
 
-        tensors: each is read when it is asked for. None if it is not of this family, or not told so."""
+        tensors: those of its `telling` that the checkpoint has. None if it is not of this family, or not told so."""
         return None
+
+    def telling(self, weight: str) -> tuple[str, ...]:
+        """Return the names of the tensors that tell a weight's form, of a few numbers each."""
+        return ()
 
     def weight_of(self, name: str) -> str | None:
         """Return the weight whose codes a checkpoint has under another name, None if `name` is of no such kind."""

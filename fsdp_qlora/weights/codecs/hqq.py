@@ -17,6 +17,7 @@ from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, 
 from fsdp_qlora.weights.codecs.hqq_tensors import (
     CODES,
     READ,
+    SETTINGS,
     UNREAD,
     WEIGHT,
     codes_of,
@@ -30,6 +31,7 @@ from fsdp_qlora.weights.codecs.quantizers import hqq_quantizer
 
 NAME = re.compile(r"hqq-(\d)bit-g(\d+)-axis([01])-(bfloat16|float16|float32)(-unoptimized)?")
 GROUPS = (32, 64, 128)  # that an option can ask for
+USUAL = Form(bits=4, group=64, axis=1)  # where options leave it open
 # Bytes that hqq takes on a GPU for each number of a weight, metered over its own code: with its optimizer, and without.
 SCRATCH = {True: 23, False: 13}
 
@@ -100,7 +102,7 @@ class HQQ:
                 f"{weight} in the checkpoint is {list(found.shape)} in {_words(found.form)}; {list(shape)} in "
                 f"{_words(self.form)} belongs there"
             )
-        floats = {name: floats_of(weight, name, tensors, found).to(self.dtype) for name in ("scale", "zero")}
+        floats = {name: floats_of(weight, name, tensors, found, self.dtype) for name in ("scale", "zero")}
         return pack(codes_of(weight, tensors, found), self.bits) | floats
 
 
@@ -115,7 +117,9 @@ class HQQFamily(CodecFamily):
         return HQQ(int(bits), int(group), int(axis), getattr(torch, dtype), plainly is None)
 
     def from_options(self, options: ModelOptions, compute_dtype: torch.dtype) -> Codec:
-        return HQQ(options.n_bits, options.hqq_group_size, options.hqq_axis, compute_dtype, options.hqq_optimize)
+        asked = (options.n_bits, options.hqq_group_size, options.hqq_axis)
+        bits, group, axis = (usual if value is None else value for value, usual in zip(asked, USUAL, strict=True))
+        return HQQ(bits, group, axis, compute_dtype, options.hqq_optimize)
 
     def from_hf_config(self, quantization_config: Mapping[str, Any], compute_dtype: torch.dtype) -> CodecOf | None:
         forms = declared(quantization_config)
@@ -137,6 +141,9 @@ class HQQFamily(CodecFamily):
         if not self.is_quantized(weight, tensors.keys()):
             return None
         return HQQ(*describe(weight, tensors).form, compute_dtype)
+
+    def telling(self, weight: str) -> tuple[str, ...]:
+        return tuple(companion(weight, name) for name in SETTINGS)
 
     def companions(self, weight: str) -> tuple[str, ...]:
         return tuple(companion(weight, name) for name in (*READ, *UNREAD))

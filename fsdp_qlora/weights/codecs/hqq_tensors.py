@@ -4,7 +4,7 @@ Both save the state of an `HQQLinear`: W_q, scale and zero, and beside them one 
 goes by the name of the weight, as bitsandbytes calls its codes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.hqq_format import BITS, EIGHT, Form
+from fsdp_qlora.weights.codecs.finite import all_finite
 
 WEIGHT, CODES = ".weight", ".W_q"
 # The settings that are read, then those that say nothing about the numbers.
-READ = (
-    "scale", "zero", "nbits", "group_size", "axis", "shape", "packing", "view_as_float", "quant_scale", "quant_zero",
-)  # fmt: skip
+SETTINGS = ("nbits", "group_size", "axis", "shape", "packing", "quant_scale", "quant_zero")  # that tell the form
+READ = ("scale", "zero", "view_as_float", *SETTINGS)
 UNREAD = (
     "unpack_view_dtype", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
     "optimize", "round_zero",
@@ -46,16 +46,23 @@ def declared(quantization_config: Mapping[str, Any]) -> dict[str, Form] | None:
     if quantization_config.get("quant_method") != "hqq" or not isinstance(settings, dict):
         return None
     kinds = {"": settings} if "weight_quant_params" in settings else settings
-    forms = {}
-    for tag, kind in kinds.items():
-        if kind is None:  # linears of this kind are not quantized
-            continue
-        weights = kind.get("weight_quant_params") or {}
-        bits, group, axis = (weights.get(name) for name in ("nbits", "group_size", "axis"))
-        if bits not in BITS or not isinstance(group, int) or axis not in (0, 1):
-            return None
-        forms[tag] = Form(bits, group, axis)
-    return forms
+    # None: linears of this kind are not quantized.
+    forms = {tag: _form_of(kind) for tag, kind in kinds.items() if kind is not None}
+    return None if None in forms.values() else {tag: form for tag, form in forms.items() if form is not None}
+
+
+def _form_of(kind: Any) -> Form | None:
+    weights = kind.get("weight_quant_params") if isinstance(kind, dict) else None
+    if not isinstance(weights, dict):
+        return None
+    bits, group, axis = (weights.get(name) for name in ("nbits", "group_size", "axis"))
+    if type(bits) is not int or type(group) is not int or type(axis) is not int:  # nor true and false
+        return None
+    return Form(bits, group, axis) if bits in BITS and _can_be_read(group, axis) else None
+
+
+def _can_be_read(group: float, axis: float) -> bool:
+    return axis in (0, 1) and group > 0 and group % EIGHT == 0
 
 
 def tag_of(weight: str) -> str:
@@ -67,13 +74,13 @@ def tag_of(weight: str) -> str:
 def describe(weight: str, tensors: Mapping[str, Tensor]) -> Described:
     """Return the form and shape of a weight. Raises UserError for a form that cannot be read here."""
     bits, group, axis = (_number(weight, name, tensors) for name in ("nbits", "group_size", "axis"))
-    packing = "".join(chr(letter) for letter in _get(weight, "packing", tensors).tolist())
+    packing = bytes(_row(weight, "packing", tensors, is_fine=lambda letter: 0 <= letter < 256)).decode(errors="replace")
     if bits not in BITS or PACKINGS[int(bits)] != packing:
         raise UserError(
             f"{weight} in the checkpoint has {bits:g} bits packed as {packing}; hqq's "
             f"{', '.join(map(str, BITS[:-1]))} and {BITS[-1]} bits alone can be read here"
         )
-    if axis not in (0, 1) or group <= 0 or group % EIGHT:
+    if not _can_be_read(group, axis):
         raise UserError(
             f"{weight} in the checkpoint has groups of {group:g} along axis {axis:g}; multiples of {EIGHT} along axis "
             "0 or 1 alone can be read here"
@@ -84,8 +91,8 @@ def describe(weight: str, tensors: Mapping[str, Tensor]) -> Described:
                 f"{weight} in the checkpoint has its scales or zeros quantized too, which hqq itself has given up: "
                 "quantize the model anew"
             )
-    shape = tuple(int(size) for size in _get(weight, "shape", tensors).tolist())
-    return Described(Form(int(bits), int(group), int(axis)), shape)
+    shape = _row(weight, "shape", tensors, is_fine=lambda size: size > 0)
+    return Described(Form(int(bits), int(group), int(axis)), tuple(shape))
 
 
 def codes_of(weight: str, tensors: Mapping[str, Tensor], described: Described) -> Tensor:
@@ -108,15 +115,27 @@ def codes_of(weight: str, tensors: Mapping[str, Tensor], described: Described) -
     return torch.cat(stripes)[:height].reshape(-1)
 
 
-def floats_of(weight: str, name: str, tensors: Mapping[str, Tensor], described: Described) -> Tensor:
-    """Return its scales or zeros as they are stored: [n / group]."""
+def floats_of(
+    weight: str, name: str, tensors: Mapping[str, Tensor], described: Described, dtype: torch.dtype
+) -> Tensor:
+    """Return its scales or zeros: [n / group], rounded to `dtype`. Raises UserError where it cannot hold them."""
     found, groups = _get(weight, name, tensors), described.shape[0] * described.shape[1] // described.form.group
     if not found.is_floating_point() or found.numel() != groups:
         raise UserError(
             f"{weight} in the checkpoint: {name} is {tuple(found.shape)} {found.dtype}, not {groups} floating-point "
             "numbers"
         )
-    return found.reshape(-1)
+    if not all_finite(found):
+        raise UserError(
+            f"{companion(weight, name)} in the checkpoint holds NaN or infinity: it is damaged, download it again"
+        )
+    rounded = found.to(dtype).reshape(-1)
+    if not all_finite(rounded):
+        raise UserError(
+            f"precision: {companion(weight, name)} in the checkpoint has numbers beyond the largest of {dtype}, "
+            f"{torch.finfo(dtype).max:g}; use --precision bf16 or fp32"
+        )
+    return rounded
 
 
 def _get(weight: str, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -129,6 +148,19 @@ def _get(weight: str, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 def _number(weight: str, name: str, tensors: Mapping[str, Tensor]) -> float:
     found = _get(weight, name, tensors)
-    if found.numel() != 1:
+    if found.numel() != 1 or found.is_complex():
         raise UserError(f"{companion(weight, name)} in the checkpoint is no single number: the file is damaged")
     return float(found.item())
+
+
+def _row(weight: str, name: str, tensors: Mapping[str, Tensor], is_fine: Callable[[int], bool]) -> list[int]:
+    """Return the whole numbers of a setting that is a row of them."""
+    found = _get(weight, name, tensors)
+    if found.dim() == 1 and not found.is_floating_point() and not found.is_complex():
+        numbers: list[int] = found.tolist()
+        if all(map(is_fine, numbers)):
+            return numbers
+    raise UserError(
+        f"{companion(weight, name)} in the checkpoint is {tuple(found.shape)} {found.dtype} and not what hqq saves: "
+        "the file is damaged"
+    )

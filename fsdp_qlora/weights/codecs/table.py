@@ -53,6 +53,11 @@ def train_type_over(codec: str, train_type: str) -> str:
     return next((name for name in over if TRAIN_TYPES[name].adapter == adapter), over[0])
 
 
+def telling(weight: str) -> list[str]:
+    """Return the names of the small tensors that a checkpoint may have to tell a weight's form: for `described`."""
+    return [name for family in CODECS.values() for name in family.telling(weight)]
+
+
 def described(weight: str, tensors: Mapping[str, Tensor], compute_dtype: torch.dtype) -> tuple[str, Codec] | None:
     """Return (family, codec) of a weight whose form a checkpoint's tensors alone tell, None if none of them does."""
     found = ((name, family.described(weight, tensors, compute_dtype)) for name, family in CODECS.items())

@@ -1,0 +1,94 @@
+"""Checkpoints in HQQ that are damaged, or that this run's numbers cannot hold: one line each, whoever saved them."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from tests.support import tiny
+from tests.support.checkpoint_forms import refused, rewrite
+from tests.weights.test_hqq_checkpoints import ALIKE, OPTIONS, SHAPE, hqq_pickle, hqq_safetensors, quantized
+from tests.weights.test_hqq_checkpoints import transformers_4 as told
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LINEAR = "model.layers.1.mlp.up_proj"
+ANEW = OPTIONS | {"overwrite_output_dir": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_model(LlamaConfig(**SHAPE), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def base(model):
+    return quantized(model, ALIKE)
+
+
+@pytest.mark.parametrize("save", [told, hqq_safetensors], ids=["told", "untold"])
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("packing", lambda t: t.float(), "the file is damaged"),
+        ("packing", lambda t: t[:0], "3 bits packed as ; "),
+        ("packing", lambda t: t.to(torch.int64) + 1_000_000_000, "the file is damaged"),
+        ("shape", lambda t: torch.tensor(7), "the file is damaged"),
+        ("shape", lambda t: t.float() * torch.nan, "the file is damaged"),
+        ("shape", lambda t: t.flip(0), "belongs there"),
+        ("nbits", lambda t: t.to(torch.complex64), "is no single number: the file is damaged"),
+        ("group_size", lambda t: torch.tensor(torch.nan), "has groups of nan"),
+        ("scale", lambda t: t.index_fill(0, torch.tensor([3]), torch.nan), "scale in the checkpoint holds NaN"),
+        ("zero", lambda t: t.index_fill(0, torch.tensor([3]), torch.inf), "zero in the checkpoint holds NaN"),
+        ("scale", lambda t: (t * torch.nan).to(torch.float8_e4m3fn), "scale in the checkpoint holds NaN"),
+        ("W_q", lambda t: t[1:], "W_q is"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_tensor_is_one_line(save, name, change, words, base, tmp_path, capsys):
+    save(base, tmp_path / "hqq", ALIKE)
+    tiny.save_tokenizer(tmp_path / "hqq")
+    rewrite(tmp_path / "hqq", lambda tensors: tensors.update({f"{LINEAR}.{name}": change(tensors[f"{LINEAR}.{name}"])}))
+    line = refused(tmp_path / "hqq", capsys, "train.py", **ANEW)
+    assert words in line
+    assert LINEAR in line
+
+
+@pytest.mark.parametrize(
+    "quant_config",
+    [
+        {"self_attn.q_proj": [3, 64]},
+        {"weight_quant_params": 3},
+        {"weight_quant_params": {"nbits": [3], "group_size": 64, "axis": 1}},
+        {"weight_quant_params": {"nbits": 3.5, "group_size": 64, "axis": 1}},
+        {"weight_quant_params": {"nbits": 3, "group_size": True, "axis": 1}},
+        {"weight_quant_params": {"nbits": 3, "group_size": None, "axis": 1}},
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_say_the_form_is_one_line(quant_config, base, tmp_path, capsys):
+    told(base, tmp_path / "hqq", ALIKE)
+    config = json.loads((tmp_path / "hqq" / "config.json").read_text())
+    config["quantization_config"]["quant_config"] = quant_config
+    (tmp_path / "hqq" / "config.json").write_text(json.dumps(config))
+    assert "in another form than" in refused(tmp_path / "hqq", capsys, **ANEW)
+
+
+@pytest.mark.parametrize("value", ["3bit_\u4e09", "\ud800", 2**70, None], ids=ascii)
+def test_a_setting_that_hqq_does_not_write_is_one_line(value, base, tmp_path, capsys):
+    hqq_pickle(base, tmp_path / "hqq", ALIKE)
+    tiny.save_tokenizer(tmp_path / "hqq")
+    modules = torch.load(tmp_path / "hqq" / "qmodel.pt", weights_only=True)
+    modules[LINEAR]["packing"] = value
+    torch.save(modules, tmp_path / "hqq" / "qmodel.pt")
+    line = refused(tmp_path / "hqq", capsys, "train.py", **ANEW)
+    assert f"{LINEAR}.weight in the checkpoint has 3 bits packed as" in line or "packing is missing" in line
+
+
+def test_scales_that_float16_cannot_hold_are_one_line(base, tmp_path, capsys):
+    told(base, tmp_path / "hqq", ALIKE)
+    tiny.save_tokenizer(tmp_path / "hqq")
+    rewrite(tmp_path / "hqq", lambda tensors: tensors[f"{LINEAR}.zero"].fill_(70_000))
+    line = refused(tmp_path / "hqq", capsys, "train.py", **ANEW | {"precision": "fp16_autocast"})
+    assert f"precision: {LINEAR}.zero in the checkpoint has numbers beyond the largest of torch.float16, 65504" in line
