@@ -17,7 +17,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.adapter_folder import SavedAdapter, base_options, read_adapter
 from fsdp_qlora.generation.adapter_values import make_adapters, set_adapters
 from fsdp_qlora.generation.decoder import FusedDecoder, GenericDecoder, make_decoder
-from fsdp_qlora.generation.placing import Fit, fit
+from fsdp_qlora.generation.placing import Fit, Workload, copies_bytes, fit
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.placement.base import check_bytes
@@ -30,8 +30,7 @@ from fsdp_qlora.runtime.host_memory import available_host_bytes, give_back_freed
 from fsdp_qlora.session import Compute, build_model
 from fsdp_qlora.weights.choose import open_weights
 
-COPY_SHARE = 0.9  # of what is free behind all else, that decoded copies of weights may take
-HOST_SHARE = 0.5  # the same of host memory, where there is no GPU: decoding is most of a step's time there
+HOST_SHARE = 0.5  # of host memory, that decoded copies may take where there is no GPU: decoding is most of a step there
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,7 @@ class Loaded:
         if world.device.type != "cuda":
             decoder.keep_copies(int(HOST_SHARE * available_host_bytes() / world.local_size))
         else:
-            free = device_bytes(memory, world) - self.fit.plan.device_bytes
-            decoder.keep_copies(int(COPY_SHARE * free))
+            decoder.keep_copies(copies_bytes(device_bytes(memory, world), self.fit.plan))
         return decoder
 
 
@@ -172,7 +170,6 @@ def stops_of(base: Base, hf_config: PretrainedConfig, others: list[int]) -> list
     return list(dict.fromkeys(found))
 
 
-def fit_rows(built: Built, capacity: int, asked: int, count: int, longest: int) -> Fit:
+def fit_rows(built: Built, work: Workload) -> Fit:
     """Return where the base goes and how many rows are answered at a time. A collective. Raises UserError."""
-    per_rank = -(-count // built.world.size)
-    return fit(built.model, built.base.config, built.world, capacity, asked, per_rank, longest)
+    return fit(built.model, built.base.config, built.world, work)

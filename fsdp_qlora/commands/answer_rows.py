@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from fsdp_qlora.data.sources import forget_stdin
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.generation.answers import Answer, Answers
+from fsdp_qlora.generation.placing import Workload
 from fsdp_qlora.generation.sampling import Sampling
 from fsdp_qlora.inference import Base, Loaded, build, fit_rows, read_base, stops_of, tokenizer_of
 from fsdp_qlora.models.skeleton import max_positions, text_config
-from fsdp_qlora.runtime.files import writing_to
+from fsdp_qlora.runtime.files import check_writable, writing_to
 from fsdp_qlora.session import Compute, choose_compute
 
 STDOUT = "-"
@@ -48,16 +49,22 @@ class Ready:
             )
         return capacity
 
+    def workload(self, capacity: int, asked: int, draws: bool = False) -> Workload:
+        """Return the work that answering the prompts is. Arguments as of `Workload`."""
+        lengths = [len(prompt.ids) for prompt in self.prompts.prompts]
+        return Workload(capacity, max(lengths), len(lengths), asked, draws)
+
 
 def answer_rows(asked: AnsweringOptions, sampling: Sampling, output: str, overwrite: bool) -> None:
     """Answer the rows of `asked` and write the answers to `output`. Raises UserError and TrainingStopped."""
     with _Lines(output) as lines, open_world(LaunchOptions(), sampling.seed) as world:
         world.main_only(lambda: lines.check(overwrite))
-        ready = read_all(asked, world, sampling.seed)
+        with standard_input(world):
+            ready = read_all(asked, world, sampling.seed)
         capacity = world.together(lambda: ready.capacity(asked.max_new_tokens))
         for line in start_lines(ready):
             world.say(line)
-        loaded = load_for(ready, capacity, asked.batch_size, world)
+        loaded = load_for(ready, ready.workload(capacity, asked.batch_size, not sampling.is_greedy), world)
         answers = Answers(loaded.decoder(loaded.fit.rows, capacity), sampling, ready.stops, asked.max_new_tokens, world)
         world.main_only(lines.begin)
         rows = ready.prompts.prompts
@@ -71,6 +78,16 @@ def answer_rows(asked: AnsweringOptions, sampling: Sampling, output: str, overwr
             world.say(f"answers in {output}")
 
 
+@contextlib.contextmanager
+def standard_input(world: World) -> Iterator[None]:
+    """Let rows be read from standard input inside, by every rank and as often as it likes."""
+    try:
+        yield
+    finally:
+        if world.local_rank == 0:
+            forget_stdin()
+
+
 def read_all(asked: AnsweringOptions, world: World, seed: int, wants_answers: bool = False) -> Ready:
     """Read the adapter's headers, the base's config.json, its tokenizer and the rows. A collective."""
     options = asked.config(seed)
@@ -78,22 +95,16 @@ def read_all(asked: AnsweringOptions, world: World, seed: int, wants_answers: bo
     compute = choose_compute(base.config, world)
     hf_config = compute.hf_config
     vocabulary = text_config(hf_config).vocab_size
-    try:
-        tokenizer = world.first_on_node(lambda: tokenizer_of(base))
-        prompts = world.first_on_node(lambda: read_prompts(options.data, tokenizer, vocabulary, wants_answers))
-    finally:
-        if world.local_rank == 0:
-            forget_stdin()
+    tokenizer = world.first_on_node(lambda: tokenizer_of(base))
+    prompts = world.first_on_node(lambda: read_prompts(options.data, tokenizer, vocabulary, wants_answers))
     return Ready(base, compute, tokenizer, prompts, stops_of(base, hf_config, prompts.stops))
 
 
-def load_for(ready: Ready, capacity: int, rows: int, world: World) -> Loaded:
-    """Return the model with its weights. capacity: tokens of a row with its answer. rows: at a time, -1: automatic.
-
-    A collective."""
-    lengths = [len(prompt.ids) for prompt in ready.prompts.prompts]
-    built = build(replace(ready.base, config=sized(ready.base.config, max(lengths))), world, ready.compute)
-    fit = fit_rows(built, capacity, rows, len(lengths), max(lengths))
+def load_for(ready: Ready, work: Workload, world: World) -> Loaded:
+    """Return the model with its weights, placed for so much work. A collective."""
+    config = sized(ready.base.config, max(work.longest, work.widest))
+    built = build(replace(ready.base, config=config), world, ready.compute)
+    fit = fit_rows(built, work)
     world.say(f"blocks    {built.fusion}")
     world.say(fit.line)
     return built.load(fit)
@@ -151,9 +162,11 @@ class _Lines:
             self._redirected.__exit__(*exception)
 
     def check(self, overwrite: bool) -> None:
-        """Raise UserError for a file that exists and shall not be replaced."""
+        """Raise UserError for a file that exists and shall not be replaced, and for one that cannot be written."""
         if self.path is not None and self.path.exists() and not overwrite:
             raise UserError(f"output_file: {self.path} exists; choose another file, or --overwrite true to replace it")
+        if self.path is not None:
+            check_writable(self.path.parent, "output_file", self.path.name)
 
     def begin(self) -> None:
         """Make the file, or empty it."""

@@ -89,7 +89,10 @@ EVALUATE = Command(
         (
             *NEEDS,
             Needs[EvaluateOptions](
-                ("max_new_tokens", "normalize", "show_answers", "at_least"), "measures", _has_exact, "add exact"
+                ("max_new_tokens", "batch_size", "normalize", "show_answers", "at_least"),
+                "measures",
+                _has_exact,
+                "add exact",
             ),
             Needs[EvaluateOptions](
                 ("context_length",), "measures", lambda a: bool({"auto", "loss"} & {*a.measures}), "add loss"

@@ -9,24 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.atomic_files import atomic_file
-from fsdp_qlora.commands.answer_rows import Ready, load_for, read_all, record, speed_line, start_lines, text_of
+from fsdp_qlora.commands.answer_rows import (
+    Ready,
+    load_for,
+    read_all,
+    record,
+    speed_line,
+    standard_input,
+    start_lines,
+    text_of,
+)
 from fsdp_qlora.commands.evaluate import EvaluateOptions
+from fsdp_qlora.commands.evaluate_task import Task, task_of
 from fsdp_qlora.config.options import LaunchOptions
-from fsdp_qlora.data.asked import continuations
-from fsdp_qlora.data.batches import Rows, load_rows
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.generation.answers import Answer, Answers
-from fsdp_qlora.generation.decoder import PROMPT_TOKENS, FusedDecoder, GenericDecoder
-from fsdp_qlora.generation.likelihood import row_losses, rows_of
+from fsdp_qlora.generation.decoder import FusedDecoder, GenericDecoder
+from fsdp_qlora.generation.likelihood import row_losses
 from fsdp_qlora.generation.sampling import Sampling
-from fsdp_qlora.generation.scores import NORMALIZE, Loss, Share, best, choices_of, mean_loss, sign_test
-from fsdp_qlora.inference import Loaded, tokenizer_of
-from fsdp_qlora.models.skeleton import max_positions, text_config
-from fsdp_qlora.runtime.files import writing_to
+from fsdp_qlora.generation.scores import NORMALIZE, Loss, Share, best, mean_loss, sign_test
+from fsdp_qlora.inference import Loaded
+from fsdp_qlora.runtime.files import check_writable, writing_to
 
 FILE, ANSWERS, BASE_ANSWERS = "evaluation.json", "answers.jsonl", "answers_base.jsonl"
-MOST_TOKENS = {"cuda": PROMPT_TOKENS, "cpu": 2048}  # of a pass, padding included
 
 
 @dataclass
@@ -56,29 +62,20 @@ class Measured:
         return found
 
 
-@dataclass
-class Task:
-    """What is measured: rows for the loss, choices and the right one of each row."""
-
-    measures: list[str]
-    rows: Rows | None
-    choices: list[tuple[list[str], int]]
-
-
 def evaluate_rows(asked: EvaluateOptions) -> None:
     """Measure what `asked` wants. Raises UserError, and TrainingStopped where fewer rows are right than asked for."""
     folder = Path(asked.output_dir)
     with open_world(LaunchOptions(), 42) as world:
         world.main_only(lambda: _check_output(folder, asked.overwrite_output_dir))
-        ready = read_all(asked, world, 42, wants_answers="exact" in asked.measures)
-        task = world.together(lambda: _task(asked, ready, world))
-        most_new = asked.max_new_tokens if "exact" in task.measures else 1
-        capacity = world.together(lambda: ready.capacity(most_new))
+        with standard_input(world):
+            ready = read_all(asked, world, 42, wants_answers="exact" in asked.measures)
+            task = world.together(lambda: task_of(asked, ready, world))
+        work = world.together(lambda: task.workload(asked, ready))
         for line in start_lines(ready):
             world.say(line)
         world.say(f"measures  {', '.join(task.measures)}")
-        loaded = load_for(ready, capacity, asked.batch_size, world)
-        decoder = loaded.decoder(loaded.fit.rows, capacity)
+        loaded = load_for(ready, work, world)
+        decoder = loaded.decoder(loaded.fit.rows, work.capacity) if "exact" in task.measures else None
         states = {"adapter": True} if ready.base.adapter is not None else {}
         states |= {"base": False} if asked.base_too or not states else {}
         found = {}
@@ -96,74 +93,27 @@ def evaluate_rows(asked: EvaluateOptions) -> None:
             ).on_every_rank(world.rank)
 
 
-def _task(asked: EvaluateOptions, ready: Ready, world: World) -> Task:
-    """Return what is to be measured. Raises UserError for a measure that the rows have no columns for."""
-    wanted, prompts = list(asked.measures), ready.prompts.prompts
-    auto = "auto" in wanted
-    given = [prompt.row.get("choices") is not None for prompt in prompts]
-    if auto:
-        wanted = ["loss"]
-        if all(given):
-            wanted.append("choice")
-        elif all((prompt.answer or "").strip() for prompt in prompts):
-            wanted.append("exact")
-        if not any((prompt.answer or "").strip() for prompt in prompts) and ready.prompts.form != "text":
-            wanted.remove("loss")
-    if not wanted:
-        raise UserError(
-            f"dataset {asked.dataset!r}: its rows have neither answers nor choices; nothing can be measured"
-        )
-    if asked.at_least is not None and "exact" not in wanted:
-        raise UserError(
-            f"at_least {asked.at_least:g}: has no effect, as exact is not measured here; add it to measures"
-        )
-    choices = list[tuple[list[str], int]]()
-    if "choice" in wanted:
-        for prompt in prompts:
-            one = choices_of(prompt.row, prompt.answer, prompt.location)
-            if one is None:
-                raise UserError(f"measures: choice needs the column choices, which {prompt.location} does not have")
-            choices.append(one)
-    rows = None
-    if "loss" in wanted:
-        data = ready.base.config.data
-        hf_config = ready.compute.hf_config
-        limit = min(asked.context_length, max_positions(hf_config) or asked.context_length)
-        data = type(data)(**vars(data) | {"context_length": limit, "rows_cache": None})
-        rows = load_rows(data, tokenizer_of(ready.base), None, text_config(hf_config).vocab_size)
-        for note in rows.notes:
-            world.say(f"          {note}")
-    return Task(wanted, rows, choices)
-
-
 def _measure(
     asked: EvaluateOptions,
     ready: Ready,
     task: Task,
     loaded: Loaded,
-    decoder: FusedDecoder | GenericDecoder,
+    decoder: FusedDecoder | GenericDecoder | None,
     world: World,
 ) -> Measured:
     """Return the figures of the model as it is now. A collective."""
     made, prompts = Measured(), ready.prompts.prompts
-    most = max(MOST_TOKENS[world.device.type], 0 if task.rows is None else task.rows.widest)
     if task.rows is not None:
-        made.loss = mean_loss(row_losses(loaded.model, task.rows, most, world))
-    if task.choices:
-        pieces = [
-            (prompt.ids, ids)
-            for prompt, (texts, _) in zip(prompts, task.choices, strict=True)
-            for ids in continuations(ready.tokenizer, texts)
-        ]
-        rows = rows_of(pieces, int(ready.tokenizer.pad_token_id or 0))
-        losses = row_losses(loaded.model, rows, max(most, rows.widest), world)
-        edges, right = 0, {False: 0, True: 0}
-        for texts, which in task.choices:
+        made.loss = mean_loss(row_losses(loaded.model, task.rows, task.most_tokens, world))
+    if task.choice_rows is not None:
+        losses = row_losses(loaded.model, task.choice_rows, task.most_tokens, world)
+        edge, right = 0, {False: 0, True: 0}
+        for count, which in task.choices:
             for per_token in right:
-                right[per_token] += best(losses[edges : edges + len(texts)], per_token) == which
-            edges += len(texts)
+                right[per_token] += best(losses[edge : edge + count], per_token) == which
+            edge += count
         made.choice, made.choice_per_token = (Share(right[per], len(task.choices)) for per in (False, True))
-    if "exact" in task.measures:
+    if decoder is not None:
         decoder.forget_adapters()
         answers = Answers(decoder, Sampling(), ready.stops, asked.max_new_tokens, world)
         made.answers = [answer for some in answers([prompt.ids for prompt in prompts]) for answer in some]
@@ -233,3 +183,4 @@ def table(columns: dict[str, dict[str, str]]) -> list[str]:
 def _check_output(folder: Path, overwrite: bool) -> None:
     if (folder / FILE).exists() and not overwrite:
         raise UserError(f"output_dir: {folder / FILE} exists; choose another folder, or --overwrite_output_dir true")
+    check_writable(folder, "output_dir")

@@ -12,7 +12,7 @@ from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.data.chat import ChatTemplate, choose_chat_template, read_template
 from fsdp_qlora.data.forms import ANSWERS, CHAT, Columns, Form, form_of, renamed
 from fsdp_qlora.data.prompts import PromptTemplate
-from fsdp_qlora.data.readers import Placed, open_bytes, parse_line
+from fsdp_qlora.data.readers import PACKED, WRONG, Placed, open_bytes, parse_line
 from fsdp_qlora.data.sources import STDIN, keep_stdin, open_source, parts_of
 from fsdp_qlora.data.templates import Example, Row
 from fsdp_qlora.data.tokens import Encoder
@@ -24,13 +24,15 @@ BLANK = "output"  # the column that stands in for an answer that a row does not 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked. answer: the row's own, None where it has none. row: as it was read, for who looks for more."""
+    """What is asked. answer: the row's own, None where it has none. row: as it was read, for who looks for more.
+    number: the answer, where the row has an integer for it."""
 
     ids: list[int]
     text: str
     answer: str | None
     location: str
     row: Mapping[str, Any]
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,9 @@ class _Reader:
         ids = self.encoder.prompt(example) if text else []
         if not ids:
             raise BadRow(f"{where}: asks nothing: its prompt is empty")
-        return Prompt(ids, text, answer if has_answer or self.chat is not None else None, where, row)
+        answer = answer if has_answer or self.chat is not None else None
+        numbers = (fields[name] for name in ANSWERS if type(fields.get(name)) is int)
+        return Prompt(ids, text, answer, where, row, next((n for n in numbers if str(n) == answer), None))
 
     def stops(self) -> list[int]:
         """Return EOS, and of chats the token that ends a turn."""
@@ -172,7 +176,9 @@ def _text_file(name: str) -> Path | None:
     JSON."""
     if name != STDIN:
         path = Path(name).expanduser()
-        return path if TEXT in path.suffixes and path.is_file() else None
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        kind = suffixes[:-1] if suffixes and suffixes[-1] in PACKED else suffixes
+        return path if kind[-1:] == [TEXT] and path.is_file() else None
     path = keep_stdin()
     with path.open("rb") as file:
         first = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
@@ -182,7 +188,12 @@ def _text_file(name: str) -> Path | None:
 def _lines(path: Path, as_chat: bool) -> Iterator[Placed]:
     with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
-            text = line.decode("utf-8-sig", errors="strict").strip("\r\n") if line.strip() else ""
+            try:
+                text = line.decode("utf-8-sig").strip("\r\n") if line.strip() else ""
+            except UnicodeDecodeError as error:
+                why = f"is not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+                yield f"line {number}", {WRONG: why}
+                continue
             if text:
                 row: Row = {"messages": [{"role": "user", "content": text}]} if as_chat else {"prompt": text}
                 yield f"line {number}", row

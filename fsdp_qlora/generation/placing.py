@@ -6,25 +6,28 @@ for one row as for hundreds, so there the rows come first and blocks stay on the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import inf
 
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.shards import shard_count
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.exchange.choose import through_host
-from fsdp_qlora.generation.cache import KVCache
-from fsdp_qlora.generation.decoder import PROMPT_TOKENS, fused_specs
+from fsdp_qlora.generation.needs import Needs, Workload, answering_bytes, needs_of
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.skeleton import text_config
 from fsdp_qlora.plan.budget import find_budget
 from fsdp_qlora.plan.plan import BlockPlan, Budget, Placed, Plan
 from fsdp_qlora.plan.planning import wishes_of
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import as_gib
+
+__all__ = ["Fit", "Workload", "answering_bytes", "copies_bytes", "fit"]
 
 MOST_ROWS = {"replicate": 64, "shard": 256, "shard_offload": 256, "stream": 256}  # where nobody says how many
 STAGING = 3  # buffers for streamed blocks: one that is computed, one that has come, one that comes
 GATHERED = 3  # blocks that are whole at a time where they are sharded
 SPARE = 0.03  # of the budget: what libraries take, and the allocator's rounding
+COPY_SHARE = 0.9  # of what is free behind all else, that decoded copies of weights may take
 
 
 @dataclass(frozen=True)
@@ -37,74 +40,36 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class _Needs:
-    """Bytes of a rank's device."""
+class _Refused:
+    """Why a placement does not do: the option that limits it, and what it would need."""
 
-    blocks: list[int]
-    other: int  # embedding, head and the rest, where they are on the device
-    head: int  # of other, what may be streamed
-    host: int  # an embedding's rows
-    row: int
-    work: int
+    option: str
+    why: str
 
 
-def fit(
-    model: CausalModel, config: Config, world: World, capacity: int, asked: int, rows_per_rank: int, longest: int
-) -> Fit:
-    """Return what fits. A collective.
-
-    capacity: tokens of a row with its answer. asked: rows at a time, -1: as many as pay. rows_per_rank: that there
-    are. longest: tokens of a prompt. Raises UserError on every rank alike where not even one row fits."""
-    budget, needs = find_budget(config.memory, world), _needs(model, capacity, longest)
-    tried = []
-    for placement in _order(config, world, needs):
-        most = min(rows_per_rank, MOST_ROWS[placement]) if asked == -1 else min(asked, rows_per_rank)
-        found = _try(placement, needs, budget, most, asked, config, world)
+def fit(model: CausalModel, config: Config, world: World, work: Workload) -> Fit:
+    """Return what fits. A collective. Raises UserError on every rank alike where not even one row fits."""
+    budget, needs = find_budget(config.memory, world), needs_of(model, work)
+    tried = list[_Refused]()
+    for placement in _order(config, world):
+        found = _try(placement, needs, budget, work, config, world)
         if isinstance(found, Fit):
             return found
-        tried.append(f"{placement} needs {found / GIB:.1f} GiB with one row")
-    limit = f"{budget.device_bytes / GIB:.1f} GiB"
-    remedy = "lower max_new_tokens or batch_size, use more or larger cards, or --use_cpu_offload true"
-    raise UserError(
-        f"gpu_memory_gib: nothing fits into the {limit} of a card: {'; '.join(tried)}; {remedy}"
-    ).on_every_rank(world.rank)
-
-
-def answering_bytes(model: CausalModel, capacity: int, longest: int) -> int:
-    """Return what answering one row at a time takes of a device beside the model. Arguments as of `fit`."""
-    needs = _needs(model, capacity, longest, longest)
-    return needs.row + needs.work
-
-
-def _needs(model: CausalModel, capacity: int, longest: int, at_least: int = PROMPT_TOKENS) -> _Needs:
-    """at_least: tokens of a pass over prompts."""
-    linears, config = model.linears().values(), text_config(model.backbone.config)
-    size = model.precision.compute.itemsize
-    hidden = config.hidden_size
-    widest = max(max(linear.out_features, linear.in_features) for linear in linears)
-    specs = fused_specs(model)
-    if specs is not None:
-        row = KVCache.row_bytes(specs, capacity, model.precision.compute)
-    else:  # the keys before and behind a step's are there at once
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        row = 3 * config.num_hidden_layers * heads * head_dim * capacity * size
-    # Decoded: the widest pair of linears that share an input. Of a prompt's tokens: the stream and an MLP's middle.
-    decoded = 2 * max(linear.out_features * linear.in_features for linear in linears) * size
-    tokens = max(at_least, longest)
-    adapters = sum(p.numel() for linear in linears for p in linear.adapter_parameters().values()) * size * 3 // 2
-    on_device = [unit for unit in model.units if unit.home != "host"]
-    blocks = [unit.frozen.layout.nbytes for unit in on_device if unit.name in model.blocks]
-    other = sum(unit.frozen.layout.nbytes for unit in on_device if unit.name not in model.blocks)
-    head = 0 if model.is_tied() else model.head.frozen.layout.nbytes
-    host = sum(unit.frozen.layout.nbytes for unit in model.units if unit.home == "host")
-    logits = 16 * int(config.vocab_size)  # of a row: float32, and as much again three times where tokens are drawn
-    return _Needs(
-        blocks, other, head, host, row + logits, decoded + adapters + tokens * (6 * hidden + 4 * widest) * size
+        tried.append(found)
+    reasons = "; ".join(
+        f"{option}: {', '.join(one.why for one in some)}" for option, some in groupby(tried, lambda one: one.option)
     )
+    remedy = "lower max_new_tokens or batch_size, use more or larger cards"
+    remedy += "" if any(one.why.startswith("stream") for one in tried) else ", or --use_cpu_offload true"
+    raise UserError(f"{reasons}; {remedy}").on_every_rank(world.rank)
 
 
-def _order(config: Config, world: World, needs: _Needs) -> Sequence[Placed]:
+def copies_bytes(free: float, plan: Plan) -> int:
+    """Return what decoded copies of weights may take of a device. free: its bytes, those that the plan has included."""
+    return int(COPY_SHARE * max(0.0, free - plan.device_bytes))
+
+
+def _order(config: Config, world: World) -> Sequence[Placed]:
     """Return the placements to try, the one to be taken first; the options may leave one."""
     allowed = wishes_of(config.memory, world.size).placements or ("replicate", "shard", "stream")
     if len(allowed) == 1:
@@ -115,43 +80,73 @@ def _order(config: Config, world: World, needs: _Needs) -> Sequence[Placed]:
 
 
 def _try(
-    placement: Placed, needs: _Needs, budget: Budget, most: int, asked: int, config: Config, world: World
-) -> Fit | int:
-    """Return the plan, or the bytes that it needs with a single row."""
-    free, base = budget.device_bytes, sum(needs.blocks) + needs.other
-    spare, largest = needs.work, max(needs.blocks)
-    resident = len(needs.blocks)
-    host, head_resident, staging = needs.host, True, 0
-    if placement in ("shard", "shard_offload"):
-        base = GATHERED * largest + (0 if placement == "shard_offload" else base // shard_count(config.memory, world))
+    placement: Placed, needs: Needs, budget: Budget, work: Workload, config: Config, world: World
+) -> Fit | _Refused:
+    """Return the plan, or why there is none."""
+    free, count, largest = budget.device_bytes, len(needs.blocks), max(needs.blocks)
+    is_limited, wanted = free != inf, config.memory.resident_blocks
+    fixed, host = _fixed(placement, needs, config, world)
+    kept = 0  # blocks that must stay, before rows take what is left
     if placement == "stream":
-        staging, base = STAGING, needs.other + STAGING * largest
-        host += sum(needs.blocks)
-    fixed = base + spare
-    if free == float("inf"):
-        rows = most
-    else:
-        left = free * (1 - SPARE) - fixed
+        if wanted is not None and wanted > count:
+            return _Refused("resident_blocks", f"{wanted} are more than the model's {count} blocks")
+        over = max(0, host - budget.host_bytes) if is_limited else 0  # that host memory has no room for
+        kept = min(count, -(-int(over) // min(needs.blocks))) if wanted is None else wanted
+    per_rank = -(-work.count // world.size)
+    most = min(per_rank, MOST_ROWS[placement] if work.asked == -1 else work.asked)
+    rows = most
+    if is_limited:
+        least = 1 if work.asked == -1 else most
+        left = free * (1 - SPARE) - fixed - kept * largest
         rows = min(most, int(left // needs.row))
-        if rows < 1 or (asked != -1 and rows < most):
-            return fixed + needs.row * (1 if asked == -1 else most)
+        if rows < least:
+            return _too_large(placement, fixed + kept * largest + least * needs.row, least, kept, host, budget, wanted)
+        if placement == "stream" and wanted is None:
+            kept = min(count, kept + int((left - rows * needs.row) // largest))
+    stays = _spread(count, kept) if placement == "stream" else [True] * count
+    resident = 0
     if placement == "stream":
-        wanted = config.memory.resident_blocks
-        room = len(needs.blocks) if free == float("inf") else int((left - rows * needs.row) // largest)
-        resident = min(room, len(needs.blocks)) if wanted is None else wanted
-        if resident > min(room, len(needs.blocks)):
-            return fixed + needs.row + resident * largest
-        if free == float("inf") and wanted is None:
-            resident = 0
+        resident = sum(nbytes for nbytes, stay in zip(needs.blocks, stays, strict=True) if stay)
+    host -= resident
     if host > budget.host_bytes:
-        return 1 << 62
-    spots = _spread(len(needs.blocks), resident)
+        return _Refused("host_memory_gib", f"{placement} needs {_of(host, budget.host_bytes, 'host memory')}")
     plan = Plan(
-        placement, tuple(BlockPlan(stays, "input", False) for stays in spots), head_resident, staging, rows, 1,
-        fixed + rows * needs.row, host, None, {},
+        placement, tuple(BlockPlan(stay, "input", False) for stay in stays), True,
+        STAGING if placement == "stream" else 0, rows, 1, fixed + resident + rows * needs.row, host, None, {},
     )  # fmt: skip
-    where = f"{placement}, {resident} of {len(spots)} blocks on the device" if placement == "stream" else placement
+    where = f"{placement}, {sum(stays)} of {count} blocks on the device" if placement == "stream" else placement
     return Fit(plan, rows, f"answers   {rows} row{'s' * (rows > 1)} at a time on each rank, base: {where}")
+
+
+def _fixed(placement: Placed, needs: Needs, config: Config, world: World) -> tuple[int, int]:
+    """Return (bytes of a device for any number of rows and blocks that stay, bytes of a node's host memory with none
+    that stays)."""
+    base, largest, host = sum(needs.blocks) + needs.other, max(needs.blocks), needs.host
+    if placement in ("shard", "shard_offload"):
+        own = base // shard_count(config.memory, world)
+        base = GATHERED * largest + (0 if placement == "shard_offload" else own)
+        host += own * world.local_size if placement == "shard_offload" else 0
+    if placement == "stream":
+        base = needs.other + STAGING * largest
+        host += sum(needs.blocks)
+    return base + needs.work, host
+
+
+def _too_large(
+    placement: Placed, needed: int, rows: int, kept: int, host: int, budget: Budget, wanted: int | None
+) -> _Refused:
+    """Return why so many rows, and the blocks that must stay, do not fit on a device."""
+    why = f"{placement} needs {_of(needed, budget.device_bytes, 'each card')} with {rows} row{'s' * (rows > 1)}"
+    if not kept:
+        return _Refused("gpu_memory_gib", why)
+    if wanted is not None:
+        return _Refused("resident_blocks", f"{why} and {wanted} resident blocks")
+    short = _of(host, budget.host_bytes, "host memory")
+    return _Refused("host_memory_gib", f"{why} and {kept} resident blocks, or {short} without these")
+
+
+def _of(needed: float, there: float, where: str) -> str:
+    return f"{as_gib(needed, 2)} of {where}, which has {as_gib(there, 2)}"
 
 
 def _spread(blocks: int, resident: int) -> list[bool]:

@@ -15,7 +15,7 @@ LETTERS = string.ascii_uppercase
 
 
 def _words(text: str) -> str:
-    bare = "".join(" " if letter in string.punctuation else letter for letter in text.lower())
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(ARTICLES.sub(" ", bare).split())
 
 
@@ -78,23 +78,43 @@ def mean_loss(rows: Sequence[RowLoss]) -> Loss:
     return Loss(mean, labels, count, Z * math.sqrt(apart * count / (count - 1)) / labels)
 
 
-def choices_of(row: Mapping[str, Any], answer: str | None, where: str) -> tuple[list[str], int] | None:
+def choices_of(row: Mapping[str, Any], answer: str | int | None, where: str) -> tuple[list[str], int] | None:
     """Return (the choices of a row, which one is right), None of a row without choices.
 
-    `choices` is a list of texts, or an object of lists `text` and `label`. The answer is one of the texts, a label, a
-    number counted from 0, or a letter. Raises BadRow where it is none of these."""
+    `choices` is a list of texts, or an object of lists `text` and `label`. An integer counts them from 0. A text is
+    one of the choices or of their labels; where it is neither it is a number from 0, or a letter, and without labels
+    these count beside the choices. Raises BadRow where it is none of these or may mean two, and for an empty choice."""
     given = row.get("choices")
     if given is None:
         return None
-    labels = [str(label) for label in given.get("label", [])] if isinstance(given, dict) else []
-    texts = [str(text) for text in (given.get("text", []) if isinstance(given, dict) else given)]
+    labels = list(given.get("label") or []) if isinstance(given, dict) else []
+    texts = [str(text) for text in (given.get("text") or [] if isinstance(given, dict) else given)]
+    if not all(text.strip() for text in texts):
+        raise BadRow(f"{where}: a choice is empty, which every model finds the likeliest")
     named = answer if answer is not None else row.get("answerKey", row.get("label", row.get("gold")))
-    said = "" if named is None else str(named).strip()
-    numbered = [str(i) for i in range(len(texts))]
-    for names in (texts, labels, numbered, list(LETTERS[: len(texts)])):
-        if said in names[: len(texts)]:
-            return texts, names.index(said)
-    raise BadRow(f"{where}: its answer {said!r} is none of its {len(texts)} choices")
+    if isinstance(named, int) and not isinstance(named, bool):
+        found = {named} if 0 <= named < len(texts) else set[int]()
+        found |= {i for i, label in enumerate(labels) if isinstance(label, int) and label == named}
+    else:
+        found = _readings("" if named is None else str(named).strip(), texts, [str(label).strip() for label in labels])
+    if len(found) > 1:
+        which = " or ".join(repr(texts[i]) for i in sorted(found))
+        raise BadRow(f"{where}: its answer {named!r} may mean {which}; give the choice's number from 0, as an integer")
+    if not found:
+        raise BadRow(f"{where}: its answer {'' if named is None else named!r} is none of its {len(texts)} choices")
+    return texts, found.pop()
+
+
+def _readings(said: str, texts: Sequence[str], labels: Sequence[str]) -> set[int]:
+    """Return the choices that a text may mean."""
+    by_name = [[text.strip() for text in texts], list(labels[: len(texts)])]
+    by_place = [[str(i) for i in range(len(texts))], list(LETTERS[: len(texts)])]
+    readings = [by_name, by_place] if labels else [[*by_name, *by_place]]
+    for names in readings:
+        found = {some.index(said) for some in names if said in some}
+        if found:
+            return found
+    return set()
 
 
 def best(scores: Sequence[RowLoss], per_token: bool) -> int:

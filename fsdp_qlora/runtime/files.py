@@ -25,6 +25,18 @@ def writing_to(folder: Path, option: str) -> Iterator[None]:
         raise UserError(f"{option}: {folder} cannot be written ({error.strerror}); {advice}") from error
 
 
+def check_writable(folder: Path, option: str, name: str = "") -> None:
+    """Make `folder` and prove that it can be written, and its file of that name where there is one.
+
+    Raises UserError where not. option: that leads there."""
+    with writing_to(folder, option):
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+        if name and (folder / name).exists():
+            (folder / name).open("ab").close()
+
+
 def check_empty(folder: Path) -> None:
     """Raise UserError where `output_dir` has anything in it."""
     names = [file.name for file in folder.iterdir() if file.name != LOCK]
@@ -65,9 +77,7 @@ class Claim:
             self._lock(folder)
             if not overwrite:
                 check_empty(folder)
-            probe = folder / f".writable-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+        check_writable(folder, "output_dir")
 
     def __enter__(self) -> "Claim":
         return self

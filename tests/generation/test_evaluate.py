@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,15 @@ import transformers
 from peft import PeftModel
 
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.config.options import DataOptions
+from fsdp_qlora.data.asked import read_prompts
 from fsdp_qlora.errors import BadRow
 from fsdp_qlora.generation.likelihood import RowLoss
 from fsdp_qlora.generation.scores import NORMALIZE, Share, best, choices_of, mean_loss, sign_test
 from tests.generation.test_generate import WORKER, by_peft, material
 from tests.support import plain
 from tests.support.runs import Options, flags
-from tests.support.torchrun import run_torchrun
+from tests.support.torchrun import ROOT, run_torchrun
 
 __all__ = ["material"]  # the fixture
 NEW = 8
@@ -117,10 +121,16 @@ def test_choices_are_scored_as_peft_scores_them_on_two_ranks_too(material, tmp_p
         ({"measures": "exact", "dataset": "BARE"}, ["line 1", "no answer to compare"]),
         ({"dataset": "BARE"}, ["neither answers nor choices"]),
         ({"measures": "accuracy"}, ["measures accuracy", "loss, exact, choice"]),
+        ({"measures": "choice", "dataset": "LONG"}, ["at most 256 tokens", "line 2", "longest choice"]),
+        ({"measures": "loss", "batch_size": 2}, ["batch_size 2", "no effect", "add exact"]),
+        ({"output_dir": "ROWS"}, ["output_dir", "cannot be written"]),
     ],
 )
 def test_a_mistake_is_one_line(options, words, material, tmp_path, capsys):
-    places = {"BARE": saved(tmp_path / "bare.jsonl", [{"prompt": "ant bee"}])}
+    places = {"BARE": saved(tmp_path / "bare.jsonl", [{"prompt": "ant bee"}]), "ROWS": material / "rows.jsonl"}
+    asked = {"prompt": "ant", "completion": "bee"}
+    rows = [asked | {"choices": ["bee", "cow"]}, asked | {"choices": ["bee", "cow " * 300]}]
+    places["LONG"] = saved(tmp_path / "long.jsonl", rows)
     given: Options = {"adapter": material / "adapter", "dataset": material / "rows.jsonl", "output_dir": tmp_path / "e"}
     given |= {"max_new_tokens": NEW} if options.get("measures") not in ("choice", "loss") else {}
     given |= {name: places.get(value, value) for name, value in options.items()}
@@ -130,6 +140,28 @@ def test_a_mistake_is_one_line(options, words, material, tmp_path, capsys):
     assert len(lines) == 1
     assert all(word in lines[0] for word in words), lines
     assert not (tmp_path / "e" / "evaluation.json").exists()
+
+
+def test_rows_from_standard_input_are_measured_in_every_way(material, tmp_path):
+    rows = [json.loads(line) for line in (material / "rows.jsonl").read_text().splitlines()]
+    file = saved(tmp_path / "rows.jsonl", [row | {"choices": [row["completion"], "gnu"]} for row in rows])
+    shared: Options = {"adapter": material / "adapter", "measures": "loss,choice,exact", "max_new_tokens": 2}
+    wanted = evaluate(tmp_path / "file", **shared, dataset=file)
+    arguments = flags(shared | {"dataset": "-", "output_dir": tmp_path / "piped"})
+    piped = [sys.executable, "-m", "fsdp_qlora", "evaluate", *arguments]
+    done = subprocess.run(piped, input=file.read_bytes(), capture_output=True, cwd=ROOT, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads((tmp_path / "piped" / "evaluation.json").read_text())
+    assert found | {"dataset": wanted["dataset"]} == wanted
+
+
+def test_an_answer_that_is_an_integer_counts_choices(material, tmp_path):
+    """Its text is another choice's, which is wrong."""
+    row = {"prompt": "ant", "choices": ["8", "2", "24", "120"], "answer": 2}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(material / "base")
+    options = DataOptions(dataset=str(saved(tmp_path / "rows.jsonl", [row, row | {"answer": "24"}])))
+    numbers = [prompt.number for prompt in read_prompts(options, tokenizer, 1 << 20).prompts]
+    assert numbers == [2, None]
 
 
 # ---- figures
@@ -160,19 +192,38 @@ def test_what_of_an_answer_counts():
     assert NORMALIZE["none"](" a  b ") == " a  b "
     assert NORMALIZE["space"](" A\n b ") == "A b"
     assert NORMALIZE["words"]("The cat, and A dog!") == "cat and dog"
+    assert NORMALIZE["words"]("don't, a well-known U.S. man") == "dont wellknown us man"  # as SQuAD deletes punctuation
 
 
 def test_the_right_choice_is_found_by_text_label_number_and_letter():
-    assert choices_of({"choices": ["1", "0"]}, "0", "x") == (["1", "0"], 1)  # a text comes before a number
+    assert choices_of({"choices": ["8", "2", "24", "120"]}, 2, "x") == (["8", "2", "24", "120"], 2)
+    assert choices_of({"choices": ["8", "2"], "gold": 1}, None, "x") == (["8", "2"], 1)
+    assert choices_of({"choices": ["x", " y"]}, "y", "x") == (["x", " y"], 1)
     assert choices_of({"choices": ["x", "y"]}, "1", "x") == (["x", "y"], 1)
     assert choices_of({"choices": ["x", "y"]}, "A", "x") == (["x", "y"], 0)
     assert choices_of({"choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, None, "x") == (
         ["x", "y"],
         1,
     )
+    numbered = {"choices": {"text": ["w", "x", "y", "z"], "label": ["1", "2", "3", "4"]}}
+    assert choices_of(numbered, "2", "x") == (["w", "x", "y", "z"], 1)  # a label comes before a number
+    assert choices_of(numbered, "0", "x") == (["w", "x", "y", "z"], 0)
     assert choices_of({"prompt": "x"}, "y", "x") is None
     with pytest.raises(BadRow, match="none of its 2 choices"):
         choices_of({"choices": ["x", "y"]}, "z", "row 1")
+    with pytest.raises(BadRow, match="none of its 2 choices"):
+        choices_of({"choices": ["x", "2"]}, 2, "row 1")
+    for choices, answer in (
+        (["1", "0"], "0"),
+        (["8", "2", "24"], "2"),
+        (["B", "A"], "A"),
+        ({"text": ["2", "1"], "label": ["1", "2"]}, "1"),
+        ({"text": ["x", "y"], "label": [1, 0]}, 1),
+    ):
+        with pytest.raises(BadRow, match=r"row 1: its answer .* may mean"):
+            choices_of({"choices": choices}, answer, "row 1")
+    with pytest.raises(BadRow, match="row 1: a choice is empty"):
+        choices_of({"choices": ["x", " "]}, "x", "row 1")
     scores = [RowLoss(3.0, 1), RowLoss(4.0, 4), RowLoss(3.0, 1)]
     assert (best(scores, per_token=False), best(scores, per_token=True)) == (0, 1)
 

@@ -1,5 +1,6 @@
 """The command generate: the answers of PEFT, alike however rows and base are divided; mistakes in one line."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def test_a_file_of_lines_and_standard_output(material, tmp_path, capsys):
     assert "tokens/s" in said.err
 
 
+def test_a_file_is_lines_of_text_by_its_last_suffix(material, tmp_path):
+    rows = (material / "rows.jsonl").read_bytes()
+    shared: Options = {"adapter": material / "adapter", "max_new_tokens": 1}
+    (tmp_path / "rows.txt.jsonl").write_bytes(rows)
+    assert len(generate(tmp_path / "rows", dataset=tmp_path / "rows.txt.jsonl", **shared)) == len(rows.splitlines())
+    with gzip.open(tmp_path / "lines.txt.gz", "wb") as file:
+        file.write(b"ant\nb\xe9e\ncow\n")
+    found = generate(tmp_path / "lines", dataset=tmp_path / "lines.txt.gz", bad_rows="skip", **shared)
+    assert [line["prompt"] for line in found] == ["ant", "cow"]
+
+
 CASES: dict[str, Options] = {
     "replicate": {"sharding_strategy": "ddp"},
     "shard": {"sharding_strategy": "full_shard", "batch_size": 2},
@@ -132,6 +144,9 @@ def test_two_ranks_answer_as_one_wherever_the_base_is(material, tmp_path):
         ({"adapter": "BASE"}, ["adapter:", "has no adapter_config.json"]),
         ({"adapter": "ADAPTER", "model_name": "OTHER"}, ["adapter:", "another base"]),
         ({"adapter": "ADAPTER", "output_file": "ROWS"}, ["output_file", "exists", "--overwrite true"]),
+        ({"adapter": "ADAPTER", "output_file": "BESIDE"}, ["output_file", "cannot be written"]),
+        ({"adapter": "ADAPTER", "output_file": "FOLDER", "overwrite": "true"}, ["output_file", "cannot be written"]),
+        ({"adapter": "ADAPTER", "dataset": "LATIN"}, ["line 2 is not UTF-8 text", "byte 1 of the line"]),
         ({"adapter": "ADAPTER", "dataset": "dummy"}, ["dataset dummy", "ask nothing"]),
         ({"adapter": "ADAPTER", "sharding_strategy": "ddp", "use_cpu_offload": "true"}, ["nothing is offloaded"]),
         ({"adapter": "ADAPTER", "gpu_memory_gib": 4}, ["gpu_memory_gib", "no effect without a GPU"]),
@@ -141,6 +156,8 @@ def test_a_mistake_is_one_line_before_anything_is_loaded(options, words, materia
     if torch.cuda.is_available() and "gpu_memory_gib" in options:
         pytest.skip("there is a GPU")
     places = {"ADAPTER": material / "adapter", "BASE": material / "base", "ROWS": material / "rows.jsonl"}
+    places |= {"BESIDE": material / "rows.jsonl" / "a.jsonl", "FOLDER": tmp_path, "LATIN": tmp_path / "latin.txt"}
+    places["LATIN"].write_bytes(b"ant\nb\xe9e\n")
     if options.get("model_name") == "OTHER":
         shape = tiny.SHAPE | {"hidden_size": 128}
         places["OTHER"] = tiny.save_model(transformers.Qwen2Config(**shape), tmp_path / "other")
