@@ -22,7 +22,7 @@ from fsdp_qlora.models.precision import MODES, Precision
 from fsdp_qlora.models.skeleton import build, quantization_of, read_config
 from fsdp_qlora.placement.load import check_names, encode_entry, expected_of
 from fsdp_qlora.weights.checkpoint_files import some
-from fsdp_qlora.weights.choose import codec_chooser, open_weights, told_forms
+from fsdp_qlora.weights.choose import as_published, codec_chooser, open_weights, told_forms
 from fsdp_qlora.weights.codecs import Codec, Plain, is_quantized, weight_of
 from fsdp_qlora.weights.hub import fetch
 from fsdp_qlora.weights.layout import Entry
@@ -47,17 +47,17 @@ class Piece:
 class Merged:
     """The tensors of base + adapter under the checkpoint's names.
 
-    skeleton: the Hugging Face model on the meta device. folder: of the base. pieces: in the checkpoint's order."""
+    skeleton: the Hugging Face model on the meta device. folder: of the base. pieces: in the checkpoint's order. Without
+    an adapter they are the base's as it is published, quantized or not, whatever `options` and `merge_base` say."""
 
     def __init__(
         self, options: ModelOptions, adapter: SavedAdapter | None, merge_base: MergeBase, device: torch.device
     ) -> None:
         """Read config and headers. Raises UserError where base and adapter do not belong together."""
         self.adapter, self.merge_base, self.device = adapter, merge_base, device
-        self.precision: Precision = MODES[options.precision]
         self.hf_config: PretrainedConfig = read_config(options.model_name, options.revision)
         quantized = quantization_of(self.hf_config)
-        if quantized is not None:
+        if quantized is not None and adapter is not None:
             self._check_original(options)
         self.skeleton: PreTrainedModel = self.build()
         state = self.skeleton.state_dict()
@@ -66,15 +66,19 @@ class Merged:
             check_head(adapter, self.skeleton)
         self.folder = _folder_of(options)
         local = ModelOptions(model_name=str(self.folder), loading_workers=options.loading_workers)
-        weights = fit(self.skeleton, open_weights(local, self.precision.stream))
+        weights = fit(self.skeleton, open_weights(local, MODES[options.precision].stream))
         assert isinstance(weights, Fitted)
         self.weights = weights
         names = weights.names()
         published = quantized is not None or any(is_quantized(name, names) for name in names)
-        if published:
+        if adapter is None:
+            self.merge_base = "trained" if published else "original"
+            options = as_published(options, quantized, told_forms(quantized, weights, torch.float32))
+        elif published:
             self._check_original(options)
+        self.precision: Precision = MODES[options.precision]
         # What CPUs and GPUs do differently where the base's quantized form is made anew, "" where nothing is.
-        self.rounded_by = "" if published or merge_base != "trained" else _rounded_by(options)
+        self.rounded_by = "" if published or self.merge_base != "trained" else _rounded_by(options)
         self.own_head = has_its_own_head(self.skeleton, weights)  # though the config ties it to the embedding
         self._entries, self._computed = self._encoding(options, quantized)
         linears = {f"{path}.weight": path for path in (adapter.linears if adapter is not None else ())}

@@ -1,6 +1,7 @@
 """The source of weights that the options name, and the codec of each of its linears."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fsdp_qlora.weights.codecs import (
     choose_codec,
     described,
     is_quantized,
+    published_by,
     telling,
     train_type_over,
 )
@@ -95,6 +97,19 @@ def told_forms(
         for weight, small in smalls.items()
     }
     return {weight: form for weight, form in forms.items() if form is not None}
+
+
+def as_published(options: ModelOptions, quantization_config: Mapping[str, Any] | None, told: Told) -> ModelOptions:
+    """Return the options that read a checkpoint as it is: over the form in which it is published, if it is in one.
+
+    HQQ in float32, which rounds neither its scales nor its numbers. told: `told_forms` of the weights."""
+    family = next((family for family, _ in told.values()), None)
+    if family is None and quantization_config is not None:
+        family = published_by(quantization_config)
+    if family is None:
+        return options
+    precision = "fp32" if family == "hqq" else options.precision
+    return replace(options, train_type=train_type_over(family, options.train_type), precision=precision)
 
 
 def _as_told(options: ModelOptions, told: Told, name: str) -> Codec:

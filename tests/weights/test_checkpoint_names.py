@@ -133,7 +133,7 @@ def test_a_head_of_another_shape_is_refused(tmp_path, capsys):
     assert f"{HEAD} is [260, 64] and should be [264, 64]" in refused(tmp_path / "model", capsys)
 
 
-def test_a_head_in_4_bits_is_decoded(tmp_path):
+def test_a_head_in_4_bits_is_decoded(tmp_path, capsys):
     llama(tmp_path / "model")
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -152,6 +152,8 @@ def test_a_head_in_4_bits_is_decoded(tmp_path):
     truth = plain.decoded(theirs.lm_head).view_as(head).float().cpu()
     torch.testing.assert_close(head, truth, rtol=0, atol=1e-6)
     assert not torch.equal(head, load_file(tmp_path / "model/model.safetensors")[HEAD])
+    line = refused(tmp_path / "4bit", capsys, "double_quant", train_type="qlora", double_quant=False)
+    assert "double_quant: false is not what the checkpoint has" in line
 
 
 def test_two_ranks_agree_on_the_head_and_train_as_one(tmp_path):

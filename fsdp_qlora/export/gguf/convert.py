@@ -21,7 +21,7 @@ from fsdp_qlora.export.gguf.quantize import QUANTIZATIONS, check_installed
 from fsdp_qlora.export.gguf.vocabulary import read_vocabulary
 from fsdp_qlora.export.merged import MergeBase, Merged, check_adapter, check_head
 from fsdp_qlora.models.precision import Precision
-from fsdp_qlora.models.skeleton import build, quantization_of, read_config, text_config
+from fsdp_qlora.models.skeleton import build, read_config, text_config
 from fsdp_qlora.runtime.files import writing_to
 from fsdp_qlora.runtime.launcher import usable_cores
 from fsdp_qlora.units import as_gib
@@ -43,12 +43,12 @@ def convert(adapter: Path | None, given: Mapping[str, Any], merge_base: MergeBas
     check_installed(quantization)
     saved = None if adapter is None else read_adapter(adapter)
     if saved is None:
-        base = ModelOptions(model_name=given["model_name"], revision=given["revision"], train_type="qlora")
+        base = ModelOptions(
+            model_name=given["model_name"], revision=given["revision"], train_type="qlora"
+        )  # or as it is published
     else:
         base = base_options(saved, given, stored=merge_base == "trained")
     hf_config = read_config(base.model_name, base.revision)
-    if saved is None:  # one that is published in 4 bits is what it decodes to
-        merge_base = "original" if quantization_of(hf_config) is None else "trained"
     tokenizer = _tokenizer(saved, base)
     config = text_config(hf_config)
     family_of(config)

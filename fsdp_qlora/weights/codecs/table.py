@@ -29,21 +29,26 @@ def choose_codec(
         codec = family.from_options(options, compute_dtype)
         return lambda weight: codec, False
     method = quantization_config.get("quant_method", "an unknown method")
-    found = {name: known.from_hf_config(quantization_config, compute_dtype) for name, known in CODECS.items()}
-    published = next((name for name, codec_of in found.items() if codec_of is not None), None)
+    published = published_by(quantization_config)
     if published is None:
         raise UserError(
             f"model_name: the checkpoint is quantized by {method} in another form than bitsandbytes' NF4 or HQQ's 8, "
             "4, 3, 2 and 1 bits, which alone are read as they are; use the unquantized model, or one of the "
             "*-bnb-4bit kind"
         )
-    codec_of = found[TRAIN_TYPES[options.train_type].codec]
+    codec_of = family.from_hf_config(quantization_config, compute_dtype)
     if codec_of is None:
         raise UserError(
             f"train_type: {options.train_type} does not train over a checkpoint that {method} quantized; "
             f"use --train_type {train_type_over(published, options.train_type)}"
         )
     return codec_of, True
+
+
+def published_by(quantization_config: Mapping[str, Any]) -> str | None:
+    """Return the family in which a checkpoint's config.json declares it quantized, None for one that is not here."""
+    declared = (name for name, family in CODECS.items() if family.from_hf_config(quantization_config, torch.float32))
+    return next(declared, None)
 
 
 def train_type_over(codec: str, train_type: str) -> str:
