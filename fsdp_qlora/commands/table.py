@@ -4,6 +4,7 @@ from typing import Any
 
 from fsdp_qlora.commands.base import Command
 from fsdp_qlora.commands.cache import CACHE_CLEAR, CACHE_LIST
+from fsdp_qlora.commands.curve.options import CURVE
 from fsdp_qlora.commands.evaluate import EVALUATE
 from fsdp_qlora.commands.generate import GENERATE
 from fsdp_qlora.commands.gguf import GGUF
@@ -12,6 +13,7 @@ from fsdp_qlora.commands.merge import MERGE
 COMMANDS: dict[str, Command[Any]] = {
     "generate": GENERATE,
     "evaluate": EVALUATE,
+    "curve": CURVE,
     "merge": MERGE,
     "gguf": GGUF,
     "cache list": CACHE_LIST,

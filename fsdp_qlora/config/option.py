@@ -98,7 +98,7 @@ class Option:
             words = listed if len(self.choices) == 1 else f"one of {listed}"
             words = f"a list of {listed}" if self.many else words
         elif self.many:
-            words = "a list of names, comma-separated"
+            words = f"a list of {'names' if self.kind is str else 'numbers'}, comma-separated"
         ranges = ((spec.above, "above"), (spec.at_least, "at least"), (spec.at_most, "at most"), (spec.below, "below"))
         limits = [f"{label} {limit:.10g}" for limit, label in ranges if math.isfinite(limit)]
         words += ((", " if spec.unit else " ") if limits else "") + " and ".join(limits)

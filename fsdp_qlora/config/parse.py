@@ -1,18 +1,20 @@
 """Flags and a config file become a checked Config; every mistake in them is found before the first is reported."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.files import Given, read_file
 from fsdp_qlora.config.hints import HINTS
-from fsdp_qlora.config.option import REQUIRED, Option, nearest, show
+from fsdp_qlora.config.option import REQUIRED, Option, nearest, options_of, show
 from fsdp_qlora.config.options import GROUPS, OPTIONS, Config
-from fsdp_qlora.config.program import Asked, Program
+from fsdp_qlora.config.program import Asked, Conflict, Needs, Program, broken
 from fsdp_qlora.config.rules import broken_rules
 from fsdp_qlora.errors import UserError
 
+Own = TypeVar("Own")
 CONFIG = "config"
 CLOSE = 0.72  # how alike an unknown name must be to be taken for a misspelling; below it a hint leads astray
 
@@ -23,6 +25,33 @@ TRAIN = Program(
     Without torchrun, `python train.py ...` runs one process.""",
     GROUPS, OPTIONS, Config.from_flat, broken_rules, COMPATIBILITY, HINTS,
 )  # fmt: skip
+
+
+def beside_training(
+    usage: str,
+    intro: str,
+    kind: type[Own],
+    needs: Collection[Needs[tuple[Own, Config]]] = (),
+    conflicts: Collection[Conflict[tuple[Own, Config]]] = (),
+) -> Program[tuple[Own, Config]]:
+    """Return the program that takes the fields of `kind` and all options of train.py, with the rules of both.
+
+    A name that both have is one option, described by `kind`; both get its value."""
+    own = {item.name: item for item in options_of("command", kind)}
+    theirs = {name: item for name, item in OPTIONS.items() if name not in own}
+
+    def make(values: Mapping[str, Any]) -> tuple[Own, Config]:
+        shared = {name: value for name, value in values.items() if name in OPTIONS}
+        return kind(**{name: value for name, value in values.items() if name in own}), Config.from_flat(shared)
+
+    def rules(
+        asked: tuple[Own, Config], given: Collection[str], unknown: Collection[str], written: Callable[[str], str]
+    ) -> Iterator[str]:
+        yield from TRAIN.rules(asked[1], given, unknown, written)
+        values = asked[1].to_flat() | dataclasses.asdict(asked[0])  # type: ignore[call-overload]
+        yield from broken(asked, values, needs, conflicts, given, unknown, written)
+
+    return Program(usage, intro, {"command": kind, **GROUPS}, {**own, **theirs}, make, rules, COMPATIBILITY, HINTS)
 
 
 def parse(argv: Sequence[str]) -> Config:

@@ -1,0 +1,1 @@
+"""The command curve: what more rows bring, point by point."""
