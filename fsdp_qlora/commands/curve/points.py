@@ -40,10 +40,9 @@ def draw_curve(own: CurveOptions, train: Config) -> None:
         curve.begin(points)
         for note in notes:
             print(note)
-        for rows in points:
-            curve.make(rows)
-        curve.write()
-        print("", *table(curve.finished()), "", sep="\n")
+        made = [rows for rows in points if curve.make(rows)]
+        if not made:
+            curve.write()
         print(f"saved   {curve.folder / PICTURE}", *(f"        {curve.folder / n}" for n in (CSV, RECORD)), sep="\n")
 
 
@@ -93,11 +92,11 @@ class Curve:
         rows = sorted(int(number) for number in numbers if number.isdecimal())
         return [point for n in rows if (point := read_point(self.place(n), n)) is not None]
 
-    def make(self, rows: int) -> None:
-        """Train and measure a point, as far as that has not been done."""
+    def make(self, rows: int) -> bool:
+        """Train and measure a point, as far as that has not been done. Return whether anything was left to do."""
         place = self.place(rows)
         if read_point(place, rows) is not None:
-            return
+            return False
         if rows and not (rows in self.trained and (place / ADAPTER).exists()):
             self._run(rows, "train.py", training(self.train, rows, place, self.ranks, self._going_on(place)))
             self.trained = sorted({*self.trained, rows})
@@ -106,10 +105,10 @@ class Curve:
         if read_point(place, rows) is None:
             raise TrainingStopped(f"rows {rows}: {place / FILE} has no figures of this point; remove it, start again")
         self.write()
-        print("", *table(self.finished()), "", sep="\n", flush=True)
+        return True
 
     def write(self) -> None:
-        """Write record, table and picture of the points that are finished."""
+        """Write record, table and picture of the points that are finished, and show the table."""
         points = self.finished()
         self._note()
         with writing_to(self.folder, "output_dir"):
@@ -117,6 +116,7 @@ class Curve:
                 part.write_text(csv(points))
             with atomic_file(self.folder / PICTURE) as part:
                 draw(part, self.train.model.model_name, points)
+        print("", *table(points), "", sep="\n", flush=True)
 
     def _going_on(self, place: Path) -> dict[str, Any]:
         """Return what train.py is told of a point that it may have begun."""
