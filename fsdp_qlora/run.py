@@ -41,6 +41,7 @@ from fsdp_qlora.training.loop import Loop
 from fsdp_qlora.training.resume import Checkpoint, find_checkpoint, forget_others, notes_of
 from fsdp_qlora.training.retry import Refit
 from fsdp_qlora.training.step import Stepper
+from fsdp_qlora.weights.base_cache.disk import Owed
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def load(ready: PreparedRun, data: Data, batches: Batches, steps: int) -> Loaded
     forward = None if layout is None else layout.of_forward()  # before a placement hooks into the model
     placement = session.place()
     refit = Refit(planned, model, placement, planned.facts.tokens, world, ready.folder)
-    adapters = session.load(placement)
+    left = steps - (0 if ready.checkpoint is None else ready.checkpoint.step)
+    adapters = session.load(placement, room_owed(ready.noted, ready.folder, adapter_count(model), left))
     give_back_freed()
     hold_to_card(config.memory.gpu_memory_gib, world.device)
     arena = refit.first_arena(adapters.exchange.widens)
@@ -205,7 +207,8 @@ def go_on(ready: PreparedRun, loaded: Loaded, batches: Batches, metrics: Metrics
     checkpoints = Checkpoints(ready.noted, world, loaded.stepper, partial(place_in, batches), base, parts)
     if checkpoint is None:
         return checkpoints
-    world.main_only(partial(check_base, checkpoint, session.config, base, checkpoints.adapters, world.say))
+    cache = next((unit.frozen.origin for unit in session.model.units if unit.frozen.origin), "")
+    world.main_only(partial(check_base, checkpoint, session.config, base, checkpoints.adapters, world.say, cache))
     checkpoints.load(checkpoint)
     if evaluations is not None and not checkpoint.is_in(folder):
         evaluations.kept = None  # in the other folder
@@ -242,9 +245,24 @@ def check_room(config: Config, folder: Path, adapters: int, steps: int) -> None:
     """Raise UserError where the disk of the output folder has no space for what comes.
 
     adapters: their parameters. steps: that are left to do."""
-    checkpoints = checkpoint_bytes(adapters, config.training.optimizer), most_at_once(config.output, folder, steps)
+    check_space(folder, *_sizes(config, folder, adapters, steps))
+
+
+def room_owed(config: Config, folder: Path, adapters: int, steps: int) -> Owed:
+    """Return the disk space that `check_room` has promised: nothing else of the run may take it."""
+    adapter, checkpoint, count = _sizes(config, folder, adapters, steps)
+    return Owed(folder, adapter + checkpoint * count)
+
+
+def _sizes(config: Config, folder: Path, adapters: int, steps: int) -> tuple[int, int, int]:
+    """Return (bytes of all copies of the adapter, bytes of a checkpoint, how many of these there may be at once)."""
     copies = 3 if config.evaluation.save_best else 1  # the best, a better one being written, the last
-    check_space(folder, 4 * adapters * copies * config.output.save_model, *checkpoints)
+    count = most_at_once(config.output, folder, steps)
+    return (
+        4 * adapters * copies * config.output.save_model,
+        checkpoint_bytes(adapters, config.training.optimizer),
+        count,
+    )
 
 
 def note_run(ready: PreparedRun) -> None:

@@ -29,6 +29,7 @@ from fsdp_qlora.placement.load import check_names, load
 from fsdp_qlora.plan.planning import Planned, micro_batches, plan_run
 from fsdp_qlora.runtime.background import beside
 from fsdp_qlora.runtime.gpu_memory import cap_gpu_memory
+from fsdp_qlora.weights.base_cache.disk import NOTHING_OWED, Owed
 from fsdp_qlora.weights.choose import Told, codec_chooser, open_weights, told_forms
 from fsdp_qlora.weights.codecs import is_quantized
 from fsdp_qlora.weights.hub import OnHub
@@ -61,10 +62,11 @@ class Session:
         plan, memory = self.planned.plan, self.config.memory
         return self.world.together(lambda: choose_placement(plan, memory, self.world, self.planned.link_rate))
 
-    def load(self, placement: Placement) -> ShardedAdapters:
+    def load(self, placement: Placement, owed: Owed = NOTHING_OWED) -> ShardedAdapters:
         """Read the frozen weights to where `placement` wants them; return the adapters that train. A collective.
 
-        Raises UserError on every rank alike, before anything is read, if the checkpoint is not this model's."""
+        owed: disk space that the run takes later. Raises UserError on every rank alike, before anything is read, if the
+        checkpoint is not this model's."""
         model, world = self.model, self.world
         world.first_on_node(lambda: check_names(model, self.weights))
         adapters = ShardedAdapters(
@@ -73,7 +75,7 @@ class Session:
         placement.prepare(model)  # page-locks host memory from here on
         drawn = None if adapters.reads_norms else beside(adapters.draw, world.device)
         adapters.exchange = choose_exchange(adapters.largest, self.config.memory, world)
-        cache = open_cache(self.config.model, model, self.weights, world)
+        cache = open_cache(self.config.model, model, self.weights, world, owed)
         norms = load(model, self.weights, placement, world, cache)
         check_bytes(model, placement)
         if drawn is None:

@@ -79,10 +79,11 @@ def clear(asked: ClearOptions) -> None:
     gone = [e for e in found if e.used <= oldest and asked.model in (None, e.note.model)]
     for entry in gone:
         try:
-            remove(entry)
+            left = remove(entry)
         except OSError as error:
             raise TrainingStopped(f"{entry.folder} cannot be removed ({error.strerror})") from error
-        print(f"{as_gib(entry.nbytes):>10}  {entry.note.codec}  {entry.note.model}: removed")
+        stays = f", but for {left} files that are not of this program in {entry.folder}" if left else ""
+        print(f"{as_gib(entry.nbytes):>10}  {entry.note.codec}  {entry.note.model}: removed{stays}")
     print(f"{as_gib(sum(entry.nbytes for entry in gone)):>10}  in {_bases(len(gone))} removed, {folder}")
 
 

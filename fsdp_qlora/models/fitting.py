@@ -4,12 +4,9 @@ transformers renames tensors while it loads them: from the names of older versio
 without the base model's prefix. Its own rules are asked, name by name, so that what it opens is opened here.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +77,10 @@ class Fitted:
         self.source.check({self._stored(n): shape for n, shape in expected.items()}, (*unknown, *self.fitted.unknown))
 
     def content(self) -> str | None:
-        content = self.source.content()
-        return None if content is None else f"{content} {self._digest}"
+        return self.source.content()
+
+    def name_in_files(self, name: str) -> str:
+        return self.source.name_in_files(self._stored(name))
 
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         return self.source.equal(self._stored(one), self._stored(other), dtype)
@@ -89,11 +88,6 @@ class Fitted:
     def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
         found = self.source.read({self._stored(name): shape for name, shape in wanted.items()}, device)
         return {name: found[self._stored(name)] for name in wanted}
-
-    @cached_property
-    def _digest(self) -> str:
-        """A hash of which tensor is whose."""
-        return hashlib.sha256(json.dumps(sorted(self.fitted.stored.items())).encode()).hexdigest()[:32]
 
     def _stored(self, name: str) -> str:
         return self.fitted.stored.get(name, name)

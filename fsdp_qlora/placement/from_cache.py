@@ -59,7 +59,7 @@ def place_kept(
     everywhere = [min(rank[2 * i] for rank in by_rank) == 1 for i in range(len(units))]
     damaged = {unit.name for i, unit in enumerate(units) if any(rank[2 * i + 1] for rank in by_rank)}
     wrong = [f"{unit.name} ({one})" for unit, one in zip(units, found, strict=True) if isinstance(one, str) and one]
-    waiting = deque[_Coming]()
+    waiting, lacks_direct = deque[_Coming](), False
     left = [unit for i, unit in enumerate(units) if not everywhere[i]]
     pairs = zip(units, found, strict=True)
     ready = deque((unit, one) for i, (unit, one) in enumerate(pairs) if everywhere[i] and isinstance(one, Contents))
@@ -69,18 +69,22 @@ def place_kept(
             waiting.append(world.together(partial(_start, unit, contents, kept, placement, lanes, world)))
         coming = waiting.popleft()
         _wait(coming)
+        lacks_direct |= coming.file is not None and coming.file.lacks_direct
         if any(bad for (bad,) in world.gather([float(bool(coming.wrong))])):
             damaged.add(coming.unit.name)
             left.append(coming.unit)
             if coming.wrong:
                 wrong.append(f"{coming.unit.name} ({coming.wrong})")
-            continue
-        _place(coming, placement, world, seen)
-        done()
+        else:
+            _place(coming, placement, world, seen, str(kept.folder))
+            done()
+        del coming  # before memory for another is taken
     if everywhere.count(True):
         kept.touch()
-    for line in dict.fromkeys(line for line in world.gather_texts(_line(wrong, kept)) if line):
-        world.say(line)
+    lines = [_line(wrong, kept), *_slower(lacks_direct, lanes, kept)]
+    for line in dict.fromkeys(line for text in world.gather_texts("\n".join(lines)) for line in text.splitlines()):
+        if line:
+            world.say(line)
     order = {unit.name: i for i, unit in enumerate(units)}
     return sorted(left, key=lambda unit: order[unit.name]), damaged
 
@@ -91,6 +95,19 @@ def _line(wrong: Sequence[str], kept: KeptBase) -> str:
         return ""
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return f"base_cache: {wrong[0]}{more} of {kept.folder} cannot be taken: encoded anew"
+
+
+def _slower(lacks_direct: bool, lanes: Lanes, kept: KeptBase) -> list[str]:
+    """Return a line for each thing that this machine lacks, with its price."""
+    direct = (
+        f"base_cache: the file system of {kept.folder} has no direct reads (O_DIRECT): each byte is copied once more "
+        "by a core, and the system's memory fills with what is read"
+    )
+    pinned = (
+        "base_cache: the system refuses to pin 2 MiB of host memory for each reading thread: the driver copies each "
+        "byte for the GPU once more; raise `ulimit -l`"
+    )
+    return [line for line, holds in ((direct, lacks_direct), (pinned, lanes.lacks_pinned)) if holds]
 
 
 def _look(kept: KeptBase, name: str) -> Contents | str:
@@ -135,9 +152,9 @@ def _wait(coming: _Coming) -> None:
             coming.file.close()
 
 
-def _place(coming: _Coming, placement: Placement, world: World, seen: SeenNorms) -> None:
+def _place(coming: _Coming, placement: Placement, world: World, seen: SeenNorms, origin: str) -> None:
     unit, whole = coming.unit, coming.whole
-    unit.frozen.expected = coming.total
+    unit.frozen.expected, unit.frozen.origin = coming.total, origin
     if whole is None:
         if coming.norms is not None:
             seen.take(unit, coming.norms, span_of(unit)[0])

@@ -65,8 +65,11 @@ def load(
     else:
         with Lanes(cache.threads, world.device) as lanes:
             left, damaged = place_kept(left, cache.kept, placement, lanes, world, bar.update, seen)
+            tidied = cache.kept.tidy() if world.local_rank == 0 else ""
+            for line in dict.fromkeys(line for line in world.gather_texts(tidied) if line):
+                world.say(line)
             if left:
-                with Keeper(left, damaged, cache.kept, weights, lanes, world) as keeper:
+                with Keeper(left, damaged, cache, weights, lanes, world) as keeper:
                     encode_units(left, weights, placement, world, bar.update, seen, keeper)
                     said = keeper.end()
             if len(left) < len(model.units):

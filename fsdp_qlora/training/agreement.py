@@ -126,9 +126,11 @@ def check_base(
     base: Mapping[str, Any],
     adapters: list[list[Any]],
     say: Callable[[str], None],
+    cache: str = "",
 ) -> None:
     """Raise UserError where the frozen weights or the adapters are not those of the checkpoint's run.
 
+    cache: folder of the base cache that frozen weights were read from, '' if all were encoded by this run.
     Where another kind of device encoded the weights, their bytes may differ in the last bits: the user is told."""
     before = checkpoint.manifest
     options = _changed(COMPARED_BY_BYTES, "model", before.options, config)
@@ -140,15 +142,16 @@ def check_base(
         )
     if before.base["checksum"] == base["checksum"]:
         return
+    kept = f"; they came from the base cache, {cache}: --base_cache null encodes them anew" if cache else ""
     if before.base["device"] != base["device"]:  # which may sum up the scales of NF4 to other bits
         say(
             f"resume    {checkpoint.path} was made on another device ({before.base['device']}, here {base['device']}): "
-            "the frozen weights are not the same to the bit; that they are the same model is not checked"
+            f"the frozen weights are not the same to the bit; that they are the same model is not checked{kept}"
         )
     else:
         raise UserError(
             f"resume: {checkpoint.path} was trained over other frozen weights than {config.model.model_name} has{why}; "
-            f"take the model as it was, {ANEW}"
+            f"take the model as it was, {ANEW}{kept}"
         )
 
 

@@ -53,7 +53,16 @@ class Checkpoint:
             )
 
     def content(self) -> str:
-        return json.dumps([_stamp(file) for file in self._files])
+        try:
+            return json.dumps([_stamp(file) for file in self._files])
+        except OSError as error:
+            raise UserError(
+                f"model_name: {error.filename or self.folder} cannot be read any more ({error.strerror}): was it moved "
+                "or removed since the start? Download it again, or name the folder that it is in"
+            ) from error
+
+    def name_in_files(self, name: str) -> str:
+        return name
 
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         if self._shape_of[one] != self._shape_of[other]:
@@ -90,11 +99,12 @@ class _Opened(threading.local):
 def _stamp(file: Path) -> list[str | int]:
     """Return what tells a file's bytes from those that it had before, and from another's.
 
-    In the hub's cache that is their SHA-256, the name of the file itself, and the time of the last change, for programs
-    may write through the link. Elsewhere it is the path and, beside that time, the one at which the system noted a
-    change: unlike the first it cannot be set, so a copy that keeps times is told from what it replaces."""
-    target = file.resolve()
+    In the hub's cache that is their SHA-256, which is the name of the file itself: the same file downloaded again, at
+    another time or on another machine, is the same. Elsewhere it is the path, the time of the last change, and the one
+    at which the system noted a change: unlike the first it cannot be set, so a copy that keeps times is told from what
+    it replaces."""
+    target = file.resolve(strict=True)
     found = target.stat()
     if target.parent.name == "blobs" and SHA256.fullmatch(target.name):
-        return [file.name, target.name, found.st_size, found.st_mtime_ns]
+        return [file.name, target.name, found.st_size]
     return [str(target), found.st_size, found.st_mtime_ns, found.st_ctime_ns]

@@ -27,6 +27,9 @@ class Dummy:
     def content(self) -> None:
         return None
 
+    def name_in_files(self, name: str) -> str:
+        return name
+
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         return False
 

@@ -45,6 +45,7 @@ class FrozenBytes(nn.Module):
         words = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
         self.flat = nn.Parameter(words, requires_grad=False)
         self.expected: int | None = None  # checksum of the whole buffer as it was encoded, until it has been compared
+        self.origin = ""  # folder of the base cache that the bytes were read from, '' if they were encoded in this run
         # Set by a placement that streams: called before each use, with whether a backward reads the bytes. They stay
         # readable until the next unit is acquired.
         self.acquire: Callable[[bool], None] | None = None
@@ -74,6 +75,7 @@ class FrozenBytes(nn.Module):
             raise RuntimeError(
                 "frozen bytes were changed on their way (gather, copy or memory): the weights would be wrong. "
                 "Please report this with your versions of torch, NCCL and the driver"
+                + (f". They came from the base cache, {self.origin}: try --base_cache null" if self.origin else "")
             )
         self.expected = None
         self._locations = [*self._locations[1 - MAX_LOCATIONS :], Location(flat, self.layout.views(buffer))]

@@ -35,6 +35,9 @@ class OnHub:
     def content(self) -> str:
         return self._open().content()
 
+    def name_in_files(self, name: str) -> str:
+        return name
+
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         return self._checkpoint is not None and self._checkpoint.equal(one, other, dtype)
 

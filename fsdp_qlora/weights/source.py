@@ -19,9 +19,12 @@ class Weights(Protocol):
         """Raise UserError naming every tensor that is missing or of another shape, and with them the unknown ones."""
 
     def content(self) -> str | None:
-        """Return what tells these tensors' bytes from any others, without reading them; None if they are made up.
+        """Return what tells the source's files from any others, without reading them; None if they are made up.
 
-        Raises OSError where their files are gone."""
+        Raises UserError where they are gone."""
+
+    def name_in_files(self, name: str) -> str:
+        """Return the name that the source's files have for a tensor."""
 
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         """Return whether two tensors are known to have the same numbers in `dtype`, without a download."""

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,10 @@ from transformers import LlamaConfig
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.weights.base_cache import entry, unit_file
-from fsdp_qlora.weights.base_cache.kept import VERSION
+from fsdp_qlora.placement import from_cache
+from fsdp_qlora.weights.base_cache import disk, encoders, names
+from fsdp_qlora.weights.base_cache.encoders import VERSION
+from fsdp_qlora.weights.base_cache.part import make_part
 from fsdp_qlora.weights.checkpoint import Checkpoint
 from fsdp_qlora.weights.codecs import HQQ, NF4, Plain
 from fsdp_qlora.weights.layout import Layout
@@ -96,7 +100,12 @@ def assert_same(held: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def files(path: Path) -> list[Path]:
-    return sorted(path.glob(f"*{entry.SUFFIX}"))
+    return sorted(path.glob(f"*{names.SUFFIX}"))
+
+
+def ours(path: Path) -> set[str]:
+    """Names of the files of a whole entry."""
+    return {names.NOTE, names.used_mark(), *(file.name for file in files(path))}
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -188,7 +197,7 @@ def test_a_changed_checkpoint_is_not_served(options, kept, tmp_path, capsys):
     capsys.readouterr()
     second = start(options)
     (line,) = said(capsys)
-    assert line.startswith(f"base_cache: {folder} has changed: ")
+    assert line.startswith(f"base_cache: removed, as {folder} has changed since: ")
     assert_same(second, start(options | {"base_cache": "null"}))
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert len(list((tmp_path / "other").iterdir())) == 1, "of the earlier bytes nothing is left"
@@ -232,34 +241,270 @@ def test_other_options_of_the_codec_are_another_base(options, kept, encoded):
 
 
 def test_a_disk_without_room_is_said_once_and_left_as_it_is(options, monkeypatch, capsys, encoded, tmp_path):
-    monkeypatch.setattr(entry, "MOST_FULL", 1e-9)
+    monkeypatch.setattr(disk, "MOST_FULL", 1e-9)
     assert_same(start(options), encoded)
     (line,) = said(capsys)
     assert "more would fill the disk of" in line
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_disk_that_becomes_full_keeps_what_is_whole(options, monkeypatch, capsys, encoded, tmp_path, reads):
-    pwrite, left = os.pwrite, [100_000]
+@contextmanager
+def full_after(nbytes: int, number: int = errno.ENOSPC) -> Iterator[None]:
+    """Let the disk refuse after so many bytes, as a quota does: its free space has not shown it."""
+    pwrite, left = os.pwrite, [nbytes]
 
     def full(file: int, memory: memoryview, offset: int) -> int:
         left[0] -= len(memory)
         if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
         return pwrite(file, memory, offset)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "pwrite", full)
+        yield
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_refuses_has_all_of_it_back_and_is_not_filled_again(
+    number, options, capsys, encoded, tmp_path, reads
+):
+    with full_after(100_000, number):
         assert_same(start(options), encoded)
     (line,) = said(capsys)
-    assert "No space left on device" in line
+    assert f"refused it ({os.strerror(number)}); 0.0 GiB that this run had written are removed" in line
     (path,) = (tmp_path / "cache").iterdir()
-    assert 0 < len(files(path)) < UNITS
-    assert {file.name for file in path.iterdir()} == {entry.NOTE, *(file.name for file in files(path))}
+    assert {file.name for file in path.iterdir()} == {names.NOTE, names.used_mark(), names.full_mark()}
+    assert_same(start(options), encoded)  # it would have room now, which nothing shows
+    (line,) = said(capsys)
+    assert "refused it on" in line
+    assert not files(path)
+    assert main(["cache", "clear", "--base_cache", str(path.parent)]) == 0
+    capsys.readouterr()
+    assert_same(start(options), encoded)
+    assert not said(capsys)
+    assert len(files(path)) == UNITS
+    assert {file.name for file in path.iterdir()} == ours(path)
     reads.clear()
     assert_same(start(options), encoded)
-    assert 0 < len(reads) < 30
-    assert len(files(path)) == UNITS
+    assert not reads
+
+
+def test_a_disk_that_refuses_keeps_what_earlier_runs_wrote(options, kept, encoded, capsys):
+    files(kept)[2].unlink()
+    others = {file: file.stat().st_mtime_ns for file in files(kept)}
+    with full_after(1000):
+        assert_same(start(options), encoded)
+    assert "refused it" in said(capsys)[0]
+    assert {file: file.stat().st_mtime_ns for file in files(kept)} == others
+
+
+def test_what_the_run_still_writes_has_its_room_on_the_same_disk(options, encoded, tmp_path, capsys, monkeypatch):
+    """run.py promises checkpoints their space before the base is loaded: the cache must not take it."""
+    usage = shutil.disk_usage(tmp_path)
+    seen: list[disk.Owed] = []
+    lack = disk.lack_of_room
+
+    def measured(folder: Path, nbytes: int, owed: disk.Owed) -> str:
+        seen.append(owed)
+        free = usage._replace(total=1_000_000, used=0, free=1_000_000 - 900_000 + nbytes + 5000)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda folder: free)
+            return lack(folder, nbytes, owed)
+
+    monkeypatch.setattr("fsdp_qlora.weights.base_cache.kept.lack_of_room", measured)
+    more = {"dataset_samples": 8, "context_length": 32, "batch_size": 2, "max_steps": 1, "save_steps": 1}
+    run_alone(options | more, tmp_path / "out")
+    (line,) = said(capsys)
+    assert "adapter and checkpoints may take would fill the disk" in line
+    assert seen[0].folder == tmp_path / "out"
+    assert seen[0].nbytes > 5000
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_bit_that_flips_before_it_is_written_costs_a_file_and_no_later_start(
+    options, encoded, capsys, monkeypatch, tmp_path, reads
+):
+    from fsdp_qlora.weights.base_cache.unit_file import Writing
+
+    write, flipped = Writing.write, []
+
+    def flipping(self: Writing, index: int, memory: memoryview) -> None:
+        copied = memory
+        if not flipped:
+            flipped.append(self)
+            copied = memoryview(bytearray(memory))
+            copied[100] ^= 1
+        write(self, index, copied)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writing, "write", flipping)
+        assert_same(start(options), encoded)
+    (line,) = said(capsys)
+    assert "its bytes were changed on their way to the disk" in line
+    (path,) = (tmp_path / "cache").iterdir()
+    assert len(files(path)) == UNITS - 1
+    reads.clear()
+    assert_same(start(options), encoded)
+    assert 0 < len(reads) < 10, "the tensors of one unit"
+    assert not said(capsys)
+
+
+def test_bytes_that_change_after_they_were_read_name_the_cache(options, kept):
+    with built(options) as ours:
+        unit = ours.model.units[1]
+        unit.frozen.flat.detach().view(torch.uint8)[7] ^= 1
+        with unit.frozen.opened(), pytest.raises(RuntimeError, match="frozen bytes were changed") as raised:
+            unit.frozen.location()
+    assert f"They came from the base cache, {kept}: try --base_cache null" in str(raised.value)
+
+
+def test_no_more_than_two_units_are_on_their_way(options, kept, monkeypatch):
+    """The plan counts as many in GPU memory."""
+    begun, most, begin = list[weakref.ref[from_cache._Coming]](), list[int](), from_cache._start
+
+    def counted(*args: object) -> from_cache._Coming:
+        coming = begin(*args)  # type: ignore[arg-type]
+        begun.append(weakref.ref(coming))
+        most.append(sum(one() is not None for one in begun))
+        return coming
+
+    monkeypatch.setattr(from_cache, "_start", counted)
+    start(options)
+    assert len(most) == UNITS
+    assert max(most) == 2
+
+
+def other_encoder(monkeypatch: pytest.MonkeyPatch, **change: str) -> None:
+    made = encoders.encoders_of
+    monkeypatch.setattr("fsdp_qlora.placement.cache_use.encoders_of", lambda *args: made(*args) | change)
+
+
+def test_another_card_has_an_entry_of_its_own(options, kept, encoded, monkeypatch, reads, capsys):
+    other_encoder(monkeypatch, device="NVIDIA H100")
+    assert_same(start(options), encoded)
+    assert reads
+    assert len(list(kept.parent.iterdir())) == 2
+    assert not said(capsys)
+
+
+def test_a_newer_package_replaces_the_entry_and_an_older_one_leaves_it(options, kept, encoded, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        other_encoder(patch, bitsandbytes="999.1")
+        capsys.readouterr()
+        assert_same(start(options), encoded)
+        (line,) = said(capsys)
+        assert line.startswith("base_cache: removed, as newer packages quantize it anew: ")
+        (newer,) = kept.parent.iterdir()
+        assert newer != kept
+    assert_same(start(options), encoded)
+    assert not said(capsys)
+    assert {path.name for path in kept.parent.iterdir()} == {kept.name, newer.name}
+
+
+def test_what_encodes_is_what_the_codecs_need():
+    cpu = torch.device("cpu")
+    assert encoders.encoders_of([NF4(True), Plain(torch.float32)], cpu).keys() == {
+        "device", "fsdp_qlora", "torch", "bitsandbytes",
+    }  # fmt: skip
+    hqq = encoders.encoders_of([HQQ(4, 64, 1, torch.float32)], cpu)
+    assert hqq.keys() == {"device", "fsdp_qlora", "torch", "hqq"}
+    assert hqq["device"] == "cpu"
+    one, other = ({"device": card, "torch": "2.13.0"} for card in ("A", "B"))
+    assert encoders.merged([one, other, one]) == {"device": "A + B", "torch": "2.13.0"}
+
+
+def test_other_units_of_the_same_base_are_another_entry(options, kept, encoded):
+    """Else orphans of both would stay as long as either is used, and 18 of 6 units be listed."""
+    start(options | {"precision": "bf16"})
+    assert len(list(kept.parent.iterdir())) == 2
+    assert all(len(files(path)) == UNITS for path in kept.parent.iterdir())
+
+
+def test_entries_that_no_run_has_used_are_removed_on_a_start_that_only_reads(options, kept, encoded, reads, capsys):
+    shutil.copytree(kept, kept.with_name("0" * 32))
+    for file in kept.with_name("0" * 32).iterdir():
+        os.utime(file, (1e9, 1e9))
+    capsys.readouterr()
+    assert_same(start(options), encoded)
+    (line,) = said(capsys)
+    assert "no run has used it for 30 days" in line
+    assert not reads
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_a_run_that_writes_nothing_leaves_another_runs_entry_as_it_is(options, kept, monkeypatch, capsys):
+    """It has begun there, and has no file yet."""
+    for file in files(kept):
+        file.unlink()
+    part, opened = make_part(kept)
+    monkeypatch.setattr(disk, "MOST_FULL", 1e-9)
+    start(options)
+    assert "would fill the disk" in said(capsys)[-1]
+    assert part.exists()
+    assert (kept / names.NOTE).exists()
+    os.close(opened)
+
+
+def test_an_entry_that_is_cleared_while_it_is_written_is_gone_on_with(options, encoded, monkeypatch, capsys, tmp_path):
+    from fsdp_qlora.weights.base_cache.kept import KeptBase
+
+    begin, count = KeptBase.begin, [0]
+
+    def clearing(self: KeptBase, unit: str, total: int) -> object:
+        count[0] += 1
+        if count[0] == 3:
+            shutil.rmtree(tmp_path / "cache")
+        return begin(self, unit, total)
+
+    monkeypatch.setattr(KeptBase, "begin", clearing)
+    assert_same(start(options), encoded)
+    assert not said(capsys)
+    (path,) = (tmp_path / "cache").iterdir()
+    assert len(files(path)) == UNITS - 2
+    assert {file.name for file in path.iterdir()} == ours(path)
+
+
+def test_a_checkpoint_that_goes_away_is_one_line(options, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(options["model_name"], folder)
+    content = Checkpoint.content
+
+    def gone(self: Checkpoint) -> str:
+        (folder / "model.safetensors").unlink()
+        return content(self)
+
+    monkeypatch.setattr(Checkpoint, "content", gone)
+    with pytest.raises(UserError, match=r"model_name: .* cannot be read any more"):
+        start(options | {"model_name": folder})
+
+
+def test_a_disk_without_direct_reads_is_said_with_its_price(options, kept, encoded, monkeypatch, capsys):
+    opened = os.open
+
+    def refusing(path: str | Path, flags: int, *args: int, **named: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, flags, *args, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr("fsdp_qlora.weights.base_cache.unit_file.IN_MEMORY", 2.0)
+    capsys.readouterr()
+    assert_same(start(options), encoded)
+    (line,) = said(capsys)
+    assert "has no direct reads (O_DIRECT): each byte is copied once more by a core" in line
+
+
+def test_auto_keeps_nothing_on_a_network_mount_and_says_so(options, monkeypatch, tmp_path, capsys, encoded):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("fsdp_qlora.placement.cache_use.SMALL", 0)
+    monkeypatch.setattr(disk, "kind_of_disk", lambda folder: "nfs4")
+    assert_same(start(options | {"base_cache": "auto"}), encoded)
+    (line,) = said(capsys)
+    assert f"{tmp_path / 'home' / 'fsdp_qlora' / 'base'} is on a network mount (nfs4)" in line
+    assert not (tmp_path / "home").exists()
+    start(options | {"base_cache": tmp_path / "named"})
+    assert not said(capsys)
+    assert len(list((tmp_path / "named").iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", ["a file in its place", "a folder that cannot be written"])
@@ -274,7 +519,7 @@ def test_a_home_that_cannot_be_written_is_said_once(kind, options, monkeypatch, 
         monkeypatch.setattr(Path, "mkdir", refuse)
     assert_same(start(options), encoded)
     (line,) = said(capsys)
-    assert "cannot be written" in line
+    assert ("cannot be written" if kind == "a file in its place" else "this user cannot write to") in line
 
 
 def test_a_read_only_cache_is_read(options, kept, encoded, monkeypatch, reads, capsys):
@@ -306,6 +551,7 @@ def test_auto_keeps_large_bases_in_the_users_cache_folder(options, monkeypatch, 
     start(options | {"base_cache": "auto"})
     assert not (tmp_path / "home").exists(), "this one is small"
     monkeypatch.setattr("fsdp_qlora.placement.cache_use.SMALL", 0)
+    monkeypatch.setattr(disk, "kind_of_disk", lambda folder: "ext4")
     start(options | {"base_cache": "auto"})
     (path,) = (tmp_path / "home" / "fsdp_qlora" / "base").iterdir()
     assert len(files(path)) == UNITS
@@ -370,7 +616,7 @@ def test_two_runs_that_write_at_once_do_not_harm_each_other(options, encoded, tm
         assert process.returncode == 0
         assert "base_cache" not in out
     (path,) = (tmp_path / "cache").iterdir()
-    assert {file.name for file in path.iterdir()} == {entry.NOTE, *(file.name for file in files(path))}
+    assert {file.name for file in path.iterdir()} == ours(path)
     assert_same(start(options), encoded)
     assert not reads
 
@@ -382,7 +628,7 @@ def test_a_run_that_is_killed_while_it_writes_leaves_nothing_that_counts(options
     process.stdin.write("go\n")
     process.stdin.flush()
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "cache").glob(f"*/{unit_file.PART}*")) or not list((tmp_path / "cache").glob("*/*.s*")):
+    while not list((tmp_path / "cache").glob(f"*/{names.PART}*")) or not list((tmp_path / "cache").glob("*/*.s*")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -393,7 +639,7 @@ def test_a_run_that_is_killed_while_it_writes_leaves_nothing_that_counts(options
     assert_same(start(options), encoded)
     assert 0 < len(reads) < 30
     assert not said(capsys)
-    assert {file.name for file in path.iterdir()} == {entry.NOTE, *(file.name for file in files(path))}
+    assert {file.name for file in path.iterdir()} == ours(path)
     assert len(files(path)) == UNITS
 
 
@@ -492,7 +738,8 @@ def test_the_commands_list_and_clear(options, kept, capsys):
     assert main(["cache", "clear", *place, "--older_than_days", "1"]) == 0
     assert "0 bases removed" in capsys.readouterr().out
     assert kept.exists()
-    os.utime(kept / entry.NOTE, (0, 0))
+    for file in (kept / names.NOTE, kept / names.used_mark()):
+        os.utime(file, (0, 0))
     files(kept)[0].unlink()
     assert main(["cache", "list", *place]) == 0
     assert f"{UNITS - 1} of {UNITS} units" in capsys.readouterr().out

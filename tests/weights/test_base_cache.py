@@ -1,7 +1,6 @@
 """The cache's files: what was written comes back in any part and to any address, and what is damaged is found out."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -15,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.memory.pinned import large_pages
-from fsdp_qlora.weights.base_cache import entry, unit_file
-from fsdp_qlora.weights.base_cache.entry import Note, entries, remove_stale, remove_unused, write_note
+from fsdp_qlora.weights.base_cache import unit_file
 from fsdp_qlora.weights.base_cache.kept import UnitKey
 from fsdp_qlora.weights.base_cache.lanes import Lanes, results
-from fsdp_qlora.weights.base_cache.unit_file import BLOCK, Damaged, Reading, Writing, read_contents, sweep
+from fsdp_qlora.weights.base_cache.part import sweep
+from fsdp_qlora.weights.base_cache.unit_file import BLOCK, Damaged, Reading, Writing, read_contents
 from fsdp_qlora.weights.checkpoint import Checkpoint
 from fsdp_qlora.weights.codecs import NF4, Plain
 from fsdp_qlora.weights.frozen_bytes import checksum
@@ -243,49 +243,89 @@ def test_a_checkpoint_of_the_hub_is_known_by_its_hash_wherever_it_lies(tmp_path)
     one, two = (Checkpoint(tmp_path / place / "snapshots" / "c0ffee") for place in ("one", "two"))
     assert one.content() == two.content()
     assert "ab" * 32 in one.content()
-    os.utime(tmp_path / "two" / "blobs" / ("ab" * 32))  # a program wrote through the link
-    assert one.content() != two.content()
+    os.utime(tmp_path / "two" / "blobs" / ("ab" * 32))  # downloaded again
+    assert one.content() == two.content()
 
 
-NOTE = Note("llama", "nf4", 3, 1e9, "/models/llama", "here", "first")
+def test_a_checkpoint_whose_file_has_gone_is_a_users_error_in_one_line(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model_name: .*model\.safetensors cannot be read any more") as raised:
+        checkpoint.content()
+    assert "\n" not in str(raised.value)
 
 
-def made(folder: Path, name: str, note: Note) -> Path:
-    path = folder / (name * 32)
-    path.mkdir(parents=True)
-    write_note(path, note)
-    (path / f"x{entry.SUFFIX}").write_bytes(bytes(100))
-    return path
+def test_a_file_whose_folder_is_removed_while_it_is_written_is_not_kept_and_no_error(whole, tmp_path):
+    folder = tmp_path / "entry"
+    folder.mkdir()
+    writing = Writing(folder / "unit.safetensors", "block", "digest", NBYTES, checksum(whole))
+    with Lanes(3, DEVICE) as lanes:
+        lanes.store(writing, whole, NBYTES)
+    shutil.rmtree(folder)
+    assert writing.finish() == 0
+    writing.abandon()
 
 
-def test_entries_of_earlier_bytes_of_a_checkpoint_are_removed_and_no_others(tmp_path):
-    old = made(tmp_path, "a", NOTE)
-    stays = [
-        made(tmp_path, "b", replace(NOTE, codec="other")),  # of the same bytes as the new one
-        made(tmp_path, "c", replace(NOTE, source="/models/other", content="o")),
-        made(tmp_path, "d", replace(NOTE, host="there", content="o")),
-        tmp_path / "mine",
-    ]
-    write_note(stays[0], replace(NOTE, codec="other", content="second"))
-    stays[-1].mkdir()
-    line = remove_stale(tmp_path / ("e" * 32), replace(NOTE, content="second"))
-    assert line.startswith("base_cache: /models/llama has changed")
-    assert not old.exists()
-    assert all(path.exists() for path in stays)
-    assert remove_stale(tmp_path / ("e" * 32), replace(NOTE, content="second")) == ""
+def test_taking_back_leaves_another_runs_file(whole, tmp_path):
+    path = tmp_path / "unit.safetensors"
+    mine, theirs = (Writing(path, "block", "digest", NBYTES, checksum(whole)) for _ in range(2))
+    with Lanes(3, DEVICE) as lanes:
+        for writing in (mine, theirs):
+            lanes.store(writing, whole, NBYTES)
+            assert writing.finish()
+    mine.take_back()
+    assert read_contents(path, "digest")
+    theirs.take_back()
+    assert not list(tmp_path.iterdir())
 
 
-def test_entries_that_no_run_has_used_for_long_go(tmp_path):
-    old, new = made(tmp_path, "a", NOTE), made(tmp_path, "b", NOTE)
-    os.utime(old / entry.NOTE, (1e9, 1e9))
-    remove_unused(tmp_path)
-    assert [found.folder for found in entries(tmp_path)] == [new]
+@pytest.mark.parametrize("when", ["before its CRC", "between its CRC and its sum"])
+def test_a_bit_that_flips_on_the_way_to_the_file_makes_no_file(when, whole, tmp_path, monkeypatch):
+    writing = Writing(tmp_path / "unit.safetensors", "block", "digest", NBYTES, checksum(whole))
+    crc32 = unit_file.zlib.crc32
+
+    def flipping(memory: memoryview) -> int:
+        before = crc32(memory)
+        memory[5] ^= 4
+        return crc32(memory) if when == "before its CRC" else before
+
+    monkeypatch.setattr(unit_file.zlib, "crc32", flipping)
+    with Lanes(3, DEVICE) as lanes:
+        lanes.store(writing, whole.clone(), NBYTES)
+    monkeypatch.setattr(unit_file.zlib, "crc32", crc32)
+    with pytest.raises(Damaged, match="changed on their way to the disk"):
+        writing.finish()
+    writing.abandon()
+    assert not list(tmp_path.iterdir())
 
 
-def test_an_entry_whose_note_is_damaged_is_listed_all_the_same(tmp_path):
-    path = made(tmp_path, "a", NOTE)
-    (path / entry.NOTE).write_text(json.dumps({"model": "x"})[:-3])
-    (found,) = entries(tmp_path)
-    assert (found.note.model, found.nbytes, found.units) == ("unknown", 100, 1)
-    shutil.rmtree(path)
-    assert not list(entries(tmp_path))
+def test_a_file_that_passes_every_crc_and_not_the_sum_is_damaged(path, whole):
+    """As a bit that flips before the CRC is computed would make it, were its sum not compared when it is written."""
+    contents = read_contents(path, "digest")
+    data = bytearray(path.read_bytes())
+    data[BLOCK + PIECE + 9] ^= 1
+    crcs = list(contents.crcs)
+    crcs[1] = unit_file.zlib.crc32(data[BLOCK + PIECE : BLOCK + 2 * PIECE])
+    data[:BLOCK] = replace(contents, crcs=tuple(crcs)).header()
+    path.write_bytes(data)
+    with pytest.raises(Damaged, match=f"from {PIECE} on"):
+        read(path, torch.empty(NBYTES, dtype=torch.uint8), 0)
+    sums = list(contents.sums)
+    sums[1] += 1
+    data[:BLOCK] = replace(contents, crcs=tuple(crcs), sums=tuple(sums)).header()
+    path.write_bytes(data)
+    with pytest.raises(Damaged, match="do not make up the sum"):
+        read_contents(path, "digest")
+
+
+def test_what_the_system_says_of_another_users_file_in_memory_is_not_believed(path, monkeypatch):
+    """Linux says that all of it is there. Where it is not, a read past the disk's own way would be the slow one."""
+    path.read_bytes()
+    file = os.open(path, os.O_RDONLY)
+    assert unit_file._part_in_memory(file, path.stat().st_size) > 0.9
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert unit_file._part_in_memory(file, path.stat().st_size) == 0.0
+    os.close(file)

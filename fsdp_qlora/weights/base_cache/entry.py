@@ -1,23 +1,15 @@
-"""An entry of the cache: the folder of one checkpoint in one codec, with a note of what it is. No torch here."""
+"""An entry of the cache: the folder of one base as one encoder makes it, with a note of what it is. No torch here."""
 
 import json
-import re
-import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import UnionType
 
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.runtime.files import user_cache
-from fsdp_qlora.units import GIB, as_gib
-
-NOTE = "base.json"
-NAME = re.compile(r"[0-9a-f]{32}")  # of an entry's folder: what else is beside it stays
-SUFFIX = ".safetensors"  # of a unit's file
-KEPT_DAYS = 30  # after which an entry that no run has read is removed
-MOST_FULL = 0.9  # of a disk, with the new entry
+from fsdp_qlora.weights.base_cache.names import ENTRY, NOTE, SUFFIX, USED, is_ours, used_mark
 
 
 @dataclass(frozen=True)
@@ -28,9 +20,14 @@ class Note:
     codec: str
     units: int  # of the whole base
     made: float  # seconds since 1970
-    source: str  # the checkpoint's folder
+    source: str  # the checkpoint's folder, or its name on the hub
     host: str  # on which that is
-    content: str  # a hash of what tells the checkpoint's bytes
+    content: str  # a hash of what tells the checkpoint's files
+    layout: str  # a hash of what the units are, whoever encodes them
+    encoders: Mapping[str, str]  # as `Encoders.versions`
+
+
+UNKNOWN = Note("unknown", "unknown", 0, 0.0, "", "", "", "", {})
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Entry:
     folder: Path
     note: Note
     units: int  # that are there
-    nbytes: int
+    nbytes: int  # of all files in it
     used: float  # when a run last read or wrote it, seconds since 1970
 
 
@@ -57,75 +54,62 @@ def cache_folder(option: str | None) -> Path | None:
 def entries(folder: Path) -> Iterator[Entry]:
     """Yield the entries in a folder of the cache. Raises OSError where it is there and cannot be read."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if NAME.fullmatch(path.name):
-            with suppress(OSError):  # another process has just removed it
-                yield entry_at(path)
+        with suppress(OSError):  # another process has just removed it
+            entry = entry_at(path)
+            if entry is not None:
+                yield entry
 
 
-def entry_at(path: Path) -> Entry:
-    """Return the entry in a folder. Raises OSError where there is none."""
-    sizes = [file.stat().st_size for file in path.iterdir() if file.suffix == SUFFIX]
-    found = path / NOTE if (path / NOTE).exists() else path
-    return Entry(path, _read_note(path / NOTE), len(sizes), sum(sizes), found.stat().st_mtime)
+def entry_at(path: Path) -> Entry | None:
+    """Return the entry in a folder, None where it is none: an entry has a name like one and a note of this program's,
+    or no file that is not. Raises OSError where it cannot be read."""
+    if not ENTRY.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return None
+    files, note = list(path.iterdir()), read_note(path)
+    if note is None and (not files or not all(is_ours(file.name) for file in files)):
+        return None
+    stats = {file.name: file.lstat() for file in files}
+    marks = [stat.st_mtime for name, stat in stats.items() if name == NOTE or name.startswith(USED)]
+    units = sum(name.endswith(SUFFIX) and is_ours(name) for name in stats)
+    nbytes = sum(stat.st_size for stat in stats.values())
+    return Entry(path, note or UNKNOWN, units, nbytes, max(marks, default=path.stat().st_mtime))
 
 
-def _read_note(file: Path) -> Note:
+def read_note(folder: Path) -> Note | None:
+    """Return an entry's note; None where there is none of this program's."""
     try:
-        return Note(**json.loads(file.read_text()))
+        found = json.loads((folder / NOTE).read_text())
+        note = Note(**found)
     except (OSError, ValueError, TypeError):
-        return Note("unknown", "unknown", 0, 0.0, "", "", "")
+        return None
+    kinds: dict[str, type | UnionType] = {"units": int, "made": int | float, "encoders": dict}
+    fits = all(isinstance(getattr(note, field.name), kinds.get(field.name, str)) for field in fields(Note))
+    return note if fits else None
 
 
-def write_note(folder: Path, note: Note) -> None:
-    """Write an entry's note, if it has none. Raises OSError."""
-    if _read_note(folder / NOTE).content != note.content:
-        with atomic_file(folder / NOTE) as part:
-            part.write_text(json.dumps(asdict(note), indent=1) + "\n")
+def write_note(folder: Path, note: Note) -> bool:
+    """Write an entry's note, if it has none; return whether. Raises OSError."""
+    if read_note(folder) is not None:
+        return False
+    with atomic_file(folder / NOTE) as part:
+        part.write_text(json.dumps(asdict(note), indent=1) + "\n")
+    return True
 
 
-def touch(folder: Path) -> None:
-    """Note that an entry is in use, where it can be written."""
+def mark_used(folder: Path) -> None:
+    """Note that this user has just used an entry. One who may not write there leaves no mark: see the docs."""
     with suppress(OSError):
-        (folder / NOTE).touch(exist_ok=True)
+        (folder / used_mark()).touch(exist_ok=True)
 
 
-def remove(entry: Entry) -> None:
-    """Remove an entry from the disk. A run that is reading it encodes the rest anew. Raises OSError."""
-    shutil.rmtree(entry.folder)
+def remove(entry: Entry) -> int:
+    """Remove an entry's files, by their names, and its folder; return how many other files are there, which stay.
 
-
-def remove_unused(folder: Path, days: float = KEPT_DAYS) -> None:
-    """Remove the entries that no run has used for so long."""
-    for entry in entries(folder):
-        if entry.used < time.time() - days * 86400:
-            with suppress(OSError):
-                remove(entry)
-
-
-def remove_stale(path: Path, note: Note) -> str:
-    """Remove entries of the same checkpoint's earlier bytes; return a line that says so, '' where there were none.
-
-    path: of the entry that takes their place."""
-    gone = 0
-    for entry in entries(path.parent):
-        same = (entry.note.source, entry.note.host) == (note.source, note.host)
-        if same and entry.folder != path and entry.note.content != note.content:
-            with suppress(OSError):
-                remove(entry)
-                gone += entry.nbytes
-    if not gone:
-        return ""
-    return f"base_cache: {note.source} has changed: {as_gib(gone)} quantized from its earlier files are removed"
-
-
-def lack_of_room(folder: Path, nbytes: int) -> str:
-    """Return why a disk has no room for so many bytes more, '' where it has. Raises OSError."""
-    disk = shutil.disk_usage(folder)
-    most = MOST_FULL * disk.total
-    if disk.total - disk.free + nbytes <= most:
-        return ""
-    return (
-        f"base_cache: not kept for the next start: {as_gib(nbytes)} more would fill the disk of {folder} beyond "
-        f"{MOST_FULL:.0%} ({disk.free / GIB:.1f} of {as_gib(disk.total)} are free); free some space or set another "
-        "folder"
-    )
+    A run that is reading it encodes the rest anew. Raises OSError."""
+    ours = [file for file in entry.folder.iterdir() if is_ours(file.name) and (file.is_symlink() or not file.is_dir())]
+    for file in sorted(ours, key=lambda file: file.name == NOTE):  # the note last: until then it is an entry
+        file.unlink(missing_ok=True)
+    left = len(list(entry.folder.iterdir()))
+    if not left:
+        entry.folder.rmdir()
+    return left

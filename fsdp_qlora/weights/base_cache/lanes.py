@@ -27,6 +27,7 @@ class Lanes:
 
     def __init__(self, threads: int, device: torch.device) -> None:
         self._device, self._lane = device, _Lane()
+        self.lacks_pinned = False  # whether the system refused to pin a bounce buffer
         start = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="base cache", initializer=start)
 
@@ -86,8 +87,8 @@ class Lanes:
     def _bounce(self) -> Tensor:
         if self._lane.bounce is None:
             self._lane.bounce = large_pages(PIECE)
-            if self._device.type == "cuda":
-                try_page_lock(self._lane.bounce)  # refused: a slower copy
+            if self._device.type == "cuda" and try_page_lock(self._lane.bounce) != 0:
+                self.lacks_pinned = True
         return self._lane.bounce
 
     def _event(self, memory: Tensor) -> "torch.cuda.Event | None":

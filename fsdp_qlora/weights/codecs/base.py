@@ -27,6 +27,11 @@ class Codec(Protocol):
         """Return whether numbers become codes, behind which NaN and infinity would look like any other number."""
         ...
 
+    @property
+    def encoder(self) -> str:
+        """Return the package whose functions `encode` calls beside torch's, '' if none: its version decides bytes."""
+        ...
+
     def parts(self, shape: tuple[int, ...]) -> Stored:
         """Return what is stored for a weight of `shape`: part name -> (dtype, shape), in storage order.
 

@@ -58,6 +58,10 @@ class HQQ:
         return True
 
     @property
+    def encoder(self) -> str:
+        return "hqq"
+
+    @property
     def form(self) -> Form:
         return Form(self.bits, self.group, self.axis)
 

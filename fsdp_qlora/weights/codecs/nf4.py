@@ -38,6 +38,10 @@ class NF4:
     def quantizes(self) -> bool:
         return True
 
+    @property
+    def encoder(self) -> str:
+        return "bitsandbytes"
+
     def parts(self, shape: tuple[int, ...]) -> Stored:
         numel = math.prod(shape)
         blocks = -(-numel // BLOCK)

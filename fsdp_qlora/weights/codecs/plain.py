@@ -25,6 +25,10 @@ class Plain:
     def quantizes(self) -> bool:
         return False
 
+    @property
+    def encoder(self) -> str:
+        return ""
+
     def parts(self, shape: tuple[int, ...]) -> Stored:
         return {"values": (self.dtype, tuple(shape))}
 
