@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
+import train
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.placement import from_cache
+from fsdp_qlora.training.checkpoint_folder import read_checkpoint, write_manifest
 from fsdp_qlora.weights.base_cache import disk, encoders, names
 from fsdp_qlora.weights.base_cache.encoders import VERSION
 from fsdp_qlora.weights.base_cache.part import make_part
@@ -30,7 +33,7 @@ from fsdp_qlora.weights.codecs import HQQ, NF4, Plain
 from fsdp_qlora.weights.layout import Layout
 from tests.support import plain, tiny
 from tests.support.built import built
-from tests.support.runs import Options, run_alone
+from tests.support.runs import Options, flags, run_alone
 from tests.support.torchrun import ROOT, run_torchrun
 
 BYTES = {
@@ -347,6 +350,19 @@ def test_a_bit_that_flips_before_it_is_written_costs_a_file_and_no_later_start(
     assert_same(start(options), encoded)
     assert 0 < len(reads) < 10, "the tensors of one unit"
     assert not said(capsys)
+
+
+def test_a_resumed_run_over_other_weights_names_the_cache_that_they_came_from(options, tmp_path, capsys):
+    more = {"dataset_samples": 8, "context_length": 32, "batch_size": 2, "max_steps": 2, "save_steps": 1}
+    first = run_alone(options | more, tmp_path / "out")
+    saved = read_checkpoint(first.folder / "checkpoint-1")
+    write_manifest(saved.path, replace(saved.manifest, base=saved.manifest.base | {"checksum": 1}))
+    shutil.rmtree(first.folder / "checkpoint-2")
+    asked = flags(options | more | {"resume": "auto", "output_dir": first.folder})
+    capsys.readouterr()
+    assert train.main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"they came from the base cache, {next((tmp_path / 'cache').iterdir())}: --base_cache null" in line
 
 
 def test_bytes_that_change_after_they_were_read_name_the_cache(options, kept):
@@ -724,6 +740,38 @@ def test_every_placement_reads_its_part_on_every_rank(ranks, homes, names, model
             line = f"rank {rank}: {name} {(UNITS, UNITS, True, True, [], 0, True)}\n"
             assert line in done.stdout, f"{line}{done.stdout}\n{done.stderr}"
     assert done.stdout.count("cannot be taken: encoded anew") == len(names)
+
+
+FULL = """
+    import errno, os, sys
+    from pathlib import Path
+    from tests.support.built import built
+    from tests.support.meeting import RANK, meet_at
+    from fsdp_qlora.weights.base_cache.unit_file import Writing
+
+    model, cache = sys.argv[1], Path(sys.argv[2])
+    finish = Writing.finish
+    def refused(self):  # once the other rank has written
+        if RANK == 1 and len(list(cache.glob("*/*.safetensors"))) >= 1:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return finish(self)
+    Writing.finish = refused
+    common = {"dataset": "dummy", "precision": "fp32", "lora_rank": 2, "model_name": model, "base_cache": cache}
+    meet_at("first")
+    with built(common):
+        pass
+    """
+
+
+@pytest.mark.slow
+def test_every_rank_takes_back_what_it_wrote_where_the_disk_refuses_one(model, tmp_path):
+    done = run_torchrun(FULL, 2, [str(model), str(tmp_path / "cache")], timeout=200)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    (path,) = (tmp_path / "cache").iterdir()
+    assert {file.name for file in path.iterdir()} == {names.NOTE, names.used_mark(), names.full_mark()}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("base_cache")]
+    assert len(lines) == 1, done.stdout
+    assert "refused it (Disk quota exceeded); 0.0 GiB that this run had written are removed" in lines[0]
 
 
 def test_the_commands_list_and_clear(options, kept, capsys):
