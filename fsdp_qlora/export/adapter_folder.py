@@ -16,6 +16,7 @@ from fsdp_qlora.config.parse import parse_record
 from fsdp_qlora.config.train_types import TRAIN_TYPES
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.export.peft import ADAPTER, ADAPTER_CONFIG
+from fsdp_qlora.models.skeleton import quantization_of, read_config
 
 BASE_COPY = ".base_layer.weight"  # of an adapted head, whose own weight PEFT saves along with its adapter
 PLAN = "plan.json"
@@ -111,7 +112,7 @@ def base_options(
         named = TRAIN_TYPES.get(given.get("train_type") or "")
         if named is not None and named.is_nf4 and given.get("double_quant") is None:
             missing.append("double_quant")
-        if stored and named is not None and named.codec == "hqq":
+        if stored and named is not None and named.codec == "hqq" and not _is_published(name, revision):
             raise UserError(
                 f"train_type: {adapter.folder} has no {CONFIG}, which alone tells bits and groups of a base in HQQ; "
                 f"bring it from the run's output_dir{instead}"
@@ -133,6 +134,11 @@ def base_options(
                 f"omit {option}"
             )
     return replace(recorded, model_name=name, revision=revision)
+
+
+def _is_published(model_name: str, revision: str | None) -> bool:
+    """Return whether a base's config.json says how it is quantized, so that no options need to."""
+    return quantization_of(read_config(model_name, revision)) is not None
 
 
 def _run_of(folder: Path) -> Config | None:

@@ -52,6 +52,19 @@ def test_a_base_published_in_hqq_is_merged_as_it_is(base, tmp_path, capsys):
     assert ours.keys() == state.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, state[name].float(), rtol=1e-6, atol=1e-7)
+    (adapter / "config.yaml").rename(tmp_path / "config.yaml")  # as an adapter of PEFT: the base tells its form
+    merge(
+        capsys,
+        adapter=adapter,
+        output_dir=tmp_path / "p",
+        dtype="fp32",
+        check_rows=0,
+        train_type="hqq_lora",
+        precision="bf16",
+    )
+    for name, tensor in tensors_of(tmp_path / "p").items():
+        assert torch.equal(tensor, ours[name]), name
+    (tmp_path / "config.yaml").rename(adapter / "config.yaml")
     said = merge(capsys, 2, adapter=adapter, output_dir=tmp_path / "o", merge_base="original")
     assert "is published quantized" in said
     assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
