@@ -63,6 +63,8 @@ def place_kept(
     left = [unit for i, unit in enumerate(units) if not everywhere[i]]
     pairs = zip(units, found, strict=True)
     ready = deque((unit, one) for i, (unit, one) in enumerate(pairs) if everywhere[i] and isinstance(one, Contents))
+    if ready:
+        kept.touch()
     while ready or waiting:
         while ready and len(waiting) <= AHEAD:
             unit, contents = ready.popleft()
@@ -79,8 +81,6 @@ def place_kept(
             _place(coming, placement, world, seen, str(kept.folder))
             done()
         del coming  # before memory for another is taken
-    if everywhere.count(True):
-        kept.touch()
     lines = [_line(wrong, kept), *_slower(lacks_direct, lanes, kept)]
     for line in dict.fromkeys(line for text in world.gather_texts("\n".join(lines)) for line in text.splitlines()):
         if line:

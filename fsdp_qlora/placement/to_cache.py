@@ -118,6 +118,7 @@ class Keeper:
             elif (full := self._kept.refused()) is not None:
                 self._refused = f"{NOT_KEPT}: another process met the end of the disk ({full.reason}); {full}"
             else:
+                self._kept.make()
                 self._refused = self._kept.lack_of_room([unit.name], self._owed)  # others may have filled it meanwhile
             if self._refused:
                 return

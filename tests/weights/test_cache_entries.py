@@ -195,7 +195,7 @@ def test_no_base_is_kept_by_default_where_it_would_be_anothers_disk_or_memory(ki
     assert kind in disk.unfit_by_default(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "zfs", "overlay", "fuseblk", ""])
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "zfs", "overlay", "fuseblk", "fuse.fuse-overlayfs", ""])
 def test_a_base_is_kept_by_default_on_disks_of_this_machine(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "kind_of_disk", lambda folder: kind)
     assert disk.unfit_by_default(tmp_path) == ""

@@ -19,7 +19,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_KEPT = "base_cache: not kept for the next start"
 # File systems on which a folder is another machine's, or in this one's memory, by their names in /proc/mounts.
 REMOTE = re.compile(
-    r"nfs\d?|lustre|cifs|smb\w*|afs|ceph|glusterfs|gpfs|beegfs\w*|pvfs2|orangefs|panfs|wekafs|9p|davfs\d?|fuse(\..*)?"
+    r"nfs\d?|lustre|cifs|smb\w*|afs|ceph|glusterfs|gpfs|beegfs\w*|pvfs2|orangefs|panfs|wekafs|9p|davfs\d?"
+    r"|fuse(\.(?!fuse-overlayfs).*)?"  # sshfs, buckets; which of them are local is not told
 )
 IN_MEMORY = re.compile(r"tmpfs|ramfs")
 
@@ -83,7 +84,7 @@ def unfit_by_default(folder: Path) -> str:
     """Return why no base is kept in `folder` unless the user names it, '' where it is."""
     kind = kind_of_disk(folder)
     if REMOTE.fullmatch(kind):
-        return f"is on a network mount ({kind}), which others fill and wait for"
+        return f"is on a network mount, or may be ({kind}): others fill it and wait for it"
     if IN_MEMORY.fullmatch(kind):
         return f"is in memory ({kind}), which the run needs"
     return ""

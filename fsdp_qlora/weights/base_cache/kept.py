@@ -87,7 +87,6 @@ class KeptBase:
 
     def begin(self, unit: str, total: int) -> Writing:
         """Begin a unit's file. total: `frozen_bytes.checksum` of its bytes. Raises OSError."""
-        self._make()  # another run, or the user, may have removed it meanwhile
         return Writing(self.path(unit), unit, self.digests[unit], self._stored[unit], total)
 
     def tidy(self) -> str:
@@ -104,9 +103,12 @@ class KeptBase:
         Returns (lines about what was removed, why no file can be written or '')."""
         removed = remove_replaced(self.folder, self.note)
         try:
-            self._make()
+            self.make()
             sweep(self.folder)
-            return removed, still_full(self.folder) or self.lack_of_room(units, owed)
+            refused = still_full(self.folder) or self.lack_of_room(units, owed)
+            if not refused:
+                self.touch()  # else another run's `tidy` may take it away while it is written
+            return removed, refused
         except OSError as error:
             return removed, self.refusal(error)
 
@@ -138,7 +140,10 @@ class KeptBase:
             if not names:
                 self.folder.rmdir()
 
-    def _make(self) -> None:
+    def make(self) -> None:
+        """Make the entry where it is not there, or has been removed meanwhile by another run or the user.
+
+        Raises OSError."""
         if not (self.folder / NOTE).exists() or read_note(self.folder) is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._made_note = write_note(self.folder, self.note) or self._made_note
