@@ -230,12 +230,15 @@ def test_a_curve_of_other_options_is_refused(material, tmp_path, fake, capsys):
     curve(first, 2)
     assert "the rows of dataset; set them as before" in capsys.readouterr().err
     assert len(fake.commands) == 4
+    (tmp_path / "c" / "rows-4" / "checkpoint-3").mkdir()
     fake.then = {5: 1}
     anew = first | {"lr": 0.5, "overwrite_output_dir": "true"}
     curve(anew, 1)
     assert not list((tmp_path / "c").glob(f"rows-*/{FIGURES}")), "figures of other options are no points of this curve"
-    curve(anew)
-    assert all(said["overwrite_output_dir"] == "true" for said in fake.commands[4:] if said[""] == "train.py")
+    assert not (tmp_path / "c" / "rows-4").exists(), "nor may their checkpoints be gone on with"
+    curve(first | {"lr": 0.5})
+    assert fake.commands[5]["overwrite_output_dir"] == "true", "it was begun before"
+    assert "overwrite_output_dir" not in fake.commands[7]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class CurveOptions:
         False,
         "Write into an output_dir that is not empty, and begin a curve that is there anew.",
         "an unfinished curve is gone on with all the same, and finished points are not lost by accident",
-        "files of the same name are replaced",
+        "all folders rows-N in it are removed, each time that it is given",
     )
     gpus: int = option(
         -1,

@@ -1,6 +1,8 @@
 """The work of curve: points trained and measured one after the other, what is finished kept and gone on with."""
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,12 @@ class Curve:
             )
 
     def begin(self, points: Sequence[int]) -> None:
-        """Take the folder over. An earlier curve that is to be replaced loses the figures of its points now."""
+        """Take the folder over. The points of an earlier curve that is to be replaced go now, with their checkpoints:
+        none may be gone on with under other options."""
         with writing_to(self.folder, "output_dir"):
             if self.own.overwrite_output_dir:
-                for file in self.folder.glob(f"rows-*/{FILE}"):
-                    file.unlink()
+                for place in self._places().values():
+                    shutil.rmtree(place)
             self._note()
         done = [rows for rows in points if read_point(self.place(rows), rows) is not None]
         if done:
@@ -88,9 +91,7 @@ class Curve:
 
     def finished(self) -> list[Point]:
         """Return all points of the folder that are measured, also those that are not asked for now."""
-        numbers = [path.name.removeprefix("rows-") for path in self.folder.glob("rows-*")]
-        rows = sorted(int(number) for number in numbers if number.isdecimal())
-        return [point for n in rows if (point := read_point(self.place(n), n)) is not None]
+        return [point for rows, place in self._places().items() if (point := read_point(place, rows)) is not None]
 
     def make(self, rows: int) -> bool:
         """Train and measure a point, as far as that has not been done. Return whether anything was left to do."""
@@ -118,10 +119,16 @@ class Curve:
                 draw(part, self.train.model.model_name, points)
         print("", *table(points), "", sep="\n", flush=True)
 
+    def _places(self) -> dict[int, Path]:
+        """Return rows -> folder of all points that there are, the fewest rows first."""
+        names = [path.name.removeprefix("rows-") for path in self.folder.glob("rows-*") if path.is_dir()]
+        return {
+            rows: self.place(rows)
+            for rows in sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+        }
+
     def _going_on(self, place: Path) -> dict[str, Any]:
         """Return what train.py is told of a point that it may have begun."""
-        if self.own.overwrite_output_dir:
-            return {"overwrite_output_dir": True}
         if self.train.output.save_steps is not None:
             return {"resume": "auto"}
         return {"overwrite_output_dir": True} if place.is_dir() and any(place.iterdir()) else {}
