@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.options import Config, ModelOptions
 from fsdp_qlora.data.batches import load_tokenizer
@@ -155,19 +155,6 @@ def tokenizer_of(base: Base) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the adapter's training, else the base's."""
     named = base.tokenizer_folder
     return load_tokenizer(named, base.config.model.revision if named == base.config.model.model_name else None)
-
-
-def stops_of(base: Base, hf_config: PretrainedConfig, others: list[int]) -> list[int]:
-    """Return the tokens that end an answer: those of the base's generation config, its config, and `others`."""
-    model = base.config.model
-    try:
-        said = GenerationConfig.from_pretrained(model.model_name, revision=model.revision).eos_token_id
-    except (OSError, ValueError):  # a model need not have one
-        said = None
-    found: list[int] = []
-    for one in (said, getattr(hf_config, "eos_token_id", None), others):
-        found += one if isinstance(one, list) else [] if one is None else [int(one)]
-    return list(dict.fromkeys(found))
 
 
 def fit_rows(built: Built, work: Workload) -> Fit:

@@ -32,13 +32,14 @@ from fsdp_qlora.plan.budget import HOST_SHARE
 from fsdp_qlora.plan.expected import expected_rates, link_rate
 from fsdp_qlora.plan.inputs import Facts, facts_of
 from fsdp_qlora.plan.plan import Budget
-from fsdp_qlora.plan.planning import Planned, fastest_of, micro_batches, sending
+from fsdp_qlora.plan.planning import Planned, fastest_of, leaving, micro_batches, sending
 from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.report.machine import rates_line
 from fsdp_qlora.report.startup import describe
 from fsdp_qlora.runtime.determinism import deterministic_algorithms
 from fsdp_qlora.runtime.launcher import read_launch
 from fsdp_qlora.session import make_recipe
+from fsdp_qlora.training.evaluations import memory_of
 from fsdp_qlora.units import GIB
 from fsdp_qlora.weights.choose import open_weights, random_weights, told_forms
 from fsdp_qlora.weights.codecs import is_quantized, weight_of
@@ -179,7 +180,8 @@ def plan_built(built: Built, config: Config, rig: Rig) -> Planned:
         return facts, expected_rates(card, facts, link_of(memory, card), card.peers)
 
     try:
-        return fastest_of(config, budget_of(memory, rig), world, known)
+        answers = memory_of(config, None)(built.model)
+        return leaving(answers, budget_of(memory, rig), lambda left: fastest_of(config, left, world, known))
     except UserError as error:
         raise UserError(
             f"plan_for {memory.plan_for}, expected at --precision {config.model.precision}, CUDA's {OUTSIDE_GIB:.1f} "

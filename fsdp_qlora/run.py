@@ -13,7 +13,6 @@ from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.show_rows import lines_of
 from fsdp_qlora.distributed.world import World, open_world
-from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.loggers import check_installed
@@ -36,7 +35,7 @@ from fsdp_qlora.session import Session, choose_compute, prepare
 from fsdp_qlora.training.agreement import base_of, check_base, check_place, place_in
 from fsdp_qlora.training.checkpoint import Checkpoints, checkpoint_bytes, most_at_once
 from fsdp_qlora.training.evaluate import Evaluator
-from fsdp_qlora.training.evaluations import EvalAnswers, Evaluations, check_evaluations
+from fsdp_qlora.training.evaluations import Asked, EvalAnswers, Evaluations, asked_of, check_evaluations, memory_of
 from fsdp_qlora.training.loop import Loop
 from fsdp_qlora.training.resume import Checkpoint, find_checkpoint, forget_others, notes_of
 from fsdp_qlora.training.retry import Refit
@@ -54,6 +53,7 @@ class PreparedRun:
     batches: Batches | None
     checkpoint: Checkpoint | None  # where the run goes on
     noted: Config  # the options that repeat this run
+    asked: Asked | None  # what held-out rows are asked after each evaluation
 
     @property
     def folder(self) -> Path:
@@ -112,15 +112,19 @@ def prepare_run(
     reads = not config.memory.plan_only or config.data.show_rows
     data = read_data(config, compute.hf_config, world) if reads else None
     lengths = None if data is None else row_lengths(config, data.rows)
+    asked = None
+    if data is not None:
+        held_out, tokenizer = data.held_out, data.tokenizer
+        asked = world.first_on_node(lambda: asked_of(config, held_out, tokenizer, compute.hf_config))
     done("config and data")
-    session = prepare(config, world, compute, lengths_to_plan(data, lengths), done)
+    session = prepare(config, world, compute, lengths_to_plan(data, lengths), done, memory_of(config, asked))
     batches = None if data is None else make_batches(session, data.rows, lengths)
     chosen = session.planned.plan
     noted = with_micro_batch(config, chosen.micro_batch, chosen.accumulation)
     if checkpoint is not None:
         assert batches is not None
         world.main_only(partial(check_place, checkpoint, config, batches, count_steps(config, batches)))
-    return PreparedRun(session, data, lengths, batches, checkpoint, noted)
+    return PreparedRun(session, data, lengths, batches, checkpoint, noted, asked)
 
 
 def train(ready: PreparedRun, host: HostMemory, stages: Stages) -> int:
@@ -183,20 +187,12 @@ def load(ready: PreparedRun, data: Data, batches: Batches, steps: int) -> Loaded
 
 
 def answer_of(ready: PreparedRun, data: Data) -> Callable[[int], None]:
-    """Return what answers held-out rows after an evaluation; nothing, where none are asked for or all are text."""
-    session, count = ready.session, ready.session.config.evaluation.eval_generate
-    if not count or data.held_out is None or data.tokenizer is None:
+    """Return what answers held-out rows after an evaluation; nothing, where none are asked."""
+    session, asked = ready.session, ready.asked
+    if asked is None:
         return lambda step: None
-    options, memory = session.config.evaluation, session.config.memory
-    answers = EvalAnswers(
-        session.model, data.held_out, data.tokenizer, count, options.eval_generate_tokens, memory, session.world,
-        ready.folder,
-    )  # fmt: skip
-    if not answers.questions:
-        raise UserError(
-            f"eval_generate {count}: has no effect, as no held-out row asks anything before its answer; omit it"
-        ).on_every_rank(session.world.rank)
-    return answers
+    assert data.tokenizer is not None
+    return EvalAnswers(session.model, asked, data.tokenizer, session.config.memory, session.world, ready.folder)
 
 
 def go_on(ready: PreparedRun, loaded: Loaded, batches: Batches, metrics: Metrics) -> Checkpoints:

@@ -109,14 +109,16 @@ def prepare(
     compute: Compute,
     lengths: RowLengths | None,
     done: Callable[[str], None] = lambda stage: None,
+    beside: Callable[[CausalModel], int] = lambda model: 0,
 ) -> Session:
     """Return the model of `config`, built and planned. A collective. Raises UserError on every rank alike.
 
-    lengths: of the rows; None: all fill the context. done: told of each stage that has ended."""
+    lengths: of the rows; None: all fill the context. done: told of each stage that has ended. beside: bytes of a device
+    that something else than training takes between two steps."""
     weights = world.together(lambda: open_weights(config.model, compute.precision.stream))
     model, fusion, weights = build_model(micro_batches(config)[0], compute, weights, world)
     done("model")
-    planned = plan_run(model, config, fusion, lengths, world)
+    planned = plan_run(model, config, fusion, lengths, world, beside(model))
     done("plan")
     return Session(config, world, compute, model, fusion, weights, planned)
 

@@ -1,8 +1,8 @@
 """A few rows times an NF4 matrix, the codes read once and never written out as numbers: y = x W^T + b + xa B^T.
 
 With one row a matrix product is a pass over the matrix: 4-bit codes are a quarter of what a dequantized copy is, and
-reading that back and writing it before would be eight times as much. Up to `MOST_ROWS` rows share a pass; beyond, the
-arithmetic of plain multiply-adds takes longer than tensor cores on a decoded matrix.
+reading that back and writing it before would be eight times as much. More rows are possible, but the arithmetic of
+plain multiply-adds soon takes longer than tensor cores on a decoded matrix: the caller knows up to how many it pays.
 
 A row of a program's tile is one quantization block, 64 numbers in 32 bytes with one scale, so a scale is found once a
 block, by the operations that `dequantize_nf4` finds it by: sums of products are fused where it is said, and nowhere
@@ -22,14 +22,13 @@ from fsdp_qlora.kernels.device import cdiv, launch, next_power_of_2, on_triton, 
 from fsdp_qlora.kernels.nf4 import scale_parts, tables_of
 from fsdp_qlora.kernels.nf4_format import BLOCK, Scales, check_stored
 
-MOST_ROWS = 8
 GROUP = 4  # rows of a program; the next group's programs find the codes in the cache
 OUTPUTS, BLOCKS = 8, 8  # of a program's tile: out features, and blocks of each
 
 
-def can_multiply(like: torch.Tensor, rows: int, in_features: int) -> bool:
-    """Tell whether `nf4_few_rows` is for so many rows, on like's device, of matrices of this width."""
-    return on_triton(like) and rows <= MOST_ROWS and in_features % BLOCK == 0
+def can_multiply(like: torch.Tensor, in_features: int) -> bool:
+    """Tell whether `nf4_few_rows` runs on like's device, and takes matrices of this width."""
+    return on_triton(like) and in_features % BLOCK == 0
 
 
 def halves_of(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,8 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.generation.answers import Answer, Answers
 from fsdp_qlora.generation.placing import Workload
 from fsdp_qlora.generation.sampling import Sampling
-from fsdp_qlora.inference import Base, Loaded, build, fit_rows, read_base, stops_of, tokenizer_of
+from fsdp_qlora.generation.stops import stops_of
+from fsdp_qlora.inference import Base, Loaded, build, fit_rows, read_base, tokenizer_of
 from fsdp_qlora.models.skeleton import max_positions, text_config
 from fsdp_qlora.runtime.files import check_writable, writing_to
 from fsdp_qlora.session import Compute, choose_compute
@@ -97,7 +98,7 @@ def read_all(asked: AnsweringOptions, world: World, seed: int, wants_answers: bo
     vocabulary = text_config(hf_config).vocab_size
     tokenizer = world.first_on_node(lambda: tokenizer_of(base))
     prompts = world.first_on_node(lambda: read_prompts(options.data, tokenizer, vocabulary, wants_answers))
-    return Ready(base, compute, tokenizer, prompts, stops_of(base, hf_config, prompts.stops))
+    return Ready(base, compute, tokenizer, prompts, stops_of(base.config.model, hf_config, prompts.stops))
 
 
 def load_for(ready: Ready, work: Workload, world: World) -> Loaded:

@@ -86,6 +86,18 @@ def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
     return [encoder.continuation(text) for text in texts]
 
 
+def stop_ids(options: DataOptions, form: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return EOS, and the token that ends a turn where rows of this form (`Rows.form`) are chats."""
+    choose_chat_template(tokenizer, options.chat_template)
+    is_chat = any(name in CHAT for name in form.split(" + "))
+    return _stops(tokenizer, ChatTemplate(tokenizer, options.dataset) if is_chat else None)
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None) -> list[int]:
+    words = chat.end_tokens() if chat is not None else []
+    return list(dict.fromkeys([int(tokenizer.eos_token_id), *map(int, tokenizer.convert_tokens_to_ids(words))]))
+
+
 class _Reader:
     """Rows -> prompts; the first row says which form all have."""
 
@@ -127,8 +139,7 @@ class _Reader:
 
     def stops(self) -> list[int]:
         """Return EOS, and of chats the token that ends a turn."""
-        words = self.chat.end_tokens() if self.chat is not None else []
-        return list(dict.fromkeys([self.encoder.eos, *map(int, self.tokenizer.convert_tokens_to_ids(words))]))
+        return _stops(self.tokenizer, self.chat)
 
     def _begin(self, row: Row) -> None:
         options = self.options

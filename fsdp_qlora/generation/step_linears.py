@@ -84,7 +84,7 @@ class StepLinears:
         return any(codec.quantizes for codec in self.codecs)
 
     def _takes_codes(self, x: Tensor) -> bool:
-        few = x.shape[0] <= CODES_ROWS and can_multiply(x, x.shape[0], self.in_features)
+        few = x.shape[0] <= CODES_ROWS and can_multiply(x, self.in_features)
         return few and all(isinstance(codec, NF4) for codec in self.codecs)
 
     def _from_codes(self, halves: Tensor, xa: Tensor | None, pieces: Sequence[Tensor]) -> None:

@@ -223,8 +223,10 @@ class CausalModel(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Run what is inside without gradients and dropout; afterwards every module is in the mode that it was in."""
+        """Run what is inside without gradients and dropout; afterwards every module is in the mode that it was in, and
+        rotary tables that grow with the longest row so far are as they were."""
         modes = [(module, module.training) for module in self.modules()]
+        tables = [(module, dict(module._buffers), _reaches(module)) for module in self.modules() if _reaches(module)]
         self.eval()
         try:
             with torch.no_grad():
@@ -232,6 +234,9 @@ class CausalModel(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, buffers, reaches in tables:
+                module._buffers.update(buffers)
+                vars(module).update(reaches)
 
     def is_tied(self) -> bool:
         """Whether the head reads the embedding's bytes."""
@@ -240,3 +245,9 @@ class CausalModel(nn.Module):
     def linears(self) -> dict[str, FrozenLinear]:
         """Path in the Hugging Face model -> linear, of every linear in the decoder layers, in order."""
         return {f"{path}.{name}": m for path, block in self.blocks.items() for name, m in block.linears().items()}
+
+
+def _reaches(module: nn.Module) -> dict[str, Any]:
+    """Return what a rotary module notes of the longest row so far (transformers' `rope_type` dynamic), by name."""
+    kept = ("max_seq_len_cached", "attention_scaling")
+    return {name: value for name, value in vars(module).items() if name.endswith(kept)}

@@ -4,6 +4,7 @@ The plan itself (`plan/`) is arithmetic; here are its inputs read and its words 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from fsdp_qlora.plan.layouts import Layouts
 from fsdp_qlora.plan.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, refit_plan, table
 from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.runtime.host_memory import available_host_bytes
+from fsdp_qlora.units import as_gib
 
 # Attention's backends by the memory that they take, least first; "": Hugging Face's own, of generic blocks.
 ATTENTION = ("", "cudnn", "flash", "flash_attn", "cpu", "math")
@@ -51,6 +53,7 @@ class Planned:
     rates: Rates | None
     budget: Budget
     layout: Layouts | None
+    beside: int = 0  # bytes of a device that are not in the budget, as something else takes them between two steps
 
     @property
     def schedule(self) -> Schedule | None:
@@ -67,9 +70,11 @@ class Planned:
         return None if self.rates is None else self.rates.h2d
 
 
-def plan_run(model: CausalModel, config: Config, fusion: Fusion, lengths: RowLengths | None, world: World) -> Planned:
+def plan_run(
+    model: CausalModel, config: Config, fusion: Fusion, lengths: RowLengths | None, world: World, beside: int = 0
+) -> Planned:
     """The plan for rows of these lengths; None: all fill the context. A collective. Raises UserError where nothing
-    fits."""
+    fits. beside: bytes of a device that are not the plan's: answers between two steps take them."""
     world.together(lambda: shard_count(config.memory, world))  # what cannot be divided need not be planned
     optimizer = state_bytes(config.training.optimizer, world.device.type)
 
@@ -82,7 +87,23 @@ def plan_run(model: CausalModel, config: Config, fusion: Fusion, lengths: RowLen
     def layouts(sized: Config, facts: Facts) -> Layouts:
         return Layouts(model, sized, facts.context, facts.exchange_by_host, world)
 
-    return fastest_of(config, find_budget(config.memory, world), world, known, layouts)
+    budget = find_budget(config.memory, world)
+    try:
+        return leaving(beside, budget, lambda left: fastest_of(config, left, world, known, layouts))
+    except UserError as error:
+        raise error.on_every_rank(world.rank) from None
+
+
+def leaving(beside: int, budget: Budget, plan: Callable[[Budget], Planned]) -> Planned:
+    """Return the plan of a budget that leaves so many bytes of a device to answers between two steps, and tells so."""
+    if not beside or math.isinf(budget.device_bytes):
+        return plan(budget)
+    kept = f"eval_generate keeps {as_gib(beside, 2)} of each GPU for answers"
+    try:
+        planned = plan(replace(budget, device_bytes=budget.device_bytes - beside))
+    except UserError as error:
+        raise UserError(f"{error}; {kept}") from error
+    return replace(planned, lines=[*planned.lines, kept], beside=beside)
 
 
 def fastest_of(
@@ -127,7 +148,7 @@ def refit_run(planned: Planned, world: World) -> Planned | None:
     """Return the plan for what is free now, which takes less of the GPUs than the one before; None where the options or
     that plan leave nothing to give. A collective."""
     memory, layout = planned.config.memory, planned.layout
-    device = device_bytes(memory, world)
+    device = device_bytes(memory, world) - planned.beside
     host = planned.plan.host_bytes + HOST_SHARE * available_host_bytes()
     budget = agreed_budget(device, min(host, planned.budget.host_bytes), world)
     wishes, nbytes = wishes_of(memory, world.size), None if layout is None else layout.nbytes

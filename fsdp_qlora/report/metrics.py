@@ -24,6 +24,7 @@ from fsdp_qlora.report.scalars import eval_scalars, step_scalars
 from fsdp_qlora.report.step_record import StepRecord
 from fsdp_qlora.runtime.files import writing_to
 
+ANSWERS = "eval_answers.jsonl"  # beside metrics.jsonl, and cut where that is: lines with a step, of who writes them
 WARM_UP_STEPS = 3  # the first steps compile kernels, grow the allocator's pools and fill caches: not typical
 
 
@@ -50,6 +51,8 @@ class Metrics(Callback):
             return
         self.directory = Path(config.output.output_dir)
         with writing_to(self.directory, "output_dir"):
+            if earlier is None:
+                (self.directory / ANSWERS).unlink(missing_ok=True)
             self._file: IO[str] = (self.directory / "metrics.jsonl").open(
                 "w" if earlier is None else "a", encoding="utf-8"
             )
@@ -68,6 +71,10 @@ class Metrics(Callback):
                 part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             self._file.close()
             self._file = file.open("a", encoding="utf-8")
+            answers = lines_until(folder / ANSWERS, step)
+            if answers or (self.directory / ANSWERS).exists():
+                with atomic_file(self.directory / ANSWERS) as part:
+                    part.write_text("".join(f"{line}\n" for line in answers), encoding="utf-8")
 
     def on_step(self, record: StepRecord) -> None:
         """Record and show one step. The JSON line is written and flushed when this returns."""

@@ -5,6 +5,7 @@ import torch
 
 from fsdp_qlora.kernels.attention_math import Masking, math_forward
 from fsdp_qlora.kernels.cached_attention import attend_cached
+from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 CASES = {
     "grouped": ((3, 150, 8, 2, 16), Masking(0.25)),
@@ -25,28 +26,29 @@ def inputs(shape, dtype, device):
     return q[:, 0].to(device, dtype), k.to(device, dtype), v.to(device, dtype), seen.to(device)
 
 
-def truth(q, k, v, seen, masking):
-    """Of each row alone, by the attention of training in float64."""
+def by_rows(q, k, v, seen, masking, dtype):
+    """Of each row alone, by the attention of training in `dtype`, on the CPU."""
     outs = []
     for row, count in enumerate(seen.tolist()):
-        queries = torch.zeros(1, count, *q.shape[1:], dtype=torch.float64)
-        queries[0, -1] = q[row].double().cpu()
-        keys, values = (x[row : row + 1, :count].double().cpu() for x in (k, v))
+        queries = torch.zeros(1, count, *q.shape[1:], dtype=dtype)
+        queries[0, -1] = q[row].cpu().to(dtype)
+        keys, values = (x[row : row + 1, :count].cpu().to(dtype) for x in (k, v))
         outs.append(math_forward(queries, keys, values, masking)[0][0, -1])
     return torch.stack(outs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", ["plain", "triton"])
+FORMS = [("plain", torch.float32), ("plain", torch.bfloat16), *(("triton", dtype) for dtype in KERNEL_DTYPES)]
+
+
+@pytest.mark.parametrize(("form", "dtype"), FORMS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_output_is_that_of_the_row_alone(case, form, dtype, request):
     device = request.getfixturevalue("triton_device") if form == "triton" else torch.device("cpu")
     shape, masking = CASES[case]
     q, k, v, seen = inputs(shape, dtype, device)
-    out = attend_cached(q, k, v, seen, masking).double().cpu()
-    wanted = truth(q, k, v, seen, masking)
-    torch.testing.assert_close(out, wanted, rtol=0, atol=2e-6 if dtype == torch.float32 else 1.6e-2)
-    assert out.abs().max() > 0.1
+    out = attend_cached(q, k, v, seen, masking)
+    plain, truth = (by_rows(q, k, v, seen, masking, kind) for kind in (dtype, torch.float64))
+    assert_as_good_as_plain(out, plain, truth, case)
 
 
 def test_places_that_no_token_has_yet_change_nothing(triton_device):

@@ -19,7 +19,8 @@ from fsdp_qlora.distributed.world import open_world
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.plan import planning
 from fsdp_qlora.plan.budget import find_budget
-from fsdp_qlora.plan.planning import agreed, micro_batches, wishes_of
+from fsdp_qlora.plan.plan import Budget
+from fsdp_qlora.plan.planning import Planned, agreed, micro_batches, wishes_of
 from fsdp_qlora.runtime import host_memory
 from fsdp_qlora.runtime.host_memory import available_host_bytes
 from fsdp_qlora.units import GIB
@@ -205,6 +206,29 @@ def test_the_fastest_micro_batch_that_fits_is_taken(monkeypatch):
         monkeypatch.setattr(planning, "make_plan", lambda *_: plan_of(SimpleNamespace(batch=8)))
         with pytest.raises(UserError, match="does not fit"):
             planning.plan_run(None, config, None, rows, world)
+
+
+def test_memory_that_answers_take_is_not_the_plans():
+    """Of the budget alone: what a later plan for what is free then leaves is the same."""
+    seen, unlimited = [], Budget(float("inf"), 9 << 30)  # type: ignore[arg-type]
+
+    def plan(budget: Budget) -> Planned:
+        seen.append(budget)
+        return Planned(None, ["plan"], {}, None, None, None, budget, None)  # type: ignore[arg-type]
+
+    planned = planning.leaving(1 << 30, Budget(4 << 30, 9 << 30), plan)
+    assert seen == [Budget(3 << 30, 9 << 30)]
+    assert planned.beside == 1 << 30
+    assert planned.lines == ["plan", "eval_generate keeps 1.00 GiB of each GPU for answers"]
+    assert planning.leaving(0, Budget(4 << 30, 9 << 30), plan).lines == ["plan"]
+    assert planning.leaving(1 << 30, unlimited, plan).beside == 0
+    assert seen[1:] == [Budget(4 << 30, 9 << 30), unlimited]
+
+    def refuse(budget: Budget) -> Planned:
+        raise UserError("gpu_memory_gib: too little")
+
+    with pytest.raises(UserError, match=r"too little; eval_generate keeps 1\.00 GiB"):
+        planning.leaving(1 << 30, Budget(4 << 30, 9 << 30), refuse)
 
 
 @pytest.mark.slow

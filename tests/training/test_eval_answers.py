@@ -3,15 +3,21 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
+import train
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.config.parse import parse
 from fsdp_qlora.data.batches import Rows
-from fsdp_qlora.training.eval_answers import questions_of
+from fsdp_qlora.generation.decoder import FusedDecoder
+from fsdp_qlora.training.eval_questions import asked_of, questions_of
 from tests.support import tiny
+from tests.support.built import built
 from tests.support.runs import Options, Run, flags, run_alone, run_ranks
+from tests.support.small_tokenizers import gpt2_tokenizer
 
 STEPS = 4
 
@@ -73,10 +79,103 @@ def test_ranks_answer_together_and_train_the_same(options, tmp_path):
 
 
 def test_a_question_ends_where_the_last_answer_begins():
-    import numpy as np
-
-    trains = np.array([False, True, False, True, True, True, True, False, False, True, False], np.bool_)
+    trains = np.array([False, True, False, True, True, False, True, False, False, True, False], np.bool_)
     offsets = np.array([0, 5, 7, 11])
     rows = Rows("x", "x", np.arange(11, dtype=np.int32), trains, offsets, np.array([4, 5, 9]), 8, 0, 3, 0, 0)
     assert questions_of(rows, 5) == [(4, [0, 1, 2], [3, 4]), (9, [7, 8], [9])]  # the second asks nothing
     assert len(questions_of(rows, 1)) == 1
+
+
+def held_out(form: str, prompt: int) -> Rows:
+    """One row of so many tokens before an answer of one."""
+    trains = np.array([False] * prompt + [True], np.bool_)
+    ids = np.full(prompt + 1, 5, np.int32)
+    return Rows("x", form, ids, trains, np.array([0, prompt + 1]), np.array([0]), 64, 0, 1, 0, 0)
+
+
+def test_answers_end_where_those_of_generate_do(tmp_path):
+    """The end of a turn, which a row that was cut does not show."""
+    tokenizer = gpt2_tokenizer()
+    tokenizer.eos_token = "</s>"
+    config = parse(flags({"model_name": tmp_path, "dataset": "x.jsonl", "eval_samples": 1, "eval_generate": 1}))
+    hf_config = transformers.LlamaConfig(**tiny.SHAPE | {"eos_token_id": [7, 8]})
+    transformers.GenerationConfig(eos_token_id=9).save_pretrained(tmp_path)
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    found = asked_of(config, held_out("messages", 4), tokenizer, hf_config)
+    assert found is not None
+    assert found.stops == [9, 7, 8, *ends]
+    text = asked_of(config, held_out("prompt_completion", 4), tokenizer, hf_config)
+    assert text is not None
+    assert text.stops == [9, 7, 8, ends[0]]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            {"eval_generate_tokens": 250},
+            "eval_generate_tokens 250: the model takes at most 256 tokens, and held-out",
+        ),
+        ({"dataset": "TEXT"}, "eval_generate 2: has no effect, as no held-out row asks anything"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_the_weights_are_read(options, tmp_path, capsys, more, words):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"ant {'bee ' * i}"}) + "\n" for i in range(1, 9)))
+    more = more | ({"dataset": text} if "dataset" in more else {})
+    given = options | {"eval_generate": 2, "output_dir": tmp_path / "out", "eval_samples": 2} | more
+    capsys.readouterr()
+    assert train.main(flags(given)) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "loaded" not in said.out
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_tables_that_grow_with_rows_are_as_they_were(options, tmp_path):
+    """Rotary tables of the kind dynamic grow with a row that is longer than all before, and stay so."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    shape = tiny.SHAPE | {"max_position_embeddings": 16, "rope_parameters": rope}
+    model = tiny.save_model(transformers.LlamaConfig(**shape), tmp_path / "base")
+    row, longer = torch.randint(3, 259, (1, 24)), torch.randint(3, 259, (1, 60))
+    with built({"model_name": model, "dataset": "dummy", "precision": "fp32", "context_length": 60}) as ours:
+        first = ours.loss(row, row, 23.0).item()
+        with ours.model.evaluating():
+            ours.model.logits(longer.to(ours.world.device), None)
+            grown = ours.loss(row, row, 23.0).item()
+        assert grown != first, "the tables did not grow"
+        assert ours.loss(row, row, 23.0).item() == first
+
+
+def test_no_memory_for_answers_ends_answers_and_not_training(options, tmp_path, monkeypatch, capsys):
+    asks: Options = {"eval_generate": 3, "eval_generate_tokens": 6}
+    without = run_alone(options, tmp_path / "without")
+    prefill, calls = FusedDecoder.prefill, []
+
+    def failing(self, prompts, passes):
+        calls.append(prompts)
+        if len(calls) == 5:  # the second row after the second evaluation
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return prefill(self, prompts, passes)
+
+    monkeypatch.setattr(FusedDecoder, "prefill", failing)
+    capsys.readouterr()
+    run = run_alone(options | asks, tmp_path / "with")
+    assert run.losses == without.losses
+    assert [line["step"] for line in answers_of(run)] == [2, 2, 2]
+    assert capsys.readouterr().out.count("eval_generate: no more answers, as rank 0 ran out of GPU memory") == 1
+
+
+def test_the_file_is_cut_as_the_record_is(options, tmp_path):
+    asks: Options = {"eval_generate": 1, "eval_generate_tokens": 2, "save_steps": 2}
+    run = run_alone(options | asks, tmp_path / "out")
+    whole = answers_of(run)
+    assert [line["step"] for line in whole] == [2, STEPS]
+    again = run_alone(options | asks | {"resume": run.folder / "checkpoint-2"}, tmp_path / "other")
+    assert answers_of(again) == whole
+    with (run.folder / "eval_answers.jsonl").open("a") as file:
+        file.write('{"step": 3, "row"')  # killed in the middle
+    run_alone(options | asks | {"resume": run.folder / "checkpoint-2", "overwrite_output_dir": "true"}, run.folder)
+    assert answers_of(run) == whole
+    run_alone(options | {"max_steps": 1, "overwrite_output_dir": "true"}, run.folder)
+    assert not (run.folder / "eval_answers.jsonl").exists()
