@@ -5,13 +5,15 @@ that is free. `Clock.seconds` walks one micro-batch through both, block by block
 not depend on the candidate is computed once, so that the search can afford thousands of walks.
 """
 
+from collections.abc import Sequence
+
 from fsdp_qlora.kernels.cost import Cost
-from fsdp_qlora.plan.candidate import Candidate
+from fsdp_qlora.plan.candidate import Candidate, Homes, Kinds, Placed
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.plan.memory import Memory
-from fsdp_qlora.plan.placements import PLACEMENT_COSTS, PREFETCH
+from fsdp_qlora.plan.placements import PLACEMENT_COSTS, PREFETCH, PlacementCost
 from fsdp_qlora.plan.rates import Rates
-from fsdp_qlora.plan.simulate import Walk
+from fsdp_qlora.plan.simulate import NEVER, Link, Passes, Units, Walk
 from fsdp_qlora.plan.update import gradient_bytes, update_bytes
 
 SKINNY_BANDWIDTH = 0.8  # of copy bandwidth that an adapter's products reach: 22 ms for 18 ms of bytes (performance.md)
@@ -54,21 +56,41 @@ class Clock:
         late = max(self.publish / facts.layers, self.publish - facts.layers * min(self.forward.values()))
         first = next(iter(on_gpu.values()))  # launched ahead in the forward that it is part of
         once = facts.layers * (self._of(first.forward + first.once) - self._of(first.forward))
+        self._passes = {kind: self.passes(kind[0]) for kind in self.memory.of}
+        self._computing: dict[Kinds, float] = {}
+        away = facts.fullness / rates.h2d  # seconds for a byte of the largest micro-batch, in the usual one
+        self._away = {kind: cost.away * away for kind, cost in self.memory.of.items()}
         self.beside = update_bytes(facts) / rates.copy + STEP_WAIT + self.reduction + late + once
 
     def seconds(self, candidate: Candidate) -> float:
         """Of an optimizer step."""
-        micro = self._walk(candidate)
+        return self.step(candidate.placement, candidate.kinds, candidate.stays, candidate.homes)
+
+    def step(self, placement: Placed, kinds: Kinds, stays: Sequence[bool], homes: Homes, limit: float = NEVER) -> float:
+        """The same. stays: which blocks are resident. `NEVER` where it is more than `limit`."""
+        walk = self._walk(placement, kinds, stays, homes)
+        micro = walk.run((limit - self.beside) / self.facts.accumulation)
         return micro * self.facts.accumulation + self.beside
 
     def bound(self, candidate: Candidate) -> float:
         """No walk takes less: the longer of arithmetic and copies, and what is beside both."""
-        micro = max(self.arithmetic(candidate), *self.link(candidate))
+        return self.least(candidate.placement, candidate.kinds, candidate.homes)
+
+    def least(self, placement: Placed, kinds: Kinds, homes: Homes) -> float:
+        """The bound of such blocks."""
+        micro = max(self.computing(kinds), *self.copying(placement, kinds, homes))
         return micro * self.facts.accumulation + self.beside
 
     def arithmetic(self, candidate: Candidate) -> float:
         """Seconds of a micro-batch that the GPU computes, with nothing to wait for."""
-        return sum(self.passes(b.keep) for b in candidate.blocks) + self.head
+        return self.computing(candidate.kinds)
+
+    def computing(self, kinds: Kinds) -> float:
+        """The same, of such blocks."""
+        found = self._computing.get(kinds)
+        if found is None:
+            found = self._computing[kinds] = sum(map(self._passes.__getitem__, kinds)) + self.head
+        return found
 
     def passes(self, keep: str) -> float:
         """Seconds of a block's two passes at a keep level."""
@@ -76,9 +98,13 @@ class Clock:
 
     def link(self, candidate: Candidate) -> tuple[float, float]:
         """Seconds of a micro-batch in which bytes come to the GPU, and in which kept tensors leave it."""
-        away = sum(self.memory.of[b.keep, b.offloaded].away for b in candidate.blocks) * self.facts.fullness
+        return self.copying(candidate.placement, candidate.kinds, candidate.homes)
+
+    def copying(self, placement: Placed, kinds: Kinds, homes: Homes) -> tuple[float, float]:
+        """The same, of such blocks."""
+        away = self.memory.away(kinds) * self.facts.fullness
         exchanged = (self.reduction_in + self.publish_in) * self.facts.layers
-        arrivals = PLACEMENT_COSTS[candidate.placement].arrival_seconds(self.facts, self.rates, candidate)
+        arrivals = PLACEMENT_COSTS[placement].arrival_seconds(self.facts, self.rates, homes)
         return arrivals + away / self.rates.h2d + exchanged, away / self.rates.h2d
 
     def _of(self, cost: Cost) -> float:
@@ -94,21 +120,32 @@ class Clock:
     def _over(nbytes: float, rate: float) -> float:
         return nbytes / rate if nbytes else 0.0
 
-    def _walk(self, candidate: Candidate) -> float:
-        facts, rates, cost = self.facts, self.rates, PLACEMENT_COSTS[candidate.placement]
-        crowding = self._crowding(candidate)
+    def _walk(self, placement: Placed, kinds: Kinds, stays: Sequence[bool], homes: Homes) -> Walk:
+        facts, rates, cost = self.facts, self.rates, PLACEMENT_COSTS[placement]
+        crowding = self._crowding(cost, kinds)
+        forward = {keep: seconds * crowding for keep, seconds in self.forward.items()}
+        backward = {keep: seconds * crowding for keep, seconds in self.backward.items()}
+        passes = Passes(
+            [forward[keep] for keep, _ in kinds],
+            [backward[keep] for keep, _ in kinds],
+            [self._away[kind] for kind in kinds],
+            self.head,
+            self.reduction,
+        )
         if cost.shards:
-            unit, head = cost.gather_seconds(facts, rates), cost.gather_head_seconds(facts, rates)
-            walk = Walk(self, candidate, crowding, PREFETCH + 1, unit, head, keeps=False)
+            unit, gather, head = cost.gather_seconds(facts, rates), cost.gather_head_seconds(facts, rates), 0.0
+            units = Units(range(len(kinds)), PREFETCH + 1, has_head=False, turns=False, holds=not facts.reshard)
         else:
-            unit = facts.block_bytes / rates.h2d
-            walk = Walk(self, candidate, crowding, candidate.staging, unit, 0.0, keeps=True)
-        return walk.run()
+            unit, gather, head = facts.block_bytes / rates.h2d, 0.0, facts.head_bytes / rates.h2d
+            streamed = [i for i, resident in enumerate(stays) if not resident]
+            units = Units(streamed, homes.staging, not homes.head_resident, turns=True, holds=False)
+        slower = rates.h2d / rates.h2d_both, rates.h2d / rates.d2h_both  # while the other direction is busy
+        publish, reduction = (self.publish_out, self.publish_in), (self.reduction_out, self.reduction_in)
+        return Walk(passes, Link(unit, head, gather, *slower, publish, reduction), units)
 
-    def _crowding(self, candidate: Candidate) -> float:
+    def _crowding(self, cost: PlacementCost, kinds: Kinds) -> float:
         """How many times longer blocks take because NCCL's kernels have some of the multiprocessors."""
-        arithmetic = self.arithmetic(candidate)
+        arithmetic = self.computing(kinds)
         moving = 0.0 if self.facts.exchange_by_host else self.reduction * self.facts.layers + self.publish
-        cost = PLACEMENT_COSTS[candidate.placement]
         moving += cost.passes(self.facts) * self.facts.layers * cost.gather_seconds(self.facts, self.rates)
         return 1 + (max(self.rates.crowding, 1.0) - 1) * min(1.0, moving / arithmetic)

@@ -7,12 +7,12 @@ Sizes are read off the program's own passes (`costs.py`).
 """
 
 import math
-from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.plan import generic
-from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
+from fsdp_qlora.plan.candidate import Candidate, Homes, Kinds, Placed
 from fsdp_qlora.plan.costs import block_costs, head_cost
 from fsdp_qlora.plan.inputs import FLOAT, Facts, beside, pitch
 from fsdp_qlora.plan.loading import Loading
@@ -26,6 +26,25 @@ THREADS = 2  # that multiply, each with a cuBLAS workspace: Python's and autogra
 # under FSDP2, whose gathers allocate as they go on streams of their own, and around Hugging Face's own layers a share
 # (`PlacementCost.unplaced`).
 ENDS = 48 << 20
+
+
+class Standing(NamedTuple):
+    """Bytes of a placement whatever its blocks keep.
+
+    On a GPU: first, late: while the first unit is encoded, and one of the last; step: in a step, but for its peak.
+    host: of a node's host memory, but for what is offloaded."""
+
+    first: int
+    late: int
+    step: int
+    host: int
+
+    def device_bytes(self, peak: int) -> int:
+        return max(self.first, self.with_residents(peak))
+
+    def with_residents(self, peak: int) -> int:
+        """As `device_bytes`, without the moment of loading before any block is: each resident block adds its bytes."""
+        return max(self.late, self.step + peak)
 
 
 class Memory:
@@ -52,24 +71,29 @@ class Memory:
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
         self.always = self.adapters + self.owned + self.scratch + self.workspace
+        self._kept = {kind: cost.kept for kind, cost in self.of.items()}
+        self._away = {kind: cost.away for kind, cost in self.of.items()}
+        self._standing: dict[tuple[Placed, Homes], Standing] = {}
+        self._peaks: dict[tuple[int, Kinds], int] = {}
 
     def step_parts(self, candidate: Candidate, arena: int | None = None) -> dict[str, int]:
         """What is on a GPU at the worst moment of a step. arena: its bytes, where they are known."""
-        kept, working, gradients = self._peak(candidate.blocks, self._head_gathered(candidate))
+        cost, homes = PLACEMENT_COSTS[candidate.placement], candidate.homes
+        kept, working, gradients = self._worst(candidate.kinds, cost.gathered_head_bytes(self.facts))
         working = working if arena is None else arena - kept - gradients
         return {
-            "frozen base": self._resident(candidate),
-            "frozen base on its way": self._moving(candidate),
+            "frozen base": cost.resident_bytes(self.facts, homes),
+            "frozen base on its way": cost.moving_bytes(self.facts, homes),
             "adapters": self.adapters,
             "gradients, masters, optimizer": self.owned + gradients,
             "decoded weights, cuBLAS": self.scratch + self.workspace,
             "kept for backward": kept,
-            "working": working + self._loose(candidate.blocks),
+            "working": working + self._loose(candidate.kinds),
         }
 
     def arena(self, candidate: Candidate) -> int:
         """The least bytes of the arena: of the tensors that are placed, most that are alive at once."""
-        return sum(self._peak(candidate.blocks, self._head_gathered(candidate)))
+        return sum(self._worst(candidate.kinds, PLACEMENT_COSTS[candidate.placement].gathered_head_bytes(self.facts)))
 
     def limit(self, placement: Placed, device_bytes: float) -> int:
         """Of what PyTorch may reserve, how much may be allocated."""
@@ -87,8 +111,9 @@ class Memory:
 
     def loading_parts(self, candidate: Candidate) -> dict[str, int]:
         """What is on a GPU when the unit is encoded that takes most, those before it being where they stay."""
-        before_head = self._resident(candidate) - self._head_here(candidate)
-        of = self.loading
+        cost, homes, of = PLACEMENT_COSTS[candidate.placement], candidate.homes, self.loading
+        resident = cost.resident_bytes(self.facts, homes)
+        before_head = resident - cost.resident_head_bytes(self.facts, homes)
         frozen, encoding = max((0, of.first), (before_head, of.block), (before_head, of.head), key=sum)
         return {
             "frozen base": frozen,
@@ -97,78 +122,94 @@ class Memory:
             "unit being encoded": encoding,
         }
 
-    def device_bytes(self, candidate: Candidate, peak: int | None = None) -> int:
-        """The larger sum of `step_parts` and `loading_parts`. peak: what `peak` says of such blocks, if known."""
-        first = self.adapters + self.masters + self.loading.first
-        return max(first, self.with_residents(candidate, self.peak(candidate) if peak is None else peak))
-
-    def with_residents(self, candidate: Candidate, peak: int) -> int:
-        """As `device_bytes`, without the moment of loading before any block is: each resident block adds its bytes."""
-        resident = self._resident(candidate)
-        late = max(self.loading.block, self.loading.head) - self._head_here(candidate)
-        step = self._moving(candidate) + self.always + peak
-        return resident + max(step, self.adapters + self.masters + late)
-
-    def peak(self, candidate: Candidate) -> int:
-        """Bytes kept, working and of gradients at the worst moment: alike for all candidates of a placement with such
-        kinds of block in such an order, whatever is resident."""
-        return self.arena(candidate) + self._loose(candidate.blocks)
-
-    def _loose(self, blocks: Sequence[BlockPlan]) -> int:
-        """Most that operators allocate by themselves, beside the arena."""
-        return max(self.head.loose, *(self.of[kind].loose for kind in {(b.keep, b.offloaded) for b in blocks}))
+    def device_bytes(self, candidate: Candidate) -> int:
+        """The larger sum of `step_parts` and `loading_parts`."""
+        standing = self.standing(candidate.placement, candidate.homes)
+        return standing.device_bytes(self.peak(candidate.placement, candidate.kinds))
 
     def host_parts(self, candidate: Candidate) -> dict[str, int]:
         """Bytes in host memory of a node, all its ranks together, by name."""
-        facts, blocks, cost = self.facts, candidate.blocks, PLACEMENT_COSTS[candidate.placement]
-        embedding = facts.embedding_bytes * cost.embeddings(facts) if facts.embedding_on_host else 0
-        frozen = cost.host_bytes(facts, candidate)
-        kept = sum(self.of[b.keep, b.offloaded].away for b in blocks) * facts.local_ranks
-        parts = {"frozen base": frozen, "embedding": embedding, "kept for backward": kept}
-        if facts.exchange_by_host:
-            parts["exchange"] = EXCHANGES * (facts.ranks - 1) * FLOAT * facts.largest_adapters
+        parts = self._frozen_on_host(candidate.placement, candidate.homes)
+        parts["kept for backward"] = self.offloaded(candidate.kinds)
+        if self.facts.exchange_by_host:
+            parts["exchange"] = self._exchanged()
         return parts
 
     def host_bytes(self, candidate: Candidate) -> int:
         return sum(self.host_parts(candidate).values())
 
-    def _resident(self, candidate: Candidate) -> int:
-        return PLACEMENT_COSTS[candidate.placement].resident_bytes(self.facts, candidate)
+    def standing(self, placement: Placed, homes: Homes) -> Standing:
+        """What is there whatever blocks keep. Computed once for each: there are few."""
+        found = self._standing.get((placement, homes))
+        if found is None:
+            found = self._standing[placement, homes] = self._stands(placement, homes)
+        return found
 
-    def _head_here(self, candidate: Candidate) -> int:
-        return PLACEMENT_COSTS[candidate.placement].resident_head_bytes(self.facts, candidate)
+    def peak(self, placement: Placed, kinds: Kinds) -> int:
+        """Bytes kept, working and of gradients at the worst moment, whatever is resident."""
+        gathered = PLACEMENT_COSTS[placement].gathered_head_bytes(self.facts)
+        peak = self._peaks.get((gathered, kinds))
+        if peak is None:
+            peak = self._peaks[gathered, kinds] = sum(self._worst(kinds, gathered)) + self._loose(kinds)
+        return peak
 
-    def _moving(self, candidate: Candidate) -> int:
-        return PLACEMENT_COSTS[candidate.placement].moving_bytes(self.facts, candidate)
+    def away(self, kinds: Kinds) -> int:
+        """Bytes in host memory of what a rank's blocks keep there."""
+        return sum(map(self._away.__getitem__, kinds))
 
-    def _head_gathered(self, candidate: Candidate) -> int:
-        return PLACEMENT_COSTS[candidate.placement].gathered_head_bytes(self.facts)
+    def offloaded(self, kinds: Kinds) -> int:
+        """The same of all ranks of a node."""
+        return self.away(kinds) * self.facts.local_ranks
+
+    def _stands(self, placement: Placed, homes: Homes) -> Standing:
+        facts, cost = self.facts, PLACEMENT_COSTS[placement]
+        resident = cost.resident_bytes(facts, homes)
+        late = max(self.loading.block, self.loading.head) - cost.resident_head_bytes(facts, homes)
+        host = sum(self._frozen_on_host(placement, homes).values())
+        return Standing(
+            self.adapters + self.masters + self.loading.first,
+            resident + self.adapters + self.masters + late,
+            resident + cost.moving_bytes(facts, homes) + self.always,
+            host + (self._exchanged() if facts.exchange_by_host else 0),
+        )
+
+    def _frozen_on_host(self, placement: Placed, homes: Homes) -> dict[str, int]:
+        facts, cost = self.facts, PLACEMENT_COSTS[placement]
+        embedding = facts.embedding_bytes * cost.embeddings(facts) if facts.embedding_on_host else 0
+        return {"frozen base": cost.host_bytes(facts, homes), "embedding": embedding}
+
+    def _exchanged(self) -> int:
+        return EXCHANGES * (self.facts.ranks - 1) * FLOAT * self.facts.largest_adapters
+
+    def _loose(self, kinds: Kinds) -> int:
+        """Most that operators allocate by themselves, beside the arena."""
+        return max(self.head.loose, *(self.of[kind].loose for kind in set(kinds)))
 
     def _unreduced(self) -> int:
         facts = self.facts
         return FLOAT * facts.all_adapters if facts.no_sync and facts.accumulation > 1 else 0
 
-    def _peak(self, blocks: Sequence[BlockPlan], head_gathered: int) -> tuple[int, int, int]:
+    def _worst(self, kinds: Kinds, head_gathered: int) -> tuple[int, int, int]:
         """(bytes kept, of working tensors, of gradients) at the worst moment of a micro-batch and the update after it.
 
         Of blocks alike it is the last that has most kept before it, or the first that has most gradients behind it."""
-        sizes = [self.of[b.keep, b.offloaded] for b in blocks]
-        before = list(accumulate((s.kept for s in sizes), initial=0))
-        restored = max(s.away for s in sizes)
-        every = len(sizes) * self.gradient
-        first_away = next((i for i, s in enumerate(sizes) if s.away), len(sizes))
-        behind = [every - (i + 1) * self.gradient for i in range(len(sizes))]
-        worst = max(
-            (before[-1], self.head.arena + head_gathered + restored, behind[-1]), (0, 0, every + self.unfolded), key=sum
-        )
-        last = {id(size): i for i, size in enumerate(sizes)}
-        first = {id(size): len(sizes) - 1 - i for i, size in enumerate(reversed(sizes))}
-        for i in {*last.values(), *first.values()}:
-            size = sizes[i]
+        layers, backwards = len(kinds), kinds[::-1]
+        sizes = {kind: self.of[kind] for kind in dict.fromkeys(kinds)}
+        before = list(accumulate(map(self._kept.__getitem__, kinds), initial=0))
+        restored = max(size.away for size in sizes.values())
+        every = layers * self.gradient
+        first_away = min((kinds.index(kind) for kind, size in sizes.items() if size.away), default=layers)
+        head = (before[-1], self.head.arena + head_gathered + restored, 0)
+        worst = max(head, (0, 0, every + self.unfolded), key=sum)
+        last = [layers - 1 - backwards.index(kind) for kind in sizes]
+        first = [kinds.index(kind) for kind in dict.fromkeys(backwards)]
+        for i in {*last, *first}:
+            size = sizes[kinds[i]]
             going = restored if i > first_away else 0  # what was offloaded last is let go when the next is offloaded
-            forward = (before[i], size.forward_bytes + going, behind[-1])
-            flying = min(IN_FLIGHT, len(sizes) - 1 - i) * self.reduction
-            backward = (before[i + 1], size.backward_bytes + size.away + restored, behind[i] + flying)
+            forward = (before[i], size.forward_bytes + going, 0)
+            behind = every - (i + 1) * self.gradient
+            flying = min(IN_FLIGHT, layers - 1 - i) * self.reduction
+            backward = (before[i + 1], size.backward_bytes + size.away + restored, behind + flying)
             worst = max(worst, forward, backward, key=sum)
         return worst
 

@@ -7,13 +7,13 @@ are then seen to by moving single blocks from one kind to another as long as tha
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
+from operator import add
 
-from fsdp_qlora.plan.candidate import BlockPlan, Candidate
+from fsdp_qlora.plan.candidate import Kind, Kinds
 from fsdp_qlora.plan.inputs import KEEP
-
-Kind = tuple[str, bool]  # keep level, offloaded
 
 MOVES = ((10, 3), (3, 3), (1, 3), (1, 5))  # (blocks moved at once, of 80; kinds there may be): the last fills gaps
 FASTER = 1 - 1e-4  # a move that gains less is none
@@ -66,44 +66,48 @@ def edges(costs: Mapping[Kind, Cost], layers: int, gpu: int, host: int) -> list[
     return [counts for _, counts in sorted(found, key=lambda one: one[0])]
 
 
-def climb(
-    start: Candidate,
-    seconds: float,
-    kinds: Sequence[Kind],
-    evaluate: Callable[[Candidate], tuple[Candidate, float] | None],
-) -> Candidate:
-    """The best candidate that single moves lead to, large moves first. evaluate: (the candidate with as many resident
-    blocks as fit, its seconds), None where it does not fit."""
-    layers = len(start.blocks)
+def climb(start: Kinds, seconds: float, kinds: Sequence[Kind], timed: Callable[[Kinds, float], float]) -> Kinds:
+    """The best that single moves lead to, large moves first. timed: seconds of blocks of such kinds, infinitely many
+    where they do not fit; with a limit, beyond which they do not matter."""
+    layers = len(start)
     for stride, most in dict.fromkeys((max(1, stride * layers // 80), most) for stride, most in MOVES):
         while True:
-            found = [one for c in _neighbours(start, kinds, stride, most) if (one := evaluate(c)) is not None]
-            best = min(found, key=lambda one: one[1], default=None)
-            if best is None or best[1] >= seconds * FASTER:
+            best, least = start, seconds * FASTER
+            for changed in _neighbours(start, kinds, stride, most):
+                found = timed(changed, least)
+                if found < least:
+                    best, least = changed, found
+            if best is start:
                 break
-            start, seconds = best
+            start, seconds = best, least
     return start
 
 
-def _neighbours(candidate: Candidate, kinds: Sequence[Kind], stride: int, most: int) -> Iterator[Candidate]:
-    counts = Counter((b.keep, b.offloaded) for b in candidate.blocks)
+def _neighbours(start: Kinds, kinds: Sequence[Kind], stride: int, most: int) -> Iterator[Kinds]:
+    counts = Counter(start)
     for source in list(counts):
         moved = min(stride, counts[source])
         for target in kinds:
             changed = counts - Counter({source: moved}) + Counter({target: moved})
             if target != source and len(changed) <= most:
-                yield replace(candidate, blocks=blend(changed, kinds))
+                yield blend(changed, kinds)
 
 
-def blend(counts: Mapping[Kind, int], kinds: Sequence[Kind]) -> tuple[BlockPlan, ...]:
-    """Blocks of some kinds, none of them resident, each kind spread as evenly as the others let it. But the last one is
-    of those that keep most on the GPU: its backward, when all the others' is there too, then makes least again."""
-    layers = sum(counts.values())
-    given, blocks = dict.fromkeys(counts, 0), []
-    for place in range(1, layers + 1):
-        behind = max(counts, key=lambda kind: (place * counts[kind] - layers * given[kind], -kinds.index(kind)))
-        given[behind] += 1
-        blocks.append(BlockPlan(False, *behind))
-    most = max(blocks, key=lambda block: (not block.offloaded, KEEP.index(block.keep)))
-    last = max(place for place, block in enumerate(blocks) if block == most)
+def blend(counts: Mapping[Kind, int], kinds: Sequence[Kind]) -> Kinds:
+    """Each kind spread as evenly as the others let it. But the last block is of those that keep most on the GPU: its
+    backward, when all the others' is there too, then makes least again."""
+    return _blended(tuple((kind, counts[kind]) for kind in kinds if counts.get(kind)))
+
+
+@lru_cache(1 << 14)
+def _blended(counts: tuple[tuple[Kind, int], ...]) -> Kinds:
+    layers = sum(count for _, count in counts)
+    shares, due, blocks = [count for _, count in counts], [0] * len(counts), []
+    for _ in range(layers):
+        due = list(map(add, due, shares))
+        behind = due.index(max(due))
+        due[behind] -= layers
+        blocks.append(counts[behind][0])
+    most = max(dict.fromkeys(blocks), key=lambda kind: (not kind[1], KEEP.index(kind[0])))
+    last = layers - 1 - blocks[::-1].index(most)
     return (*blocks[:last], *blocks[last + 1 :], most)

@@ -1,9 +1,8 @@
 """What each placement of the frozen base costs: bytes on the GPU and in host memory, and what crosses the link."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
+from fsdp_qlora.plan.candidate import Homes, Placed
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.plan.rates import Rates
 
@@ -27,16 +26,16 @@ class PlacementCost:
         """Return what there is to choose: (whether the head is resident, staging buffers)."""
         return [(True, 0)]
 
-    def resident_bytes(self, facts: Facts, candidate: Candidate) -> int:
+    def resident_bytes(self, facts: Facts, homes: Homes) -> int:
         """Return the frozen bytes that stay on a GPU."""
-        blocks = sum(b.resident for b in candidate.blocks) * facts.block_bytes
+        blocks = homes.residents * facts.block_bytes
         embedding = 0 if facts.embedding_on_host else facts.embedding_bytes
-        return blocks + self.resident_head_bytes(facts, candidate) + embedding + facts.rest_bytes
+        return blocks + self.resident_head_bytes(facts, homes) + embedding + facts.rest_bytes
 
-    def resident_head_bytes(self, facts: Facts, candidate: Candidate) -> int:
-        return facts.head_bytes if candidate.head_resident else 0
+    def resident_head_bytes(self, facts: Facts, homes: Homes) -> int:
+        return facts.head_bytes if homes.head_resident else 0
 
-    def moving_bytes(self, facts: Facts, candidate: Candidate) -> int:
+    def moving_bytes(self, facts: Facts, homes: Homes) -> int:
         """Return the bytes of units on their way to a GPU or gathered there."""
         return 0
 
@@ -44,7 +43,7 @@ class PlacementCost:
         """Return what the head needs beyond `moving_bytes` while it is gathered: no block is then."""
         return 0
 
-    def host_bytes(self, facts: Facts, candidate: Candidate) -> int:
+    def host_bytes(self, facts: Facts, homes: Homes) -> int:
         """Return the frozen bytes in host memory of a node, but for the embedding."""
         return 0
 
@@ -64,7 +63,7 @@ class PlacementCost:
         """Return in how many of a micro-batch's two passes blocks are gathered."""
         return 0
 
-    def arrival_seconds(self, facts: Facts, rates: Rates, candidate: Candidate) -> float:
+    def arrival_seconds(self, facts: Facts, rates: Rates, homes: Homes) -> float:
         """Return the seconds of a micro-batch in which frozen bytes come to the GPU."""
         gathers = self.passes(facts) * facts.layers * self.gather_seconds(facts, rates)
         return gathers + self.gather_head_seconds(facts, rates)
@@ -77,33 +76,33 @@ class Streamed(PlacementCost):
         heads = (True, False) if facts.head_bytes else (True,)
         return [(head, staging) for head in heads for staging in STAGING]
 
-    def moving_bytes(self, facts: Facts, candidate: Candidate) -> int:
-        streamed = _streamed(candidate.blocks) + (not candidate.head_resident)
-        return min(candidate.staging, streamed) * staged_bytes(facts, candidate)
+    def moving_bytes(self, facts: Facts, homes: Homes) -> int:
+        streamed = homes.streamed + (not homes.head_resident)
+        return min(homes.staging, streamed) * staged_bytes(facts, homes)
 
-    def host_bytes(self, facts: Facts, candidate: Candidate) -> int:
-        head = 0 if candidate.head_resident else facts.head_bytes
-        return facts.block_bytes * _streamed(candidate.blocks) + head
+    def host_bytes(self, facts: Facts, homes: Homes) -> int:
+        head = 0 if homes.head_resident else facts.head_bytes
+        return facts.block_bytes * homes.streamed + head
 
     def embeddings(self, facts: Facts) -> int:
         return 1
 
-    def arrival_seconds(self, facts: Facts, rates: Rates, candidate: Candidate) -> float:
-        head = not candidate.head_resident  # in a buffer that would have kept a block where the passes turn round
-        moved = max(0, 2 * (_streamed(candidate.blocks) - candidate.staging) + head) * facts.block_bytes
+    def arrival_seconds(self, facts: Facts, rates: Rates, homes: Homes) -> float:
+        head = not homes.head_resident  # in a buffer that would have kept a block where the passes turn round
+        moved = max(0, 2 * (homes.streamed - homes.staging) + head) * facts.block_bytes
         return (moved + (facts.head_bytes if head else 0)) / rates.h2d
 
 
 class Sharded(PlacementCost):
     """Each rank has its share of the base on its GPU."""
 
-    def resident_bytes(self, facts: Facts, candidate: Candidate) -> int:
+    def resident_bytes(self, facts: Facts, homes: Homes) -> int:
         return -(-_shared_bytes(facts) // facts.shards) + facts.rest_bytes
 
-    def resident_head_bytes(self, facts: Facts, candidate: Candidate) -> int:
+    def resident_head_bytes(self, facts: Facts, homes: Homes) -> int:
         return 0
 
-    def moving_bytes(self, facts: Facts, candidate: Candidate) -> int:
+    def moving_bytes(self, facts: Facts, homes: Homes) -> int:
         """Return the bytes of blocks that are whole at once."""
         return (GATHERED if facts.reshard else facts.layers) * facts.block_bytes
 
@@ -131,10 +130,10 @@ class Sharded(PlacementCost):
 class ShardedOffload(Sharded):
     """Each rank has its share of the base in host memory."""
 
-    def resident_bytes(self, facts: Facts, candidate: Candidate) -> int:
+    def resident_bytes(self, facts: Facts, homes: Homes) -> int:
         return facts.rest_bytes
 
-    def host_bytes(self, facts: Facts, candidate: Candidate) -> int:
+    def host_bytes(self, facts: Facts, homes: Homes) -> int:
         return _shared_bytes(facts) * facts.local_ranks // facts.shards
 
     def gather_seconds(self, facts: Facts, rates: Rates) -> float:
@@ -145,15 +144,11 @@ class ShardedOffload(Sharded):
         return max(super().gather_seconds(facts, rates), by_link)
 
 
-def staged_bytes(facts: Facts, candidate: Candidate) -> int:
+def staged_bytes(facts: Facts, homes: Homes) -> int:
     """Return the bytes of a staging buffer: as many as the largest streamed unit has."""
-    units = [facts.block_bytes] if not all(b.resident for b in candidate.blocks) else []
-    units += [] if candidate.head_resident else [facts.head_bytes]
+    units = [facts.block_bytes] if homes.streamed else []
+    units += [] if homes.head_resident else [facts.head_bytes]
     return max(units, default=0)
-
-
-def _streamed(blocks: Sequence[BlockPlan]) -> int:
-    return sum(not b.resident for b in blocks)
 
 
 def _shared_bytes(facts: Facts) -> int:

@@ -6,7 +6,7 @@ the same plan from the same numbers, before anything is loaded.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from fsdp_qlora.errors import UserError
@@ -142,7 +142,11 @@ def plan_record(plan: Plan, facts: Facts, rates: Rates | None) -> dict[str, Any]
 @cache
 def _best(facts: Facts, rates: Rates, placement: Placed, wishes: Wishes, budget: Budget) -> Found | None:
     """Searched once, for the plan and for the table beside it."""
-    return Search(Memory(facts), Clock(facts, rates), placement, wishes, budget).best()
+    clock = _clock(facts, rates)
+    return Search(clock.memory, clock, placement, wishes, budget).best()
+
+
+_clock = lru_cache(8)(Clock)  # what it has summed up for a mix of blocks holds for every placement and budget
 
 
 def _plan(memory: Memory, candidate: Candidate, seconds: float | None, arena: Callable[[Blocks], int] | None) -> Plan:

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
+from typing import NamedTuple
 
-from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Placed
+from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Homes, Kind, Kinds, Placed
 from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.inputs import KEEP, Facts
 from fsdp_qlora.plan.memory import Memory
-from fsdp_qlora.plan.mixes import Cost, Kind, blend, climb, corners, edges
+from fsdp_qlora.plan.mixes import Cost, blend, climb, corners, edges
 from fsdp_qlora.plan.placements import PLACEMENT_COSTS
+from fsdp_qlora.plan.simulate import NEVER
 
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one
 TIE = 1.0005  # plans within 0.05 % of the fastest count as equally fast: the most frugal of them is taken
@@ -66,9 +68,31 @@ class Found:
     device_bytes: int
     host_bytes: int
 
+
+class _Mix(NamedTuple):
+    """What blocks keep, and the bytes of that: on a GPU at the worst moment, in a node's host memory."""
+
+    kinds: Kinds
+    peak: int
+    host: int
+
+
+class _Timed(NamedTuple):
+    """What fits, and the seconds of its step."""
+
+    kinds: Kinds
+    homes: Homes
+    seconds: float
+    device_bytes: int
+    host_bytes: int
+
     @property
     def thrift(self) -> tuple[int, int, float]:
         return self.host_bytes, self.device_bytes, self.seconds
+
+    @property
+    def speed(self) -> tuple[float, tuple[int, int, float]]:
+        return self.seconds, self.thrift
 
 
 class Search:
@@ -87,72 +111,82 @@ class Search:
         found = self._walk(self._fitting(self._counts()))
         if not found:
             return None
-        first = min(found, key=lambda f: (f.seconds, f.thrift))
-        kinds = _kinds_of(first.candidate)
+        first = min(found, key=lambda f: f.speed)
+        kinds = _kinds_of(first.kinds)
         if len(kinds) == 2:
-            near = sum((b.keep, b.offloaded) == kinds[1] for b in first.candidate.blocks)
+            near = first.kinds.count(kinds[1])
             step = -(-self.facts.layers // COARSE)
             counts = list(range(max(1, near - step), min(self.facts.layers, near + step + 1)))
             found += self._walk(self._fitting(counts, [kinds]))
-        like = min(found, key=lambda f: (f.seconds, f.thrift)).candidate
+        like = min(found, key=lambda f: f.speed)
         # With its own head and buffers; from where that leads, with others.
-        for head, staging in dict.fromkeys([(like.head_resident, like.staging), *self._forms()]):
-            better = self._climbed(like, head, staging)
+        for head, staging in dict.fromkeys([(like.homes.head_resident, like.homes.staging), *self._forms()]):
+            better = self._climbed(like.kinds, self._homes(head, staging))
             if better is not None:
                 found.append(better)
-                like = min(found, key=lambda f: (f.seconds, f.thrift)).candidate
+                like = min(found, key=lambda f: f.speed)
         limit = min(f.seconds for f in found) * TIE
-        return min((f for f in found if f.seconds <= limit), key=lambda f: f.thrift)
+        best = min((f for f in found if f.seconds <= limit), key=lambda f: f.thrift)
+        return Found(self._candidate(best.kinds, best.homes), best.seconds, best.device_bytes, best.host_bytes)
 
-    def _climbed(self, like: Candidate, head: bool, staging: int) -> Found | None:
+    def _climbed(self, like: Kinds, homes: Homes) -> _Timed | None:
         """The best that moves of single blocks lead to, with the head and as many buffers as given."""
-        like = replace(like, head_resident=head, staging=staging)
-        starts = [one for c in (like, *self._of_three(like)) if (one := self._evaluate(c)) is not None]
+
+        def seconds(kinds: Kinds, limit: float) -> float:
+            found = self._evaluate(kinds, homes, limit)
+            return NEVER if found is None else found.seconds
+
+        starts = [one for k in (like, *self._of_three(homes)) if (one := self._evaluate(k, homes)) is not None]
         if not starts:
             return None
-        first = min(starts, key=lambda f: (f.seconds, f.thrift))
-        return self._evaluate(climb(first.candidate, first.seconds, self._kinds(), self._timed))
+        first = min(starts, key=lambda f: f.speed)
+        return self._evaluate(climb(first.kinds, first.seconds, self._kinds(), seconds), homes)
 
-    def _of_three(self, like: Candidate) -> Iterator[Candidate]:
-        """The most promising mixes of three kinds that use up both memories, with the head and buffers of `like`."""
+    def _of_three(self, homes: Homes) -> Iterator[Kinds]:
+        """The most promising mixes of three kinds that use up both memories."""
         assert self.clock is not None
         facts, of, kinds = self.facts, self.memory.of, self._kinds()
         costs = {
             (keep, away): Cost(self.clock.passes(keep), of[keep, away].kept, of[keep, away].away * facts.local_ranks)
             for keep, away in kinds
         }
-        nothing = replace(like, blocks=blend({kinds[0]: facts.layers}, kinds))
+        nothing = self._mix((kinds[0],) * facts.layers)
+        homes = homes._replace(residents=0, streamed=facts.layers)
         if self.cost.streams and self.wishes.resident_blocks is not None:  # theirs is not to be had
-            nothing = _with_resident(nothing, min(self.wishes.resident_blocks, facts.layers - 1))
-        away = facts.layers * costs[kinds[0]].host
-        gpu = self.limit - self.memory.device_bytes(nothing) + facts.layers * costs[kinds[0]].gpu
-        host = self.budget.host_bytes - self.memory.host_bytes(nothing) + away
+            homes = self._with_resident(homes, min(self.wishes.resident_blocks, facts.layers - 1))
+        standing = self.memory.standing(self.placement, homes)
+        gpu = self.limit - standing.device_bytes(nothing.peak) + facts.layers * costs[kinds[0]].gpu
+        host = self.budget.host_bytes - standing.host
         for counts in (
             *corners(costs, facts.layers, gpu, host)[:CORNERS],
             *edges(costs, facts.layers, gpu, host)[:CORNERS],
         ):
-            yield replace(like, blocks=blend(counts, kinds))
+            yield blend(counts, kinds)
 
-    def _timed(self, candidate: Candidate) -> tuple[Candidate, float] | None:
-        found = self._evaluate(candidate)
-        return None if found is None else (found.candidate, found.seconds)
-
-    def _evaluate(self, candidate: Candidate) -> Found | None:
-        """With as many resident blocks as fit, or as were asked for; None where it does not fit."""
-        candidate = replace(candidate, blocks=tuple(replace(b, resident=False) for b in candidate.blocks))
-        if self.is_whole:
-            candidate = replace(candidate, blocks=tuple(replace(b, resident=True) for b in candidate.blocks))
-        peak = self.memory.peak(candidate)
+    def _evaluate(self, kinds: Kinds, homes: Homes, limit: float = NEVER) -> _Timed | None:
+        """With as many resident blocks as fit, or as were asked for; None where it does not fit, or takes longer than
+        `limit`. homes: with no resident block under `stream`."""
+        mix = self._mix(kinds)
         if self.cost.streams:
-            spare = self.limit - self.memory.device_bytes(candidate, peak)
             wanted = self.wishes.resident_blocks
+            spare = self.limit - self.memory.standing(self.placement, homes).device_bytes(mix.peak)
             resident = spare // self.facts.block_bytes if wanted is None else wanted
-            candidate = _with_resident(candidate, min(resident, self.most_resident))
-        device, host = self.memory.device_bytes(candidate, peak), self.memory.host_bytes(candidate)
+            homes = self._with_resident(homes, min(resident, self.most_resident))
+        device, host = self._bytes(mix, homes)
         if device > self.limit or host > self.budget.host_bytes:
             return None
+        return self._timed(mix, homes, limit)
+
+    def _timed(self, mix: _Mix, homes: Homes, limit: float) -> _Timed | None:
         assert self.clock is not None
-        return Found(candidate, self.clock.seconds(candidate), device, host)
+        stays = spread(homes.residents, self.facts.layers)
+        seconds = self.clock.step(self.placement, mix.kinds, stays, homes, limit)
+        return None if seconds == NEVER else _Timed(mix.kinds, homes, seconds, *self._bytes(mix, homes))
+
+    def _bytes(self, mix: _Mix, homes: Homes) -> tuple[int, int]:
+        """Return the bytes on a GPU and in host memory."""
+        standing = self.memory.standing(self.placement, homes)
+        return standing.device_bytes(mix.peak), standing.host + mix.host
 
     def fits(self) -> bool:
         """Whether `best` would find any."""
@@ -161,72 +195,88 @@ class Search:
     def least_device(self) -> int | None:
         """The least bytes of a GPU, with what the allocator sets aside, with the host memory there is; None where that
         is too little for any."""
-        needs = [self.memory.device_bytes(c) for c in self._at_least_resident()]
+        needs = [self._bytes(mix, homes)[0] for mix, homes in self._at_least_resident()]
         return min((self.memory.reserved(self.placement, n) for n in needs), default=None)
 
     def least_host(self) -> int | None:
         """The least bytes of host memory with the GPUs there are; None where these are too small for any."""
         whatever = replace(self.budget, host_bytes=sys.maxsize)
         search = Search(self.memory, None, self.placement, self.wishes, whatever)
-        return min((self.memory.host_bytes(c) for c, _ in search._fitting(self._counts())), default=None)
+        return min((search._bytes(mix, homes)[1] for mix, homes in search._fitting(self._counts())), default=None)
 
     def _counts(self) -> list[int]:
         """Of blocks of the second kind."""
         return sorted({round(i * self.facts.layers / COARSE) for i in range(COARSE + 1)})
 
-    def _walk(self, fitting: Iterator[tuple[Candidate, int]]) -> list[Found]:
+    def _walk(self, fitting: Iterator[tuple[_Mix, Homes]]) -> list[_Timed]:
+        """Those that may be the fastest."""
         assert self.clock is not None
-        bounds = [(self.clock.bound(c), i, c, device) for i, (c, device) in enumerate(fitting)]
-        found: list[Found] = []
-        fastest = float("inf")
-        for bound, _, candidate, device in sorted(bounds)[:WALKS]:
+        least = self.clock.least
+        bounds = [(least(self.placement, mix.kinds, homes), i, mix, homes) for i, (mix, homes) in enumerate(fitting)]
+        found: list[_Timed] = []
+        fastest = NEVER
+        for bound, _, mix, homes in sorted(bounds)[:WALKS]:
             if bound > fastest * TIE:
                 break
-            seconds = self.clock.seconds(candidate)
-            fastest = min(fastest, seconds)
-            found.append(Found(candidate, seconds, device, self.memory.host_bytes(candidate)))
+            timed = self._timed(mix, homes, fastest * TIE)
+            if timed is not None:
+                fastest = min(fastest, timed.seconds)
+                found.append(timed)
         return found
 
-    def _fitting(
-        self, counts: list[int], pairs: list[tuple[Kind, ...]] | None = None
-    ) -> Iterator[tuple[Candidate, int]]:
-        """(candidate, its bytes on a GPU), with as many resident blocks as fit, or as were asked for."""
-        for candidate, peak in self._candidates(counts, pairs):
-            if self.memory.device_bytes(candidate, peak) > self.limit:
+    def _fitting(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None = None) -> Iterator[tuple[_Mix, Homes]]:
+        """With as many resident blocks as fit, or as were asked for."""
+        for mix, homes in self._candidates(counts, pairs):
+            standing = self.memory.standing(self.placement, homes)
+            if standing.device_bytes(mix.peak) > self.limit:
                 continue
             if self.cost.streams:
-                candidate = _with_resident(candidate, self._residents(candidate, peak))
-            device = self.memory.device_bytes(candidate, peak)
-            if device <= self.limit and self.memory.host_bytes(candidate) <= self.budget.host_bytes:
-                yield candidate, device
+                homes = self._with_resident(homes, self._residents(standing.with_residents(mix.peak)))
+            device, host = self._bytes(mix, homes)
+            if device <= self.limit and host <= self.budget.host_bytes:
+                yield mix, homes
 
-    def _residents(self, candidate: Candidate, peak: int) -> int:
-        """How many blocks stay on the GPU beside all else."""
+    def _residents(self, taken: int) -> int:
+        """How many blocks stay on the GPU beside all else, which takes so much."""
         if self.wishes.resident_blocks is not None:
             return min(self.wishes.resident_blocks, self.facts.layers)
-        spare = self.limit - self.memory.with_residents(candidate, peak)
-        return min(self.most_resident, spare // self.facts.block_bytes)
+        return min(self.most_resident, (self.limit - taken) // self.facts.block_bytes)
 
-    def _at_least_resident(self) -> Iterator[Candidate]:
+    def _at_least_resident(self) -> Iterator[tuple[_Mix, Homes]]:
         """With so few resident blocks that the rest just has room in host memory."""
-        for candidate, _ in self._candidates(self._counts(), None):
-            over = self.memory.host_bytes(candidate) - self.budget.host_bytes
+        for mix, homes in self._candidates(self._counts(), None):
+            over = self._bytes(mix, homes)[1] - self.budget.host_bytes
             if self.cost.streams:
                 wanted = self.wishes.resident_blocks
                 resident = max(0, -(-over // self.facts.block_bytes)) if wanted is None else wanted
-                candidate = _with_resident(candidate, min(resident, self.facts.layers - 1))
-                over = self.memory.host_bytes(candidate) - self.budget.host_bytes
+                homes = self._with_resident(homes, min(resident, self.facts.layers - 1))
+                over = self._bytes(mix, homes)[1] - self.budget.host_bytes
             if over <= 0:
-                yield candidate
+                yield mix, homes
 
-    def _candidates(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None) -> Iterator[tuple[Candidate, int]]:
-        """(every mix of kinds, with no resident block under `stream`; its peak)."""
-        resident, forms = self.is_whole, self._forms()
+    def _candidates(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None) -> Iterator[tuple[_Mix, Homes]]:
+        """Every mix of kinds with every form, with no resident block under `stream`."""
+        homes = [self._homes(head, staging) for head, staging in self._forms()]
         for first, second, count in _mixes(self._kinds(), counts, self.facts.layers, pairs):
-            blocks = _blocks(first, second, count, self.facts.layers, resident)
-            peak = self.memory.peak(Candidate(self.placement, blocks, True, 0))
-            for head, staging in forms:
-                yield Candidate(self.placement, blocks, head, staging), peak
+            mix = self._mix(tuple(map((first, second).__getitem__, spread(count, self.facts.layers))))
+            for one in homes:
+                yield mix, one
+
+    def _mix(self, kinds: Kinds) -> _Mix:
+        return _Mix(kinds, self.memory.peak(self.placement, kinds), self.memory.offloaded(kinds))
+
+    def _homes(self, head_resident: bool, staging: int) -> Homes:
+        """With no resident block under `stream`."""
+        layers = self.facts.layers
+        return Homes(*((layers, 0) if self.is_whole else (0, layers)), head_resident, staging)
+
+    def _with_resident(self, homes: Homes, count: int) -> Homes:
+        return homes if count <= 0 else homes._replace(residents=count, streamed=self.facts.layers - count)
+
+    def _candidate(self, kinds: Kinds, homes: Homes) -> Candidate:
+        stays = spread(homes.residents, self.facts.layers)
+        blocks = tuple(BlockPlan(stay, *kind) for stay, kind in zip(stays, kinds, strict=True))
+        return Candidate(self.placement, blocks, homes.head_resident, homes.staging)
 
     def _forms(self) -> list[tuple[bool, int]]:
         """(whether the head is resident, buffers)."""
@@ -259,27 +309,7 @@ def spread(count: int, places: int) -> tuple[bool, ...]:
     return tuple((i + 1) * count // places > i * count // places for i in range(places))
 
 
-@cache
-def _block(resident: bool, kind: Kind) -> BlockPlan:
-    return BlockPlan(resident, *kind)
-
-
-def _blocks(first: Kind, second: Kind, count: int, layers: int, resident: bool) -> tuple[BlockPlan, ...]:
-    kinds = (_block(resident, first), _block(resident, second))
-    return tuple(kinds[seconds] for seconds in spread(count, layers))
-
-
-def _with_resident(candidate: Candidate, count: int) -> Candidate:
-    if count <= 0:
-        return candidate
-    blocks = tuple(
-        _block(stays, (b.keep, b.offloaded))
-        for b, stays in zip(candidate.blocks, spread(count, len(candidate.blocks)), strict=True)
-    )
-    return Candidate(candidate.placement, blocks, candidate.head_resident, candidate.staging)
-
-
-def _kinds_of(candidate: Candidate) -> tuple[Kind, ...]:
+def _kinds_of(kinds: Kinds) -> tuple[Kind, ...]:
     """In the order in which `_mixes` has them."""
     order = {(keep, away): (away, KEEP.index(keep)) for keep in KEEP for away in (False, True)}
-    return tuple(sorted({(b.keep, b.offloaded) for b in candidate.blocks}, key=order.__getitem__))
+    return tuple(sorted(set(kinds), key=order.__getitem__))
