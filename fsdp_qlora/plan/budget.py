@@ -19,6 +19,9 @@ LATER, BY_NCCL = 208 << 20, 224 << 20  # (0.16 GiB on one rank, 0.35 to 0.40 on 
 # Of a GPU that is lost in pieces where the allocator has segments of fixed size (docs/LOG.md: 2.2 of 24 GiB),
 # beyond the share that every plan leaves.
 PIECES = 0.06
+# Of what is free as much as makes whole steps, so that a start with a little more or less of it finds the plan of the
+# one before (`remembered.py`): a tenth of a percent of a card, and of host memory half a block of 70B.
+DEVICE_STEP, HOST_STEP = 16 << 20, 256 << 20
 HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python, its libraries and the page cache
 
 
@@ -30,10 +33,14 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         raise UserError(
             f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; omit it, {OR_ELSEWHERE}"
         ).on_every_rank(world.rank)
-    device = device_bytes(memory, world)
     given = memory.host_memory_gib
-    host = HOST_SHARE * available_host_bytes() if given is None else given * GIB
-    return agreed_budget(device, host, world)
+    host = whole_steps(HOST_SHARE * available_host_bytes(), HOST_STEP) if given is None else given * GIB
+    return agreed_budget(whole_steps(device_bytes(memory, world), DEVICE_STEP), host, world)
+
+
+def whole_steps(nbytes: float, step: int) -> float:
+    """Return the largest multiple of `step` that is not more; no limit stays none."""
+    return nbytes if math.isinf(nbytes) else nbytes // step * step
 
 
 def agreed_budget(device: float, host: float, world: World) -> Budget:

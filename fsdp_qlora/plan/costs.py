@@ -1,13 +1,14 @@
 """What fused blocks and the head take and cost, read off the program itself: their passes run on the meta device.
 
 Nothing about a block is written down a second time here: a change of the program is one of the plan. All kinds of
-block of a shape are traced in 0.1 s, once per process.
+block of a shape are traced in 0.1 s, once per process and, on a GPU, once for all starts (`remembered.py`).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from fsdp_qlora.models.causal_lm import Picked
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.plan.inputs import Facts, beside
 from fsdp_qlora.plan.metering import Meter, rounded
+from fsdp_qlora.plan.remembered import remembered
 from fsdp_qlora.plan.shape import META, Shape, block_of, dtype_of, shape_of
 
 Kind = tuple[str, bool]  # keep level, offloaded
@@ -85,11 +87,21 @@ def _seen(cost: Cost, share: float) -> Cost:
 @lru_cache(256)
 def _traced(shape: Shape, batch: int, context: int, repeatable: bool) -> dict[Kind, BlockCost]:
     """repeatable: whether bits are to repeat, for which more is copied; part of what a trace depends on."""
-    found: dict[Kind, BlockCost] = {}
-    with splitting_over(shape.multiprocessors):
-        for keep in Keep:
-            found[keep.label, False], found[keep.label, True] = trace(block_of(shape), batch, context, keep)
-    return found
+
+    def traced() -> list[Any]:
+        with splitting_over(shape.multiprocessors):
+            return [[*map(asdict, trace(block_of(shape), batch, context, keep))] for keep in Keep]
+
+    kept = remembered("trace", lambda: [shape._asdict(), batch, context], traced)
+    return {
+        (keep.label, offloaded): _cost(**cost)
+        for keep, costs in zip(Keep, kept, strict=True)
+        for offloaded, cost in zip((False, True), costs, strict=True)
+    }
+
+
+def _cost(forward: dict[str, float], backward: dict[str, float], once: dict[str, float], **sizes: int) -> BlockCost:
+    return BlockCost(forward=Cost(**forward), backward=Cost(**backward), once=Cost(**once), **sizes)
 
 
 def trace(block: FusedBlock, batch: int, context: int, keep: Keep) -> tuple[BlockCost, BlockCost]:

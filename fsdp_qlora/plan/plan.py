@@ -18,6 +18,7 @@ from fsdp_qlora.plan.memory import Memory
 from fsdp_qlora.plan.placements import PLACEMENT_COSTS
 from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.plan.refit import LoadedMemory, refit
+from fsdp_qlora.plan.remembered import remembered
 from fsdp_qlora.plan.report import kept_text, lines
 from fsdp_qlora.plan.search import SIMPLER, Budget, Found, Search, Wishes, placements, spread
 
@@ -141,9 +142,23 @@ def plan_record(plan: Plan, facts: Facts, rates: Rates | None) -> dict[str, Any]
 
 @cache
 def _best(facts: Facts, rates: Rates, placement: Placed, wishes: Wishes, budget: Budget) -> Found | None:
-    """Searched once, for the plan and for the table beside it."""
-    clock = _clock(facts, rates)
-    return Search(clock.memory, clock, placement, wishes, budget).best()
+    """Searched once, for the plan and for the table beside it; of `remembered`."""
+
+    def searched() -> dict[str, Any] | None:
+        clock = _clock(facts, rates)
+        found = Search(clock.memory, clock, placement, wishes, budget).best()
+        return None if found is None else asdict(found)
+
+    def key() -> list[Any]:
+        return [placement, asdict(facts), asdict(rates), asdict(wishes), asdict(budget)]
+
+    kept = remembered("search", key, searched)
+    return None if kept is None else _found(**kept)
+
+
+def _found(candidate: dict[str, Any], **numbers: Any) -> Found:
+    blocks = tuple(BlockPlan(**block) for block in candidate.pop("blocks"))
+    return Found(Candidate(blocks=blocks, **candidate), **numbers)
 
 
 _clock = lru_cache(8)(Clock)  # what it has summed up for a mix of blocks holds for every placement and budget

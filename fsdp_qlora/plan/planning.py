@@ -33,6 +33,7 @@ from fsdp_qlora.plan.inputs import Facts, facts_of
 from fsdp_qlora.plan.layouts import Layouts
 from fsdp_qlora.plan.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, refit_plan, table
 from fsdp_qlora.plan.rates import Rates
+from fsdp_qlora.plan.remembered import remembering
 from fsdp_qlora.runtime.host_memory import available_host_bytes
 from fsdp_qlora.units import as_gib
 
@@ -89,7 +90,8 @@ def plan_run(
 
     budget = find_budget(config.memory, world)
     try:
-        return leaving(beside, budget, lambda left: fastest_of(config, left, world, known, layouts))
+        with remembering(world.device.type == "cuda"):
+            return leaving(beside, budget, lambda left: fastest_of(config, left, world, known, layouts))
     except UserError as error:
         raise error.on_every_rank(world.rank) from None
 
@@ -171,7 +173,8 @@ def packed_speed(planned: Planned, lengths: RowLengths, world: World) -> float |
     filled = round(facts.batch * bins.fill * bins.capacity)
     packed = replace(facts, context=bins.capacity, mean_tokens=filled)
     try:
-        plan = make_plan(packed, planned.rates, wishes_of(config.memory, world.size), planned.budget)
+        with remembering(world.device.type == "cuda"):
+            plan = make_plan(packed, planned.rates, wishes_of(config.memory, world.size), planned.budget)
     except UserError:
         return None
     return None if plan.seconds is None else packed.step_tokens / plan.seconds

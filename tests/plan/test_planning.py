@@ -17,8 +17,8 @@ from fsdp_qlora.config.options import MemoryOptions
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import open_world
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan import planning
-from fsdp_qlora.plan.budget import find_budget
+from fsdp_qlora.plan import budget, planning
+from fsdp_qlora.plan.budget import DEVICE_STEP, HOST_STEP, find_budget
 from fsdp_qlora.plan.plan import Budget
 from fsdp_qlora.plan.planning import Planned, agreed, micro_batches, wishes_of
 from fsdp_qlora.runtime import host_memory
@@ -80,6 +80,23 @@ def test_a_limit_that_is_given_is_the_limit_on_a_gpu_and_no_option_without_one()
     assert 0 < found.host_bytes < psutil.virtual_memory().total
     assert found.device_bytes > 0
     assert math.isinf(found.device_bytes) != torch.cuda.is_available()
+
+
+def test_a_little_more_or_less_that_is_free_is_the_same_budget(monkeypatch):
+    """So that the next start finds what this one has searched for; never more than there is."""
+    free = {"host": 0.0, "device": 0.0}
+    monkeypatch.setattr(budget, "available_host_bytes", lambda: free["host"] / budget.HOST_SHARE)
+    monkeypatch.setattr(budget, "device_bytes", lambda memory, world: free["device"])
+    found = set()
+    with open_world(parse(["--model_name", "m"]).launch, 0) as world:
+        for more in (1, 100_000, DEVICE_STEP - 1):
+            free["host"], free["device"] = 100 * HOST_STEP + more, 1000 * DEVICE_STEP + more
+            found.add(find_budget(MemoryOptions(), world))
+        assert found == {Budget(1000 * DEVICE_STEP, 100 * HOST_STEP)}
+        free["device"] += 1
+        assert find_budget(MemoryOptions(), world) == Budget(1001 * DEVICE_STEP, 100 * HOST_STEP)
+        free["device"] = math.inf
+        assert math.isinf(find_budget(MemoryOptions(), world).device_bytes)
 
 
 def test_ranks_with_different_cards_plan_for_the_one_that_needs_most(monkeypatch):
