@@ -48,7 +48,7 @@ def remembered(kind: str, key: Callable[[], Any], make: Callable[[], Any]) -> An
     folder = user_cache() if _is_on else None
     if folder is None or program() is None:
         return make()
-    decides = json.dumps([kind, key(), deterministic(), program()], sort_keys=True, default=repr)
+    decides = json.dumps([kind, key(), deterministic(), program()], default=repr)
     file = folder / f"{PREFIX}{_digest(decides)[:24]}{SUFFIX}"
     text = _read(file, decides)
     if text is None:

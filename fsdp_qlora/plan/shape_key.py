@@ -26,7 +26,8 @@ def model_key(model: CausalModel) -> list[Any]:
     units = [[unit.name, unit.home, _layout(unit.frozen)] for unit in model.units]
     blocks = [[path, _fused(block.fused)] for path, block in model.blocks.items()]
     modules = [_module(module) for module in model.modules()]
-    return [model.backbone.config.to_dict(), _described(model.precision), units, blocks, modules]
+    config = repr(model.backbone.config.to_dict())  # whose keys and values may be what JSON has not
+    return [config, _described(model.precision), units, blocks, modules]
 
 
 def options_key(config: Config) -> dict[str, Any]:

@@ -220,6 +220,13 @@ def test_another_model_has_another_key() -> None:
     assert model_key(one)[3:] != model_key(other)[3:]  # in the blocks too
 
 
+def test_a_config_of_anything_has_a_key(folder: Path) -> None:
+    odd = LlamaConfig(**SHAPE, odd={1: 2, "a": {3}, (1, 2): torch.float32})
+    model, config, _ = planned(odd, **SMALL)
+    layouts_of(model, config).of_forward()
+    assert only(folder).stat().st_size > 100
+
+
 def test_options_that_change_no_shape_change_no_key() -> None:
     (_, one), (_, other) = small(), small(lr=1e-3, num_epochs=3, seed=7, host_memory_gib=5.0, plan_only=True)
     assert options_key(one) == options_key(other)
