@@ -78,7 +78,7 @@ def test_two_ranks_train_what_peft_trains_over_hqqs_base(case, place, runs):
 
 
 def test_widths_groups_and_axes_are_different_bases(runs):
-    first = [runs[case].losses[0] for case in CASES]
+    first = [runs[case].losses[0] for case in CASES if case != "hqq-dora"]  # begins as its base, which "3-bits" has
     assert len({round(loss, 4) for loss in first}) == len(first)
 
 
