@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from fsdp_qlora.kernels.cost import Cost, cost_of
+from fsdp_qlora.kernels.decoded import check_out, row_form
 from fsdp_qlora.kernels.device import cdiv, on_triton, tl, triton
 from fsdp_qlora.kernels.device import launch as launch_kernel
 from fsdp_qlora.kernels.dora import RowsDecoder, scale_rows_
-from fsdp_qlora.kernels.hqq_format import EIGHT, Form, HqqParts, check_out, check_stored, unpack
+from fsdp_qlora.kernels.hqq_format import EIGHT, Form, HqqParts, check_stored, unpack
 
 
 def dequantize_hqq(
@@ -33,7 +34,7 @@ def dequantize_hqq(
     the first I columns of a wider [O, I + R] do. dtype: bfloat16, float16 or float32; where it is not that of scale and
     zero, their number is converted. Raises ValueError for anything else."""
     check_stored(parts, form, shape)
-    check_out(out, shape, dtype)
+    check_out(out, shape, dtype, "HQQ")
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=parts.codes.device)
     _decode(parts, form, out)
@@ -54,7 +55,7 @@ def hqq_rows(stored: Sequence[HqqParts], form: Form, rows: Sequence[int], width:
 
     def decode(out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         nonlocal launch
-        check_out(out, shape, out.dtype)
+        check_out(out, shape, out.dtype, "HQQ")
         if together and on_triton(out):
             launch = launch or _rows_launch(stored, form, rows, width)
             launch(out, factor)
@@ -236,7 +237,7 @@ _LINES = 8
 def _launch(parts: HqqParts, form: Form, out: torch.Tensor, factor: torch.Tensor | None) -> None:
     n_words = out.numel() // EIGHT
     if n_words:
-        stride, kind = _kind(out, factor)
+        stride, kind = row_form(out, factor)
         launch_kernel(
             _dequantize_kernel, (_programs(n_words, form),),
             *_pointers(parts), out, out if factor is None else factor, n_words, stride, **_tiling(form), **kind,
@@ -258,7 +259,7 @@ def _rows_launch(stored: Sequence[HqqParts], form: Form, rows: Sequence[int], wi
     def launch(out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         outs = out.split(lengths)
         factors = outs if factor is None else factor.split(lengths)
-        stride, kind = _kind(out, factor)
+        stride, kind = row_form(out, factor)
         launch_kernel(
             _dequantize_rows_kernel, (total,),
             *before, *(outs[i] for i in order), *(factors[i] for i in order), *n_words, second, third, stride,
@@ -283,13 +284,3 @@ def _tiling(form: Form) -> dict[str, Any]:
         "BITS": form.bits, "GROUP": form.group, "LINES": 0 if form.axis == 1 else _LINES, "ROWS": _ROWS,
         "num_warps": _WARPS, "enable_fp_fusion": False,
     }  # fmt: skip
-
-
-def _kind(out: torch.Tensor, factor: torch.Tensor | None) -> tuple[int, dict[str, Any]]:
-    """(the kernel's out_stride, its APART, I and FACTOR)."""
-    scaled = factor is not None
-    if out.is_contiguous():
-        return 0, {"APART": 0, "I": out.shape[1] if scaled else 1, "FACTOR": scaled}
-    stride, width = out.stride(0), out.shape[1]
-    apart = 1 if stride % EIGHT else EIGHT
-    return stride // apart, {"APART": apart, "I": width, "FACTOR": scaled}

@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 import torch
 
+from fsdp_qlora.kernels.decoded import DTYPES
+
 EIGHT = 8  # numbers in a word
 BITS = (8, 4, 3, 2, 1)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}  # the dtype of eight codes by their bits
 
 
@@ -115,16 +116,3 @@ def check_stored(parts: HqqParts, form: Form, shape: tuple[int, ...]) -> int:
         if tensor.device != parts.codes.device:
             raise ValueError(f"HQQ {name} must be on {parts.codes.device} like its codes, got {tensor.device}")
     return n
-
-
-def check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError unless `out` can hold numbers of that shape and dtype."""
-    if dtype not in DTYPES:
-        raise ValueError(f"HQQ decodes to bfloat16, float16 or float32, got {dtype}")
-    if out is not None:
-        apart = out.ndim == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
-        if out.shape != torch.Size(shape) or out.dtype != dtype or not (apart or out.is_contiguous()):
-            raise ValueError(
-                f"out must be {tuple(shape)} {dtype}, contiguous but for a distance between its rows, "
-                f"got {tuple(out.shape)} {out.dtype} with strides {out.stride()}"
-            )

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from fsdp_qlora.kernels.cost import Cost, cost_of
+from fsdp_qlora.kernels.decoded import check_out, row_form
 from fsdp_qlora.kernels.device import launch as launch_kernel
 from fsdp_qlora.kernels.device import on_triton, tl, triton
 from fsdp_qlora.kernels.dora import RowsDecoder, scale_rows_
-from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, check_out, check_stored, dynamic_map
+from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, check_stored, dynamic_map
 
 _CHUNK = 1 << 18  # numbers decoded at a time on the CPU: the float32 intermediate stays in cache (4x faster than whole)
 
@@ -41,7 +42,7 @@ def dequantize_nf4(
     dtype: bfloat16, float16 or float32. Raises ValueError for anything else.
     """
     n = check_stored(codes, absmax, shape)
-    check_out(out, shape, dtype)
+    check_out(out, shape, dtype, "NF4")
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=codes.device)
     _decode(codes, absmax, out, n)
@@ -62,7 +63,7 @@ def nf4_rows(stored: Sequence[tuple[torch.Tensor, Scales]], rows: Sequence[int],
 
     def decode(out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         nonlocal launch
-        check_out(out, shape, out.dtype)
+        check_out(out, shape, out.dtype, "NF4")
         if together and on_triton(out):
             launch = launch or _rows_launch(stored, rows, sizes)
             launch(out, factor)
@@ -254,7 +255,7 @@ def _launch(codes: torch.Tensor, absmax: Scales, out: torch.Tensor, n: int, fact
     tables = tables_of(codes.device)
     n_bytes = codes.numel()
     if n_bytes:
-        stride, form = _form(out, factor)
+        stride, form = row_form(out, factor)
         launch_kernel(
             _dequantize_kernel, (_programs(n_bytes),),
             codes, *scale_parts(absmax, tables), tables, out, tables if factor is None else factor, n_bytes, n, stride,
@@ -282,7 +283,7 @@ def _rows_launch(
     def launch(out: torch.Tensor, factor: torch.Tensor | None = None) -> None:
         outs = out.split(lengths)
         factors = [tables] * count if factor is None else factor.split(lengths)
-        stride, form = _form(out, factor)
+        stride, form = row_form(out, factor)
         launch_kernel(
             _dequantize_rows_kernel, (total,),
             *before, *(outs[i] for i in order), *(factors[i] for i in order), *behind, stride,
@@ -298,13 +299,3 @@ def _programs(n_bytes: int) -> int:
 
 def scale_parts(absmax: Scales, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (absmax, tables, tables) if isinstance(absmax, torch.Tensor) else absmax
-
-
-def _form(out: torch.Tensor, factor: torch.Tensor | None) -> tuple[int, dict[str, Any]]:
-    """(the kernel's out_stride, its APART, I and FACTOR)."""
-    scaled = factor is not None
-    if out.is_contiguous():
-        return 0, {"APART": 0, "I": out.shape[1] if scaled else 1, "FACTOR": scaled}
-    stride, width = out.stride(0), out.shape[1]
-    apart = 1 if stride % 8 or width % 8 else 8
-    return stride // apart, {"APART": apart, "I": width, "FACTOR": scaled}

@@ -66,16 +66,3 @@ def check_stored(codes: torch.Tensor, absmax: Scales, shape: tuple[int, ...]) ->
         if tensor.device != codes.device:
             raise ValueError(f"NF4 {name} must be on {codes.device} like its codes, got {tensor.device}")
     return n
-
-
-def check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError unless `out` can hold numbers of that shape and dtype."""
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"NF4 decodes to bfloat16, float16 or float32, got {dtype}")
-    if out is not None:
-        apart = out.ndim == 2 and out.stride(1) == 1 and out.stride(0) >= out.shape[1]
-        if out.shape != torch.Size(shape) or out.dtype != dtype or not (apart or out.is_contiguous()):
-            raise ValueError(
-                f"out must be {tuple(shape)} {dtype}, contiguous but for a distance between its rows, "
-                f"got {tuple(out.shape)} {out.dtype} with strides {out.stride()}"
-            )

@@ -1,12 +1,11 @@
 """The options that generate and evaluate share: what answers, which rows, how tokens are chosen, where memory is."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fsdp_qlora.commands.merge import BaseOptions
-from fsdp_qlora.config.columns import read_columns
+from fsdp_qlora.config.columns import are_columns
 from fsdp_qlora.config.options import (
     REQUIRED,
     Config,
@@ -164,7 +163,7 @@ CONFLICTS: tuple[Conflict[Any], ...] = (
     ),
     Conflict(
         ("columns",),
-        lambda a: not _are_columns(a.columns or []),
+        lambda a: not are_columns(a.columns or []),
         "write FIELD=COLUMN,..., each field once; docs/rows.md has the fields",
     ),
     Conflict(
@@ -183,11 +182,3 @@ CONFLICTS: tuple[Conflict[Any], ...] = (
         "dummy rows are random tokens, which ask nothing; give rows or a .txt file",
     ),
 )
-
-
-def _are_columns(items: Sequence[str]) -> bool:
-    try:
-        read_columns(items)
-    except ValueError:
-        return False
-    return True

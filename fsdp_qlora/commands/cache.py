@@ -8,8 +8,9 @@ from pathlib import Path
 from fsdp_qlora.commands.base import Command
 from fsdp_qlora.config.options import command, option
 from fsdp_qlora.errors import TrainingStopped, UserError
+from fsdp_qlora.runtime.files import cache_folder
 from fsdp_qlora.units import as_gib
-from fsdp_qlora.weights.base_cache.entry import Entry, cache_folder, entries, remove
+from fsdp_qlora.weights.base_cache.entry import BASES, Entry, entries, remove
 
 DAY = 86400  # seconds
 
@@ -27,7 +28,7 @@ class CacheOptions:
 
     def folder(self) -> Path:
         """Return the cache's folder. Raises UserError where there is none."""
-        folder = cache_folder(self.base_cache)
+        folder = cache_folder(self.base_cache, BASES)
         if folder is None:
             raise UserError("base_cache: the user has no home folder; set the folder")
         if self.base_cache != "auto" and not folder.is_dir():

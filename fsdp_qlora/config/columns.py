@@ -22,3 +22,12 @@ def read_columns(items: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"names {name} twice")
         found[name] = column
     return found
+
+
+def are_columns(items: Sequence[str]) -> bool:
+    """Return whether `read_columns` takes them."""
+    try:
+        read_columns(items)
+    except ValueError:
+        return False
+    return True

@@ -1,11 +1,11 @@
 """Rules between options: which need another to have any effect, and which contradict each other."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.config.columns import FIELDS, read_columns
+from fsdp_qlora.config.columns import FIELDS, are_columns
 from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.log_targets import readers
 from fsdp_qlora.config.options import Config
@@ -164,7 +164,7 @@ NEEDS: tuple[Needs[Config], ...] = (
 CONFLICTS: tuple[Conflict[Config], ...] = (
     Conflict(
         ("columns",),
-        lambda c: not _are_columns(c.data.columns or []),
+        lambda c: not are_columns(c.data.columns or []),
         f"write FIELD=COLUMN,..., each field once; fields are {', '.join(FIELDS)}",
     ),
     Conflict(
@@ -226,14 +226,6 @@ CONFLICTS: tuple[Conflict[Config], ...] = (
         "all already includes every other name; give all alone, or the names without it",
     ),
 )
-
-
-def _are_columns(items: Sequence[str]) -> bool:
-    try:
-        read_columns(items)
-    except ValueError:
-        return False
-    return True
 
 
 def without_effect(config: Config) -> dict[str, Needs[Config]]:

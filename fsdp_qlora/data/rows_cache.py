@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.data.sources import Source
-from fsdp_qlora.runtime.files import user_cache
+from fsdp_qlora.runtime.files import cache_folder
 
 ARRAYS = ("ids", "trains", "offsets", "index")
 NOTE = "rows.json"
@@ -45,7 +45,7 @@ class Cache:
         """Find the rows' folder. samples: rows taken of the source. prompt: the text of --prompt_template, or ''."""
         self.notes: list[str] = []
         self.path: Path | None = None
-        folder = cache_folder(options.rows_cache)
+        folder = cache_folder(options.rows_cache, "rows")
         if folder is not None:
             key = _key(options, tokenizer, source, [str(samples), prompt])
             self.path = folder / key if key else None
@@ -91,16 +91,6 @@ class Cache:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         _remove_old(self.path.parent)
-
-
-def cache_folder(option: str | None) -> Path | None:
-    """Return the folder of --rows_cache: none where it is null, or auto of a user without a home."""
-    if option is None:
-        return None
-    if option != "auto":
-        return Path(option)
-    folder = user_cache()
-    return None if folder is None else folder / "rows"
 
 
 def _remove_old(folder: Path) -> None:

@@ -9,11 +9,12 @@ import psutil
 from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.models.causal_lm import CausalModel, Unit
+from fsdp_qlora.runtime.files import cache_folder
 from fsdp_qlora.runtime.launcher import usable_cores
 from fsdp_qlora.units import GIB
 from fsdp_qlora.weights.base_cache.disk import NOTHING_OWED, Owed, unfit_by_default
 from fsdp_qlora.weights.base_cache.encoders import encoders_of, merged
-from fsdp_qlora.weights.base_cache.entry import cache_folder
+from fsdp_qlora.weights.base_cache.entry import BASES
 from fsdp_qlora.weights.base_cache.kept import KeptBase, UnitKey
 from fsdp_qlora.weights.base_cache.lanes import LEAST, MOST
 from fsdp_qlora.weights.codecs import is_quantized
@@ -63,7 +64,7 @@ def open_cache(
 
 def _folder(option: str, world: World) -> Path | None:
     """Return the cache's folder; None, and say why, where `auto` finds none for every rank. A collective."""
-    folder = cache_folder(option)
+    folder = cache_folder(option, BASES)
     if option != "auto":
         return folder
     unfit = "the user has no home" if folder is None else unfit_by_default(folder)

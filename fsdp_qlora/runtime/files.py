@@ -60,6 +60,18 @@ def user_cache() -> Path | None:
     return Path(base) / "fsdp_qlora"
 
 
+def cache_folder(option: str | None, part: str) -> Path | None:
+    """Return the folder that an option of a cache means: of that part of the user's cache where it is auto.
+
+    None where it is null, or auto of a user without a home."""
+    if option is None:
+        return None
+    if option != "auto":
+        return Path(option)
+    folder = user_cache()
+    return None if folder is None else folder / part
+
+
 class Claim:
     """The output folder, taken by one run at a time from the moment it is checked; a context manager gives it back.
 

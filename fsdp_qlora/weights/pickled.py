@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ QMODEL = "qmodel.pt"
 MOST = torch.iinfo(torch.int64).max
 
 
-class PickledFile:
-    """A PyTorch .bin file, mapped and unpickled as tensors alone. Files from before PyTorch 1.6 are read whole."""
+class _Unpickled(ABC):
+    """A file that is unpickled once, when it is first asked for its tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,6 +33,14 @@ class PickledFile:
         if self._tensors is None:
             self._tensors = self._unpickle()
         return self._tensors
+
+    @abstractmethod
+    def _unpickle(self) -> dict[str, Tensor]:
+        """Return its tensors by name. Raises UserError where it holds something else."""
+
+
+class PickledFile(_Unpickled):
+    """A PyTorch .bin file, mapped and unpickled as tensors alone. Files from before PyTorch 1.6 are read whole."""
 
     def _unpickle(self) -> dict[str, Tensor]:
         found = unpickled(self.path)
@@ -56,26 +65,14 @@ def unpickled(path: Path) -> Any:
         raise UserError(f"model_name: {path} cannot be read ({first_line(error)}); download it again") from error
 
 
-class HqqFile:
+class HqqFile(_Unpickled):
     """Modules by name, each with its tensors and, of a quantized linear, hqq's settings as Python values."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._tensors: dict[str, Tensor] | None = None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._open().items()}
-
-    def reader(self) -> Callable[[str], Tensor]:
-        return self._open().__getitem__
-
-    def _open(self) -> dict[str, Tensor]:
-        if self._tensors is None:
-            found = unpickled(self.path)
-            if not isinstance(found, dict) or not all(isinstance(module, dict) for module in found.values()):
-                raise UserError(f"model_name: {self.path} is no table of modules as hqq saves it; download it again")
-            self._tensors = {name: t for module, state in found.items() for name, t in _flat(module, state).items()}
-        return self._tensors
+    def _unpickle(self) -> dict[str, Tensor]:
+        found = unpickled(self.path)
+        if not isinstance(found, dict) or not all(isinstance(module, dict) for module in found.values()):
+            raise UserError(f"model_name: {self.path} is no table of modules as hqq saves it; download it again")
+        return {name: t for module, state in found.items() for name, t in _flat(module, state).items()}
 
 
 def _flat(module: str, state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import UnionType
 
 from fsdp_qlora.atomic_files import atomic_file
-from fsdp_qlora.runtime.files import user_cache
 from fsdp_qlora.weights.base_cache.names import ENTRY, NOTE, SUFFIX, USED, is_ours, used_mark
+
+BASES = "base"  # the cache's part of the user's cache folder
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,6 @@ class Entry:
     units: int  # that are there
     nbytes: int  # of all files in it
     used: float  # when a run last read or wrote it, seconds since 1970
-
-
-def cache_folder(option: str | None) -> Path | None:
-    """Return the folder that the option base_cache means: None for null, or for auto where the user has no home."""
-    if option is None:
-        return None
-    if option != "auto":
-        return Path(option)
-    folder = user_cache()
-    return None if folder is None else folder / "base"
 
 
 def entries(folder: Path) -> Iterator[Entry]:
