@@ -17,7 +17,7 @@ from fsdp_qlora.exchange.choose import through_host
 from fsdp_qlora.generation.needs import Needs, Workload, answering_bytes, needs_of
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.plan.budget import find_budget
-from fsdp_qlora.plan.plan import BlockPlan, Budget, Placed, Plan
+from fsdp_qlora.plan.plan import BlockPlan, Budget, Placed, Plan, spread
 from fsdp_qlora.plan.planning import wishes_of
 from fsdp_qlora.units import as_gib
 
@@ -103,7 +103,7 @@ def _try(
             return _too_large(placement, fixed + kept * largest + least * needs.row, least, kept, host, budget, wanted)
         if placement == "stream" and wanted is None:
             kept = min(count, kept + int((left - rows * needs.row) // largest))
-    stays = _spread(count, kept) if placement == "stream" else [True] * count
+    stays = spread(kept, count) if placement == "stream" else (True,) * count
     resident = 0
     if placement == "stream":
         resident = sum(nbytes for nbytes, stay in zip(needs.blocks, stays, strict=True) if stay)
@@ -147,8 +147,3 @@ def _too_large(
 
 def _of(needed: float, there: float, where: str) -> str:
     return f"{as_gib(needed, 2)} of {where}, which has {as_gib(there, 2)}"
-
-
-def _spread(blocks: int, resident: int) -> list[bool]:
-    """Return for each block whether it stays, those that do spread evenly."""
-    return [(i + 1) * resident // blocks > i * resident // blocks for i in range(blocks)]

@@ -32,6 +32,7 @@ __all__ = [
     "make_plan",
     "plan_record",
     "refit_plan",
+    "spread",
     "table",
 ]
 

@@ -2,7 +2,7 @@
 
 Training goes on to the same bits as without: greedy answers draw no random number, leave rotary tables as they were,
 and give back the memory that they take, which the plan has left free. Where it is not free on every rank after all, or
-runs out, nothing is answered any more, which is said once: training is worth more.
+runs out, or the disk does, nothing is answered any more, which is said once: training is worth more.
 """
 
 import json
@@ -21,11 +21,11 @@ from fsdp_qlora.generation.sampling import Sampling
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.plan.budget import device_bytes
 from fsdp_qlora.report.metrics import ANSWERS
-from fsdp_qlora.runtime.files import writing_to
 from fsdp_qlora.training.eval_questions import Asked
 from fsdp_qlora.units import as_gib
 
 SHOWN = 120  # letters of an answer that is printed
+LESS_MEMORY = "ask the saved adapter with `python -m fsdp_qlora generate`, or lower eval_generate_tokens in another run"
 
 
 class EvalAnswers:
@@ -46,14 +46,17 @@ class EvalAnswers:
         try:
             found = self._answers()
         except NoMemory as stopped:
-            self._refuse(str(stopped))
+            self._refuse(str(stopped), LESS_MEMORY)
             return
         lines = [
             {"step": step, "row": question.row, "prompt": self._text(question.prompt),
              "answer": self._text(answer.ids), "expected": self._text(question.expected)}
             for question, answer in zip(self.asked.questions, found, strict=True)
         ]  # fmt: skip
-        self.world.main_only(lambda: self._write(lines))
+        unwritten = self._write(lines) if self.world.is_main else ""
+        if self.world.agree(lambda: bool(unwritten)):
+            self._refuse(unwritten, "free some space before the end, when the adapter is saved")
+            return
         first = lines[0]
         self.world.say(f"step {step}: row {first['row']} is answered {_short(first['answer'])!r} "
                        f"(right: {_short(first['expected'])!r})")  # fmt: skip
@@ -74,22 +77,26 @@ class EvalAnswers:
         least = min(least for (least,) in self.world.gather([free]))
         if least >= needed:
             return True
-        self._refuse(f"they need {as_gib(needed, 2)} of GPU memory beside training, which has left {as_gib(least, 2)}")
+        why = f"they need {as_gib(needed, 2)} of GPU memory beside training, which has left {as_gib(least, 2)}"
+        self._refuse(why, LESS_MEMORY)
         return False
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str, remedy: str) -> None:
+        """Answer nothing from now on. On every rank."""
         self._refused = True
-        self.world.say(
-            f"eval_generate: no more answers, as {why}; training goes on. Ask the saved adapter with "
-            "`python -m fsdp_qlora generate`, or lower eval_generate_tokens in another run"
-        )
+        self.world.say(f"eval_generate: no more answers, as {why}; training goes on; {remedy}")
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _write(self, lines: Sequence[dict[str, object]]) -> None:
-        with writing_to(self.folder, "output_dir"), (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    def _write(self, lines: Sequence[dict[str, object]]) -> str:
+        """Return why the lines could not be written, "" where they are."""
+        try:
+            with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        except OSError as error:
+            return f"{self.folder / ANSWERS} cannot be written ({error.strerror})"
+        return ""
 
 
 def _short(text: object) -> str:

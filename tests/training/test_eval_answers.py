@@ -1,5 +1,6 @@
 """Answers to held-out rows while training: those of the adapter of that step, and not a bit of training changes."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -179,3 +180,21 @@ def test_the_file_is_cut_as_the_record_is(options, tmp_path):
     assert answers_of(run) == whole
     run_alone(options | {"max_steps": 1, "overwrite_output_dir": "true"}, run.folder)
     assert not (run.folder / "eval_answers.jsonl").exists()
+
+
+def test_a_full_disk_ends_the_answers_and_not_the_run(options, tmp_path, capsys, monkeypatch):
+    """It is told once; the run ends as one without answers, its adapter saved."""
+
+    def full(self: Path, *arguments: object, **more: object) -> object:
+        if self.name == "eval_answers.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, *arguments, **more)
+
+    opened = Path.open
+    without = run_alone(options, tmp_path / "without")
+    monkeypatch.setattr(Path, "open", full)
+    run = run_alone(options | {"eval_generate": 2, "eval_generate_tokens": 4}, tmp_path / "full")
+    said = capsys.readouterr().out
+    assert said.count("eval_answers.jsonl cannot be written (No space left on device); training goes on; free") == 1
+    assert run.losses == without.losses
+    assert all(torch.equal(run.tensors[name], tensor) for name, tensor in without.tensors.items())
