@@ -76,6 +76,7 @@ def test_an_adapter_of_another_program_is_asked_with_its_magnitudes(base, tmp_pa
     (adapter / "config.yaml").unlink()
     from fsdp_qlora.config.parse import parse
     from fsdp_qlora.distributed.world import open_world
+    from fsdp_qlora.generation.needs import Workload
     from fsdp_qlora.inference import fit_rows
     from fsdp_qlora.session import choose_compute
 
@@ -85,7 +86,7 @@ def test_an_adapter_of_another_program_is_asked_with_its_magnitudes(base, tmp_pa
         read = read_base(str(adapter), config.model, given, config)
         assert read.config.model.train_type == "bnb_dora"
         built = build(read, world, choose_compute(read.config, world))
-        loaded = built.load(fit_rows(built, 64, 1, 1, 40))
+        loaded = built.load(fit_rows(built, Workload(capacity=64, longest=40, count=1, asked=1)))
 
         def ours() -> torch.Tensor:
             loaded.model.rest.bind()

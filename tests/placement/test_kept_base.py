@@ -766,7 +766,6 @@ FULL = """
     """
 
 
-@pytest.mark.slow
 def test_every_rank_takes_back_what_it_wrote_where_the_disk_refuses_one(model, tmp_path):
     done = run_torchrun(FULL, 2, [str(model), str(tmp_path / "cache")], timeout=200)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
