@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -120,7 +121,7 @@ def read(files: list[Path], memory: torch.Tensor, threads: int, device: torch.de
         finish(*coming.pop(0))
 
 
-def finish(reading: Reading, pieces: list) -> None:  # type: ignore[type-arg]
+def finish(reading: Reading, pieces: list[Any]) -> None:
     results(pieces)
     reading.close()
 

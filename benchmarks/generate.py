@@ -128,6 +128,7 @@ def ours(asked: argparse.Namespace) -> int:
     from fsdp_qlora.config.options import Config, LaunchOptions, MemoryOptions, ModelOptions
     from fsdp_qlora.distributed.world import open_world
     from fsdp_qlora.generation.answers import Answers
+    from fsdp_qlora.generation.needs import Workload
     from fsdp_qlora.generation.sampling import Sampling
     from fsdp_qlora.inference import build, fit_rows, read_base
     from fsdp_qlora.session import choose_compute
@@ -140,7 +141,9 @@ def ours(asked: argparse.Namespace) -> int:
         base = replace(base, config=replace(base.config, data=replace(base.config.data, context_length=length)))
         built = build(base, world, choose_compute(base.config, world))
         world.say(f"blocks    {built.fusion}")
-        loaded = built.load(fit_rows(built, length + new, max(batches), max(batches), length))
+        most = max(batches)
+        work = Workload(capacity=length + new, longest=length, count=most, asked=most)
+        loaded = built.load(fit_rows(built, work))
         vocabulary = built.compute.hf_config.vocab_size
         for batch in batches:
             ids = prompts_of(vocabulary, batch, length)
@@ -266,6 +269,7 @@ def streamed(asked: argparse.Namespace) -> None:
     )
     from fsdp_qlora.distributed.world import open_world
     from fsdp_qlora.generation.answers import Answers
+    from fsdp_qlora.generation.needs import Workload
     from fsdp_qlora.generation.sampling import Sampling
     from fsdp_qlora.inference import Base, build, fit_rows
     from fsdp_qlora.memory.host_link import TRAFFIC
@@ -283,7 +287,7 @@ def streamed(asked: argparse.Namespace) -> None:
             adapter=AdapterOptions(lora_rank=peers.RANK),
         )  # fmt: skip
         built = build(Base(config, None), world, choose_compute(config, world))
-        fit = fit_rows(built, length + STREAMED_NEW, -1, rows, length)
+        fit = fit_rows(built, Workload(capacity=length + STREAMED_NEW, longest=length, count=rows))
         world.say(fit.line)
         loaded = built.load(fit)
         answers = Answers(loaded.decoder(fit.rows, length + STREAMED_NEW), Sampling(), [], STREAMED_NEW, world)

@@ -251,7 +251,7 @@ def main() -> int:
             measure, cases = SECTIONS[section]
             for case in cases:
                 measure(table, *case)
-    found = {"environment": about, "wrong": wrong}
+    found: dict[str, Any] = {"environment": about, "wrong": wrong}
     if table is not None:
         found |= {"copy_gb_s": table.copy, "matmul_tflop_s": table.matmul, "rows": table.rows}
     options.results.write_text(json.dumps(found, indent=1))

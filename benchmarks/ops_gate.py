@@ -45,8 +45,8 @@ def gate() -> list[str]:
     table, ids = torch.randn(300, 1000, pin_memory=ON_GPU), torch.randint(300, (2, 500))
     if not torch.equal(gather_rows(table, ids.to(DEVICE)).cpu(), table[ids]):
         wrong.append("embedding: rows gathered from pinned host memory differ from the table's")
-    for name, (ours, plain, inputs) in _checked_ops().items():
-        got, theirs = _values(ours, inputs), _values(plain, inputs)
+    for name, (op, plain, inputs) in _checked_ops().items():
+        got, theirs = _values(op, inputs), _values(plain, inputs)
         truth = _values(plain, [t.double() for t in inputs])
         for i, (a, b, t) in enumerate(zip(got, theirs, truth, strict=True)):
             error, allowed = (a - t).abs().max().item(), 2 * (b - t).abs().max().item()

@@ -11,6 +11,7 @@ from benchmarks.ops_gate import BF16, DEVICE, random, size
 from benchmarks.timing import copies, milliseconds
 from fsdp_qlora.kernels.hqq_format import BITS
 from fsdp_qlora.weights.codecs import HQQ, NF4
+from fsdp_qlora.weights.codecs.base import Codec
 
 if TYPE_CHECKING:
     from benchmarks.ops import Table
@@ -20,7 +21,8 @@ def hqq_linear(weight: torch.Tensor, codec: HQQ) -> HQQLinear:
     """Return hqq's own linear of that weight."""
     settings = hqq_base_quant_config(codec.bits, codec.group, axis=codec.axis)
     settings["weight_quant_params"]["optimize"] = codec.optimize
-    linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     return HQQLinear(linear, settings, compute_dtype=codec.dtype, device=str(weight.device))
 
@@ -67,7 +69,7 @@ def encode_hqq(table: "Table", out_features: int, in_features: int, bits: int) -
     """Read, quantize and pack one weight; the seconds of a model are those of its weights."""
     shape = size(out_features), size(in_features)
     weight = random(*shape) / 64
-    encoders = {
+    encoders: dict[str, Codec] = {
         "ours": HQQ(bits, 64, 1, BF16),
         "not optimized": HQQ(bits, 64, 1, BF16, optimize=False),
         "nf4": NF4(),

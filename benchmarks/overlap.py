@@ -13,6 +13,7 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -111,8 +112,9 @@ def total(spans: list[Span]) -> float:
     return sum(stop - start for start, stop in spans)
 
 
-def gaps(named: list[tuple[float, float, str]], begin: float, end: float, most: int = 12) -> list[dict]:
-    found, reached, last = [], begin, "start of the step"
+def gaps(named: list[tuple[float, float, str]], begin: float, end: float, most: int = 12) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    reached, last = begin, "start of the step"
     for start, stop, name in [*named, (end, end, "end of the step")]:
         if start > reached:
             found.append(

@@ -50,7 +50,7 @@ def main() -> None:
 
 def measured(budget: Budget) -> dict[str, Any]:
     config, rig = parse(["--model_name=70b", "--dummy_weights=true", *OPTIONS]), rig_of(RIG)
-    shape = LlamaConfig(**SHAPES["llama2_70b"])  # type: ignore[arg-type]
+    shape = LlamaConfig(**SHAPES["llama2_70b"])
     built = rig_plan.build_for(config, rig, shape)
     world, rates = rig_plan.world_of(rig), recorded()
 

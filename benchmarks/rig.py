@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,7 +26,7 @@ import transformers
 from fsdp_qlora.runtime.gpu_memory import used_by_card
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama2_70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
                    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096},
     "llama2_70b_10_layers": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 10,
@@ -61,7 +62,7 @@ def main() -> int:
     return 0
 
 
-def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, object]:
+def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Run train.py once and read its metrics; raises where the run failed or its losses cannot be right."""
     shape = SHAPES[asked.shape]
     model = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, **shape}

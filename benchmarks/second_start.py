@@ -108,7 +108,7 @@ def make_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
                              "model.norm.weight": (hidden,)}
     }  # fmt: skip
     for i in range(shape["num_hidden_layers"]):
-        layer = {f"model.layers.{i}.{name}.weight": size for name, size in linears.items()}
+        layer: dict[str, tuple[int, ...]] = {f"model.layers.{i}.{name}.weight": size for name, size in linears.items()}
         layer |= {
             f"model.layers.{i}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")
         }
