@@ -1,3 +1,3 @@
 """What a run tells: its start, its steps, its end."""
 
-__all__ = ["callback", "eval_record", "loggers", "machine", "metrics", "profiler", "startup", "step_record"]
+__all__ = ["callback", "loggers", "machine", "metrics", "profiler", "records", "startup"]

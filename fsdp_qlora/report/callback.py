@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from fsdp_qlora.report.eval_record import EvalRecord
-from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.report.records import EvalRecord, StepRecord
 
 
 class Callback:

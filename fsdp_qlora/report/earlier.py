@@ -8,8 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.report.eval_record import EvalRecord
-from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.report.records import EvalRecord, StepRecord
 
 FIELDS = {field.name for field in dataclasses.fields(StepRecord)}
 EVAL_FIELDS = [field.name for field in dataclasses.fields(EvalRecord)]

@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fsdp_qlora.report.eval_record import EvalRecord
-from fsdp_qlora.report.step_record import StepRecord
-
-COLUMNS = 800  # about as many as there are pixels across
-MANY = 40  # steps from which on there is a running mean
-WINDOW_PART, MOST_WINDOW = 20, 1000  # of the steps go into one mean; at most
-
-Numbers = npt.NDArray[np.float64]
+from fsdp_qlora.report.records import EvalRecord, StepRecord
+from fsdp_qlora.report.series import COLUMNS, band, mean_window, running_mean
 
 LOSS, MEAN, EVAL, RATE, WRONG = "#9db8d9", "#1f5fa8", "#c4641c", "#8a8a8a", "#b3202c"
 
@@ -70,36 +63,16 @@ def is_finite(record: StepRecord) -> bool:
     return math.isfinite(record.loss) and math.isfinite(record.grad_norm)
 
 
-def running_mean(losses: Numbers, window: int) -> Numbers:
-    """Return, for each step, the mean of the finite losses of the last `window` steps; NaN where there are none."""
-    finite = np.isfinite(losses)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    ends = np.arange(1, len(losses) + 1)
-    starts = np.maximum(0, ends - window)
-    n = counts[ends] - counts[starts]
-    return np.where(n > 0, (sums[ends] - sums[starts]) / np.maximum(n, 1), np.nan)
-
-
-def band(steps: Numbers, losses: Numbers, columns: int) -> tuple[Numbers, Numbers, Numbers]:
-    """Return (first step, lowest, highest loss) of each of so many pieces of the run; infinite losses are left out."""
-    edges = np.linspace(0, len(steps), columns, endpoint=False).astype(np.int64)
-    low = np.fmin.reduceat(np.where(np.isfinite(losses), losses, np.nan), edges)
-    high = np.fmax.reduceat(np.where(np.isfinite(losses), losses, np.nan), edges)
-    return steps[edges], low, high
-
-
 def _draw_losses(axes: Any, records: Sequence[StepRecord]) -> list[Any]:
     steps = np.array([record.step for record in records], dtype=np.float64)
     losses = np.array([record.loss for record in records], dtype=np.float64)
-    many = len(records) >= MANY
+    window = mean_window(len(records))
     if len(records) > 2 * COLUMNS:
         handles = [axes.fill_between(*band(steps, losses, COLUMNS), color=LOSS, linewidth=0.5, label="step")]
     else:
-        style = {"color": LOSS} if many else {"color": MEAN, "marker": "."}
+        style = {"color": LOSS} if window else {"color": MEAN, "marker": "."}
         handles = axes.plot(steps, losses, linewidth=1, label="step", **style)
-    if many:
-        window = min(len(records) // WINDOW_PART, MOST_WINDOW)
+    if window:
         means = running_mean(losses, window)
         handles += axes.plot(steps, means, color=MEAN, linewidth=2, label=f"mean of {window} steps")
     return list(handles)

@@ -15,13 +15,12 @@ from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.earlier import evaluations_in, lines_until, records_in
-from fsdp_qlora.report.eval_record import EvalRecord
 from fsdp_qlora.report.loggers import check_installed, open_loggers
 from fsdp_qlora.report.loggers.behind import Behind
 from fsdp_qlora.report.loss_curve import draw_loss_curve, is_finite, what_is_wrong
 from fsdp_qlora.report.progress import Bar, Lines, Progress, as_time
+from fsdp_qlora.report.records import EvalRecord, StepRecord
 from fsdp_qlora.report.scalars import eval_scalars, step_scalars
-from fsdp_qlora.report.step_record import StepRecord
 from fsdp_qlora.runtime.files import writing_to
 
 ANSWERS = "eval_answers.jsonl"  # beside metrics.jsonl, and cut where that is: lines with a step, of who writes them

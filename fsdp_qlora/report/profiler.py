@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from fsdp_qlora.config.options import ProfileOptions
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.report.callback import Callback
-from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.report.records import StepRecord
 from fsdp_qlora.runtime.files import writing_to
 
 STEPS_RECORDED = 3

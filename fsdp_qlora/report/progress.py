@@ -8,8 +8,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from fsdp_qlora.report.eval_record import EvalRecord
-from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.report.records import EvalRecord, StepRecord
 
 
 class Progress(Protocol):

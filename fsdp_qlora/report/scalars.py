@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from fsdp_qlora.report.eval_record import EvalRecord
-from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.report.records import EvalRecord, StepRecord
 
 
 def step_scalars(record: StepRecord) -> dict[str, float]:

@@ -22,7 +22,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.export.peft import ADAPTER, ADAPTER_CONFIG, adapter_settings, settings_text
 from fsdp_qlora.optim.optimizers import state_bytes
 from fsdp_qlora.report.callback import Callback
-from fsdp_qlora.report.eval_record import EvalRecord
+from fsdp_qlora.report.records import EvalRecord
 from fsdp_qlora.training.checkpoint_folder import (
     PREFIX,
     Checkpoint,

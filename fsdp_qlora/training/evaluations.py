@@ -7,7 +7,7 @@ from typing import Any
 
 from fsdp_qlora.config.options import EvaluationOptions
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.report.eval_record import EvalRecord
+from fsdp_qlora.report.records import EvalRecord
 from fsdp_qlora.training.eval_answers import EvalAnswers
 from fsdp_qlora.training.eval_questions import Asked, asked_of, memory_of
 from fsdp_qlora.training.evaluate import Evaluator

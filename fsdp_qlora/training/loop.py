@@ -17,9 +17,9 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
 from fsdp_qlora.export.peft import ADAPTER, TokenizerNotSaved, save_adapter, save_adapter_somewhere, saved_since
 from fsdp_qlora.report.callback import Callback
-from fsdp_qlora.report.eval_record import EvalRecord
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import profiled
+from fsdp_qlora.report.records import EvalRecord
 from fsdp_qlora.runtime.host_memory import HostMemory
 from fsdp_qlora.training.checkpoint import Checkpoints
 from fsdp_qlora.training.evaluations import Evaluations

@@ -25,7 +25,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.optim.optimizers import OPTIMIZERS, make_optimizer
 from fsdp_qlora.optim.schedules import make_schedule
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
-from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.report.records import StepRecord
 from fsdp_qlora.torch_compat import foreach_norm
 from fsdp_qlora.training.async_numbers import AsyncNumbers
 from fsdp_qlora.training.loss_scale import LossScale

@@ -20,15 +20,15 @@ from matplotlib.figure import Figure
 from fsdp_qlora.config.options import Config, ModelOptions, OutputOptions, ProfileOptions
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.report.eval_record import EvalRecord
 from fsdp_qlora.report.loggers.base import LoggerSpec
 from fsdp_qlora.report.loggers.table import LOGGERS, check_installed
-from fsdp_qlora.report.loss_curve import draw_loss_curve, running_mean
+from fsdp_qlora.report.loss_curve import draw_loss_curve
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import profiled
 from fsdp_qlora.report.progress import as_time
+from fsdp_qlora.report.records import EvalRecord, StepRecord
 from fsdp_qlora.report.scalars import eval_scalars, step_scalars
-from fsdp_qlora.report.step_record import StepRecord
+from fsdp_qlora.report.series import running_mean
 from fsdp_qlora.runtime.host_memory import HostMemory, host_memory_gib
 
 MAIN = World(0, 2, 0, 2, torch.device("cpu"))

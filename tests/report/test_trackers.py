@@ -17,8 +17,8 @@ import torch
 from fsdp_qlora.config.log_targets import readers
 from fsdp_qlora.config.options import Config, ModelOptions, OutputOptions
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.report.eval_record import EvalRecord
 from fsdp_qlora.report.loggers.table import open_loggers
+from fsdp_qlora.report.records import EvalRecord
 from fsdp_qlora.report.scalars import eval_scalars
 from tests.support.torchrun import ROOT
 
