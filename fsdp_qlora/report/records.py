@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass, field
 
+STEPS = "metrics.jsonl"  # a line for each step and each evaluation
+ANSWERS = "eval_answers.jsonl"  # beside it, and cut where that is: lines with a step, of who writes them
+
 
 @dataclass(frozen=True)
 class StepRecord:

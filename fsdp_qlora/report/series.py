@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 COLUMNS = 800  # about as many as there are pixels across
 MANY = 40  # steps from which on there is a running mean
+WARM_UP_STEPS = 3  # the first steps compile kernels, grow the allocator's pools and fill caches: not typical
 WINDOW_PART, MOST_WINDOW = 20, 1000  # of the steps go into one mean; at most
 
 Numbers = npt.NDArray[np.float64]

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from fsdp_qlora.errors import UserError
 
@@ -70,6 +71,21 @@ def cache_folder(option: str | None, part: str) -> Path | None:
         return Path(option)
     folder = user_cache()
     return None if folder is None else folder / part
+
+
+def taken(folder: Path) -> Literal["", "here", "elsewhere"]:
+    """Return on which machine a run has an output folder; "" where none has, as far as can be told from here.
+
+    "elsewhere": or it was killed there. Takes no lock, which a run that is just starting would meet."""
+    path = folder / LOCK
+    try:
+        said, lock = path.read_text(errors="replace").strip(), f":{path.stat().st_ino} "
+        is_held = any(" FLOCK " in line and lock in line for line in Path("/proc/locks").read_text().splitlines())
+    except OSError:
+        return ""
+    if is_held:
+        return "here"
+    return "elsewhere" if said and not said.endswith(f" on {socket.gethostname()}") else ""
 
 
 class Claim:

@@ -20,7 +20,7 @@ from fsdp_qlora.generation.placing import answering_bytes
 from fsdp_qlora.generation.sampling import Sampling
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.plan.budget import device_bytes
-from fsdp_qlora.report.metrics import ANSWERS
+from fsdp_qlora.report.records import ANSWERS
 from fsdp_qlora.training.eval_questions import Asked
 from fsdp_qlora.units import as_gib
 
@@ -29,7 +29,7 @@ LESS_MEMORY = "ask the saved adapter with `python -m fsdp_qlora generate`, or lo
 
 
 class EvalAnswers:
-    """Answers what is asked. folder: of the run, whose `metrics.ANSWERS` gets the answers."""
+    """Answers what is asked. folder: of the run, whose `records.ANSWERS` gets the answers."""
 
     def __init__(
         self, model: CausalModel, asked: Asked, tokenizer: PreTrainedTokenizerBase, memory: MemoryOptions, world: World,

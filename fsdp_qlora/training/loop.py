@@ -76,7 +76,7 @@ class Loop:
             if not finished and self.checkpoints.is_due_at_stop(self._taken):
                 self._checkpoint(self._taken, interrupt)
             peaks = [peak for (peak,) in self.world.gather([self.host.peak])]
-            self.metrics.close(saved, peaks)
+            self.metrics.close(saved, peaks, "" if finished else f"stopped by {interrupt.name}")
         return 0 if finished else interrupt.exit_code
 
     def _steps(self, interrupt: Interrupt) -> bool:

@@ -12,7 +12,8 @@ class OutputOptions:
 
     output_dir: str = option(
         "output",
-        "Folder for the adapter in PEFT's format, the tokenizer, config.yaml, metrics.jsonl and loss.png.",
+        """Folder for the adapter in PEFT's format, the tokenizer, config.yaml, plan.json, environment.json,
+        metrics.jsonl and loss.png.""",
         "under the current folder",
         "adapters take 2 or 4 bytes a parameter",
         is_path=True,
@@ -57,6 +58,14 @@ class OutputOptions:
         "reading it, and its checksums: 10 GB at 70B and rank 64",
         is_path=True,
         known_as=("resume_from_checkpoint", "auto_resume", "restart_from"),
+    )
+    report: bool = option(
+        False,
+        """Write report.html at the end, also on Ctrl-C and after an error: curves, memory, plan, options and answers of
+        the run on one page.""",
+        "`python -m fsdp_qlora report` writes the same page at any time, of a run that is still going too",
+        "a file of about 100 KB with the answers to held-out rows in it, and a second for 100,000 steps",
+        known_as=("html_report", "write_report"),
     )
     log_to: list[str] = option(  # noqa: RUF009 (a dataclasses.field)
         ["tqdm"],
