@@ -7,6 +7,7 @@ was not measured.
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -161,8 +162,9 @@ def build_for(config: Config, rig: Rig, hf_config: PretrainedConfig) -> Built:
     own_head = has_its_own_head(skeleton, fitted)
     told = told_forms(quantization_of(hf_config), fitted, precision.compute)
     recipe = make_recipe(config, hf_config, fitted, precision, own_head, world, told)
-    model = assemble(skeleton, recipe, config.adapter)
-    return Built(model, fuse(model, micro_batches(config)[0], META, chooser(card)), attention)
+    passes = partial(fuse, micro_batches(config)[0], META, choose=chooser(card))
+    model, fusion = assemble(skeleton, recipe, config.adapter, passes)
+    return Built(model, fusion, attention)
 
 
 def plan_built(built: Built, config: Config, rig: Rig) -> Planned:

@@ -5,6 +5,7 @@ The stages are apart: a plan ends before the weights are read, and a run sets wh
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PretrainedConfig
 
@@ -142,13 +143,14 @@ def build_model(
     )
     for line in left_over(skeleton, fitted, own_head):
         world.say(line)
-    model = world.together(lambda: assemble(skeleton, recipe, config.adapter))
+    passes = partial(fuse, config, world.device)
+    model, fusion = world.together(lambda: assemble(skeleton, recipe, config.adapter, passes))
     for module in model.backbone.modules():  # rotary tables, which not every family moves to its input's device
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(world.device))
     if not isinstance(weights, OnHub):  # a download waits until all else is known to be right
         world.together(lambda: check_names(model, fitted))
-    return model, world.together(lambda: fuse(model, config, world.device)), fitted
+    return model, fusion, fitted
 
 
 def make_recipe(

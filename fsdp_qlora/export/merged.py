@@ -174,7 +174,7 @@ class Merged:
             is_quantized=lambda name: is_quantized(name, self.weights.names()),
             buffers=True,
         )
-        model = assemble(self.build(), recipe, AdapterOptions())
+        model, _ = assemble(self.build(), recipe, AdapterOptions())
         check_names(model, self.weights)
         entries = {
             name: unit.frozen.layout.entries[entry] for unit in model.units for entry, name in unit.sources.items()

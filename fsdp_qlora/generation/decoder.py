@@ -4,9 +4,8 @@ B rows, S tokens of a prompt, V vocabulary.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +16,6 @@ from fsdp_qlora.generation.cache import KVCache
 from fsdp_qlora.generation.cached_block import CachedBlock, CurrentPass
 from fsdp_qlora.kernels.segments import segments_of
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fused.block import FusedBlock
-from fsdp_qlora.models.fused.spec import BlockSpec
 
 PROMPT_TOKENS = 8192  # of a pass over prompts: enough to keep a GPU busy, and few enough for its activations
 MOVING_TABLES = ("dynamic", "longrope")  # kinds of rotary positions whose tables change with the longest row
@@ -59,7 +56,7 @@ class FusedDecoder:
 
     def __init__(self, model: CausalModel, rows: int, capacity: int, device: torch.device) -> None:
         self.model, self.rows, self.capacity, self.device = model, rows, capacity, device
-        fused = [cast(FusedBlock, block.fused) for block in model.blocks.values()]
+        fused = model.fused_blocks
         scratch = fused[0].shared.weights
         self.cache = KVCache([block.spec for block in fused], rows, capacity, scratch.dtype, device)
         self.now = CurrentPass(self.cache)
@@ -113,7 +110,7 @@ class FusedDecoder:
         return self._run(ids[None].to(self.device), ends.to(self.device), self.now.segments.positions)
 
     def _run(self, ids: Tensor, places: Tensor | None, positions: Tensor) -> Tensor:
-        with installed(self.model, self.blocks):
+        with self.model.computing_by(self.blocks):
             return self.model.logits(ids, places, position_ids=positions)
 
     def keep_copies(self, most_bytes: int) -> int:
@@ -188,27 +185,8 @@ class GenericDecoder:
 
 def make_decoder(model: CausalModel, rows: int, capacity: int, device: torch.device) -> FusedDecoder | GenericDecoder:
     """Return the decoder for a model. rows: at a time. capacity: tokens of the longest row with its answer."""
-    kind = FusedDecoder if fused_specs(model) is not None else GenericDecoder
+    kind = FusedDecoder if model.fused_blocks else GenericDecoder
     return kind(model, rows, capacity, device)
-
-
-def fused_specs(model: CausalModel) -> list[BlockSpec] | None:
-    """Return what the blocks are built from, None where they are not fused."""
-    blocks = [block.fused for block in model.blocks.values()]
-    return [b.spec for b in blocks if isinstance(b, FusedBlock)] if isinstance(blocks[0], FusedBlock) else None
-
-
-@contextmanager
-def installed(model: CausalModel, blocks: Sequence[CachedBlock]) -> Iterator[None]:
-    """Let the model's blocks compute as `blocks` do inside."""
-    before = [block.fused for block in model.blocks.values()]
-    for block, cached in zip(model.blocks.values(), blocks, strict=True):
-        block.fused = cached
-    try:
-        yield
-    finally:
-        for block, fused in zip(model.blocks.values(), before, strict=True):
-            block.fused = fused
 
 
 def has_moving_tables(model: CausalModel) -> bool:

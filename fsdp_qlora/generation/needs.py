@@ -6,7 +6,7 @@ V vocabulary.
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.generation.cache import KVCache
-from fsdp_qlora.generation.decoder import PROMPT_TOKENS, fused_specs
+from fsdp_qlora.generation.decoder import PROMPT_TOKENS
 from fsdp_qlora.models.causal_lm import LABELS, CausalModel
 from fsdp_qlora.models.skeleton import text_config
 
@@ -49,8 +49,8 @@ def needs_of(model: CausalModel, work: Workload) -> Needs:
     size, hidden, vocabulary = model.precision.compute.itemsize, config.hidden_size, int(config.vocab_size)
     widest = max(max(linear.out_features, linear.in_features) for linear in linears)
     per_token = (6 * hidden + 4 * widest) * size  # the stream and an MLP's middle
-    specs = fused_specs(model)
-    if specs is not None:
+    specs = [block.spec for block in model.fused_blocks]
+    if specs:
         row = KVCache.row_bytes(specs, work.capacity, model.precision.compute)
         prompts = per_token * (work.longest if work.asked == 1 else max(PROMPT_TOKENS, work.longest))
         measured = per_token * work.measured
@@ -80,7 +80,7 @@ def answering_bytes(model: CausalModel, capacity: int, longest: int) -> int:
 
     capacity: tokens of the longest row with its answer. longest: of the longest prompt."""
     needs = needs_of(model, replace(Workload(capacity, longest, 1), asked=1))
-    return needs.row + needs.work - (0 if fused_specs(model) is None else needs.scratch)
+    return needs.row + needs.work - (needs.scratch if model.fused_blocks else 0)
 
 
 def _scores(model: CausalModel, keys: int) -> int:

@@ -3,8 +3,9 @@
 Nothing has values yet: the layouts of the bytes and the adapters' shapes are what is made here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,8 +16,10 @@ from fsdp_qlora.adapters.targets import choose_targets
 from fsdp_qlora.config.options import AdapterOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.dora import exact_dtype
-from fsdp_qlora.models.causal_lm import CausalModel, FrozenEmbedding, Head, RowNorms, Unit
-from fsdp_qlora.models.generic_block import Block, FrozenLinear, FrozenViews
+from fsdp_qlora.models.causal_lm import CausalModel, CurrentSegments, FrozenEmbedding, Head, RowNorms, Unit
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.fused.fuse import Fusion, serve_fused
+from fsdp_qlora.models.generic_block import Block, DeclaredAdapter, FrozenLayer, FrozenLinear, FrozenViews
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.models.skeleton import (
     backbone_of,
@@ -31,6 +34,9 @@ from fsdp_qlora.weights.codecs import Codec, Plain
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 from fsdp_qlora.weights.layout import Layout
 
+# (layers, backbone, precision, whether the first block copies its input) -> the blocks' passes, none where one cannot
+# be fused, and what came of it: `models.fused.fuse.fuse` for some options and a device
+Fuse = Callable[[Sequence[FrozenLayer], PreTrainedModel, Precision, bool], tuple[list[FusedBlock], Fusion]]
 ROW_NORMS = "row_norms"  # after a linear's name: the entry of its weight's norms by rows
 
 
@@ -56,35 +62,54 @@ class Recipe:
     adapter: AdapterKind = field(default_factory=LoRA)
 
 
-def assemble(model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions) -> CausalModel:
-    """Replace a skeleton's embedding, decoder layers and head by ours and declare the adapters. Nothing has values yet.
+def assemble(
+    model: PreTrainedModel, recipe: Recipe, adapter: AdapterOptions, fuse: Fuse | None = None
+) -> tuple[CausalModel, Fusion]:
+    """Replace a skeleton's embedding, decoder layers and head by ours. Return the model, and what came of fusing it.
 
-    Raises UserError for an architecture whose layers are not plain linears, and for target modules that match nothing.
+    Nothing has values yet. fuse: makes the passes of fused blocks; None: all blocks are generic.
+    Raises UserError for an architecture whose layers are not plain linears, for target modules that match nothing, and
+    as `fuse` does.
     """
     path, layers = decoder_layers(model)
-    names = [
-        f"{path}.{i}.{name}" for i, layer in enumerate(layers) for name, m in layer.named_modules() if is_linear(m)
-    ]
+    by_path = {f"{path}.{i}": layer for i, layer in enumerate(layers)}
+    names = [f"{path}.{name}" for path, layer in by_path.items() for name, m in layer.named_modules() if is_linear(m)]
     targets = set(choose_targets(adapter.lora_target_modules, names))
     linear_paths = [name for name, m in model.named_modules() if is_linear(m)]
     tied = f"{path_of(model, head_of(model))}.weight" in model.all_tied_weights_keys and not recipe.own_head
-    embedding, embedding_unit = _embedding(model, recipe, tied)
+    on_host = recipe.host_embedding and type(model.get_input_embeddings()) is nn.Embedding and not tied
+    backbone, current = backbone_of(model), CurrentSegments()
+
+    # Layers over frozen bytes, adapters declared: what the spec of a fused block is read off.
+    frozen = [_freeze(path, layer, recipe, adapter, targets) for path, layer in by_path.items()]
+    passes, fusion = list[FusedBlock](), Fusion(0, 0, (), "as asked")
+    if fuse is not None:
+        passes, fusion = fuse([of for of, _ in frozen], backbone, recipe.precision, not on_host)
+
+    # Modules that are complete when they are made. Where the first block trains, its backward hangs on its adapters,
+    # and it need not make a gradient of its input.
+    asks = not passes or all(linear.lora_A is None for linear in passes[0].spec.linears)
+    embedding, embedding_unit = _embedding(model, recipe, on_host, asks)
     head, head_unit = _head(model, recipe, embedding, tied)
-    blocks, units = {}, [embedding_unit]
-    for i, layer in enumerate(layers):
-        blocks[f"{path}.{i}"], unit = _block(f"{path}.{i}", layer, recipe, adapter, targets)
-        units.append(unit)
+    blocks = {path: Block(of, recipe.remat, fused) for path, (of, _), fused in zip_longest(by_path, frozen, passes)}
+
+    # Their places in the skeleton. `_rest` names all other tensors by theirs: rotary tables and norm change after it.
     model.set_input_embeddings(embedding)
     for i, block in enumerate(blocks.values()):
         layers[i] = block
     rest, rest_unit = _rest(model, recipe)
-    units += [u for u in (head_unit, rest_unit) if u is not None]
-    return CausalModel(backbone_of(model), embedding, blocks, head, units, rest, recipe.precision, linear_paths)
+    final_norm = serve_fused(backbone, frozen[0][0].layer, passes[0].spec, current) if passes else nn.Identity()
+    units = [u for u in (embedding_unit, *(unit for _, unit in frozen), head_unit, rest_unit) if u is not None]
+    ours = CausalModel(
+        backbone, embedding, blocks, final_norm, head, units, rest, recipe.precision, current, linear_paths
+    )
+    return ours, fusion
 
 
-def _block(
+def _freeze(
     path: str, layer: nn.Module, recipe: Recipe, adapter: AdapterOptions, targets: set[str]
-) -> tuple[Block, Unit]:
+) -> tuple[FrozenLayer, Unit]:
+    """Let a layer read frozen bytes."""
     linears = {name: m for name, m in layer.named_modules() if is_linear(m)}
     tensors: dict[str, tuple[Codec, tuple[int, ...]]] = {}
     for name, parameter in layer.named_parameters():
@@ -108,29 +133,32 @@ def _block(
     stored = tensors | {entry: (exact, (linears[name].weight.shape[0],)) for name, entry in norms_of.items()}
     frozen = FrozenBytes(Layout(stored, recipe.shards))
     for name, linear in linears.items():
-        ours = _frozen_linear(name, linear, frozen, recipe)
-        if f"{path}.{name}" in targets:
-            shapes = recipe.adapter.parameters(ours.out_features, ours.in_features, adapter)
+        declared = None
+        if name in adapted:
+            shapes = recipe.adapter.parameters(linear.weight.shape[0], linear.weight.shape[1], adapter)
             norms = FrozenTensor(frozen, norms_of[name]) if name in norms_of else None
-            ours.add_adapter(shapes, lora_scale(adapter), adapter.lora_dropout, norms)
-        layer.set_submodule(name, ours)
+            declared = DeclaredAdapter(shapes, lora_scale(adapter), adapter.lora_dropout, norms)
+        layer.set_submodule(name, _frozen_linear(name, linear, frozen, recipe, declared))
     unit = _unit(path, frozen, tensors)
     stored_norms = {entry: RowNorms(f"{name}.weight", recipe.precision.compute) for name, entry in norms_of.items()}
-    return Block(layer, frozen, _take_views(layer, frozen), recipe.remat), replace(unit, norms=stored_norms)
+    return FrozenLayer(layer, frozen, _take_views(layer, frozen)), replace(unit, norms=stored_norms)
 
 
-def _frozen_linear(name: str, linear: nn.Module, frozen: FrozenBytes, recipe: Recipe) -> FrozenLinear:
+def _frozen_linear(
+    name: str, linear: nn.Module, frozen: FrozenBytes, recipe: Recipe, adapter: DeclaredAdapter | None = None
+) -> FrozenLinear:
     bias = None if linear.bias is None else FrozenTensor(frozen, f"{name}.bias")
-    return FrozenLinear(FrozenTensor(frozen, f"{name}.weight"), bias, recipe.precision.compute)
+    return FrozenLinear(FrozenTensor(frozen, f"{name}.weight"), bias, recipe.precision.compute, adapter)
 
 
-def _embedding(model: PreTrainedModel, recipe: Recipe, tied: bool) -> tuple[FrozenEmbedding, Unit]:
+def _embedding(
+    model: PreTrainedModel, recipe: Recipe, on_host: bool, asks_for_gradient: bool
+) -> tuple[FrozenEmbedding, Unit]:
     inner = model.get_input_embeddings()
     path = path_of(model, inner)
     frozen = FrozenBytes(Layout({"weight": (Plain(recipe.precision.stream), tuple(inner.weight.shape))}, recipe.shards))
-    on_host = recipe.host_embedding and type(inner) is nn.Embedding and not tied
     unit = replace(_unit(path, frozen), home="host" if on_host else "shared")
-    return FrozenEmbedding(inner, frozen, _take_views(inner, frozen), on_host), unit
+    return FrozenEmbedding(inner, frozen, _take_views(inner, frozen), on_host, asks_for_gradient), unit
 
 
 def _head(model: PreTrainedModel, recipe: Recipe, embedding: FrozenEmbedding, tied: bool) -> tuple[Head, Unit | None]:

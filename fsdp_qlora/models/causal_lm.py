@@ -4,7 +4,7 @@ The adapters are inside. What is replaced is a module instance, never a class: r
 layers stay Hugging Face's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.device import empty, no_autocast
 from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.kernels.segments import Segments
-from fsdp_qlora.models.generic_block import Block, FrozenLinear, FrozenViews
+from fsdp_qlora.memory.activation_offload import ActivationOffload
+from fsdp_qlora.models.fused.block import FusedBlock
+from fsdp_qlora.models.generic_block import Block, FrozenLinear, FrozenViews, FusedForward
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
 
@@ -62,13 +65,16 @@ class FrozenEmbedding(nn.Module):
 
     on_host: the table lies in pinned host memory and the GPU reads just the rows it needs from there, 16 KiB a token at
     70B: 67 MB for 4,096 tokens, where gathering the table moves 524 MB (Llama 2) or 2.1 GB (Llama 3).
+    asks_for_gradient: whether the first block makes a gradient of its input. Nothing before it trains, but reentrant
+    checkpointing hangs on an input that asks for one.
     """
 
-    def __init__(self, inner: nn.Module, frozen: FrozenBytes, views: FrozenViews, on_host: bool) -> None:
+    def __init__(
+        self, inner: nn.Module, frozen: FrozenBytes, views: FrozenViews, on_host: bool, asks_for_gradient: bool
+    ) -> None:
         super().__init__()
         self.inner, self.frozen, self.views, self.on_host = inner, frozen, views, on_host
-        # Nothing before the first block trains, but reentrant checkpointing hangs on an input that asks for a gradient.
-        self.asks_for_gradient = True
+        self.asks_for_gradient = asks_for_gradient
 
     def forward(self, input_ids: Tensor) -> Tensor:
         with self.frozen.opened(), torch.no_grad():
@@ -152,26 +158,29 @@ class Picked(torch.autograd.Function):
 
 
 class CausalModel(nn.Module):
-    """tokens -> loss. `units` are its frozen bytes, `blocks` its decoder layers by their path in the HF model."""
+    """tokens -> loss. `units` are its frozen bytes, `blocks` its decoder layers by their path in the HF model.
+
+    final_norm: of labelled rows, where the backbone's last module is not the norm. current: of which fused blocks hear
+    with their rotary tables. linear_paths: of every linear in the Hugging Face model, those that do not train included.
+    """
 
     def __init__(
         self,
         backbone: PreTrainedModel,
         embedding: FrozenEmbedding,
         blocks: dict[str, Block],
+        final_norm: nn.Module,
         head: Head,
         units: list[Unit],
         rest: FrozenViews,
         precision: Precision,
+        current: CurrentSegments,
         linear_paths: list[str],
     ) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
-        self.final_norm: nn.Module = nn.Identity()  # of labelled rows, where the backbone's last module is not the norm
+        self.backbone, self.head, self.final_norm = backbone, head, final_norm
         self.embedding, self.blocks, self.units, self.rest = (embedding,), blocks, units, rest
-        self.precision = precision
-        self.current = CurrentSegments()  # of which fused blocks hear with their rotary tables
-        self.linear_paths = linear_paths  # of every linear in the Hugging Face model, those that do not train included
+        self.precision, self.current, self.linear_paths = precision, current, linear_paths
 
     def forward(
         self,
@@ -237,6 +246,30 @@ class CausalModel(nn.Module):
             for module, buffers, reaches in tables:
                 module._buffers.update(buffers)
                 vars(module).update(reaches)
+
+    @property
+    def fused_blocks(self) -> list[FusedBlock]:
+        """The passes of its blocks; empty where these are generic."""
+        return [block.fused for block in self.blocks.values() if isinstance(block.fused, FusedBlock)]
+
+    def keep(self, levels: Sequence[tuple[Keep, bool]], offload: ActivationOffload | None) -> None:
+        """Let the blocks, which are fused, save what their levels say from the next forward on.
+
+        levels: of each block, with whether what it saves is offloaded. offload: host memory for that, None: none is."""
+        for block, passes, level in zip(self.blocks.values(), self.fused_blocks, levels, strict=True):
+            block.fused = passes.keeping(level[0], offload, level[1])
+
+    @contextmanager
+    def computing_by(self, passes: Sequence[FusedForward]) -> Iterator[None]:
+        """Let these compute the blocks inside, in place of the blocks' own."""
+        before = [block.fused for block in self.blocks.values()]
+        for block, other in zip(self.blocks.values(), passes, strict=True):
+            block.fused = other
+        try:
+            yield
+        finally:
+            for block, own in zip(self.blocks.values(), before, strict=True):
+                block.fused = own
 
     def is_tied(self) -> bool:
         """Whether the head reads the embedding's bytes."""

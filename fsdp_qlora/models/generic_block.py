@@ -6,8 +6,9 @@ runs and again before its backward.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,37 +34,44 @@ class _FrozenMatmul(torch.autograd.Function):
         return d_y @ ctx.weight.decode(d_y.dtype), None, None
 
 
+class DeclaredAdapter(NamedTuple):
+    """A linear's adapter before it has values."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # parameter -> its shape
+    scale: float
+    dropout: float
+    norms: FrozenTensor | None = None  # |W| by rows [O], where there are magnitudes
+
+
 class FrozenLinear(nn.Module):
     """y [..., O] = x [..., I] @ W^T + b + scale * dropout(x) @ A^T @ B^T, W and b frozen, A [R, I] and B [O, R] not.
 
     With a magnitude m [O] (`kernels/dora.py`) c = m / |W + scale B A| comes before both products; what is multiplied by
     c is, as in PEFT, of the dropped x: y = x W^T + b + (c - 1) * dropout(x) W^T + c * scale * dropout(x) A^T B^T.
 
-    Everything is computed in `dtype`, to which x is cast. `add_adapter` makes the adapter; without it the layer is the
-    base alone.
+    Everything is computed in `dtype`, to which x is cast. Without an adapter the layer is the base alone. An adapter's
+    parameters are on the meta device until `ShardedAdapters` or `make_adapters` put others in their place.
     """
 
-    def __init__(self, weight: FrozenTensor, bias: FrozenTensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weight: FrozenTensor,
+        bias: FrozenTensor | None,
+        dtype: torch.dtype,
+        adapter: DeclaredAdapter | None = None,
+    ) -> None:
         super().__init__()
         self.weight, self.bias, self.dtype = weight, bias, dtype
         self.out_features, self.in_features = weight.shape
         self.lora_A: nn.Parameter | None = None
         self.lora_B: nn.Parameter | None = None
         self.lora_magnitude_vector: nn.Parameter | None = None
-        self.norms: FrozenTensor | None = None  # |W| by rows [O], where there are magnitudes
-        self.scale = 0.0
-        self.dropout = 0.0
+        shapes, self.scale, self.dropout, self.norms = adapter or DeclaredAdapter({}, 0.0, 0.0)
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
         self.is_base = False  # True: its adapter is zeros, and magnitudes have no say: it computes as the base alone
         self.version = 0  # goes up with the adapter's values, which what is computed of them once a step depends on
         self._norms: Tensor | None = None  # of weight and adapter together, until these change
-
-    def add_adapter(
-        self, shapes: Mapping[str, tuple[int, ...]], scale: float, dropout: float, norms: FrozenTensor | None = None
-    ) -> None:
-        """Declare the adapter's parameters on the meta device; `ShardedAdapters` gives them values."""
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta")))
-        self.scale, self.dropout, self.norms = scale, dropout, norms
 
     def values_change(self) -> None:
         """Note that the adapter has new values, or will have by the next forward."""
@@ -139,23 +147,31 @@ class FrozenViews:
             module.__dict__[attribute] = values if tensor.home.acquire is None else values.clone()
 
 
+@dataclass(frozen=True)
+class FrozenLayer:
+    """A decoder layer that reads all its tensors but the adapters' from frozen bytes; what a block is made of."""
+
+    layer: nn.Module
+    frozen: FrozenBytes
+    views: FrozenViews
+
+
 class Block(nn.Module):
     """One decoder layer, its frozen bytes, and its checkpointing. Replaces the layer in the Hugging Face model's list.
 
-    Where `fused` is set it computes the block instead (see models/fused/block.py), and recomputation is its own affair.
-
+    fused: computes the block in place of the layer and does its own recomputation (`models/fused/block.py`); None: the
+    block is generic. Only `CausalModel.keep` and `CausalModel.computing_by` set another one.
     remat: None keeps every activation, "reentrant" and "non_reentrant" keep the layer's input and recompute the rest.
     before_forward: called first in every forward, by whoever has something to wait for or to start then.
     """
 
-    def __init__(self, layer: nn.Module, frozen: FrozenBytes, views: FrozenViews, remat: str | None) -> None:
+    def __init__(self, of: FrozenLayer, remat: str | None, fused: FusedForward | None) -> None:
         super().__init__()
-        self.layer, self.frozen, self.views = layer, frozen, views
-        self.fused: FusedForward | None = None
+        self.layer, self.frozen, self.views, self.fused = of.layer, of.frozen, of.views, fused
         self.before_forward: list[Callable[[], None]] = []
         self.remat: Callable[..., Any] | None = None
         if remat is not None:
-            self.remat = partial(checkpoint, use_reentrant=remat == "reentrant", preserve_rng_state=_drops(layer))
+            self.remat = partial(checkpoint, use_reentrant=remat == "reentrant", preserve_rng_state=_drops(of.layer))
 
     def linears(self) -> dict[str, FrozenLinear]:
         """Path inside the layer -> linear."""

@@ -106,7 +106,7 @@ def _cost(forward: dict[str, float], backward: dict[str, float], once: dict[str,
 
 def trace(block: FusedBlock, batch: int, context: int, keep: Keep) -> tuple[BlockCost, BlockCost]:
     """Return what a block on the meta device costs whose kept tensors stay on the GPU, and whose are offloaded."""
-    block = replace(block, keep=keep, offload=None, offloads=False)
+    block = block.keeping(keep)
     magnitudes = any(linear.lora_magnitude_vector is not None for linear in block.spec.linears)
     if magnitudes or not block.shared.weights.buffer.numel():
         _passes(block, batch, context)  # makes the scratch buffer as large as it will be, and memory for factors
@@ -139,7 +139,7 @@ def _passes(block: FusedBlock, batch: int, context: int) -> BlockCost:
 def _offloaded(block: FusedBlock, batch: int, context: int, here: BlockCost) -> BlockCost:
     """Return what a block costs that keeps its tensors in host memory. here: on the GPU."""
     away = _HostMemory()
-    block = replace(block, offload=away, offloads=True)  # type: ignore[arg-type]
+    block = block.keeping(block.keep, away, offloads=True)  # type: ignore[arg-type]
     with metered(block, batch * context) as meter:
         h, tables = pass_inputs(block, batch, context, meter)
         meter.mark()

@@ -281,7 +281,7 @@ def _usual(lengths: "RowLengths", batch_size: int) -> dict[str, Any]:
 
 
 def _fused(model: "CausalModel", context: int, lengths: "RowLengths | None") -> dict[str, Any]:
-    specs = [block.fused.spec for block in model.blocks.values()]  # type: ignore[union-attr]
+    specs = [block.spec for block in model.fused_blocks]
     attention, mlp = specs[0].attention, specs[0].mlp
     windows = [spec.attention.masking.window for spec in specs]
     keys = [keys_seen(context, window) if lengths is None else lengths.keys(window) for window in windows]

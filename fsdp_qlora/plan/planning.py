@@ -24,7 +24,6 @@ from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.memory.arena_layout import Schedule
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.optim.optimizers import paged_bytes, state_bytes
 from fsdp_qlora.plan.budget import HOST_SHARE, agreed_budget, device_bytes, find_budget
@@ -256,16 +255,17 @@ def keep_activations(
     link_rate: float | None = None,
     offloaded: Sequence[Sequence[int]] = (),
 ) -> None:
-    """Each fused block keeps what its plan says, where that says. most_tokens: of a micro-batch, padding included.
-    link_rate: bytes per second between host memory and the device, if that was measured. offloaded: see `Layouts`; host
-    memory for it is made from now on, beside what follows."""
+    """Let fused blocks keep what their plans say; generic ones are left as they are.
+
+    most_tokens: of a micro-batch, padding included. link_rate: bytes per second between host memory and the device, if
+    that was measured. offloaded: see `Layouts`; host memory for it is made from now on, beside what follows."""
+    if not model.fused_blocks:
+        return
     offloads = any(plan.offloaded for plan in blocks)
     offload = ActivationOffload(device, most_tokens, link_rate=link_rate) if offloads else None
     if offload is not None and offloaded:
         offload.reserve(offloaded)
-    for block, plan in zip(model.blocks.values(), blocks, strict=True):
-        if isinstance(block.fused, FusedBlock):
-            block.fused = replace(block.fused, keep=Keep.named(plan.keep), offload=offload, offloads=plan.offloaded)
+    model.keep([(Keep.named(plan.keep), plan.offloaded) for plan in blocks], offload)
 
 
 def make_arena(schedule: Schedule | None, world: World) -> Arena | None:

@@ -19,7 +19,6 @@ from fsdp_qlora.memory.activation_offload import ActivationOffload
 from fsdp_qlora.memory.arena import Recorder
 from fsdp_qlora.memory.arena_layout import Life
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.plan.candidate import BlockPlan
@@ -56,10 +55,9 @@ class _Nowhere:
 class _Tables(nn.Module):
     """Stands for a rotary embedding, whose tables may depend on numbers that meta tensors have not."""
 
-    def __init__(self, block: object) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
-        assert isinstance(block, FusedBlock)
-        self.width = block.spec.attention.head_dim // 2
+        self.width = head_dim // 2
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> list[Tensor]:
         return [torch.empty(position_ids.shape[-1], self.width, device=META) for _ in range(2)]
@@ -78,7 +76,7 @@ def rehearse(
 ) -> Rehearsed:
     """Run a step for rows of `context` tokens that are all labels.
 
-    model: assembled and fused, still on the meta device. blocks: what each keeps. widens: as the exchange's."""
+    model: of fused blocks, still on the meta device. blocks: what each keeps. widens: as the exchange's."""
     accumulates = config.training.gradient_accumulation_steps > 1
     with _recording(model, blocks, config, context, world, accumulates) as (recorder, adapters, inputs, offload):
         adapters.exchange = _Nowhere(widens)
@@ -130,30 +128,33 @@ def _recording(
 def _on_meta(model: CausalModel, blocks: Sequence[BlockPlan], tokens: int) -> Iterator[ActivationOffload | None]:
     """All of the model on the meta device, its blocks keeping what the plan says; afterwards as it was."""
     rotary = model.backbone.rotary_emb
-    model.backbone.rotary_emb = _Tables(next(iter(model.blocks.values())).fused)
+    model.backbone.rotary_emb = _Tables(model.fused_blocks[0].spec.attention.head_dim)
     buffers = {(m, name): b for m in model.backbone.modules() for name, b in m.named_buffers(recurse=False)}
-    before = {block: (block.fused, block.before_forward) for block in model.blocks.values()}
+    before = {block: block.before_forward for block in model.blocks.values()}
     adapters = {linear: linear.adapter_parameters() for linear in model.linears().values()}
     shared = Shared.on(META, model.precision.compute)
     offload = ActivationOffload(META, tokens) if any(plan.offloaded for plan in blocks) else None
+    passes = [
+        replace(fused.keeping(Keep.named(plan.keep), offload, plan.offloaded), shared=shared)
+        for fused, plan in zip(model.fused_blocks, blocks, strict=True)
+    ]
     state = torch.get_rng_state()
     with ExitStack() as stack:
+        stack.enter_context(model.computing_by(passes))
         for unit in {unit.frozen for unit in model.units}:
             stack.enter_context(unit.on_meta())
         try:
             for (module, name), buffer in buffers.items():
                 setattr(module, name, buffer.to(META))
-            for block, plan in zip(model.blocks.values(), blocks, strict=True):
-                assert isinstance(block.fused, FusedBlock)
-                fused = replace(block.fused, keep=Keep.named(plan.keep), offload=offload, offloads=plan.offloaded)
-                block.fused, block.before_forward = replace(fused, shared=shared), []
+            for block in before:
+                block.before_forward = []
             yield offload
         finally:
             model.backbone.rotary_emb = rotary
             for (module, name), buffer in buffers.items():
                 setattr(module, name, buffer)
-            for block, (passes, calls) in before.items():
-                block.fused, block.before_forward = passes, calls
+            for block, calls in before.items():
+                block.before_forward = calls
             for linear, parameters in adapters.items():
                 for name, parameter in parameters.items():
                     setattr(linear, name, parameter)

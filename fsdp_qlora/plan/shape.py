@@ -14,7 +14,7 @@ from fsdp_qlora.kernels.dora import exact_dtype
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.models.fused.spec import AttentionSpec, BlockSpec, GatedMlpSpec, Norm
-from fsdp_qlora.models.generic_block import FrozenLinear
+from fsdp_qlora.models.generic_block import DeclaredAdapter, FrozenLinear
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.weights.codecs import Plain, codec_named
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
@@ -72,11 +72,11 @@ def block_of(shape: Shape) -> FusedBlock:
     if kind.reads_norms:
         layout |= {f"{name}.row_norms": (Plain(exact_dtype(dtype)), linears[name][:1]) for name in order}
     frozen = FrozenBytes(Layout(layout))
-    made = {name: FrozenLinear(FrozenTensor(frozen, name), None, dtype) for name in order}
+    made = dict[str, FrozenLinear]()
     for name, adapted in zip(order, s.adapted or "1" * len(order), strict=True):
-        if adapted == "1":
-            of_rows = FrozenTensor(frozen, f"{name}.row_norms") if kind.reads_norms else None
-            made[name].add_adapter(kind.parameters(*linears[name], options), 1.0, s.dropout, of_rows)
+        of_rows = FrozenTensor(frozen, f"{name}.row_norms") if kind.reads_norms else None
+        adapter = DeclaredAdapter(kind.parameters(*linears[name], options), 1.0, s.dropout, of_rows)
+        made[name] = FrozenLinear(FrozenTensor(frozen, name), None, dtype, adapter if adapted == "1" else None)
     norm, head_norm = (Norm(FrozenTensor(frozen, name), 1e-5, 0.0) for name in norms)
     spec = BlockSpec(
         AttentionSpec(

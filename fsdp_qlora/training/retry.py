@@ -18,7 +18,6 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import TrainingStopped, UserError, first_line, is_out_of_memory, release_frames
 from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.placement.base import Placement
 from fsdp_qlora.plan.plan import Plan, kept_text
 from fsdp_qlora.plan.planning import Planned, keep_activations, make_arena, refit_run, write_plan
@@ -62,9 +61,8 @@ def who_ran_out(why: str, world: World) -> dict[int, str]:
 def forget(error: BaseException, model: CausalModel) -> None:
     """Free what a pass over `model` that failed with `error` still holds: in its frames and in the model's blocks."""
     release_frames(error)
-    for block in model.blocks.values():
-        if isinstance(block.fused, FusedBlock):
-            block.fused.forget()
+    for block in model.fused_blocks:
+        block.forget()
 
 
 class Refit:

@@ -5,8 +5,9 @@ decoder layers, without embedding, final norm and head, from a random input and 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.config.options import AdapterOptions
 from fsdp_qlora.config.parse import parse
-from fsdp_qlora.models.assemble import Recipe, assemble
+from fsdp_qlora.models.assemble import Fuse, Recipe, assemble
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import Precision
-from fsdp_qlora.models.skeleton import build
+from fsdp_qlora.models.skeleton import build, decoder_layers
 from fsdp_qlora.placement.load import encode
 from fsdp_qlora.placement.replicated import Replicated
 from fsdp_qlora.plan.plan import BlockPlan
@@ -35,20 +36,21 @@ Results = dict[str, Tensor]  # out, d_h, and the gradient of each adapter matrix
 
 @dataclass
 class Subject:
-    """Our model, not yet fused, with the config that its Hugging Face counterpart is made from."""
+    """Our model, of generic blocks at first, with the config that its Hugging Face counterpart is made from."""
 
     model: CausalModel
     hf_config: PretrainedConfig
     weights: dict[str, Tensor]  # name in the checkpoint -> what the frozen bytes decode to, in compute dtype
-    rotary: nn.Module
+    make: Callable[[Fuse | None], tuple[CausalModel, Fusion]]  # the model anew, with the same weights, without adapters
 
     def fuse(self, **options: object) -> Fusion:
-        """As `--option value` would have it. Fusing again changes the options."""
-        self.model.backbone.rotary_emb = self.rotary
+        """Make the model anew, as `--option value` would have it, with the same weights and adapters."""
         given: Options = {"model_name": "none", "context_length": 64} | options
         device = next(iter(self.weights.values())).device
-        config = parse(flags(given))
-        fusion = fuse(self.model, config, device)
+        config, adapters = parse(flags(given)), self.adapters
+        self.model, fusion = self.make(partial(fuse, config, device))
+        set_adapters(self.model, adapters)
+        self.model.backbone.to(device)
         wishes = wishes_of(config.memory, 1)
         kept = BlockPlan(True, wishes.keep or "input", bool(wishes.offload))
         keep_activations(self.model, [kept] * len(self.model.blocks), 64, device)
@@ -149,8 +151,12 @@ def subject(
     codec: Codec | None = None,
     adapter: AdapterOptions | None = None,
     kind: str = "lora",
+    precision: Precision | None = None,
+    change: Callable[[nn.Module], None] = lambda layer: None,
 ) -> Subject:
-    """A random model of that config. codec: of its linears; default: NF4, double-quantized. kind: of its adapters."""
+    """A random model of that config. codec: of its linears; default: NF4, double-quantized. kind: of its adapters.
+
+    precision: default: `dtype` throughout. change: called with each decoder layer of the skeleton."""
     codec = codec or NF4(double_quant=True)
     adapter = adapter or AdapterOptions(lora_rank=4, lora_alpha=6.0)
     torch.manual_seed(0)
@@ -158,15 +164,26 @@ def subject(
     for value in state.values():
         if value.ndim == 1:  # norms and biases start as ones and zeros, which hide a mix-up
             value += torch.randn_like(value) * 0.1
-    precision = Precision(dtype, dtype)
-    skeleton = build(hf_config, precision, "eager")
+    precision = precision or Precision(dtype, dtype)
     recipe = Recipe(precision, lambda name: codec, remat=None, shards=1, adapter=ADAPTERS[kind])
-    model = assemble(skeleton, recipe, adapter)
-    weights, placement = {}, Replicated()
-    placement.prepare(model)
-    for unit in model.units:
-        placement.store(unit, encode(unit, state, device))
-        weights |= {source: unit.frozen.decode(entry, dtype).clone() for entry, source in unit.sources.items()}
+
+    def make(fuse: Fuse | None = None) -> tuple[CausalModel, Fusion]:
+        skeleton, placement = build(hf_config, precision, "eager"), Replicated()
+        for layer in decoder_layers(skeleton)[1]:
+            change(layer)
+        model, fusion = assemble(skeleton, recipe, adapter, fuse)
+        placement.prepare(model)
+        for unit in model.units:
+            placement.store(unit, encode(unit, state, device))
+        model.backbone.norm = model.final_norm = nn.Identity()
+        return model, fusion
+
+    model, _ = make()
+    weights = {
+        source: unit.frozen.decode(entry, dtype).clone()
+        for unit in model.units
+        for entry, source in unit.sources.items()
+    }
     for linear in model.linears().values():
         if linear.lora_A is not None and linear.lora_B is not None:
             for name in ("lora_A", "lora_B"):
@@ -177,9 +194,16 @@ def subject(
                 magnitude = linear.norms.decode(dtype) * (0.5 + torch.rand(linear.out_features, device=device))
                 linear.lora_magnitude_vector = nn.Parameter(magnitude.to(dtype))
             linear.values_change()
-    model.backbone.norm = nn.Identity()
     model.backbone.to(device)
-    return Subject(model, hf_config, weights, model.backbone.rotary_emb)
+    return Subject(model, hf_config, weights, make)
+
+
+def set_adapters(model: CausalModel, adapters: Mapping[str, nn.Parameter]) -> None:
+    """Give a model these very parameters, by `Subject.adapters`' names."""
+    for path, linear in model.linears().items():
+        for name in linear.adapter_parameters():
+            setattr(linear, name, adapters[f"{path}.{name}"])
+        linear.values_change()
 
 
 def inputs(config: PretrainedConfig, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

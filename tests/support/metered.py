@@ -1,6 +1,7 @@
 """Models on the meta device as a run plans them, and a meter of what ordinary operators allocate."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from fsdp_qlora.config.parse import parse
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.models.assemble import Recipe, assemble
 from fsdp_qlora.models.causal_lm import CausalModel
-from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.models.skeleton import build
@@ -66,9 +66,6 @@ def planned(hf_config: PretrainedConfig, codec: Codec | None = None, **options: 
     precision = Precision(torch.bfloat16, torch.bfloat16)
     kind = choose_adapter(config.model.train_type)
     recipe = Recipe(precision, lambda name: codec or NF4(True), remat="non_reentrant", shards=1, adapter=kind)
-    model = assemble(build(hf_config, precision, "eager"), recipe, config.adapter)
-    fusion = fuse(model, config, META)
-    for block in model.blocks.values():
-        if isinstance(block.fused, FusedBlock):
-            block.fused = replace(block.fused, backend="cudnn")
-    return model, config, replace(fusion, attention=("cudnn",) if fusion.blocks else ())
+    passes = partial(fuse, config, META, choose=lambda *_: "cudnn")
+    model, fusion = assemble(build(hf_config, precision, "eager"), recipe, config.adapter, passes)
+    return model, config, fusion

@@ -39,7 +39,7 @@ class FusedBlock:
     keep: Keep
     shared: Shared
     backend: str  # of attention, see kernels/attention.py
-    offload: ActivationOffload | None = None  # host memory for what blocks save
+    offload: ActivationOffload | None = None  # host memory for what blocks of the model save, this one or others
     offloads: bool = False  # True: what this block saves is offloaded
     copies_input: bool = False  # True: its input's memory is not the block's to hold until the step's end
 
@@ -69,10 +69,14 @@ class FusedBlock:
             out: Tensor = _Fused.apply(h, block, context, *parameters)
         return out
 
+    def keeping(self, keep: Keep, offload: ActivationOffload | None = None, offloads: bool = False) -> "FusedBlock":
+        """Return this block with another choice of what it saves. Arguments as the fields."""
+        return replace(self, keep=keep, offload=offload, offloads=offloads)
+
     @cached_property
     def without_backward(self) -> "FusedBlock":
         """This block where no backward follows, which saves nothing that it can recompute."""
-        return replace(self, keep=Keep.INPUT, offloads=False)
+        return self.keeping(Keep.INPUT, self.offload)
 
     def padded(self, d_rows: Tensor) -> Tensor:
         """Return d_rows [T, H] with the free columns that the block after left for down's adapter, if it did."""

@@ -1,11 +1,12 @@
-"""Turns a model's blocks into fused ones where their family is known, all of them or none, and says which and why."""
+"""Passes of fused blocks for a model's layers where their family is known: for all of them or none, and why not."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from fsdp_qlora.config.keep import Keep
 from fsdp_qlora.config.options import Config, ModelOptions
@@ -14,11 +15,13 @@ from fsdp_qlora.kernels.attention import fastest, for_segments
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.kernels.segments import Segments
 from fsdp_qlora.models.attention import Chooser, choose_backend
-from fsdp_qlora.models.causal_lm import CausalModel, CurrentSegments
+from fsdp_qlora.models.causal_lm import CurrentSegments
 from fsdp_qlora.models.families import NotFusable, eps_of, recognise
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.models.fused.spec import BlockSpec
+from fsdp_qlora.models.generic_block import FrozenLayer
+from fsdp_qlora.models.precision import Precision
 
 NO_MASKS = "fsdp_qlora_fused"  # an attention that Hugging Face builds no masks for: fused blocks know what is seen
 
@@ -73,42 +76,50 @@ class HalfTables(nn.Module):
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), self.current.segments
 
 
-def fuse(model: CausalModel, config: Config, device: torch.device, choose: Chooser = fastest) -> Fusion:
-    """Fuse every block, or none where one cannot be. Raises UserError where `--fused true` asks for what cannot be.
+def fuse(
+    config: Config,
+    device: torch.device,
+    layers: Sequence[FrozenLayer],
+    backbone: PreTrainedModel,
+    precision: Precision,
+    copies_input: bool,
+    choose: Chooser = fastest,
+) -> tuple[list[FusedBlock], Fusion]:
+    """Return the passes of every block, or none where one block cannot have any, and what came of it. Changes nothing.
 
-    The blocks keep their input, until a plan says otherwise. choose: the attention backend."""
-    options = config.model
-    shape = (config.training.batch_size, config.data.context_length)
+    copies_input: of the first block, see `FusedBlock`. choose: the attention backend. The blocks keep their input until
+    a plan says otherwise. Raises UserError where the options ask for what only fused blocks do, and there are none."""
+    options, shape = config.model, (config.training.batch_size, config.data.context_length)
     try:
-        specs = _specs(model, options)
+        specs = _specs(layers, backbone, precision, options)
     except NotFusable as why:
         _check_unfused(config, str(why))
-        return Fusion(0, 0, (), str(why))
-    shared, backends = Shared.on(device, model.precision.compute), []
-    for block, spec in zip(model.blocks.values(), specs, strict=True):
-        backend = choose_backend(options.attention, model.precision, spec.attention, shape, device, choose)
-        backends.append(backend)
-        block.fused = FusedBlock(spec, Keep.INPUT, shared, backend)
-    first = next(iter(model.blocks.values()))
-    assert isinstance(first.fused, FusedBlock)
-    first.fused = replace(first.fused, copies_input=not model.embedding[0].on_host)
-    # Where the first block trains, its backward hangs on its adapters, and it need not make a gradient of its input.
-    model.embedding[0].asks_for_gradient = all(linear.lora_A is None for linear in specs[0].linears)
-    norm = model.backbone.norm
-    if isinstance(norm, nn.Module) and type(norm) is type(first.layer.input_layernorm):
-        model.final_norm = FinalNorm(norm, specs[0].attention.norm.shift)
-        model.backbone.norm = nn.Identity()
-    model.backbone.rotary_emb = HalfTables(model.backbone.rotary_emb, model.current)
-    AttentionInterface.register(NO_MASKS, _unused)
-    model.backbone.config._attn_implementation = NO_MASKS
-    projections = sum(len(spec.linears) for spec in specs)
+        return [], Fusion(0, 0, (), str(why))
+    shared, blocks, documents = Shared.on(device, precision.compute), list[FusedBlock](), list[str]()
     kind = "cuda" if device.type == "meta" else device.type  # the plan of a rig that is not here
-    documents = [
-        for_segments(backend, kind, model.precision.compute, spec.attention.head_dim, spec.attention.masking)
-        for backend, spec in zip(backends, specs, strict=True)
-    ]
-    attention, of_documents = (tuple(dict.fromkeys(names)) for names in (backends, documents))
-    return Fusion(len(specs), projections, attention, "", of_documents)
+    for spec in specs:
+        attention = spec.attention
+        backend = choose_backend(options.attention, precision, attention, shape, device, choose)
+        documents.append(for_segments(backend, kind, precision.compute, attention.head_dim, attention.masking))
+        copies = copies_input and not blocks
+        blocks.append(FusedBlock(spec, Keep.INPUT, shared, backend, copies_input=copies))
+    backends, of_documents = dict.fromkeys(block.backend for block in blocks), dict.fromkeys(documents)
+    projections = sum(len(spec.linears) for spec in specs)
+    return blocks, Fusion(len(specs), projections, tuple(backends), "", tuple(of_documents))
+
+
+def serve_fused(backbone: PreTrainedModel, layer: nn.Module, spec: BlockSpec, current: CurrentSegments) -> nn.Module:
+    """Let a backbone hand its blocks what fused ones take; take the last norm off it, and return that in one kernel.
+
+    layer, spec: of a block, whose norms the last one must be alike; else it stays, and an identity is returned."""
+    backbone.rotary_emb = HalfTables(backbone.rotary_emb, current)
+    AttentionInterface.register(NO_MASKS, _unused)
+    backbone.config._attn_implementation = NO_MASKS
+    norm = backbone.norm
+    if not isinstance(norm, nn.Module) or type(norm) is not type(layer.input_layernorm):
+        return nn.Identity()
+    backbone.norm = nn.Identity()
+    return FinalNorm(norm, spec.attention.norm.shift)
 
 
 def _check_unfused(config: Config, reason: str) -> None:
@@ -126,18 +137,20 @@ def _check_unfused(config: Config, reason: str) -> None:
         )
 
 
-def _specs(model: CausalModel, options: ModelOptions) -> list[BlockSpec]:
+def _specs(
+    layers: Sequence[FrozenLayer], backbone: PreTrainedModel, precision: Precision, options: ModelOptions
+) -> list[BlockSpec]:
     """Return the spec of each block. Raises NotFusable where the options or one of the blocks stand in the way."""
     if options.fused == "false":
         raise NotFusable("as asked")
     if options.attention == "eager":
         raise NotFusable("--attention eager is Hugging Face's own")
-    if model.precision.stream != model.precision.compute:
-        stream = str(model.precision.stream).removeprefix("torch.")
+    if precision.stream != precision.compute:
+        stream = str(precision.stream).removeprefix("torch.")
         raise NotFusable(f"precision {options.precision} keeps a {stream} residual stream")
-    if not isinstance(getattr(model.backbone, "rotary_emb", None), nn.Module):
+    if not isinstance(getattr(backbone, "rotary_emb", None), nn.Module):
         raise NotFusable("the model has no rotary tables of its own")
-    specs = [recognise(block.layer, block.frozen) for block in model.blocks.values()]
+    specs = [recognise(of.layer, of.frozen) for of in layers]
     if any(m.lora_magnitude_vector is not None and m.dropout for spec in specs for m in spec.linears):
         raise NotFusable("DoRA's dropout takes a second product with each weight; set lora_dropout to 0")
     return specs

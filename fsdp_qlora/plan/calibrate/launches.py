@@ -16,7 +16,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.models.fused.scratch import Shared
 from fsdp_qlora.models.fused.spec import BlockSpec, Norm
-from fsdp_qlora.models.generic_block import FrozenLinear
+from fsdp_qlora.models.generic_block import DeclaredAdapter, FrozenLinear
 from fsdp_qlora.plan.costs import block_costs
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
@@ -27,14 +27,13 @@ ROUNDS = 4
 
 def launches(model: CausalModel, facts: Facts, device: torch.device) -> float:
     """Seconds of the host per launch, from a block's two passes over few tokens; without fused blocks, of small ops."""
-    block = next(iter(model.blocks.values())).fused
-    if not isinstance(block, FusedBlock):
+    if not model.fused_blocks:
         x = torch.zeros(FEW_TOKENS, facts.hidden, dtype=model.precision.compute, device=device)
         return _host_seconds(lambda: [torch.add(x, x) for _ in range(100)], 1) / 100
     h = torch.zeros(1, FEW_TOKENS, facts.hidden, dtype=model.precision.compute, device=device, requires_grad=True)
     cos, sin = (torch.zeros(FEW_TOKENS, facts.head_dim // 2, device=device) for _ in range(2))
     d_out = torch.zeros_like(h)
-    alone = standing(block, device)
+    alone = standing(model.fused_blocks[0], device)
 
     def passes() -> None:
         alone(h, cos, sin).backward(d_out)
@@ -61,7 +60,7 @@ def standing(block: FusedBlock, device: torch.device) -> FusedBlock:
     words = torch.zeros(frozen.layout.nbytes // 4, device=device)
     frozen.flat = nn.Parameter(words, requires_grad=False)
     spec, shared = _moved(block.spec, frozen, device), Shared.on(device, block.dtype)
-    return replace(block, spec=spec, keep=Keep.INPUT, shared=shared, offload=None)
+    return replace(block.keeping(Keep.INPUT), spec=spec, shared=shared)
 
 
 def _moved(spec: BlockSpec, frozen: FrozenBytes, device: torch.device) -> BlockSpec:
@@ -70,10 +69,11 @@ def _moved(spec: BlockSpec, frozen: FrozenBytes, device: torch.device) -> BlockS
 
     def linear(old: FrozenLinear) -> FrozenLinear:
         bias = None if old.bias is None else FrozenTensor(frozen, old.bias.name)
-        new = FrozenLinear(FrozenTensor(frozen, old.weight.name), bias, old.dtype)
         norms = None if old.norms is None else FrozenTensor(frozen, old.norms.name)
         parameters = old.adapter_parameters()
-        new.add_adapter({name: tuple(p.shape) for name, p in parameters.items()}, old.scale, old.dropout, norms)
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        adapter = DeclaredAdapter(shapes, old.scale, old.dropout, norms)
+        new = FrozenLinear(FrozenTensor(frozen, old.weight.name), bias, old.dtype, adapter)
         for name, p in parameters.items():
             setattr(new, name, nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device)))
         return new

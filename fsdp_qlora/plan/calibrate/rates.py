@@ -117,8 +117,8 @@ def _measure(facts: Facts, model: CausalModel, world: World) -> Rates:
 
 
 def _masking(model: CausalModel) -> Masking:
-    spec = getattr(next(iter(model.blocks.values())).fused, "spec", None)
-    return Masking(1.0) if spec is None else spec.attention.masking
+    blocks = model.fused_blocks
+    return blocks[0].spec.attention.masking if blocks else Masking(1.0)
 
 
 def _driver() -> str:
