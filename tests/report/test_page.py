@@ -5,6 +5,8 @@ import json
 import math
 import re
 import socket
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +24,7 @@ from fsdp_qlora.report.page.style import STYLE
 from fsdp_qlora.report.page.svg import axis, label
 from fsdp_qlora.runtime.files import LOCK, Claim
 from tests.support.run_folders import PARTS, evaluation, part, plan, step, write_lines, write_run
+from tests.support.torchrun import ROOT
 
 MARKUP = "<script>alert(1)</script> \"quoted\" & 'single' </div> &lt;"
 
@@ -361,6 +364,13 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_report(folder)
     assert (folder / "report.html").read_text() == before
     assert not list(folder.glob(".*"))
+
+
+def test_the_command_waits_for_no_pytorch(tmp_path):
+    code = "import sys; from fsdp_qlora.__main__ import main; main(); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "report", "--output_dir", str(write_run(tmp_path, 3))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys, monkeypatch):

@@ -46,6 +46,7 @@ def read_evaluation(folder: Path, run: Path) -> Evaluated | Missing:
 
 
 def evaluation_section(found: Evaluated | Missing) -> Html:
+    """Return a table of measures with a column for each state, and the answers of each."""
     title = "Evaluation of the adapter"
     if isinstance(found, Missing):
         remedy = Html(f"{text(found.why)} {code('python -m fsdp_qlora evaluate')} measures an adapter.")

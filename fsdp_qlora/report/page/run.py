@@ -39,7 +39,7 @@ class Run:
     def name(self) -> str:
         """The model's name, without the folders of a path."""
         name = "" if isinstance(self.options, Missing) else self.options.model_name
-        return name.rstrip("/").rpartition("/")[2] if Path(name).is_absolute() else name or self.folder.name
+        return name.rstrip("/").rpartition("/")[2] if Path(name).is_absolute() else name or self.folder.resolve().name
 
 
 def read_run(folder: Path, evaluation: Path | None = None) -> Run:
