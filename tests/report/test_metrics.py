@@ -321,6 +321,7 @@ def test_a_logger_that_is_not_installed_is_a_users_mistake_on_every_rank(tmp_pat
     leftover = tmp_path / name / "run-1"  # wandb leaves such a folder behind, which Python could import as a package
     leftover.mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # where an earlier test has imported it
     for world in (MAIN, OTHER):
         with pytest.raises(UserError, match=rf"{name} was asked for but is not installed: run `pip install {name}`"):
             Metrics(config_for(tmp_path / "out", name), world, 4)
