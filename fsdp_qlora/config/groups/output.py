@@ -60,10 +60,11 @@ class OutputOptions:
         known_as=("resume_from_checkpoint", "auto_resume", "restart_from"),
     )
     report: bool = option(
-        False,
+        True,
         """Write report.html at the end, also on Ctrl-C and after an error: curves, memory, plan, options and answers of
         the run on one page.""",
-        "`python -m fsdp_qlora report` writes the same page at any time, of a run that is still going too",
+        """a run is looked at without another command; `python -m fsdp_qlora report` writes the same page at any time,
+        of a run that is still going too""",
         "a file of about 100 KB with the answers to held-out rows in it, and a second for 100,000 steps",
         known_as=("html_report", "write_report"),
     )
