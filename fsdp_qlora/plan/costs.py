@@ -22,7 +22,7 @@ from fsdp_qlora.kernels.lora_wide import wide
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.models.causal_lm import Picked
 from fsdp_qlora.models.fused.block import FusedBlock
-from fsdp_qlora.plan.inputs import Facts, beside
+from fsdp_qlora.plan.inputs import Facts, adapter_columns
 from fsdp_qlora.plan.metering import Meter, rounded
 from fsdp_qlora.plan.remembered import remembered
 from fsdp_qlora.plan.shape import META, Shape, block_of, dtype_of, shape_of
@@ -63,7 +63,7 @@ def block_costs(facts: Facts) -> dict[Kind, BlockCost]:
     usual, length = largest, facts.context
     if facts.mean_tokens:
         usual, length = _traced(shape_of(facts), 1, facts.mean_tokens, deterministic()), facts.mean_tokens
-    share = facts.keys / keys_seen(length, None)  # of the keys: rows end and blocks may have windows
+    share = facts.keys_per_query / keys_seen(length, None)  # of the keys: rows end and blocks may have windows
     return {
         kind: replace(takes, forward=_seen(usual[kind].forward, share), backward=_seen(usual[kind].backward, share))
         for kind, takes in largest.items()
@@ -206,6 +206,6 @@ def metered(block: FusedBlock, tokens: int) -> Iterator[Meter]:
         adapters = [p for linear in block.spec.linears for p in linear.adapter_parameters().values()]
         by_input = (attention.qkv, (attention.o,), mlp.gate_up, (mlp.down,))
         columns = max(sum(m.lora_A.shape[0] for m in linears if m.lora_A is not None) for linears in by_input)
-        meter = Meter([frozen.flat, block.shared.weights.buffer, *adapters], tokens, beside(columns))
+        meter = Meter([frozen.flat, block.shared.weights.buffer, *adapters], tokens, adapter_columns(columns))
         with meter.counting():
             yield meter

@@ -17,7 +17,7 @@ NORM_LAUNCHES = 45
 def layer_costs(facts: Facts) -> dict[Kind, BlockCost]:
     """Return what a layer takes and costs: alike for all kinds of block, of which there is one."""
     like = block_costs(replace(facts, adapted=""))["all", False]
-    multiplied = facts.hidden * (facts.qkv + facts.queries + 3 * facts.inner)
+    multiplied = facts.hidden * (facts.qkv + facts.queries + 3 * facts.intermediate)
     scale = facts.linear_numbers / multiplied  # a family's layer may have other linears
     kept, forward_bytes, backward_bytes = _layer_bytes(facts)
     forward, backward = (_scaled(cost, scale) for cost in (like.forward, like.backward))
@@ -48,12 +48,12 @@ def _layer_bytes(facts: Facts) -> tuple[int, int, int]:
     f, c = facts, facts.compute_bytes
     norms = 2 * f.hidden * (FLOAT + c)
     attention = (2 * f.qkv + f.queries + 2 * f.hidden) * c + f.heads * FLOAT
-    inner = 4 * f.inner * c
-    ranks = (f.rank_qkv + f.rank_o + f.rank_gate_up + f.rank_down) * c
+    inner = 4 * f.intermediate * c
+    ranks = (f.lora_rank_qkv + f.lora_rank_o + f.lora_rank_gate_up + f.lora_rank_down) * c
     if ADAPTERS[f.adapter].reads_norms:  # each output before its magnitude; with dropout of two products
-        ranks += (f.qkv + 2 * f.hidden + 2 * f.inner) * (FLOAT + c) * (2 if f.dropout else 1)
+        ranks += (f.qkv + 2 * f.hidden + 2 * f.intermediate) * (FLOAT + c) * (2 if f.dropout else 1)
     inside = f.tokens * (norms + attention + inner + ranks)
-    passing = f.tokens * (2 * f.inner + 2 * f.hidden) * c  # gradients on their way through the MLP
+    passing = f.tokens * (2 * f.intermediate + 2 * f.hidden) * c  # gradients on their way through the MLP
     h = f.tokens * f.hidden * f.stream_bytes
     if f.remat:
         return h, h + inside, inside + passing + f.largest_adapters * c

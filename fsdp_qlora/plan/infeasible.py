@@ -43,7 +43,7 @@ def nearest(facts: Facts, wishes: Wishes, budget: Budget) -> Nearest:
     return Nearest(
         _last(range(CONTEXT_STEP, facts.context, CONTEXT_STEP), lambda n: fits(with_context(facts, n))),
         _last(range(1, facts.batch), lambda n: fits(replace(facts, batch=n))),
-        _last(range(RANK_STEP, facts.rank, RANK_STEP), lambda n: fits(with_rank(facts, n))),
+        _last(range(RANK_STEP, facts.lora_rank, RANK_STEP), lambda n: fits(with_rank(facts, n))),
         min(devices, default=None),
         min(hosts, default=None),
     )
@@ -91,14 +91,15 @@ def _free(facts: Facts) -> tuple[str, ...]:
 
 
 def with_context(facts: Facts, context: int) -> Facts:
-    share = facts.keys / keys_seen(facts.context, None)
-    return replace(facts, context=context, keys=share * keys_seen(context, None))
+    share = facts.keys_per_query / keys_seen(facts.context, None)
+    return replace(facts, context=context, keys_per_query=share * keys_seen(context, None))
 
 
 def with_rank(facts: Facts, rank: int) -> Facts:
     """With adapters of another rank on the same linears."""
-    ranks = ("rank", "rank_qkv", "rank_o", "rank_gate_up", "rank_down", "adapter_parameters", "most_adapters")
-    return replace(facts, **{name: getattr(facts, name) * rank // facts.rank for name in ranks})
+    ranks = ("lora_rank", "lora_rank_qkv", "lora_rank_o", "lora_rank_gate_up", "lora_rank_down")
+    scaled = (*ranks, "adapter_parameters", "largest_adapters")
+    return replace(facts, **{name: getattr(facts, name) * rank // facts.lora_rank for name in scaled})
 
 
 def _searches(facts: Facts, wishes: Wishes, budget: Budget) -> list[Search]:

@@ -25,81 +25,68 @@ RANK_ALIGN = 8  # numbers: the adapters' columns beside an input (`kernels/lora_
 
 @dataclass(frozen=True)
 class Facts:
-    """A model, a run and how its blocks compute. Sizes in numbers where no unit is named, `_bytes` in bytes.
+    """A model, a run and how its blocks compute. Sizes in numbers where no unit is named, `_bytes` in bytes."""
 
-    layers: decoder blocks. block_bytes: frozen bytes of the largest block. embedding_bytes, head_bytes (0 where the
-    head is tied to the embedding), rest_bytes: of those units. embedding_on_host: in pinned host memory.
-    linear_numbers: weights in a block's linears. qkv_linears, gate_up_linears: in how many linears they are stored.
-    rank: of an adapter; rank_*: sum over the adapters that read this input, in the block with most. adapter_parameters:
-    of a block, the mean; most_adapters: of the block that has most of them, where they are not alike (else 0).
-    norms_after: norms follow o and down (Gemma 2, 3). head_norms: queries and keys are normalised (Qwen 3, Gemma 3).
-    keys: that a query sees, the mean over queries and blocks. stream_bytes, compute_bytes, reduce_bytes: of a number of
-    the residual stream, in compute and in gradient sums. state_bytes: of optimizer state on the GPU per adapter
-    parameter. shards: ranks among which `shard` divides a copy. reshard: whether a block that was gathered is freed
-    between its forward and its backward. remat: whether unfused blocks run under checkpointing. workspace_bytes: that
-    PyTorch gives to cuBLAS on each thread that multiplies. dummy: random weights, made on the device. exchange_by_host:
-    adapters cross between ranks by copy engines through host memory. master_bytes: of an adapter parameter's master
-    copy, between updates, beside its working copy. sent_bytes: of a gradient's number on its way between ranks
-    (`planning.sending` knows). adapted: "1" or "0" for each linear of a block in order of use, by whether it has an
-    adapter in any block; "" for all. multiprocessors: of the card, over which attention's backward splits the keys in
-    its deterministic form; 0 for its default. context: tokens of a row, or of the largest micro-batch shared among its
-    rows where these lie one after the other; mean_tokens: of such micro-batches, the mean, and mean_row: of the rows in
-    it (0: all fill the context). label_share: of the tokens, those that the loss is taken over.
-    """
-
-    layers: int
-    block_bytes: int
-    embedding_bytes: int
-    embedding_on_host: bool
-    head_bytes: int
-    rest_bytes: int
+    # The model
+    layers: int  # decoder blocks
     hidden: int
-    inner: int
+    intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
     vocabulary: int
-    linear_numbers: int
-    qkv_linears: int
-    gate_up_linears: int
-    rank: int
-    rank_qkv: int
-    rank_o: int
-    rank_gate_up: int
-    rank_down: int
-    adapter_parameters: int
-    norms_after: bool
-    head_norms: bool
-    codec: str
-    stream_bytes: int
+    qkv_linears: int  # that q, k and v are stored in: 3 or 1
+    gate_up_linears: int  # that gate and up are stored in: 2 or 1
+    linear_numbers: int  # weights in a block's linears
+    has_output_norms: bool  # after o and down (Gemma 2, 3)
+    has_head_norms: bool  # of queries and keys (Qwen 3, Gemma 3)
+    # Its frozen bytes
+    codec: str  # of linears, by its name
+    block_bytes: int  # of the largest block
+    embedding_bytes: int
+    embedding_on_host: bool  # in pinned host memory
+    head_bytes: int  # 0: the head is tied to the embedding
+    rest_bytes: int  # of the unit that every rank simply has
+    dummy_weights: bool  # random, made on the device
+    # Its adapters
+    adapter: str  # as `adapters.table.ADAPTERS` names it
+    adapted: str  # "1" or "0" for each linear of a block in order of use: has it an adapter in any block? "": all have
+    lora_rank: int  # of an adapter
+    lora_rank_qkv: int  # the sum over the adapters that read this input, in the block with most; so the next three
+    lora_rank_o: int
+    lora_rank_gate_up: int
+    lora_rank_down: int
+    adapter_parameters: int  # of a block, the mean
+    largest_adapters: int  # parameters of the block that has most
+    dropout: float  # of the adapters' inputs
+    # Bytes of a number
+    stream_bytes: int  # of the residual stream
     compute_bytes: int
-    reduce_bytes: int
-    state_bytes: float
-    batch: int
-    context: int
-    accumulation: int
-    no_sync: bool
-    dropout: float
+    reduce_bytes: int  # in gradient sums
+    sent_bytes: int  # of a gradient on its way between ranks (`planning.sending` knows)
+    master_bytes: int  # of an adapter parameter's master copy, between updates, beside its working copy
+    optimizer_state_bytes: float  # on the GPU for each adapter parameter
+    # A step
+    batch: int  # rows of a micro-batch
+    context: int  # tokens of a row; where rows lie one after the other, the largest micro-batch's over its rows
+    accumulation: int  # micro-batches
+    no_sync: bool  # gradients are summed over micro-batches before they are reduced
+    mean_tokens: int  # of a micro-batch where rows lie one after the other; 0: all rows fill the context
+    mean_row: int  # tokens of a row, likewise
+    label_share: float  # of the tokens, those that the loss is taken over
+    keys_per_query: float  # that a query sees, the mean over queries and blocks
+    # Its ranks
     ranks: int
     local_ranks: int
-    shards: int
-    reshard: bool
+    shards: int  # ranks among which `shard` divides a copy
+    reshard: bool  # a block that was gathered is freed between its forward and its backward
+    exchange_by_host: bool  # adapters cross between ranks by copy engines through host memory
+    # How blocks compute
     fused: bool
-    remat: bool
-    attention: str
-    keys: float
-    workspace_bytes: int
-    dummy: bool
-    most_adapters: int = 0
-    exchange_by_host: bool = False
-    master_bytes: int = 4  # this and the next as they were until 2026-11-25: rows of the grid from before do not say
-    sent_bytes: int = 4
-    adapted: str = ""
-    multiprocessors: int = 0
-    mean_tokens: int = 0
-    mean_row: int = 0
-    label_share: float = 1.0
-    adapter: str = "lora"  # as `adapters.table.ADAPTERS` names it
+    remat: bool  # unfused blocks run under checkpointing
+    attention: str  # backend
+    multiprocessors: int  # over which attention's backward splits keys in its deterministic form; 0: default form
+    workspace_bytes: int  # that PyTorch gives to cuBLAS on each thread that multiplies
 
     @property
     def tokens(self) -> int:
@@ -150,13 +137,8 @@ class Facts:
         """Adapter parameters of the model."""
         return self.adapter_parameters * self.layers
 
-    @property
-    def largest_adapters(self) -> int:
-        """Adapter parameters of the block that has most."""
-        return max(self.adapter_parameters, self.most_adapters)
 
-
-def beside(rank: int) -> int:
+def adapter_columns(rank: int) -> int:
     """Columns that adapters of this rank sum take beside their input (`lora_wide.extra`)."""
     return -(-rank // RANK_ALIGN) * RANK_ALIGN
 
@@ -175,8 +157,10 @@ def facts_of(
     capability: tuple[int, int] | None = None,
     lengths: "RowLengths | None" = None,
 ) -> Facts:
-    """Read off an assembled model, after `fuse`. state_bytes: the optimizer's, on the GPU, per adapter parameter.
-    capability: CUDA's, of a card that is not here. lengths: of the rows; None: all fill the context."""
+    """Read off an assembled model. state_bytes: the optimizer's, on the GPU, per adapter parameter. capability: CUDA's,
+    of a card that is not here. lengths: of the rows; None: all fill the context.
+
+    The exchange is taken to be by collectives, and no kernel to split its work in a deterministic form."""
     from fsdp_qlora.kernels.masters import master_bytes
 
     blocks = list(model.blocks.values())
@@ -188,6 +172,7 @@ def facts_of(
     embedding = next(u for u in others if u.frozen is model.embedding[0].frozen)
     head = None if model.is_tied() else model.head.frozen.layout.nbytes
     training, memory = config.training, config.memory
+    reduce_bytes = {"fp32": 4, "bf16": 2}[memory.reduce_dtype]
     context = config.data.context_length
     if lengths is not None:
         context = lengths.width(training.batch_size) if fusion.blocks else lengths.widest
@@ -201,14 +186,15 @@ def facts_of(
         vocabulary=model.head.weight.shape[0],
         linear_numbers=sum(m.out_features * m.in_features for m in first.values()),
         adapter_parameters=-(-sum(adapters) // len(blocks)),
-        most_adapters=max(adapters) if len(set(adapters)) > 1 else 0,
+        largest_adapters=max(adapters),
         codec=_codec(linears),
         stream_bytes=model.precision.stream.itemsize,
         compute_bytes=model.precision.compute.itemsize,
-        rank=config.adapter.lora_rank,
+        lora_rank=config.adapter.lora_rank,
         adapter=TRAIN_TYPES[config.model.train_type].adapter,
-        reduce_bytes={"fp32": 4, "bf16": 2}[memory.reduce_dtype],
-        state_bytes=state_bytes,
+        reduce_bytes=reduce_bytes,
+        sent_bytes=reduce_bytes,
+        optimizer_state_bytes=state_bytes,
         batch=training.batch_size,
         context=context,
         accumulation=training.gradient_accumulation_steps,
@@ -218,14 +204,16 @@ def facts_of(
         local_ranks=world.local_size,
         shards=_shards(memory.sharding_strategy, memory.hybrid_shard_size, world),
         reshard=not memory.sharding_strategy.endswith("shard_grad_op"),
+        exchange_by_host=False,
         fused=bool(fusion.blocks),
         remat=memory.use_gradient_checkpointing,
         attention=_attention(fusion, lengths),
+        multiprocessors=0,
         workspace_bytes=workspace(world.device, capability),
-        dummy=config.model.dummy_weights,
+        dummy_weights=config.model.dummy_weights,
         master_bytes=master_bytes(model.precision.compute),
         **(_fused(model, context, lengths) if fusion.blocks else _generic(model, config, context)),
-        **(_usual(lengths, training.batch_size) if fusion.blocks and lengths is not None else {}),
+        **_usual(lengths if fusion.blocks else None, training.batch_size),
     )
 
 
@@ -272,7 +260,9 @@ def _attention(fusion: "Fusion", lengths: "RowLengths | None") -> str:
     return fusion.attention[0] if fusion.attention else ""
 
 
-def _usual(lengths: "RowLengths", batch_size: int) -> dict[str, Any]:
+def _usual(lengths: "RowLengths | None", batch_size: int) -> dict[str, Any]:
+    if lengths is None:
+        return {"mean_tokens": 0, "mean_row": 0, "label_share": 1.0}
     return {
         "mean_tokens": round(min(batch_size, lengths.items) * lengths.mean),
         "mean_row": round(lengths.lengths.mean()),
@@ -287,20 +277,20 @@ def _fused(model: "CausalModel", context: int, lengths: "RowLengths | None") -> 
     keys = [keys_seen(context, window) if lengths is None else lengths.keys(window) for window in windows]
     return {
         "hidden": mlp.down.out_features,
-        "inner": mlp.down.in_features,
+        "intermediate": mlp.down.in_features,
         "heads": attention.heads,
         "kv_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         "qkv_linears": len(attention.qkv),
         "gate_up_linears": len(mlp.gate_up),
-        "rank_qkv": max(_rank(*x.attention.qkv) for x in specs),
-        "rank_o": max(_rank(x.attention.o) for x in specs),
-        "rank_gate_up": max(_rank(*x.mlp.gate_up) for x in specs),
-        "rank_down": max(_rank(x.mlp.down) for x in specs),
+        "lora_rank_qkv": max(_rank(*x.attention.qkv) for x in specs),
+        "lora_rank_o": max(_rank(x.attention.o) for x in specs),
+        "lora_rank_gate_up": max(_rank(*x.mlp.gate_up) for x in specs),
+        "lora_rank_down": max(_rank(x.mlp.down) for x in specs),
         "adapted": _adapted(specs),
-        "norms_after": mlp.out_norm is not None,
-        "head_norms": attention.q_norm is not None,
-        "keys": sum(keys) / len(specs),
+        "has_output_norms": mlp.out_norm is not None,
+        "has_head_norms": attention.q_norm is not None,
+        "keys_per_query": sum(keys) / len(specs),
     }
 
 
@@ -312,17 +302,18 @@ def _generic(model: "CausalModel", config: "Config", context: int) -> dict[str, 
     rank = config.adapter.lora_rank
     return {
         "hidden": hidden,
-        "inner": getattr(hf, "intermediate_size", None) or 4 * hidden,
+        "intermediate": getattr(hf, "intermediate_size", None) or 4 * hidden,
         "heads": heads,
         "kv_heads": getattr(hf, "num_key_value_heads", None) or heads,
         "head_dim": getattr(hf, "head_dim", None) or hidden // heads,
         "qkv_linears": 3,
+        "adapted": "",
         "gate_up_linears": 2,
-        "rank_qkv": min(3 * rank, most),
-        "rank_o": rank,
-        "rank_gate_up": 2 * rank,
-        "rank_down": rank,
-        "norms_after": False,
-        "head_norms": False,
-        "keys": keys_seen(context, getattr(hf, "sliding_window", None)),
+        "lora_rank_qkv": min(3 * rank, most),
+        "lora_rank_o": rank,
+        "lora_rank_gate_up": 2 * rank,
+        "lora_rank_down": rank,
+        "has_output_norms": False,
+        "has_head_norms": False,
+        "keys_per_query": keys_seen(context, getattr(hf, "sliding_window", None)),
     }

@@ -16,12 +16,12 @@ class Loading:
         f = facts
         received = 0 if f.ranks == 1 else 1
         dense = f.linear_numbers * f.stream_bytes
-        largest = max(f.qkv if f.qkv_linears == 1 else f.queries, f.inner * (3 - f.gate_up_linears)) * f.hidden
+        largest = max(f.qkv if f.qkv_linears == 1 else f.queries, f.intermediate * (3 - f.gate_up_linears)) * f.hidden
         # One weight's, not yet among the unit's bytes.
         self.parts = codec_named(f.codec).encode_scratch_bytes((largest,))
         if ADAPTERS[f.adapter].reads_norms:  # of a weight, decoded once its encoding is among the unit's bytes
             self.parts = max(self.parts, largest * f.compute_bytes)
-        self.first = (2 + received) * f.embedding_bytes + (dense if f.dummy else 0)
-        weights = 2 * dense if f.dummy else largest * f.stream_bytes
+        self.first = (2 + received) * f.embedding_bytes + (dense if f.dummy_weights else 0)
+        weights = 2 * dense if f.dummy_weights else largest * f.stream_bytes
         self.block = weights + self.parts + f.block_bytes * (1 + received)
         self.head = 2 * f.head_bytes

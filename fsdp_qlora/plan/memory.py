@@ -14,7 +14,7 @@ from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.plan import generic
 from fsdp_qlora.plan.candidate import Candidate, Homes, Kinds, Placed
 from fsdp_qlora.plan.costs import block_costs, head_cost
-from fsdp_qlora.plan.inputs import FLOAT, Facts, beside, pitch
+from fsdp_qlora.plan.inputs import FLOAT, Facts, adapter_columns, pitch
 from fsdp_qlora.plan.loading import Loading
 from fsdp_qlora.plan.placements import PLACEMENT_COSTS
 
@@ -64,7 +64,7 @@ class Memory:
         # A block's gradient is there from its backward to the end of the step; over micro-batches from the first on.
         self.gradient = 0 if facts.accumulation > 1 else gradient
         self.gradients = 0 if facts.accumulation == 1 else facts.layers * gradient
-        self.owned = self.masters + int(owned * facts.state_bytes) + self._unreduced() + self.gradients
+        self.owned = self.masters + int(owned * facts.optimizer_state_bytes) + self._unreduced() + self.gradients
         if facts.exchange_by_host:  # what waits to be added
             self.owned += FLOAT * facts.largest_adapters // facts.ranks // (1 if facts.ranks > 2 else 2)
         self.reduction = 0 if facts.ranks == 1 else _reduction(facts)
@@ -216,7 +216,7 @@ class Memory:
 
 def _factors(facts: Facts) -> int:
     """Bytes of what magnitudes come to, a number for each output (`fused.Linears`)."""
-    outputs = facts.qkv + 2 * facts.hidden + 2 * facts.inner
+    outputs = facts.qkv + 2 * facts.hidden + 2 * facts.intermediate
     return FLOAT * outputs * facts.layers if ADAPTERS[facts.adapter].reads_norms else 0
 
 
@@ -234,12 +234,13 @@ def _scratch(facts: Facts) -> int:
     f = facts
     if not f.fused:
         q = f.qkv if f.qkv_linears == 1 else f.queries
-        return max(q, f.inner * (3 - f.gate_up_linears)) * f.hidden * f.compute_bytes
-    qkv, o, gate_up, down = (beside(rank) for rank in (f.rank_qkv, f.rank_o, f.rank_gate_up, f.rank_down))
+        return max(q, f.intermediate * (3 - f.gate_up_linears)) * f.hidden * f.compute_bytes
+    ranks = f.lora_rank_qkv, f.lora_rank_o, f.lora_rank_gate_up, f.lora_rank_down
+    qkv, o, gate_up, down = map(adapter_columns, ranks)
     laid = (
         (f.qkv + qkv) * pitch(f.hidden + qkv),
         (f.hidden + o) * pitch(f.queries + o),
-        (2 * f.inner + gate_up) * pitch(f.hidden + gate_up),
-        (f.hidden + down) * pitch(f.inner + down),
+        (2 * f.intermediate + gate_up) * pitch(f.hidden + gate_up),
+        (f.hidden + down) * pitch(f.intermediate + down),
     )
     return max(laid) * f.compute_bytes

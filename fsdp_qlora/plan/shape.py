@@ -27,22 +27,22 @@ class Shape(NamedTuple):
     """The facts that a block's tensors and its work depend on, but for the tokens."""
 
     hidden: int
-    inner: int
+    intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
     qkv_linears: int
     gate_up_linears: int
-    rank: int
+    lora_rank: int
     adapted: str
-    norms_after: bool
-    head_norms: bool
+    has_output_norms: bool
+    has_head_norms: bool
     codec: str
     compute_bytes: int
     dropout: float
     attention: str
     multiprocessors: int
-    adapter: str = "lora"
+    adapter: str
 
 
 def shape_of(facts: Facts) -> Shape:
@@ -59,16 +59,16 @@ def block_of(shape: Shape) -> FusedBlock:
     s, dtype = shape, dtype_of(shape.compute_bytes)
     codec = codec_named(s.codec)
     queries, pairs = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    linears = {"o": (s.hidden, queries), "down": (s.hidden, s.inner)}
+    linears = {"o": (s.hidden, queries), "down": (s.hidden, s.intermediate)}
     linears |= {"q": (queries, s.hidden), "k": (pairs, s.hidden), "v": (pairs, s.hidden)}
-    linears |= {"qkv": (queries + 2 * pairs, s.hidden), "gate_up": (2 * s.inner, s.hidden)}
-    linears |= {"gate": (s.inner, s.hidden), "up": (s.inner, s.hidden)}
+    linears |= {"qkv": (queries + 2 * pairs, s.hidden), "gate_up": (2 * s.intermediate, s.hidden)}
+    linears |= {"gate": (s.intermediate, s.hidden), "up": (s.intermediate, s.hidden)}
     qkv = ("q", "k", "v") if s.qkv_linears == 3 else ("qkv",)
     gate_up = ("gate", "up") if s.gate_up_linears == 2 else ("gate_up",)
     order = (*qkv, "o", *gate_up, "down")
     norms = {"norm": s.hidden, "head_norm": s.head_dim}
     layout = {name: (codec, linears[name]) for name in order} | {n: (Plain(dtype), (w,)) for n, w in norms.items()}
-    kind, options = ADAPTERS[s.adapter], AdapterOptions(lora_rank=s.rank)
+    kind, options = ADAPTERS[s.adapter], AdapterOptions(lora_rank=s.lora_rank)
     if kind.reads_norms:
         layout |= {f"{name}.row_norms": (Plain(exact_dtype(dtype)), linears[name][:1]) for name in order}
     frozen = FrozenBytes(Layout(layout))
@@ -81,9 +81,9 @@ def block_of(shape: Shape) -> FusedBlock:
     spec = BlockSpec(
         AttentionSpec(
             norm=norm,
-            out_norm=norm if s.norms_after else None,
-            q_norm=head_norm if s.head_norms else None,
-            k_norm=head_norm if s.head_norms else None,
+            out_norm=norm if s.has_output_norms else None,
+            q_norm=head_norm if s.has_head_norms else None,
+            k_norm=head_norm if s.has_head_norms else None,
             qkv=tuple(made[name] for name in qkv),
             o=made["o"],
             heads=s.heads,
@@ -93,7 +93,7 @@ def block_of(shape: Shape) -> FusedBlock:
         ),
         GatedMlpSpec(
             norm=norm,
-            out_norm=norm if s.norms_after else None,
+            out_norm=norm if s.has_output_norms else None,
             gate_up=tuple(made[name] for name in gate_up),
             down=made["down"],
             activation="silu",

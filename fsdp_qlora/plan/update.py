@@ -13,4 +13,6 @@ def update_bytes(facts: Facts) -> float:
     """Return the bytes of norm, clipping, update and new working copies of this rank's adapters."""
     owned = facts.all_adapters / facts.ranks
     halves = 2 * facts.master_bytes + facts.compute_bytes + FLOAT if facts.master_bytes < FLOAT else 0  # (un)joined
-    return owned * (FLOAT + 2 * FLOAT + 3 * FLOAT + 2 * facts.state_bytes + FLOAT + facts.compute_bytes + halves)
+    return owned * (
+        FLOAT + 2 * FLOAT + 3 * FLOAT + 2 * facts.optimizer_state_bytes + FLOAT + facts.compute_bytes + halves
+    )

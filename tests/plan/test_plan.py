@@ -241,7 +241,7 @@ def test_the_memory_of_a_tiny_model_is_told_in_mib() -> None:
     tiny = replace(
         facts("llama3_8b", 1, 64, 8),
         hidden=64,
-        inner=144,
+        intermediate=144,
         layers=3,
         heads=4,
         head_dim=16,
@@ -251,6 +251,7 @@ def test_the_memory_of_a_tiny_model_is_told_in_mib() -> None:
         head_bytes=1 << 16,
         linear_numbers=1 << 15,
         adapter_parameters=1 << 12,
+        largest_adapters=1 << 12,
         workspace_bytes=0,
     )
     for budget, rates in ((Budget(float("inf"), GIB), None), (HOME, H200)):  # type: ignore[arg-type]

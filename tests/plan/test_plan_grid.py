@@ -54,7 +54,7 @@ def candidate_of(row: dict[str, Any]) -> Candidate:
 
 def copied(row: dict[str, Any]) -> bool:
     """Return whether gate and up were copied when they were offloaded, as they were at rank 16 and are not now."""
-    return row["facts"]["rank"] == 16 and any(b["keep"] == "all" and b["offloaded"] for b in row["plan"]["blocks"])
+    return row["facts"]["lora_rank"] == 16 and any(b["keep"] == "all" and b["offloaded"] for b in row["plan"]["blocks"])
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row["name"]) for row in SWEEP if not copied(row)])

@@ -101,7 +101,7 @@ def test_dora_saves_what_its_magnitudes_gradients_need_and_costs_a_few_percent()
 def test_what_a_level_keeps_is_what_its_name_says() -> None:
     """In numbers per token; beside them x A^T, and attention's sums by rows in float32."""
     known = facts("llama3_8b", 4, 2048, 16)
-    h, queries, qkv, inner = known.hidden, known.queries, known.qkv, known.inner
+    h, queries, qkv, inner = known.hidden, known.queries, known.qkv, known.intermediate
     numbers = {"input": h, "halves": 2 * h, "attention": 2 * h + queries, "qkv": 2 * h + queries + qkv}
     numbers["all"] = numbers["qkv"] + 2 * inner
     for keep in KEEP:
@@ -206,7 +206,7 @@ def test_facts_of_an_unfused_model() -> None:
     model, config, fusion = planned(FAMILIES["llama"], context_length=256, lora_rank=16, fused="false")
     known = facts_of(model, config, WORLD, fusion, 8)
     assert not known.fused
-    assert (known.hidden, known.inner, known.heads, known.kv_heads, known.head_dim) == (1024, 3584, 16, 4, 64)
+    assert (known.hidden, known.intermediate, known.heads, known.kv_heads, known.head_dim) == (1024, 3584, 16, 4, 64)
     assert Memory(known).device_bytes(every(known, "input")) > known.layers * known.block_bytes
 
 
@@ -222,7 +222,7 @@ def test_adapters_on_some_layers_only_are_seen_whichever_layer_has_them(fused: s
     )
     assert one.largest_adapters == everywhere.adapter_parameters == everywhere.largest_adapters == 16 * (1024 + 3584)
     assert one.all_adapters == one.largest_adapters, "of two layers one has an adapter"
-    ranks = ("rank_qkv", "rank_o", "rank_gate_up", "rank_down")
+    ranks = ("lora_rank_qkv", "lora_rank_o", "lora_rank_gate_up", "lora_rank_down")
     assert [getattr(one, name) for name in ranks] == [getattr(everywhere, name) for name in ranks]
     assert of(one, "all") == of(everywhere, "all")
     assert Memory(one).masters * 2 == Memory(everywhere).masters

@@ -41,7 +41,7 @@ def test_flops_are_four_per_parameter_and_token_and_six_with_everything_recomput
     """But for o and down, which are never, and o, which is at `input` alone."""
     known = facts("llama2_70b", 2, 512, 0, adapted="0" * 7)
     costs, two = block_costs(known), 2 * known.tokens
-    parameters, down, o = known.linear_numbers, known.hidden * known.inner, known.hidden * known.queries
+    parameters, down, o = known.linear_numbers, known.hidden * known.intermediate, known.hidden * known.queries
     recomputed = {"input": parameters - down, "halves": parameters - down - o, "all": 0}
     for keep, numbers in recomputed.items():
         cost = costs[keep, False]
@@ -56,11 +56,11 @@ def test_an_adapter_is_columns_of_a_matmul_or_a_skinny_one() -> None:
         block_costs(facts("llama2_70b", 2, 512, 16, adapted=mark * 7))["all", False].forward for mark in "01"
     )
     known = facts("llama2_70b", 2, 512, 16)
-    two, rank = 2 * known.tokens, known.rank
-    beside = rank * (3 * known.qkv + 2 * 2 * known.inner + known.hidden)  # B's, those of one input side by side
+    two, rank = 2 * known.tokens, known.lora_rank
+    beside = rank * (3 * known.qkv + 2 * 2 * known.intermediate + known.hidden)  # B's, those of one input side by side
     assert adapted.forward - bare.forward == two * beside
     assert adapted.skinny == two * rank * (
-        3 * known.hidden + known.queries + known.hidden + 2 * known.hidden + known.inner
+        3 * known.hidden + known.queries + known.hidden + 2 * known.hidden + known.intermediate
     )
 
 
@@ -77,7 +77,7 @@ def test_flash_attn_is_repeated_at_every_level() -> None:
     for attention, repeated in (("flash_attn", KEEP), ("cudnn", KEEP[: KEEP.index("attention")])):
         known = facts("llama3_8b", 4, 2048, 16, attention=attention)
         for (keep, _), cost in block_costs(known).items():
-            flops = 4 * known.tokens * known.keys * known.queries
+            flops = 4 * known.tokens * known.keys_per_query * known.queries
             assert cost.forward.attention == flops
             assert cost.backward.attention == (flops if keep in repeated else 0), (attention, keep)
             assert cost.backward.attention_backward == 2.5 * flops
@@ -85,7 +85,8 @@ def test_flash_attn_is_repeated_at_every_level() -> None:
 
 def test_windows_are_counted_as_the_mean_of_the_blocks() -> None:
     known = facts("llama3_8b", 1, 4096, 16)
-    whole, half = (block_costs(replace(known, keys=known.keys * n))["input", False] for n in (1, 0.5))
+    keys = known.keys_per_query
+    whole, half = (block_costs(replace(known, keys_per_query=keys * share))["input", False] for share in (1, 0.5))
     assert half.forward.attention == whole.forward.attention / 2
     assert half.backward.attention_backward == whole.backward.attention_backward / 2
     assert half.forward.bytes == whole.forward.bytes
@@ -160,7 +161,7 @@ def test_micro_batches_add_up_and_a_step_ends_once() -> None:
 
 def test_short_rows_take_the_memory_of_the_most_tokens_and_the_time_of_the_usual_ones() -> None:
     full = facts("llama2_70b", 2, 2048, 64, ranks=2)
-    short = replace(full, mean_tokens=512, mean_row=128, keys=64.5)
+    short = replace(full, mean_tokens=512, mean_row=128, keys_per_query=64.5)
     blocks = (BlockPlan(True, "input", False),) * full.layers
     candidate = Candidate("replicate", blocks, True, 0)
     clocks = [Clock(known, H200) for known in (full, short)]
@@ -181,6 +182,6 @@ def test_the_facts_of_rows_are_those_of_the_rows() -> None:
         in_bins = facts_of(model, config, world, fusion, 8.0, lengths=packed)
     assert 100 + 3 * 20 <= known.tokens <= 4 * 48
     assert (known.mean_tokens, known.mean_row, known.label_share) == (120, 30, 0.5)
-    assert known.keys == pytest.approx(sum(n * (n + 1) / 2 for n in lengths.lengths) / 240)
+    assert known.keys_per_query == pytest.approx(sum(n * (n + 1) / 2 for n in lengths.lengths) / 240)
     assert in_bins.tokens == 4 * 128
-    assert (in_bins.mean_tokens, in_bins.keys) == (round(240 / 2 * 2), known.keys)
+    assert (in_bins.mean_tokens, in_bins.keys_per_query) == (round(240 / 2 * 2), known.keys_per_query)

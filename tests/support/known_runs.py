@@ -12,7 +12,7 @@ from fsdp_qlora.units import GIB
 BF16, FLOAT = 2, 4  # bytes
 # Of a block in both passes at level `input`: when these runs were measured, and now.
 LAUNCHES_THEN, LAUNCHES_NOW = 125, 68
-# hidden, inner, layers, heads, key/value heads, head dim, vocabulary
+# hidden, intermediate, layers, heads, key/value heads, head dim, vocabulary
 SHAPES = {
     "llama3_8b": (4096, 14336, 32, 32, 8, 128, 128256),
     "llama2_13b": (5120, 13824, 40, 40, 40, 128, 32000),
@@ -29,56 +29,66 @@ def nf4_bytes(numbers: int) -> int:
 
 def facts(shape: str, batch: int, context: int, rank: int, ranks: int = 1, **changes: Any) -> Facts:
     """As `train.py` has them for a Llama of that shape, double-quantized NF4, bf16, AdamW, adapters on all linears."""
-    hidden, inner, layers, heads, kv, dim, vocabulary = SHAPES[shape]
+    hidden, intermediate, layers, heads, kv, dim, vocabulary = SHAPES[shape]
     queries, pairs = heads * dim, kv * dim
     linears = [(queries, hidden), (pairs, hidden), (pairs, hidden), (hidden, queries)]
-    linears += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    linears += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
     block = sum(nf4_bytes(o * i) for o, i in linears) + 2 * hidden * BF16
+    adapters = sum(rank * (o + i) for o, i in linears)
     known = Facts(
         layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=kv,
+        head_dim=dim,
+        vocabulary=vocabulary,
+        qkv_linears=3,
+        gate_up_linears=2,
+        linear_numbers=sum(o * i for o, i in linears),
+        has_output_norms=False,
+        has_head_norms=False,
+        codec="nf4-double-quantized",
         block_bytes=-(-block // (256 * ranks)) * 256 * ranks,
         embedding_bytes=vocabulary * hidden * BF16,
         embedding_on_host=True,
         head_bytes=vocabulary * hidden * BF16,
         rest_bytes=hidden * BF16,
-        hidden=hidden,
-        inner=inner,
-        heads=heads,
-        kv_heads=kv,
-        head_dim=dim,
-        vocabulary=vocabulary,
-        linear_numbers=sum(o * i for o, i in linears),
-        qkv_linears=3,
-        gate_up_linears=2,
-        rank=rank,
-        rank_qkv=3 * rank,
-        rank_o=rank,
-        rank_gate_up=2 * rank,
-        rank_down=rank,
-        adapter_parameters=sum(rank * (o + i) for o, i in linears),
-        norms_after=False,
-        head_norms=False,
-        codec="nf4-double-quantized",
+        dummy_weights=True,
+        adapter="lora",
+        adapted="",
+        lora_rank=rank,
+        lora_rank_qkv=3 * rank,
+        lora_rank_o=rank,
+        lora_rank_gate_up=2 * rank,
+        lora_rank_down=rank,
+        adapter_parameters=adapters,
+        largest_adapters=adapters,
+        dropout=0.0,
         stream_bytes=BF16,
         compute_bytes=BF16,
         reduce_bytes=FLOAT,
-        state_bytes=8,
+        sent_bytes=FLOAT,
         master_bytes=2,
+        optimizer_state_bytes=8,
         batch=batch,
         context=context,
         accumulation=1,
         no_sync=False,
-        dropout=0.0,
+        mean_tokens=0,
+        mean_row=0,
+        label_share=1.0,
+        keys_per_query=keys_seen(context, None),
         ranks=ranks,
         local_ranks=ranks,
         shards=ranks,
         reshard=True,
+        exchange_by_host=False,
         fused=True,
         remat=True,
         attention="cudnn",
-        keys=keys_seen(context, None),
+        multiprocessors=0,
         workspace_bytes=32 << 20,
-        dummy=True,
     )
     return replace(known, **changes)
 

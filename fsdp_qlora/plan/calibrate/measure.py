@@ -59,7 +59,11 @@ def products(facts: Facts, dtype: torch.dtype, device: torch.device) -> dict[str
     """FLOP/s of a block's large products forward and backward, weighted as a block has them."""
     tokens = min(facts.usual_tokens, MOST_TOKENS)
     # (outputs, inputs, how many of that size a block has)
-    shapes = [(facts.queries, facts.hidden, 2), (facts.inner, facts.hidden, 2), (facts.hidden, facts.inner, 1)]
+    shapes = [
+        (facts.queries, facts.hidden, 2),
+        (facts.intermediate, facts.hidden, 2),
+        (facts.hidden, facts.intermediate, 1),
+    ]
     like = torch.empty(0, dtype=dtype, device=device)
     flops, forward, backward = 0.0, 0.0, 0.0
     for i, (out, features, count) in enumerate(shapes):
