@@ -130,8 +130,8 @@ class Merged:
         return {piece.stored: piece for piece in self.pieces}
 
     def read(self, piece: Piece) -> dict[str, Tensor]:
-        """Return the checkpoint's tensors of a piece, for `base`: to be read ahead. An encoding is not, since
-        bitsandbytes' takes seven times the weight's memory on a CPU."""
+        """Return the checkpoint's tensors of a piece, for `base`: to be read ahead. An encoding is not: its
+        parts would lie beside what is summed."""
         with reading(self.folder):
             return self.weights.read(expected_of(piece.name, piece.shape, self.weights), self.device)
 

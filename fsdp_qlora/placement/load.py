@@ -4,8 +4,9 @@ Never more than a few units are in flight, so the peak of host memory is the pla
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -23,7 +24,7 @@ from fsdp_qlora.placement.from_cache import place_kept
 from fsdp_qlora.placement.norms import SeenNorms
 from fsdp_qlora.placement.to_cache import Keeper
 from fsdp_qlora.weights.base_cache.lanes import Lanes
-from fsdp_qlora.weights.codecs import Parts, all_finite, companions, is_quantized, stored_codec
+from fsdp_qlora.weights.codecs import NotFinite, Parts, companions, is_quantized, stored_codec
 from fsdp_qlora.weights.frozen_bytes import checksum
 from fsdp_qlora.weights.layout import Entry
 from fsdp_qlora.weights.source import Shape, Weights
@@ -61,7 +62,7 @@ def load(
     left, start, said, seen = list(model.units), time.perf_counter(), "", SeenNorms()
     bar = tqdm(total=len(left), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
     if cache is None:
-        encode_units(left, weights, placement, world, bar.update, seen)
+        encode_units(left, model.blocks, weights, placement, world, bar.update, seen)
     else:
         with Lanes(cache.threads, world.device) as lanes:
             left, damaged = place_kept(left, cache.kept, placement, lanes, world, bar.update, seen)
@@ -70,7 +71,7 @@ def load(
                 world.say(line)
             if left:
                 with Keeper(left, damaged, cache, weights, lanes, world) as keeper:
-                    encode_units(left, weights, placement, world, bar.update, seen, keeper)
+                    encode_units(left, model.blocks, weights, placement, world, bar.update, seen, keeper)
                     said = keeper.end()
             if len(left) < len(model.units):
                 said = f"{len(model.units) - len(left)} of {len(model.units)} units from {cache.kept.folder}" + (
@@ -84,6 +85,7 @@ def load(
 
 def encode_units(
     units: Sequence[Unit],
+    blocks: Collection[str],
     weights: Weights,
     placement: Placement,
     world: World,
@@ -91,67 +93,103 @@ def encode_units(
     seen: SeenNorms,
     keeper: Keeper | None = None,
 ) -> None:
-    """Read, encode and place units. A collective: each rank encodes every n-th unit, all at the same time."""
-    own = units[world.rank :: world.size]
+    """Read, encode and place units. A collective: each rank encodes every n-th block, all at the same time.
+
+    blocks: names of units that are decoder layers."""
+    turns = _turns(units, blocks, world.size)
+    own = deque(turn[world.rank] for turn in turns if world.rank < len(turn))
     with ThreadPoolExecutor(1) as prefetch:
-        reading = [prefetch.submit(_read, own[0], weights, world.device)] if own else []
+        reading = deque[Future[Mapping[str, Tensor]]]()
 
-        def next_encoded(turn: int) -> Tensor | None:
-            if turn >= len(own):
+        def read_ahead() -> None:
+            if own:
+                reading.append(prefetch.submit(_read, own.popleft(), weights, world.device))
+
+        def encode_own(turn: Sequence[Unit]) -> Tensor | None:
+            if world.rank >= len(turn):
                 return None
-            tensors = reading.pop().result()
-            if turn + 1 < len(own):  # the disk reads while this rank encodes and broadcasts
-                reading.append(prefetch.submit(_read, own[turn + 1], weights, world.device))
-            return encode(own[turn], tensors, world.device)
+            tensors = reading.popleft().result()
+            read_ahead()  # the disk reads while this rank encodes and broadcasts
+            return encode(turn[world.rank], tensors, world.device)
 
-        for turn, first in enumerate(range(0, len(units), world.size)):
-            encoded = world.together(partial(next_encoded, turn))
-            for source, unit in enumerate(units[first : first + world.size]):
-                whole = _broadcast(unit, encoded if source == world.rank else None, source, world)
-                unit.frozen.expected = checksum(whole)
-                seen.take(unit, whole)
-                world.together(partial(placement.store, unit, whole))
-                if keeper is not None:
-                    keeper.received(unit, whole, source)
+        def place(unit: Unit, source: int, encoded: Tensor | None) -> None:
+            """Place a unit's bytes, and let go of them before others arrive."""
+            whole = _broadcast(unit, encoded, source, world)
+            unit.frozen.expected = checksum(whole)
+            seen.take(unit, whole)
+            world.together(partial(placement.store, unit, whole))
+            if keeper is not None:
+                keeper.received(unit, whole, source)
+
+        read_ahead()
+        for turn in turns:
+            encoded = world.together(partial(encode_own, turn))
+            for source, unit in enumerate(turn):
+                place(unit, source, encoded if source == world.rank else None)
                 done()
             if keeper is not None and encoded is not None:
-                keeper.encoded(own[turn], encoded)
+                keeper.encoded(turn[world.rank], encoded)
             del encoded
+
+
+def _turns(units: Sequence[Unit], blocks: Collection[str], ranks: int) -> list[list[Unit]]:
+    """Return the units that are encoded at the same time, one by each rank: blocks that follow each other.
+
+    Any other is encoded alone. An embedding or a head is larger than a block: no rank holds one beside blocks."""
+    turns: list[list[Unit]] = []
+    for unit in units:
+        follows = turns and unit.name in blocks and turns[-1][0].name in blocks
+        if follows and len(turns[-1]) < ranks:
+            turns[-1].append(unit)
+        else:
+            turns.append([unit])
+    return turns
 
 
 def encode(unit: Unit, tensors: Mapping[str, Tensor], device: torch.device) -> Tensor:
     """Return the unit's bytes, uint8 [nbytes] on `device`, from the checkpoint's tensors."""
     layout = unit.frozen.layout
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+    views = layout.views(buffer)
     for entry, source in unit.sources.items():
-        layout.write(buffer, entry, encode_entry(layout.entries[entry], source, tensors, device))
-    views = layout.views(buffer) if unit.norms else {}
+        encode_entry(layout.entries[entry], source, tensors, device, views[entry])
     for entry, (weight, dtype) in unit.norms.items():
         form = layout.entries[weight]
         decoded = form.codec.decode(views[weight], form.shape, dtype)
-        layout.write(buffer, entry, {"values": row_norms(decoded)})
+        views[entry]["values"].copy_(row_norms(decoded))
+        del decoded  # before the next is
     return buffer
 
 
-def encode_entry(form: Entry, source: str, tensors: Mapping[str, Tensor], device: torch.device) -> Parts:
-    """Return one entry's parts on `device`, from the checkpoint's tensors of that name."""
+def encode_entry(
+    form: Entry, source: str, tensors: Mapping[str, Tensor], device: torch.device, out: Parts | None = None
+) -> Parts:
+    """Return one entry's parts on `device`, from the checkpoint's tensors of that name.
+
+    out: written and returned if given; the weight is then brought to the device a piece at a time."""
     stored = stored_codec(source, tensors)
-    if stored is not None:
-        # On the device already: HQQ's codes are packed anew.
-        tensors = {name: tensors[name].to(device) for name in (source, *companions(source)) if name in tensors}
-        if isinstance(form.codec, type(stored)):
-            return form.codec.from_checkpoint(source, tensors, form.shape)
-        parts = {part: t.to(device) for part, t in stored.from_checkpoint(source, tensors, form.shape).items()}
-        return form.codec.encode(stored.decode(parts, form.shape, torch.float32))  # a head in 4 bits
-    weight = tensors[source].to(device)
-    if form.codec.quantizes and not all_finite(weight):  # on a GPU some code would hide it
-        raise UserError(
-            f"model_name: {source} of the checkpoint holds NaN or infinity: it is damaged, download it again"
-        )
-    return form.codec.encode(weight)
+    if stored is None:
+        weight = tensors[source] if out is not None else tensors[source].to(device)
+        try:
+            return form.codec.encode(weight, out)
+        except NotFinite:
+            raise UserError(
+                f"model_name: {source} of the checkpoint holds NaN or infinity: it is damaged, download it again"
+            ) from None
+    # On the device already: HQQ's codes are packed anew.
+    tensors = {name: tensors[name].to(device) for name in (source, *companions(source)) if name in tensors}
+    if isinstance(form.codec, type(stored)):
+        parts = form.codec.from_checkpoint(source, tensors, form.shape)
+        if out is None:
+            return parts
+        for name, part in out.items():
+            part.copy_(parts[name].view(part.shape))
+        return out
+    parts = {part: t.to(device) for part, t in stored.from_checkpoint(source, tensors, form.shape).items()}
+    return form.codec.encode(stored.decode(parts, form.shape, torch.float32), out)  # a head in 4 bits
 
 
-def _read(unit: Unit, weights: Weights, device: torch.device) -> dict[str, Tensor]:
+def _read(unit: Unit, weights: Weights, device: torch.device) -> Mapping[str, Tensor]:
     return weights.read(expected_tensors(unit, weights), device)
 
 

@@ -4,24 +4,32 @@ from fsdp_qlora.adapters.table import ADAPTERS
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.weights.codecs import codec_named
 
+PLAIN = {2: "bfloat16", 4: "float32"}  # a codec whose numbers have so many bytes
+
 
 class Loading:
-    """Working bytes while a unit is encoded on a GPU: its weights as read, its bytes, the next unit's weights.
+    """Bytes of a GPU that are there only while a unit is loaded: its own, scratch to encode it, those of another unit.
 
-    Random weights are made on the device, a unit ahead; a checkpoint's are in host memory, one on the device at a time.
-    With several ranks another's block arrives beside this rank's own. first: the embedding, before anything stays.
-    block; head: when all blocks are where they stay; no block is read ahead of it."""
+    Embedding and head are encoded alone, blocks by all ranks at the same time: another rank's block arrives beside this
+    rank's own. From the base cache comes any unit beside the next one. A checkpoint's weights are brought from host
+    memory in pieces; random ones are made on the device, one at a time.
+    first: the embedding, before anything stays. block; head: when all blocks are where they stay."""
 
     def __init__(self, facts: Facts) -> None:
         f = facts
-        received = 0 if f.ranks == 1 else 1
-        dense = f.linear_numbers * f.stream_bytes
         largest = max(f.qkv if f.qkv_linears == 1 else f.queries, f.intermediate * (3 - f.gate_up_linears)) * f.hidden
-        # One weight's, not yet among the unit's bytes.
-        self.parts = codec_named(f.codec).encode_scratch_bytes((largest,))
+        self.scratch = _scratch(f.codec, largest, f)
         if ADAPTERS[f.adapter].reads_norms:  # of a weight, decoded once its encoding is among the unit's bytes
-            self.parts = max(self.parts, largest * f.compute_bytes)
-        self.first = (2 + received) * f.embedding_bytes + (dense if f.dummy_weights else 0)
-        weights = 2 * dense if f.dummy_weights else largest * f.stream_bytes
-        self.block = weights + self.parts + f.block_bytes * (1 + received)
-        self.head = 2 * f.head_bytes
+            self.scratch = max(self.scratch, largest * f.compute_bytes)
+        table = _scratch(PLAIN[f.stream_bytes], f.vocabulary * f.hidden, f)
+        cached = 0 if f.dummy_weights else f.block_bytes  # random weights are not kept
+        self.first = f.embedding_bytes + max(table, cached)
+        self.block = f.block_bytes + max(self.scratch, f.block_bytes if f.ranks > 1 else cached)
+        self.head = f.head_bytes + max(table, cached) if f.head_bytes else 0
+
+
+def _scratch(codec: str, numbers: int, facts: Facts) -> int:
+    """Return the bytes that encoding one weight takes beside its unit's, itself included where it is on the GPU."""
+    size = facts.stream_bytes
+    beside = codec_named(codec).encode_scratch_bytes((numbers,), size, facts.dummy_weights)
+    return beside + numbers * size if facts.dummy_weights else beside

@@ -1,7 +1,8 @@
 """Random numbers as a source of weights."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,11 +34,28 @@ class Dummy:
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         return False
 
-    def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
-        return {name: self._make(name, shape, device) for name, shape in wanted.items() if shape is not None}
+    def read(self, wanted: Mapping[str, Shape], device: torch.device) -> Mapping[str, Tensor]:
+        shapes = {name: shape for name, shape in wanted.items() if shape is not None}
+        return _Made(shapes, self.dtype, device)
 
-    def _make(self, name: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+
+@dataclass(frozen=True)
+class _Made(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for: one at a time is in the device's memory, as of a checkpoint."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, device = self.shapes[name], self.device
         if len(shape) == 1:  # a norm's weight keeps activations at unit size only where it is about one
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=self.dtype, device=device)
         generator = torch.Generator(device).manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(name)))
         return torch.randn(shape, dtype=self.dtype, device=device, generator=generator).mul_(1 / math.sqrt(shape[-1]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)

@@ -50,13 +50,6 @@ class Layout:
         self.used = max(offset, ALIGN)
         self.nbytes = _round_up(self.used, ALIGN * multiple_of)
 
-    def write(self, buffer: Tensor, name: str, parts: Mapping[str, Tensor]) -> None:
-        """Copy the encoded `parts` of `name` to their offsets in `buffer` (uint8 [nbytes], any device)."""
-        entry = self.entries[name]
-        assert parts.keys() == entry.parts.keys(), f"{name}: parts {list(parts)} are not {list(entry.parts)}"
-        for part, stored in entry.parts.items():
-            _view(buffer, stored).copy_(parts[part].reshape(stored.shape))
-
     def views(self, buffer: Tensor) -> dict[str, dict[str, Tensor]]:
         """Return name -> part -> a view into `buffer` (uint8 [nbytes])."""
         return {

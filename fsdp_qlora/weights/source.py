@@ -29,5 +29,7 @@ class Weights(Protocol):
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
         """Return whether two tensors are known to have the same numbers in `dtype`, without a download."""
 
-    def read(self, wanted: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
-        """Return the tensors of those names, of the shapes they have, on the CPU or `device`, in their own dtypes."""
+    def read(self, wanted: Mapping[str, Shape], device: torch.device) -> Mapping[str, Tensor]:
+        """Return the tensors of those names, of the shapes they have, on the CPU or `device`, in their own dtypes.
+
+        Those on `device` may be made when they are asked for, anew each time."""

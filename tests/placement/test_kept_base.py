@@ -808,8 +808,8 @@ def test_bytes_of_the_encoders_have_a_version():
     for codec in (NF4(True), NF4(False), HQQ(4, 32, 1, torch.float32, optimize=False), Plain(torch.bfloat16)):
         layout = Layout({"w": (codec, (64, 96)), "n": (Plain(torch.float32), (96,))})
         buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        layout.write(buffer, "w", codec.encode(weight))
-        layout.write(buffer, "n", {"values": weight[0]})
+        codec.encode(weight, layout.views(buffer)["w"])
+        Plain(torch.float32).encode(weight[0], layout.views(buffer)["n"])
         words = buffer.view(torch.int64) * torch.arange(1, len(buffer) // 8 + 1)  # each at its place
         found[codec.name] = int(words.sum())
     assert (VERSION, found) == (1, BYTES)

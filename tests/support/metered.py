@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import bitsandbytes
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +22,7 @@ from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.models.skeleton import build
 from fsdp_qlora.plan.metering import ROUND
 from fsdp_qlora.plan.shape import META
-from fsdp_qlora.weights.codecs import NF4, Codec
+from fsdp_qlora.weights.codecs import NF4, Codec, finite
 from tests.support.runs import flags
 
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=META)
@@ -58,6 +60,13 @@ class Meter(TorchDispatchMode):
         """Begin to count anew; bytes alive now."""
         self.peak = self.live()
         return self.peak
+
+
+def encode_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let NF4 and plain numbers be encoded on the meta device, where there are no numbers to look at."""
+    monkeypatch.setattr(finite, "all_finite", lambda numbers: True)
+    # Made once, on the device of the first call.
+    monkeypatch.setitem(bitsandbytes.functional.name2qmap, "dynamic", bitsandbytes.functional.create_dynamic_map())
 
 
 def planned(hf_config: PretrainedConfig, codec: Codec | None = None, **options: Any) -> tuple[CausalModel, Any, Fusion]:

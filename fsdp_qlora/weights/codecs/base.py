@@ -38,12 +38,18 @@ class Codec(Protocol):
         It needs no weight, so a layout is computed before any is read."""
         ...
 
-    def encode_scratch_bytes(self, shape: tuple[int, ...]) -> int:
-        """Return the most bytes that `encode` takes on the weight's device, its result included, its argument not."""
+    def encode_scratch_bytes(self, shape: tuple[int, ...], itemsize: int, on_device: bool = False) -> int:
+        """Return the most bytes that `encode` takes on the device of `out`, beside `out`.
+
+        itemsize: bytes of a number of the weight. on_device: whether the whole weight is on that device, which is not
+        counted. Parts that a checkpoint publishes take no more either, on their way to where they stay."""
         ...
 
-    def encode(self, weight: Tensor) -> Parts:
-        """Return the parts of a floating-point weight, contiguous, on the weight's device."""
+    def encode(self, weight: Tensor, out: Parts | None = None) -> Parts:
+        """Return the parts of a floating-point weight, contiguous.
+
+        out: written and returned if given, on any device, which encodes; else they are made on the weight's device.
+        Raises NotFinite where codes would hide that a number is NaN or infinite."""
         ...
 
     def decode(

@@ -14,6 +14,8 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.hqq import dequantize_hqq, hqq_rows
 from fsdp_qlora.kernels.hqq_format import Form, HqqParts, pack, planes, unfit
 from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, CodecOf, Decoder, Parts, Stored
+from fsdp_qlora.weights.codecs.finite import finite
+from fsdp_qlora.weights.codecs.hqq_groups import Groups, largest_piece
 from fsdp_qlora.weights.codecs.hqq_tensors import (
     CODES,
     READ,
@@ -27,13 +29,13 @@ from fsdp_qlora.weights.codecs.hqq_tensors import (
     floats_of,
     tag_of,
 )
-from fsdp_qlora.weights.codecs.quantizers import hqq_quantizer
+from fsdp_qlora.weights.codecs.pieces import new_parts
 
 NAME = re.compile(r"hqq-(\d)bit-g(\d+)-axis([01])-(bfloat16|float16|float32)(-unoptimized)?")
 GROUPS = (32, 64, 128)  # that an option can ask for
 USUAL = Form(bits=4, group=64, axis=1)  # where options leave it open
-# Bytes that hqq takes on a GPU for each number of a weight, metered over its own code: with its optimizer, and without.
-SCRATCH = {True: 23, False: 13}
+# Bytes on a GPU: of each number of a piece, metered; of each number of a weight, its error; of a group, its floats.
+SCRATCH, ERROR, FLOATS = 14, 2, 8
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,24 @@ class HQQ:
         groups = (math.prod(shape) // self.group,)
         return planes(self.bits, math.prod(shape)) | {"scale": (self.dtype, groups), "zero": (self.dtype, groups)}
 
-    def encode_scratch_bytes(self, shape: tuple[int, ...]) -> int:
-        return math.prod(shape) * SCRATCH[self.optimize]
+    def encode_scratch_bytes(self, shape: tuple[int, ...], itemsize: int, on_device: bool = False) -> int:
+        numel = math.prod(shape)
+        brought, error = 0 if on_device else itemsize * numel, ERROR * numel if self.optimize else 0
+        piece = largest_piece(numel, self.axis)
+        return brought + error + SCRATCH * piece + FLOATS * (numel // self.group)
 
-    def encode(self, weight: Tensor) -> Parts:
-        quantize, settings = hqq_quantizer()
-        asked = settings(self.bits, self.group, axis=self.axis)["weight_quant_params"] | {"optimize": self.optimize}
-        codes, found = quantize(weight.detach(), bitpack=False, device=weight.device, **asked)
-        # Copies: what the optimizer returns was made in inference mode.
-        floats = {name: found[name].to(self.dtype, copy=True).reshape(-1) for name in ("scale", "zero")}
-        return pack(codes, self.bits) | floats
+    def encode(self, weight: Tensor, out: Parts | None = None) -> Parts:
+        """Write the parts as hqq makes them, as a codec does."""
+        out = new_parts(self.parts(tuple(weight.shape)), weight.device) if out is None else out
+        groups = Groups(finite(weight.detach().to(out["codes"].device)), self.bits, self.group, self.axis)
+        scale, zero = groups.floats(self.optimize)
+        for piece in groups.pieces:
+            for plane, words in pack(groups.codes(piece, scale, zero), self.bits).items():
+                each = out[plane].numel() // groups.weight.shape[0]
+                out[plane][piece.start * each :][: words.numel()].copy_(words)
+        out["scale"].copy_((1.0 / scale).view(-1))
+        out["zero"].copy_(zero.view(-1))
+        return out
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None

@@ -14,8 +14,12 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.nf4 import dequantize_nf4, nf4_rows
 from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, dynamic_map
 from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, CodecOf, Decoder, Parts, Stored
-from fsdp_qlora.weights.codecs.quantizers import bitsandbytes_quantizer
+from fsdp_qlora.weights.codecs.finite import finite
+from fsdp_qlora.weights.codecs.pieces import new_parts, piece_numbers, spans
+from fsdp_qlora.weights.codecs.quantizers import bitsandbytes_quantizers
 
+FLOAT = 4  # bytes of a scale
+SMALL = 64 << 10  # bytes of tables and sums that encoding takes whatever the weight
 ABSMAX, QUANT_STATE = ".absmax", ".quant_state.bitsandbytes__nf4"
 # What bitsandbytes appends to a weight's name for the other tensors of a quantized weight.
 SUFFIXES = (ABSMAX, ".quant_map", ".nested_absmax", ".nested_quant_map", QUANT_STATE)
@@ -54,24 +58,29 @@ class NF4:
             "offset": (torch.float32, (1,)),
         }
 
-    def encode_scratch_bytes(self, shape: tuple[int, ...]) -> int:
-        return math.prod(shape) * 5 // 8  # half a byte a number, and the scale of 64 twice in float32
+    def encode_scratch_bytes(self, shape: tuple[int, ...], itemsize: int, on_device: bool = False) -> int:
+        numel = math.prod(shape)
+        piece = min(numel, piece_numbers(itemsize))
+        scales = -(-numel // BLOCK) * (FLOAT + 1) if self.double_quant else 0  # in float32 and in 8 bits
+        brought = (0 if on_device else piece * itemsize) + -(-piece // 2) + -(-piece // BLOCK) * FLOAT
+        published = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.parts(shape).values())
+        return max(brought + scales, published) + SMALL
 
-    def encode(self, weight: Tensor) -> Parts:
-        codes, state = bitsandbytes_quantizer()(
-            weight.detach().contiguous(),
-            blocksize=BLOCK,
-            compress_statistics=self.double_quant,
-            quant_type="nf4",
-        )
-        if not self.double_quant:
-            return {"codes": codes.view(-1), "absmax": state.absmax}
-        return {
-            "codes": codes.view(-1),
-            "absmax_q": state.absmax,
-            "nested_absmax": state.state2.absmax,
-            "offset": state.offset.view(1),
-        }
+    def encode(self, weight: Tensor, out: Parts | None = None) -> Parts:
+        """Write the parts as bitsandbytes makes them of the whole weight, as a codec does.
+
+        Blocks are quantized a piece of the weight at a time, then the scales of all of them together."""
+        out = new_parts(self.parts(tuple(weight.shape)), weight.device) if out is None else out
+        numbers, codes = weight.detach().reshape(-1), out["codes"]
+        blocks = -(-numbers.numel() // BLOCK)
+        absmax = codes.new_empty(blocks, dtype=torch.float32) if self.double_quant else out["absmax"]
+        for first, end in spans(numbers.numel(), piece_numbers(weight.itemsize), BLOCK):
+            piece = finite(numbers[first:end].to(codes.device))
+            _quantize(piece, codes[first // 2 : -(-end // 2)], absmax[first // BLOCK : -(-end // BLOCK)])
+            del piece  # before the next is brought
+        if self.double_quant:
+            _quantize_scales(absmax, out)
+        return out
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
@@ -137,6 +146,24 @@ class NF4Family(CodecFamily):
         if not self.is_quantized(weight, tensors.keys()):
             return None
         return NF4(double_quant="nested_blocksize" in _quant_state(weight, tensors))
+
+
+def _quantize(numbers: Tensor, codes: Tensor, absmax: Tensor) -> None:
+    """Write the codes and scales of whole blocks of numbers, the last of which may be shorter."""
+    found, state = bitsandbytes_quantizers()[0](numbers, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+    codes.copy_(found.view(-1))
+    absmax.copy_(state.absmax)
+
+
+def _quantize_scales(absmax: Tensor, out: Parts) -> None:
+    """Write the scales of a whole weight in 8 bits, as `quantize_4bit` does with `compress_statistics`.
+
+    absmax: float32 [blocks], overwritten."""
+    offset = absmax.mean()
+    found, state = bitsandbytes_quantizers()[1](absmax.sub_(offset), blocksize=NESTED_BLOCK)
+    out["absmax_q"].copy_(found)
+    out["nested_absmax"].copy_(state.absmax)
+    out["offset"].copy_(offset)
 
 
 def _get(name: str, suffix: str, tensors: Mapping[str, Tensor]) -> Tensor:

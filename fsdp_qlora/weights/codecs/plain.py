@@ -1,5 +1,6 @@
 """Plain floating-point numbers: the codec of what is not quantized."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.kernels.dora import scale_rows_
 from fsdp_qlora.weights.codecs.base import Codec, CodecFamily, Decoder, Parts, Stored
+from fsdp_qlora.weights.codecs.pieces import piece_numbers, spans
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,16 @@ class Plain:
     def parts(self, shape: tuple[int, ...]) -> Stored:
         return {"values": (self.dtype, tuple(shape))}
 
-    def encode_scratch_bytes(self, shape: tuple[int, ...]) -> int:
-        return 0  # read in this dtype already
+    def encode_scratch_bytes(self, shape: tuple[int, ...], itemsize: int, on_device: bool = False) -> int:
+        return 0 if on_device else min(math.prod(shape), piece_numbers(itemsize)) * itemsize
 
-    def encode(self, weight: Tensor) -> Parts:
-        return {"values": weight.detach().to(self.dtype).contiguous()}
+    def encode(self, weight: Tensor, out: Parts | None = None) -> Parts:
+        if out is None:
+            return {"values": weight.detach().to(self.dtype).contiguous()}
+        numbers, values = weight.detach().reshape(-1), out["values"].view(-1)
+        for first, end in spans(numbers.numel(), piece_numbers(weight.itemsize)):
+            values[first:end].copy_(numbers[first:end].to(values.device))  # rounded there, not by the host
+        return out
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None

@@ -25,17 +25,17 @@ def _without_compiler() -> Iterator[None]:
 
 
 @cache
-def bitsandbytes_quantizer() -> Callable[..., Any]:
-    """Return bitsandbytes' `quantize_4bit`."""
+def bitsandbytes_quantizers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return bitsandbytes' `quantize_4bit`, and `quantize_blockwise`, which is for its scales."""
     with _without_compiler():
-        from bitsandbytes.functional import quantize_4bit
-    quantize: Callable[..., Any] = quantize_4bit
-    return quantize
+        from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+    return quantize_4bit, quantize_blockwise
 
 
 @cache
-def hqq_quantizer() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return hqq's `Quantizer.quantize`, and the function that gives its settings for a form of codes."""
+def hqq_step() -> Callable[..., Any]:
+    """Return a step of hqq's optimizer: W, scale, zero, [least, most], beta, norm, axis -> (W', codes, zero, scale)."""
     with _without_compiler():
-        from hqq.core.quantize import Quantizer, hqq_base_quant_config
-    return Quantizer.quantize, hqq_base_quant_config
+        from hqq.core.optimize import optimize_weights_proximal_legacy_step
+    step: Callable[..., Any] = optimize_weights_proximal_legacy_step
+    return step
