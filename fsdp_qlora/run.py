@@ -138,16 +138,18 @@ def train(ready: PreparedRun, host: HostMemory, stages: Stages) -> int:
     steps = count_steps(config, batches)
     world.together(lambda: check_evaluations(config.evaluation, steps, batches.steps_per_epoch))
     metrics = open_metrics(ready, steps)
-    loaded = load(ready, data, batches, steps)
-    stages.done("loading")
-    if config.output.verbose:
-        world.say(stages.line())
-    checkpoints = go_on(ready, loaded, batches, metrics)
-    world.main_only(partial(forget_others, ready.folder, checkpoint, world))
-    return Loop(
-        config, world, host, metrics, loaded.stepper, loaded.refit, batches, steps, data.tokenizer, ready.folder,
-        checkpoints, loaded.evaluations,
-    ).run()  # fmt: skip
+    with metrics.starting():
+        loaded = load(ready, data, batches, steps)
+        stages.done("loading")
+        if config.output.verbose:
+            world.say(stages.line())
+        checkpoints = go_on(ready, loaded, batches, metrics)
+        world.main_only(partial(forget_others, ready.folder, checkpoint, world))
+        loop = Loop(
+            config, world, host, metrics, loaded.stepper, loaded.refit, batches, steps, data.tokenizer, ready.folder,
+            checkpoints, loaded.evaluations,
+        )  # fmt: skip
+    return loop.run()
 
 
 def open_metrics(ready: PreparedRun, steps: int) -> Metrics:
@@ -159,9 +161,10 @@ def open_metrics(ready: PreparedRun, steps: int) -> Metrics:
     earlier = None if checkpoint is None else (checkpoint.run_folder(folder), checkpoint.step)
     metrics = world.together(lambda: Metrics(noted, world, steps, earlier, ready.environment))
     left = steps - (0 if checkpoint is None else checkpoint.step)
-    world.main_only(lambda: check_room(noted, folder, adapter_count(model), left))
-    if checkpoint is None:
-        world.main_only(lambda: note_run(ready))
+    with metrics.starting():
+        world.main_only(lambda: check_room(noted, folder, adapter_count(model), left))
+        if checkpoint is None:
+            world.main_only(lambda: note_run(ready))
     return metrics
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import IO, Any
 
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.config.options import Config
-from fsdp_qlora.distributed.world import World
+from fsdp_qlora.distributed.world import World, peer_is_gone
 from fsdp_qlora.errors import first_line
 from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.earlier import evaluations_in, lines_until, records_in
@@ -27,6 +28,9 @@ from fsdp_qlora.report.records import ANSWERS, STEPS, EvalRecord, StepRecord
 from fsdp_qlora.report.scalars import eval_scalars, step_scalars
 from fsdp_qlora.report.series import WARM_UP_STEPS
 from fsdp_qlora.runtime.files import writing_to
+
+# Steps of which a page takes 2 s of a core, and more on a busy machine: torchrun kills what takes long to end.
+MOST_STEPS_IN_A_HURRY = 200_000
 
 
 class Metrics(Callback):
@@ -54,6 +58,7 @@ class Metrics(Callback):
         self._host_peak_sum = 0.0
         self._environment = environment or {}
         self._closed = self._file_failed = False
+        self._is_noted = False  # this start of the program, in the folder's environment.json
         self._loggers: list[Behind] = []
         self._progress: list[Progress] = []
         check_installed(config)
@@ -62,8 +67,10 @@ class Metrics(Callback):
         self.directory = Path(config.output.output_dir)
         with writing_to(self.directory, "output_dir"):
             if earlier is None:
-                (self.directory / ANSWERS).unlink(missing_ok=True)
+                for name in (ANSWERS, REPORT):  # of an earlier run
+                    (self.directory / name).unlink(missing_ok=True)
                 begin_part(self.directory, self._environment, total_steps, None)
+                self._is_noted = True
             self._file: IO[str] = (self.directory / STEPS).open("w" if earlier is None else "a", encoding="utf-8")
         self._loggers = open_loggers(config, world.say)
 
@@ -85,6 +92,18 @@ class Metrics(Callback):
                 with atomic_file(self.directory / ANSWERS) as part:
                     part.write_text("".join(f"{line}\n" for line in answers), encoding="utf-8")
             begin_part(self.directory, self._environment, self.total_steps, self._earlier)
+            self._is_noted = True
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Note how the run ended where that is within it, before the first step. Of a run that goes on: after
+        `take_over`, until which its files are those of before."""
+        try:
+            yield
+        except BaseException as error:
+            if self._is_noted:
+                self._end(self._how(error))
+            raise
 
     def on_step(self, record: StepRecord) -> None:
         """Record and show one step. The JSON line is written and flushed when this returns."""
@@ -168,31 +187,50 @@ class Metrics(Callback):
 
     def __exit__(self, *exception: object) -> None:
         error = exception[1]
-        how = "interrupted" if isinstance(error, KeyboardInterrupt) else ""
-        self.close(how=how or (first_line(error) if isinstance(error, BaseException) else ""), failed=error is not None)
+        self.close(how=self._how(error) if isinstance(error, BaseException) else "", failed=error is not None)
+
+    def _how(self, error: BaseException) -> str:
+        """Return in words how a run ended that `error` ends."""
+        if isinstance(error, KeyboardInterrupt):
+            return "interrupted"
+        if self.world.size > 1 and isinstance(error, Exception) and peer_is_gone(error):
+            return "another rank had ended"
+        return first_line(error)
 
     def _pictures(self, how: str) -> list[str]:
-        """Write what shows the run at a glance; return the files. A full disk must not take a finished run down."""
-        drawn, last = list[str](), self._records[-1].step if self._records else 0
+        """Write what shows the run at a glance; return the files."""
+        drawn = list[str]()
         if self._records or self._failed is not None:
             name, curve = self.config.model.model_name, self.directory / "loss.png"
             with self._told(curve):
                 draw_loss_curve(curve, name, self._records, self._evaluations, self._failed)
                 drawn.append(str(curve))
+        return [*drawn, *self._end(how)]
+
+    def _end(self, how: str) -> list[str]:
+        """Note how the run ended, "" where that is by itself, and write its page; return the page's file."""
+        before = 0 if self._earlier is None else self._earlier[1]
+        last = self._records[-1].step if self._records else before
         with self._told(self.directory / PARTS):
             end_part(self.directory, last, how or ("finished" if last >= self.total_steps else "stopped early"))
-        if self.config.output.report:
-            with self._told(self.directory / REPORT):
-                drawn.append(str(write_report(self.directory)))
-        return drawn
+        if not self.config.output.report:
+            return []
+        if how and len(self._records) > MOST_STEPS_IN_A_HURRY:
+            command = f"python -m fsdp_qlora report --output_dir {shlex.quote(str(self.directory))}"
+            self.world.say(f"{self.directory / REPORT} is left to `{command}`: it takes long of so many steps")
+            return []
+        with self._told(self.directory / REPORT):
+            return [str(write_report(self.directory))]
+        return []
 
     @contextmanager
     def _told(self, file: Path) -> Iterator[None]:
-        """Say where the disk does not take a file, and go on."""
+        """Say where a file could not be written, and go on, whatever was wrong: the run itself ended in its own way."""
         try:
             yield
-        except OSError as error:
-            self.world.say(f"{file} could not be written: {error.strerror}")
+        except Exception as error:
+            why = error.strerror if isinstance(error, OSError) else None
+            self.world.say(f"{file} could not be written: {why or f'{type(error).__name__}: {first_line(error)}'}")
 
     def _start_progress(self) -> list[Progress]:
         """Choose and start the progress displays: at the first step, as other lines may be printed until then."""

@@ -13,7 +13,12 @@ import torch
 import transformers
 
 import train
+from fsdp_qlora import run as run_module
+from fsdp_qlora.config.options import Config, ModelOptions, OutputOptions
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import TrainingStopped
 from fsdp_qlora.report import machine
+from fsdp_qlora.report import metrics as metrics_module
 from fsdp_qlora.report.machine import machine_lines
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.parts import begin_part, end_part, parts_in
@@ -22,6 +27,20 @@ from tests.support import tiny
 from tests.support.run_folders import part
 from tests.support.runs import Options, flags, run_alone
 from tests.support.torchrun import ROOT
+
+TWO = World(0, 2, 0, 2, torch.device("cpu"))
+
+
+def config_for(folder: Path) -> Config:
+    return Config(ModelOptions(model_name="tiny"), output=OutputOptions(output_dir=str(folder)))
+
+
+def metrics_of(folder: Path) -> Metrics:
+    return Metrics(config_for(folder), TWO, 3)
+
+
+def record(step: int) -> StepRecord:
+    return StepRecord(step, step / 3, 1.0, 1e-4, 1.0, 2, 100, 50, 0.5, [], [], [], [1.0, 1.0])
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +113,84 @@ def test_a_full_disk_costs_the_page_and_not_the_run(options, tmp_path, monkeypat
     assert len(run.losses) == 4
     assert run.tensors
     assert not (run.folder / "report.html").exists()
+
+
+def test_whatever_is_wrong_with_the_page_the_run_ends_as_it_would_without(options, tmp_path, monkeypatch, capsys):
+    def surprised(folder: Path) -> Path:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(metrics_module, "write_report", surprised)
+    assert run_alone(options, tmp_path / "out").tensors
+    assert "report.html could not be written: KeyError: 'surprise'" in capsys.readouterr().out
+    wild = options | {"lr": "1e30", "lr_scheduler": "constant", "apply_gradient_clipping": "false"}
+    assert train.main(flags(wild | {"output_dir": tmp_path / "nan"})) == 1
+    said = capsys.readouterr()
+    assert " is nan" in said.err, "the run's own error"
+    assert "surprise" not in said.err
+
+
+def test_a_run_that_ends_before_its_first_step_says_how(options, tmp_path, monkeypatch):
+    whole = run_alone(options | {"save_steps": 2}, tmp_path / "whole")
+    before = {file.name: file.read_bytes() for file in whole.folder.iterdir() if file.is_file()}
+
+    def ends(error: BaseException) -> None:
+        def load(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(run_module, "load", load)
+
+    out = tmp_path / "out"
+    new = options | {"output_dir": out, "overwrite_output_dir": "true"}
+    for error, code, how in (
+        (TrainingStopped("a disk is gone"), 1, "a disk is gone"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        ends(error)
+        assert train.main(flags(new)) == code
+        assert parts_in(out)[0]["ended"]["how"] == how
+        assert f"0 of 4 steps, {how}" in (out / "report.html").read_text()
+    resumed = options | {"output_dir": whole.folder, "resume": "auto", "max_steps": 6}
+    assert train.main(flags(resumed)) == 130
+    assert {file.name: file.read_bytes() for file in whole.folder.iterdir() if file.is_file()} == before
+
+
+def test_a_new_run_leaves_no_page_of_an_earlier_one(options, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("of an earlier run")
+    run_alone(options | {"report": "false", "overwrite_output_dir": "true"}, out)
+    assert not (out / "report.html").exists()
+
+
+def test_a_page_that_takes_long_is_not_written_where_a_run_is_ended(tmp_path, monkeypatch, capsys):
+    """Torchrun kills ranks 30 s after it has told them to end; the command writes the page then."""
+    monkeypatch.setattr(metrics_module, "MOST_STEPS_IN_A_HURRY", 2)
+    for name, how, steps in (
+        ("finished", "", 3),
+        ("ended", "stopped by SIGTERM", 3),
+        ("short", "stopped by SIGTERM", 2),
+    ):
+        metrics = metrics_of(tmp_path / name)
+        for number in range(1, steps + 1):
+            metrics.on_step(record(number))
+        metrics.close(how=how)
+        said = capsys.readouterr().out
+        assert (tmp_path / name / "report.html").exists() is (name != "ended")
+        assert (f"python -m fsdp_qlora report --output_dir {tmp_path / name}" in said) is (name == "ended")
+        assert parts_in(tmp_path / name)[0]["ended"]["step"] == steps
+
+
+def test_a_run_that_another_rank_ends_says_so_and_no_address(tmp_path):
+    with pytest.raises(RuntimeError), metrics_of(tmp_path):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [10.1.2.3]:4567")
+    assert parts_in(tmp_path)[0]["ended"]["how"] == "another rank had ended"
+
+
+def test_a_run_that_has_nothing_left_to_do_is_finished_without_a_record_of_its_steps(tmp_path):
+    metrics = Metrics(config_for(tmp_path), TWO, 4, (tmp_path, 4))
+    metrics.take_over()
+    metrics.close()
+    assert (parts_in(tmp_path)[0]["ended"]["step"], parts_in(tmp_path)[0]["ended"]["how"]) == (4, "finished")
 
 
 def test_parts_up_to_a_checkpoint_are_kept_and_damaged_ones_are_none(tmp_path):

@@ -13,7 +13,7 @@ class OutputOptions:
     output_dir: str = option(
         "output",
         """Folder for the adapter in PEFT's format, the tokenizer, config.yaml, plan.json, environment.json,
-        metrics.jsonl and loss.png.""",
+        metrics.jsonl, loss.png and report.html.""",
         "under the current folder",
         "adapters take 2 or 4 bytes a parameter",
         is_path=True,
