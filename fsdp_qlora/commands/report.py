@@ -1,12 +1,12 @@
 """The command report: a run's folder as one page of HTML."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fsdp_qlora.commands.base import Command
 from fsdp_qlora.config.options import command, option
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.runtime.files import writing_to
 
 
 @dataclass
@@ -38,21 +38,42 @@ class ReportOptions:
 
 def run(asked: ReportOptions) -> None:
     """Write the page and print its name."""
-    from fsdp_qlora.report.page import REPORT, is_report, write_report  # numpy takes a moment to import
+    from fsdp_qlora.report.page import REPORT, make_page, write_page  # numpy takes a moment to import
 
     folder = Path(asked.output_dir)
-    file = folder / REPORT if asked.output_file is None else Path(asked.output_file)
-    option_name = "output_dir" if asked.output_file is None else "output_file"
     evaluation = None if asked.evaluation_dir is None else Path(asked.evaluation_dir)
-    if evaluation is not None and not evaluation.is_dir():
-        raise UserError(f"evaluation_dir: {evaluation} is no folder; give the output_dir of evaluate")
-    if not folder.is_dir():
-        raise UserError(f"output_dir: {folder} is no folder; give the output_dir of a run of train.py")
-    with writing_to(file.parent, option_name):
-        if file.exists() and not is_report(file):
-            raise UserError(f"{option_name}: {file} exists and is no report; choose another output_file")
-        write_report(folder, file, evaluation)
+    if evaluation is not None:
+        _check_folder("evaluation_dir", evaluation, "evaluate")
+    _check_folder("output_dir", folder, "a run of train.py")
+    page = make_page(folder, evaluation)
+    file = folder / REPORT if asked.output_file is None else Path(asked.output_file)
+    try:
+        _check_replaceable(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_page(page, file)
+    except OSError as error:
+        raise UserError(
+            f"output_file: {file} cannot be written ({error.strerror}); give one that can, as /tmp/report.html"
+        ) from error
     print(f"saved   {file}")
+
+
+def _check_folder(option: str, folder: Path, of: str) -> None:
+    """Raise UserError where there is no folder, or none that this user may enter."""
+    try:
+        os.stat(os.path.join(folder, os.curdir))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{option}: {folder} is no folder; give the output_dir of {of}") from None
+    except OSError as error:
+        raise UserError(f"{option}: {folder} cannot be read ({error.strerror}); give one that this user can") from error
+
+
+def _check_replaceable(file: Path) -> None:
+    """Raise UserError where something else than an earlier report is there. Raises OSError."""
+    from fsdp_qlora.report.page import is_report
+
+    if file.exists() and not (file.is_file() and is_report(file)):
+        raise UserError(f"output_file: {file} exists and is no report; choose another output_file")
 
 
 REPORT_COMMAND = Command(

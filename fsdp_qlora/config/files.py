@@ -35,6 +35,8 @@ def read_file(path: str) -> tuple[list[Given], list[str]]:
         return [], [f"--config {path}: is not UTF-8 text (byte {error.start}); give a YAML or JSON file"]
     try:
         return _read_json(path, text) if path.endswith(".json") else _read_yaml(path, text)
+    except RecursionError:
+        return [], [f"--config {path}: lists lie too deep in one another; write options flat, `name: value`"]
     except json.JSONDecodeError as error:
         return [], [f"--config {path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"]
     except yaml.MarkedYAMLError as error:

@@ -331,6 +331,8 @@ def test_all_mistakes_are_reported_together(tmp_path):
         ("run.yaml", "- lr\n- seed\n", ["must be a mapping"]),
         ("run.yaml", "just text", ["must be a mapping"]),
         ("run.json", '{"lr": 1,\n "seed" 2}', ["malformed JSON at line 2, column 9"]),
+        ("run.yaml", f"lr: {'[' * 50_000}", ["too deep in one another"]),
+        ("run.json", f'{{"lr": {"[" * 100_000}', ["too deep in one another"]),
         ("run.json", "[1]", ["must be an object"]),
     ],
 )

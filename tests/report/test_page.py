@@ -258,6 +258,8 @@ def test_a_damaged_file_is_one_sentence(text, tmp_path):
         (folder / name).write_text(f"{text}\n")
     (folder / "config.yaml").write_text("model_name: [\n")
     seen = page_of(folder).sections
+    (folder / "config.yaml").write_text(f"model_name: {'[' * 100_000}\n")
+    assert "config.yaml is damaged: lists lie too deep" in page_of(folder).sections["options"]
     for name, file in {"placement": "plan", "environment": "environment", "evaluation": "evaluation"}.items():
         assert f"{file}.json is damaged" in seen[name]
     assert "config.yaml is damaged: malformed YAML" in seen["options"]
@@ -309,6 +311,14 @@ def test_a_folder_that_tells_only_a_part_is_shown_so_far(tmp_path):
     point.mkdir()
     (point / "evaluation.json").write_text(json.dumps({"dataset": "d", "rows": 1, "base": {"loss": 1.5}}))
     assert "without the adapter loss 1.5000" in page_of(point).sections["evaluation"]
+
+
+def test_a_plan_of_before_it_had_a_micro_batch_of_its_own_is_shown(tmp_path):
+    folder, record = write_run(tmp_path, 3), plan()
+    for name in ("micro_batch", "accumulation", "loading_bytes", "arena_bytes"):
+        del record["plan"][name]
+    (folder / "plan.json").write_text(json.dumps(record))
+    assert "4: micro-batch x accumulation x ranks = 2 x 1 x 2" in page_of(folder).sections["placement"]
 
 
 def test_options_of_another_version_are_shown_as_they_stand(tmp_path):

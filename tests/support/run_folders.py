@@ -46,7 +46,10 @@ def plan(layers: int = 80) -> dict[str, Any]:
             "accumulation": 1, "device_bytes": sum(parts.values()), "host_bytes": 34 * GIB, "seconds": 2.4,
             "parts": parts, "arena_bytes": 4 * GIB, "loading_bytes": 12 * GIB,
         },
-        "facts": {"ranks": 2, "fused": True, "remat": True, "head_bytes": 10**8, "layers": layers},
+        "facts": {
+            "ranks": 2, "fused": True, "remat": True, "head_bytes": 10**8, "layers": layers, "batch": 2,
+            "accumulation": 1,
+        },
         "rates": {"h2d": 2.5e10},
     }  # fmt: skip
 

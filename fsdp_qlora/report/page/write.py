@@ -23,15 +23,26 @@ MARK = '<meta name="generator" content="fsdp_qlora report">'
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
-def write_report(folder: Path, target: Path | None = None, evaluation: Path | None = None) -> Path:
-    """Write the page of the run in a folder; return its file.
+def write_report(folder: Path, evaluation: Path | None = None) -> Path:
+    """Write the page of the run in a folder to `report.html` in it; return that file.
 
-    target: the file, if not `report.html` in that folder. evaluation: the folder that evaluate wrote to. Raises
-    UserError where the folder has no run, OSError where the file cannot be written: then an old one stays as it is."""
-    page, file = page_of(read_run(folder, evaluation)), target or folder / REPORT
+    evaluation: as for `make_page`. Raises as `make_page` and `write_page` do."""
+    file = folder / REPORT
+    write_page(make_page(folder, evaluation), file)
+    return file
+
+
+def make_page(folder: Path, evaluation: Path | None = None) -> Html:
+    """Return the page of the run in a folder. evaluation: the folder that evaluate wrote to.
+
+    Raises UserError where the folder has no run, OSError where it cannot be looked into."""
+    return page_of(read_run(folder, evaluation))
+
+
+def write_page(page: Html, file: Path) -> None:
+    """Write a page, whole or not at all. Raises OSError: then an old file stays as it is."""
     with atomic_file(file) as part:
         part.write_text(page, encoding="utf-8")
-    return file
 
 
 def is_report(file: Path) -> bool:
