@@ -5,12 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fsdp_qlora.report.page.files import loss_text
 from fsdp_qlora.report.page.html import Html, paragraph, section
 from fsdp_qlora.report.page.steps import Evaluation, Steps
 from fsdp_qlora.report.page.svg import Axis, Plot, axis, legend
 from fsdp_qlora.report.series import COLUMNS, Numbers, band, mean_window, running_mean
 
 DOTS = 400  # evaluations that have a dot each
+A_COLUMN = "lowest to highest of each column"
 
 
 def loss_section(steps: Steps) -> Html:
@@ -61,15 +63,18 @@ def _series(plot: Plot, steps: Numbers, values: Numbers) -> list[tuple[str, str]
         plot.line(steps, values, "step")
     kept = np.unique(np.linspace(0, len(steps) - 1, COLUMNS).astype(np.int64))
     plot.line(steps[kept], running_mean(values, window)[kept], "mean")
-    single = "lowest to highest of each column" if len(steps) > 2 * COLUMNS else "each step"
+    single = A_COLUMN if len(steps) > 2 * COLUMNS else "each step"
     return [("step", single), ("mean", f"mean of {window:,} steps")]
 
 
 def _evaluated(plot: Plot, evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
-    steps, losses = [float(one.step) for one in evaluations], [one.loss for one in evaluations]
-    plot.line(np.array(steps), np.array(losses), "eval")
+    steps, losses = np.array([float(one.step) for one in evaluations]), np.array([one.loss for one in evaluations])
+    if len(evaluations) > 2 * COLUMNS:
+        plot.band(*band(steps, losses, COLUMNS), "eval")
+        return [("eval", f"evaluation, {A_COLUMN}")]
+    plot.line(steps, losses, "eval")
     if len(evaluations) <= DOTS:
-        said = [f"step {one.step:,}: evaluation loss {one.loss:.4f}" for one in evaluations]
+        said = [f"step {one.step:,}: evaluation loss {loss_text(one.loss)}" for one in evaluations]
         plot.points(steps, losses, "eval", said)
     return [("eval", "evaluation")]
 
@@ -101,9 +106,9 @@ def _wrong(steps: Steps) -> list[Html]:
 def _in_words(steps: Steps, evaluations: Sequence[Evaluation]) -> str:
     said = f"Loss of {len(steps):,} steps"
     if len(steps):
-        said += f", {steps['loss'][0]:.4f} in the first and {steps['loss'][-1]:.4f} in the last"
+        said += f", {loss_text(steps['loss'][0])} in the first and {loss_text(steps['loss'][-1])} in the last"
     if evaluations:
-        said += f"; {len(evaluations):,} evaluations, the last {evaluations[-1].loss:.4f}"
+        said += f"; {len(evaluations):,} evaluations, the last {loss_text(evaluations[-1].loss)}"
     return f"{said}."
 
 

@@ -17,6 +17,7 @@ class Part:
     """A process's part of a run. ended: how, "" where that is not recorded. told: what it ran on, by name."""
 
     from_step: int  # done before it
+    last_step: int  # done when it ended; 0 where that is not recorded
     steps: int  # of the whole run, as it was to be
     ended: str
     told: dict[str, str]
@@ -55,7 +56,7 @@ def _part(part: Mapping[str, Any]) -> Part:
         raise ValueError("a part begins at no step")
     how = str(ended.get("how", ""))
     told = _told(part) | {"ended": f"{how}, after step {ended.get('step', 'not recorded')}" if how else "not recorded"}
-    return Part(from_step, count(part.get("steps")) or 0, how, told)
+    return Part(from_step, count(ended.get("step")) or 0, count(part.get("steps")) or 0, how, told)
 
 
 def _told(part: Mapping[str, Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.report.page.answers import Answered, answered_rows, read_evaluate_answers
-from fsdp_qlora.report.page.files import Missing, damaged, number, numbers, read_json
+from fsdp_qlora.report.page.files import Missing, damaged, loss_text, number, numbers, read_json
 from fsdp_qlora.report.page.html import Html, code, paragraph, section, table, text
 
 FILE, ANSWERS, BASE_ANSWERS = "evaluation.json", "answers.jsonl", "answers_base.jsonl"
@@ -72,7 +72,8 @@ def _figures(state: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     loss, interval = number(state.get("loss")), numbers(state.get("loss_interval"))
     if math.isfinite(loss):
-        found["loss"] = f"{loss:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if len(interval) == 2 else "")
+        between = f" ({loss_text(interval[0])} to {loss_text(interval[1])})" if len(interval) == 2 else ""
+        found["loss"] = loss_text(loss) + between
         found["perplexity"] = f"{number(state.get('perplexity')):.3f}"
     for name, said in MEASURES.items():
         if name in state:

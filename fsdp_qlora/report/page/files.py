@@ -84,6 +84,11 @@ def number(value: object) -> float:
     return math.nan if value != value else math.inf if value > 0 else -math.inf
 
 
+def loss_text(loss: float) -> str:
+    """Return a loss as a text: 1.2345, and 1.2e-09 or 1e+06 where so many places show nothing, or too much."""
+    return f"{loss:.4f}" if not loss or 1e-3 <= abs(loss) < 1e5 else f"{loss:.4g}"
+
+
 def numbers(value: object) -> list[float]:
     """Return a list of numbers; an empty one of all else."""
     return [number(item) for item in value] if isinstance(value, list) else []

@@ -3,13 +3,12 @@
 import math
 from datetime import UTC, datetime
 
-from fsdp_qlora.report.page.files import Missing
+from fsdp_qlora.report.page.files import Missing, loss_text
 from fsdp_qlora.report.page.html import Html, text
 from fsdp_qlora.report.page.memory import size
-from fsdp_qlora.report.page.pace import how_it_ended, median, steps_done, total
+from fsdp_qlora.report.page.pace import duration, how_it_ended, median, steps_done, total
 from fsdp_qlora.report.page.run import Run
 from fsdp_qlora.report.page.steps import Steps
-from fsdp_qlora.report.progress import as_time
 from fsdp_qlora.units import GIB
 
 Figure = tuple[str, str, str]  # name, value, what else there is to know of it
@@ -41,11 +40,14 @@ def _losses(steps: Steps) -> list[Figure]:
     found: list[Figure] = []
     losses = steps["loss"]
     if len(steps):
-        found.append(("loss, last step", f"{losses[-1]:.4f}", f"{losses[0]:.4f} in step {steps['step'][0]:,.0f}"))
+        found.append(
+            ("loss, last step", loss_text(losses[-1]), f"{loss_text(losses[0])} in step {steps['step'][0]:,.0f}")
+        )
     finite = [one for one in steps.evaluations if math.isfinite(one.loss)]
     if finite:
         best = min(finite, key=lambda one: one.loss)
-        found.append(("evaluation loss", f"{finite[-1].loss:.4f}", f"lowest {best.loss:.4f} at step {best.step:,}"))
+        lowest = f"lowest {loss_text(best.loss)} at step {best.step:,}"
+        found.append(("evaluation loss", loss_text(finite[-1].loss), lowest))
     return found
 
 
@@ -56,7 +58,7 @@ def _speeds(steps: Steps) -> list[Figure]:
     warm = "after warm-up" if is_warm else "with warm-up"
     return [
         ("tokens per second", f"{median(steps.speed[which]):,.0f}", f"median {warm}"),
-        ("time in steps", as_time(total(steps["seconds"])), f"{median(steps['seconds'][which]):.3f} s a step"),
+        ("time in steps", duration(total(steps["seconds"])), f"{median(steps['seconds'][which]):.3f} s a step"),
     ]
 
 

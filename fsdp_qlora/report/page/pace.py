@@ -11,6 +11,7 @@ from fsdp_qlora.report.page.html import Html, paragraph, section, table, text
 from fsdp_qlora.report.page.plan import Plan
 from fsdp_qlora.report.page.steps import Steps
 from fsdp_qlora.report.progress import as_time
+from fsdp_qlora.report.records import STEPS
 from fsdp_qlora.report.series import Numbers
 
 
@@ -42,7 +43,18 @@ def steps_done(steps: Steps | Missing, parts: list[Part] | Missing) -> str:
     """Return `120 of 300`, or `120` where the steps of the whole run are not recorded."""
     done = 0 if isinstance(steps, Missing) else steps.last
     of = 0 if isinstance(parts, Missing) else parts[-1].steps
+    done = done if isinstance(parts, Missing) else max(done, parts[-1].last_step)
     return f"{done:,} of {of:,}" if of else f"{done:,}"
+
+
+def unrecorded(steps: Steps | Missing, parts: list[Part] | Missing) -> str:
+    """Return a sentence on steps that were done and are not in the record, "" where there are none."""
+    if isinstance(steps, Missing) or isinstance(parts, Missing) or parts[-1].last_step <= steps.last:
+        return ""
+    return (
+        f"{STEPS} ends at step {steps.last:,} and the run at step {parts[-1].last_step:,}: what is below is of the "
+        "steps that were recorded (a full disk ends the record, not the run)."
+    )
 
 
 def since(steps: Steps, parts: list[Part] | Missing) -> int:
@@ -59,6 +71,11 @@ def median(values: Numbers) -> float:
     return float(np.median(finite)) if len(finite) else math.nan
 
 
+def duration(seconds: float) -> str:
+    """Return seconds with their unit: 12.3 s, 5:07 min, 1:02:05 h."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{as_time(seconds)} {'min' if round(seconds) < 3600 else 'h'}"
+
+
 def total(values: Numbers) -> float:
     """Return the sum of the finite ones."""
     return float(values[np.isfinite(values)].sum())
@@ -67,12 +84,12 @@ def total(values: Numbers) -> float:
 def _rows(steps: Steps, plan: Plan | Missing, parts: list[Part] | Missing, going_on: str) -> list[tuple[str, str]]:
     found = [("steps", steps_done(steps, parts)), ("ended", how_it_ended(steps, parts, going_on))]
     if len(steps):
-        found += [("time in steps", as_time(total(steps["seconds"])))]
+        found += [("time in steps", duration(total(steps["seconds"])))]
         found += [("tokens", f"{total(steps['tokens']):,.0f}")]
         found += _speeds(steps, plan, parts)
     if steps.evaluations:
         seconds = total(np.array([one.seconds for one in steps.evaluations]))
-        found.append(("evaluations", f"{len(steps.evaluations):,}, in {as_time(seconds)} beside the steps"))
+        found.append(("evaluations", f"{len(steps.evaluations):,}, in {duration(seconds)} beside the steps"))
     return [*found, *_losses(steps, parts)]
 
 

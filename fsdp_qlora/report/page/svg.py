@@ -5,11 +5,14 @@ Colors come from the style sheet by class, so that one picture serves both theme
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fsdp_qlora.report.page.html import Html, text
 from fsdp_qlora.report.series import Numbers
 
 UNIT = 1000  # the box inside a plot, in which lines are drawn, is so wide and so high
+NARROW = 1e-9  # of a number, or below TINY: numbers so close to one another are drawn as equal, as float32's would be
+TINY = 1e-100
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,12 @@ class Axis:
     low: float
     high: float
     ticks: Sequence[float]
+
+    @property
+    def labels(self) -> list[str]:
+        """The ticks as they are written."""
+        apart = min((b - a for a, b in pairwise(self.ticks)), default=math.inf)
+        return [label(tick, apart) for tick in self.ticks]
 
     def share(self, value: float) -> float:
         """Return where a number is, from 0 at the low end to 1."""
@@ -32,9 +41,9 @@ def axis(values: Iterable[float], whole: bool = False, zero: bool = False, most:
     finite = [value for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     low = min(low, 0.0) if zero else low
-    if low == high:
-        apart = 1.0 if whole or low == 0 else abs(low) / 10
-        low, high = (low, high + apart) if zero else (low - apart, high + apart)
+    if high - low <= max(TINY, NARROW * max(abs(low), abs(high))):
+        apart = 1.0 if whole or abs(low) <= TINY else abs(low) / 10
+        low, high = (low, high + apart) if zero or (whole and low == 0) else (low - apart, high + apart)
     elif not whole:
         margin = (high - low) / 20
         low, high = (low if zero else low - margin), high + margin
@@ -51,13 +60,15 @@ def ticks(low: float, high: float, most: int, whole: bool) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def label(value: float) -> str:
-    """Return a number as an axis has it: 100,000, 0.25, 2e-4."""
+def label(value: float, apart: float = math.inf) -> str:
+    """Return a number as an axis has it: 100,000, 0.25, 2e-4. apart: from the next one, which looks different."""
     if value == 0:
         return "0"
+    places = math.floor(math.log10(apart) + 1e-9) if math.isfinite(apart) else 0  # of its last digit, as a power of 10
     if 1e-3 <= abs(value) < 1e7:
-        return f"{value:,.6f}".rstrip("0").rstrip(".")
-    mantissa, _, exponent = f"{value:.3g}".partition("e")
+        return f"{value:,.{max(6, -places)}f}".rstrip("0").rstrip(".")
+    digits = math.floor(math.log10(abs(value))) - places + 1 if math.isfinite(apart) else 0
+    mantissa, _, exponent = f"{value:.{max(3, digits)}g}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
@@ -109,12 +120,12 @@ class Plot:
         """Return the picture in its box."""
         grid = [f'<line class="grid" x1="0" x2="100%" y1="{y:.2%}" y2="{y:.2%}"/>' for y in self._heights()]
         marks = [
-            f'<text x="0" dx="-8" y="{y:.2%}" dy="0.35em" text-anchor="end">{label(tick)}</text>'
-            for tick, y in zip(self.y.ticks, self._heights(), strict=True)
+            f'<text x="0" dx="-8" y="{y:.2%}" dy="0.35em" text-anchor="end">{written}</text>'
+            for written, y in zip(self.y.labels, self._heights(), strict=True)
         ]
         marks += [
-            f'<text x="{self.x.share(tick):.2%}" y="100%" dy="1.5em" text-anchor="middle">{label(tick)}</text>'
-            for tick in self.x.ticks
+            f'<text x="{self.x.share(tick):.2%}" y="100%" dy="1.5em" text-anchor="middle">{written}</text>'
+            for tick, written in zip(self.x.ticks, self.x.labels, strict=True)
         ]
         name, whole = self.name, 'width="100%" height="100%"'
         return Html(

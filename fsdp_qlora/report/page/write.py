@@ -13,7 +13,7 @@ from fsdp_qlora.report.page.head import header
 from fsdp_qlora.report.page.html import Html, join, paragraph, section, text
 from fsdp_qlora.report.page.memory import memory_section
 from fsdp_qlora.report.page.options import options_section
-from fsdp_qlora.report.page.pace import time_section
+from fsdp_qlora.report.page.pace import time_section, unrecorded
 from fsdp_qlora.report.page.run import Run, read_run
 from fsdp_qlora.report.page.style import STYLE
 
@@ -53,9 +53,10 @@ def is_report(file: Path) -> bool:
 
 def page_of(run: Run) -> Html:
     """Return the whole page."""
-    steps = run.steps
+    steps, unseen = run.steps, unrecorded(run.steps, run.parts)
     parts = [
         header(run),
+        *([paragraph(unseen, "alarm")] if unseen else []),
         section("loss", "Loss", paragraph(steps.why)) if isinstance(steps, Missing) else loss_section(steps),
         time_section(steps, run.plan, run.parts, run.going_on),
         memory_section(run.plan, steps),
