@@ -11,7 +11,7 @@ from fsdp_qlora.report.page.html import Html, text
 from fsdp_qlora.report.series import Numbers
 
 UNIT = 1000  # the box inside a plot, in which lines are drawn, is so wide and so high
-NARROW = 1e-9  # of a number, or below TINY: numbers so close to one another are drawn as equal, as float32's would be
+NARROW = 1e-6  # of a number, or below TINY: numbers so close are drawn as equal, for labels that a phone has room for
 TINY = 1e-100
 
 
