@@ -70,8 +70,8 @@ def test_a_loss_is_told_however_small_or_large_it_is(loss, said, tmp_path):
 
 def test_numbers_beside_an_axis_differ_and_lie_on_it():
     ranges = [
-        (2.5, 2.5 + 1e-5), (2.5, 2.5 + 1e-8), (2.5, math.nextafter(2.5, 3)), (0, 5e-324), (1e-4, 1.0001e-4), (1e7, 1e7 + 300),
-        (1e6, 1e6 + 1), (-1e-9, 1e99), (2**53 - 1, 2**53 - 1),
+        (2.5, 2.5 + 1e-5), (2.5, 2.5 + 1e-8), (2.5, math.nextafter(2.5, 3)), (0, 5e-324), (1e-4, 1.0001e-4),
+        (1e7, 1e7 + 300), (1e6, 1e6 + 1), (-1e-9, 1e99), (2**53 - 1, 2**53 - 1),
     ]  # fmt: skip
     for low, high in ranges:
         found = axis([low, high])

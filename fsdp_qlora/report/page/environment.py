@@ -8,6 +8,7 @@ from typing import Any
 
 from fsdp_qlora.report.page.files import Missing, count, damaged, number, read_json
 from fsdp_qlora.report.page.html import Html, paragraph, section, table, text
+from fsdp_qlora.report.page.public import public
 from fsdp_qlora.report.parts import FILE
 from fsdp_qlora.units import as_gib
 
@@ -54,7 +55,7 @@ def _part(part: Mapping[str, Any]) -> Part:
     from_step, ended = count(part["from_step"]), part.get("ended") or {}
     if from_step is None:
         raise ValueError("a part begins at no step")
-    how = str(ended.get("how", ""))
+    how = public(str(ended.get("how", "")))
     told = _told(part) | {"ended": f"{how}, after step {ended.get('step', 'not recorded')}" if how else "not recorded"}
     return Part(from_step, count(ended.get("step")) or 0, count(part.get("steps")) or 0, how, told)
 

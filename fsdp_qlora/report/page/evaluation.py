@@ -9,6 +9,7 @@ from typing import Any
 from fsdp_qlora.report.page.answers import Answered, answered_rows, read_evaluate_answers
 from fsdp_qlora.report.page.files import Missing, damaged, loss_text, number, numbers, read_json
 from fsdp_qlora.report.page.html import Html, code, paragraph, section, table, text
+from fsdp_qlora.report.page.public import public
 
 FILE, ANSWERS, BASE_ANSWERS = "evaluation.json", "answers.jsonl", "answers_base.jsonl"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -35,7 +36,7 @@ def read_evaluation(folder: Path, run: Path) -> Evaluated | Missing:
         return record
     try:
         states = {name: _figures(record[name]) for name in STATES if name in record}
-        about = f"{record['rows']} rows of {record['dataset']}"
+        about = public(f"{record['rows']} rows of {record['dataset']}")
         compared = _compared(record["exact_compared"]) if "exact_compared" in record else ""
     except (KeyError, TypeError, AttributeError):
         return damaged(file)

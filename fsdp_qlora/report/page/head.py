@@ -7,6 +7,7 @@ from fsdp_qlora.report.page.files import Missing, loss_text
 from fsdp_qlora.report.page.html import Html, text
 from fsdp_qlora.report.page.memory import size
 from fsdp_qlora.report.page.pace import duration, how_it_ended, median, steps_done, total
+from fsdp_qlora.report.page.public import public
 from fsdp_qlora.report.page.run import Run
 from fsdp_qlora.report.page.steps import Steps
 from fsdp_qlora.units import GIB
@@ -23,10 +24,11 @@ def header(run: Run) -> Html:
         for name, value, more in _figures(run)
     )
     state = f"{steps_done(run.steps, run.parts)} steps, {ended}. Written {written}."
+    folder = public(str(run.folder))
     figures = f'<dl class="figures">{cells}</dl>' if cells else ""
     return Html(
         f"<header>\n<h1>{text(run.name)}</h1>\n"
-        f'<p class="lead">Training run in <code>{text(run.folder)}</code>: {text(state)}</p>\n{figures}\n</header>'
+        f'<p class="lead">Training run in <code>{text(folder)}</code>: {text(state)}</p>\n{figures}\n</header>'
     )
 
 

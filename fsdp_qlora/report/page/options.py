@@ -7,7 +7,8 @@ from typing import Any
 from fsdp_qlora.config.files import read_file
 from fsdp_qlora.config.options import OPTIONS, REQUIRED, show
 from fsdp_qlora.report.page.files import Missing, unreadable
-from fsdp_qlora.report.page.html import Html, code, paragraph, section, table, text
+from fsdp_qlora.report.page.html import LONG, MOST, Html, code, paragraph, passage, section, table, text
+from fsdp_qlora.report.page.public import HIDDEN, NAMES, public, public_options
 
 FILE = "config.yaml"
 
@@ -23,7 +24,8 @@ class Changed:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The options of a config.yaml. changed: those that are not the defaults. whole: the file's text."""
+    """The options of a config.yaml, as `public` has them. changed: those that are not the defaults. whole: the file's
+    text."""
 
     model_name: str
     changed: list[Changed]
@@ -42,11 +44,11 @@ def read_options(folder: Path) -> Chosen | Missing:
         return unreadable(file, error)
     given, mistakes = read_file(str(file))
     if mistakes:
-        return Missing(f"{FILE} is damaged: {mistakes[0].removeprefix(f'--config {file}: ')}.")
+        return Missing(public(f"{FILE} is damaged: {mistakes[0].removeprefix(f'--config {file}: ')}."))
     values = {one.name: one.raw for one in given}
     changed = [one for name, raw in values.items() if name in OPTIONS and (one := _changed(name, raw)) is not None]
     unknown = [name for name in values if name not in OPTIONS]
-    return Chosen(_shown(values.get("model_name")), changed, unknown, whole)
+    return Chosen(public(_shown(values.get("model_name"))), changed, unknown, public_options(whole))
 
 
 def options_section(chosen: Chosen | Missing) -> Html:
@@ -54,12 +56,19 @@ def options_section(chosen: Chosen | Missing) -> Html:
     title = "Options that differ from the defaults"
     if isinstance(chosen, Missing):
         return section("options", title, paragraph(chosen.why))
-    rows = [(code(one.name), text(one.value), text(one.default)) for one in chosen.changed]
+    rows = [(code(one.name), _cell(one.value), text(one.default)) for one in chosen.changed]
     parts = [table(title, ("option", "this run", "default"), rows) if rows else paragraph("All are the defaults.")]
     if chosen.unknown:
         parts.append(paragraph(f"This version of the program has no {', '.join(chosen.unknown)}."))
-    parts.append(Html(f"<details><summary>{FILE}, whole</summary><pre>{text(chosen.whole)}</pre></details>"))
+    whole, left = text(chosen.whole[:MOST]), len(chosen.whole) - MOST
+    parts.append(Html(f"<details><summary>{FILE}, whole</summary><pre>{whole}</pre></details>"))
+    if left > 0:
+        parts.append(paragraph(f"{left:,} more characters are in {FILE}.", "note"))
     return section("options", title, *parts)
+
+
+def _cell(value: str) -> Html:
+    return text(value) if len(value) <= LONG else passage(value, FILE)
 
 
 def _changed(name: str, raw: Any) -> Changed | None:
@@ -68,10 +77,16 @@ def _changed(name: str, raw: Any) -> Changed | None:
     try:
         value = option.read(raw)
     except ValueError:  # not allowed now
-        return Changed(name, _shown(raw), show(option.default))
+        return Changed(name, _public(name, _shown(raw)), show(option.default))
     if value == option.default:
         return None
-    return Changed(name, show(value), "none: it is required" if option.default is REQUIRED else show(option.default))
+    return Changed(
+        name, _public(name, show(value)), "none: it is required" if option.default is REQUIRED else show(option.default)
+    )
+
+
+def _public(name: str, value: str) -> str:
+    return HIDDEN if name in NAMES else public(value)
 
 
 def _shown(raw: Any) -> str:

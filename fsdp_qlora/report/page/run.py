@@ -20,6 +20,7 @@ from fsdp_qlora.runtime.files import taken
 
 OF_A_RUN = (CONFIG, PLAN, STEPS, PARTS, ANSWERS, EVALUATION)  # one of them makes a folder a run's
 CURVE = "curve.json"
+LONGEST_NAME = 200  # letters of a model's name that are shown
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Run:
     def name(self) -> str:
         """The model's name, without the folders of a path."""
         name = "" if isinstance(self.options, Missing) else self.options.model_name
-        return name.rstrip("/").rpartition("/")[2] if Path(name).is_absolute() else name or self.folder.resolve().name
+        is_folder = name.startswith(("/", "~"))
+        name = name.rstrip("/").rpartition("/")[2] if is_folder else name or self.folder.resolve().name
+        return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
 
 
 def read_run(folder: Path, evaluation: Path | None = None) -> Run:
