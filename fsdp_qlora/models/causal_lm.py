@@ -256,19 +256,21 @@ class CausalModel(nn.Module):
         """Let the blocks, which are fused, save what their levels say from the next forward on.
 
         levels: of each block, with whether what it saves is offloaded. offload: host memory for that, None: none is."""
-        for block, passes, level in zip(self.blocks.values(), self.fused_blocks, levels, strict=True):
-            block.fused = passes.keeping(level[0], offload, level[1])
+        pairs = zip(self.fused_blocks, levels, strict=True)
+        kept = [own.keeping(keep, offload, offloads) for own, (keep, offloads) in pairs]
+        for block, passes in zip(self.blocks.values(), kept, strict=True):
+            block.fused = passes
 
     @contextmanager
     def computing_by(self, passes: Sequence[FusedForward]) -> Iterator[None]:
         """Let these compute the blocks inside, in place of the blocks' own."""
-        before = [block.fused for block in self.blocks.values()]
-        for block, other in zip(self.blocks.values(), passes, strict=True):
-            block.fused = other
+        replaced = [(block, block.fused, other) for block, other in zip(self.blocks.values(), passes, strict=True)]
         try:
+            for block, _, other in replaced:
+                block.fused = other
             yield
         finally:
-            for block, own in zip(self.blocks.values(), before, strict=True):
+            for block, own, _ in replaced:
                 block.fused = own
 
     def is_tied(self) -> bool:

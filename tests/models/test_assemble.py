@@ -45,7 +45,9 @@ def test_keep_levels_are_set_for_each_block_and_specs_stay(of):
     assert [one.keep for one in of.model.fused_blocks] == levels
     assert all(one.spec is spec for one, spec in zip(of.model.fused_blocks, specs, strict=True))
     with pytest.raises(ValueError, match="zip"):
-        of.model.keep([(Keep.ALL, False)], None)
+        of.model.keep([(Keep.ALL, True)], None)
+    assert [one.keep for one in of.model.fused_blocks] == levels, "nothing is set where something is wrong"
+    assert not any(one.offloads for one in of.model.fused_blocks)
 
 
 def test_other_passes_compute_the_blocks_inside_alone(of):
@@ -60,6 +62,9 @@ def test_other_passes_compute_the_blocks_inside_alone(of):
         raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"), of.model.computing_by([fails] * len(own)):
+        of.forward(h)
+    assert of.model.fused_blocks == own
+    with pytest.raises(ValueError, match="zip"), of.model.computing_by([fails]):
         of.forward(h)
     assert of.model.fused_blocks == own
     assert torch.equal(of.forward(h), wanted)
