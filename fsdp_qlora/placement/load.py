@@ -1,6 +1,7 @@
 """Loading of a model's frozen bytes, unit by unit: read and encoded by one rank, broadcast to all, then placed.
 
-Never more than a few units are in flight, so the peak of host memory is the placement's own plus a few blocks.
+A device holds what stays and two blocks at most, or a table. Host memory holds the placement's own; a checkpoint's
+weights are pages of its files, which the system takes back where memory is short.
 """
 
 import time

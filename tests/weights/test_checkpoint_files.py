@@ -19,6 +19,7 @@ from fsdp_qlora.models import skeleton
 from fsdp_qlora.models.fitting import fit, has_its_own_head
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.weights import hub as weights
+from fsdp_qlora.weights.checkpoint import Checkpoint
 from tests.support import tiny
 from tests.support.built import built
 from tests.support.checkpoint_forms import (
@@ -53,6 +54,20 @@ def test_pytorch_model_bin_in_several_files(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     (tmp_path / "model.safetensors").unlink()
     assert_reads_what_transformers_reads(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pytorch_model.bin"])
+def test_weights_are_the_files_own_pages_and_no_copies(kind, tmp_path):
+    """So that the system takes them back where memory is short: two blocks of 70B are 3.2 GiB for each rank."""
+    expected = load_file(llama(tmp_path) / "model.safetensors")
+    if kind == "pytorch_model.bin":
+        pickled(tmp_path)
+    found = Checkpoint(tmp_path).read(dict.fromkeys(expected), torch.device("cpu"))
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in mapped]
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name])
+        assert any(first <= tensor.data_ptr() < end for first, end in ranges), name
 
 
 def test_safetensors_go_before_pickles(tmp_path):

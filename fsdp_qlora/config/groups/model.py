@@ -136,7 +136,7 @@ class ModelOptions:
         -1,
         "Threads per rank that read the checkpoint ahead of the encoder, or a base from base_cache.",
         "it follows the machine's cores",
-        "each holds about one tensor in host memory",
+        "each brings about one tensor into the system's file cache",
         unit="threads",
         at_least=1,
         special={-1: "automatic"},
