@@ -185,6 +185,8 @@ def test_each_part_of_a_resumed_run_has_its_environment(tmp_path):
     assert "from step 1 from step 11" in seen["environment"]
     assert "torch 2.13.0 2.14.0" in seen["environment"]
     assert "of the steps after 10, after warm-up" in seen["time"]
+    assert "These peaks are of the steps after 10" in seen["memory"]
+    assert "22.4 GiB planned 22.6 GiB, after step 10" in seen["head"]
     assert "it is still going on, or was killed" in seen["head"], "how the last part ended counts"
     (folder / "environment.json").write_text(json.dumps({"parts": parts[1:]}))
     assert "What steps up to 10 ran on is not recorded." in page_of(folder).sections["environment"]

@@ -66,8 +66,9 @@ def _speeds(steps: Steps) -> list[Figure]:
 
 def _memory(run: Run, steps: Steps) -> list[Figure]:
     if steps.allocated_gib:
-        planned = "" if isinstance(run.plan, Missing) else f"planned {size(run.plan.device_bytes)}"
-        return [("GPU memory, peak", size(max(steps.allocated_gib) * GIB), planned)]
+        told = [] if isinstance(run.plan, Missing) else [f"planned {size(run.plan.device_bytes)}"]
+        told += [f"after step {run.begun:,}"] if run.begun else []
+        return [("GPU memory, peak", size(max(steps.allocated_gib) * GIB), ", ".join(told))]
     if math.isfinite(steps.host_gib):
         return [("host memory, peak", size(steps.host_gib * GIB), "all ranks together")]
     return []

@@ -22,8 +22,8 @@ ON_CPU = (
 )
 
 
-def memory_section(plan: Plan | Missing, steps: Steps | Missing) -> Html:
-    """Return planned beside measured memory, as bars and as tables."""
+def memory_section(plan: Plan | Missing, steps: Steps | Missing, begun: int) -> Html:
+    """Return planned beside measured memory, as bars and as tables. begun: step after which the last part began."""
     planned = None if isinstance(plan, Missing) else plan
     measured = None if isinstance(steps, Missing) or not len(steps) else steps
     parts = [_bars(planned, measured)]
@@ -31,7 +31,7 @@ def memory_section(plan: Plan | Missing, steps: Steps | Missing) -> Html:
         parts.append(paragraph(f"{plan.why} What was planned is not known."))
     else:
         parts += [_parts(plan), *([paragraph(TOTALS, "note")] if plan.on_gpus else [])]
-    parts.append(_measured(planned, measured))
+    parts.append(_measured(planned, measured, begun))
     return section("memory", "Memory", *parts)
 
 
@@ -100,7 +100,7 @@ def _part_of(nbytes: float, plan: Plan) -> str:
     return f"{nbytes / plan.device_bytes:.1%}".replace("%", " %") if plan.device_bytes > 0 else ""
 
 
-def _measured(plan: Plan | None, steps: Steps | None) -> Html:
+def _measured(plan: Plan | None, steps: Steps | None, begun: int) -> Html:
     if steps is None:
         return paragraph("Nothing was measured: no step is recorded.")
     found: list[Html] = []
@@ -111,6 +111,8 @@ def _measured(plan: Plan | None, steps: Steps | None) -> Html:
         ]
         head = ("rank", "peak allocated", "peak reserved", "allocated, beside the plan")
         found.append(table("Measured GPU memory", head, rows, numbers=(1, 2, 3)))
+        if begun:
+            found.append(paragraph(f"These peaks are of the steps after {begun:,}, where the run was resumed.", "note"))
     if math.isfinite(steps.host_gib):
         found.append(paragraph(f"Host memory of all ranks: {steps.host_gib:.2f} GiB measured."))
         found.append(paragraph(HOST if steps.allocated_gib else ON_CPU, "note"))

@@ -37,6 +37,11 @@ class Run:
     going_on: str  # on which machine, as `taken` says
 
     @property
+    def begun(self) -> int:
+        """The step after which the last part of the run began; 0 of a run that was not resumed."""
+        return 0 if isinstance(self.parts, Missing) else self.parts[-1].from_step
+
+    @property
     def name(self) -> str:
         """The model's name, without the folders of a path."""
         name = "" if isinstance(self.options, Missing) else self.options.model_name

@@ -59,7 +59,7 @@ def page_of(run: Run) -> Html:
         *([paragraph(unseen, "alarm")] if unseen else []),
         section("loss", "Loss", paragraph(steps.why)) if isinstance(steps, Missing) else loss_section(steps),
         time_section(steps, run.plan, run.parts, run.going_on),
-        memory_section(run.plan, steps),
+        memory_section(run.plan, steps, run.begun),
         blocks_section(run.plan),
         answers_section(run.answers),
         evaluation_section(run.evaluation),
