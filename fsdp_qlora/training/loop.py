@@ -53,6 +53,7 @@ class Loop:
         self.tokenizer, self.folder, self.checkpoints = tokenizer, folder, checkpoints
         self.evaluations = evaluations
         self._taken = 0  # steps, the same on every rank
+        self._saved_at: int | None = None  # updates that the adapter in `_last_folder` has, where all ranks saved it
         self.callbacks: list[Callback] = [metrics, checkpoints.best]
         self.started = time.time()
         self._rescuing = threading.Lock()
@@ -209,6 +210,7 @@ class Loop:
         """Save the adapter as it is now. Every rank takes part; rank 0 writes."""
         tensors = self.stepper.adapters.named_tensors()
         self.world.main_only(lambda: self._write(tensors))
+        self._saved_at = self.stepper.updated
         return self._last_folder
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -242,6 +244,8 @@ class Loop:
         stepper = self.stepper
         if not (stepper.done and self.config.output.save_model):
             return ""
+        if self._saved_at == stepper.updated:  # by all ranks: closing the record is what takes long
+            return f"; the adapter as of step {stepper.updated} is saved in {self._last_folder}"
         if not self.world.is_main:
             time.sleep(TURN_SECONDS * max(1, self.world.local_rank))
             if saved_since(self._last_folder, self.started):
