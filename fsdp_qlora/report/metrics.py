@@ -217,7 +217,10 @@ class Metrics(Callback):
             return []
         if how and len(self._records) > MOST_STEPS_IN_A_HURRY:
             command = f"python -m fsdp_qlora report --output_dir {shlex.quote(str(self.directory))}"
-            self.world.say(f"{self.directory / REPORT} is left to `{command}`: it takes long of so many steps")
+            steps = f"{len(self._records):,} steps"
+            self.world.say(
+                f"{self.directory / REPORT} is not written, as it takes long of {steps}; `{command}` does it"
+            )
             return []
         with self._told(self.directory / REPORT):
             return [str(write_report(self.directory))]

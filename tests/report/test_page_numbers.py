@@ -58,6 +58,15 @@ def test_times_have_their_unit():
 
 
 @pytest.mark.parametrize(
+    ("perplexity", "said"), [(3.49, "3.490"), (12345.6, "12,345.600"), (1e99, "1e+99"), (None, "nan")]
+)
+def test_a_perplexity_is_never_a_hundred_digits(perplexity, said, tmp_path):
+    measured = {"dataset": "d", "rows": 1, "adapter": {"loss": 1.0, "perplexity": perplexity}}
+    seen = texts(write_report(write_run(tmp_path, 3, evaluation=measured)).read_text())
+    assert f"perplexity {said} " in seen
+
+
+@pytest.mark.parametrize(
     ("loss", "said"), [(1e-9, "1e-09"), (1234567.0, "1.235e+06"), (0.0, "0.0000"), (-2.5, "-2.5000")]
 )
 def test_a_loss_is_told_however_small_or_large_it_is(loss, said, tmp_path):

@@ -75,7 +75,8 @@ def _figures(state: Mapping[str, Any]) -> dict[str, str]:
     if math.isfinite(loss):
         between = f" ({loss_text(interval[0])} to {loss_text(interval[1])})" if len(interval) == 2 else ""
         found["loss"] = loss_text(loss) + between
-        found["perplexity"] = f"{number(state.get('perplexity')):.3f}"
+        perplexity = number(state.get("perplexity"))
+        found["perplexity"] = f"{perplexity:,.3f}" if perplexity < 1e6 else f"{perplexity:.4g}"
     for name, said in MEASURES.items():
         if name in state:
             found[said] = _share(state[name])
