@@ -1,10 +1,11 @@
-"""Threads that do a list of jobs beside the main thread, and that a run which ends early does not wait for."""
+"""Threads beside the main thread: for jobs that a run which ends early does not wait for, and for parts of one job."""
 
 import atexit
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -51,3 +52,16 @@ def _end(left: deque[tuple[Callable[[], Any], Future[Any]]], workers: Sequence[t
 def beside(job: Callable[[], T], device: torch.device) -> Future[T]:
     """Start one job on a thread of its own."""
     return do_in_order([job], 1, device)[0]
+
+
+@contextmanager
+def torch_threads(count: int, each: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """Yield `count` threads, in each of which PyTorch computes with `each` threads; wait for their work at the end.
+
+    `torch.set_num_threads` counts for the thread that calls it and for those that begin later, so it is set back."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(each,)) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,8 @@
 """Weights encoded in pieces: the same bytes as whole, in no more memory than is stated."""
 
+import threading
+import time
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hqq.core.quantize import Quantizer, hqq_base_quant_config
 from torch import Tensor
 
 from fsdp_qlora.kernels.hqq_format import BITS, pack
-from fsdp_qlora.weights.codecs import HQQ, NF4, Codec, NotFinite, Parts, Plain, hqq_groups, pieces
+from fsdp_qlora.weights.codecs import HQQ, NF4, Codec, NotFinite, Parts, Plain, hqq_groups, nf4, pieces
 from tests.support.metered import Meter, encode_on_meta
 from tests.weights.test_codecs import weight_of
 
@@ -46,6 +49,30 @@ def test_nf4_of_pieces_is_bitsandbytes_of_the_whole(numbers, shape, dtype, doubl
     monkeypatch.setattr(pieces, "PIECE", numbers * dtype.itemsize)
     weight = weight_of(shape, dtype) if shape != (1, 1) else torch.full(shape, 0.3).to(dtype)
     assert bytes_of(NF4(double_quant).encode(weight)) == bytes_of(nf4_by_bitsandbytes(weight, double_quant))
+
+
+def test_pieces_on_a_cpu_are_quantized_by_all_its_threads_and_leave_their_number(monkeypatch):
+    monkeypatch.setattr(pieces, "CPU_PIECE", 64 * 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    seen, quantize = set(), nf4.quantize_blocks
+
+    def noted(*given: Tensor) -> None:
+        seen.add(threading.get_ident())
+        time.sleep(0.002)
+        quantize(*given)
+
+    monkeypatch.setattr(nf4, "quantize_blocks", noted)
+    weight = weight_of((16, 64), torch.float32)
+    told = []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    assert bytes_of(NF4().encode(weight)) == bytes_of(nf4_by_bitsandbytes(weight, True))
+    assert len(seen) == 3
+    assert told == [1, 1, 1, 3]
+    weight[7, 7] = torch.nan
+    told.clear()
+    with pytest.raises(NotFinite):
+        NF4().encode(weight)
+    assert told[-1] == 3
 
 
 @pytest.mark.parametrize("optimize", [True, False])

@@ -15,7 +15,8 @@ from fsdp_qlora.kernels.nf4 import dequantize_nf4, nf4_rows
 from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, dynamic_map
 from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, CodecOf, Decoder, Parts, Stored
 from fsdp_qlora.weights.codecs.finite import finite
-from fsdp_qlora.weights.codecs.pieces import new_parts, piece_numbers, spans
+from fsdp_qlora.weights.codecs.nf4_cpu import quantize_blocks
+from fsdp_qlora.weights.codecs.pieces import for_each, new_parts, piece_numbers, spans
 from fsdp_qlora.weights.codecs.quantizers import bitsandbytes_quantizers
 
 FLOAT = 4  # bytes of a scale
@@ -74,10 +75,13 @@ class NF4:
         numbers, codes = weight.detach().reshape(-1), out["codes"]
         blocks = -(-numbers.numel() // BLOCK)
         absmax = codes.new_empty(blocks, dtype=torch.float32) if self.double_quant else out["absmax"]
-        for first, end in spans(numbers.numel(), piece_numbers(weight.itemsize), BLOCK):
+
+        def quantize(span: tuple[int, int]) -> None:
+            first, end = span
             piece = finite(numbers[first:end].to(codes.device))
             _quantize(piece, codes[first // 2 : -(-end // 2)], absmax[first // BLOCK : -(-end // BLOCK)])
-            del piece  # before the next is brought
+
+        for_each(quantize, spans(numbers.numel(), piece_numbers(weight.itemsize, codes.device), BLOCK), codes.device)
         if self.double_quant:
             _quantize_scales(absmax, out)
         return out
@@ -150,6 +154,12 @@ class NF4Family(CodecFamily):
 
 def _quantize(numbers: Tensor, codes: Tensor, absmax: Tensor) -> None:
     """Write the codes and scales of whole blocks of numbers, the last of which may be shorter."""
+    if numbers.device.type == "cpu":
+        whole = numbers.numel() // BLOCK * BLOCK
+        quantize_blocks(numbers[:whole], codes[: whole // 2], absmax[: whole // BLOCK])
+        numbers, codes, absmax = numbers[whole:], codes[whole // 2 :], absmax[whole // BLOCK :]
+        if not numbers.numel():
+            return
     found, state = bitsandbytes_quantizers()[0](numbers, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
     codes.copy_(found.view(-1))
     absmax.copy_(state.absmax)
