@@ -12,10 +12,11 @@ from fsdp_qlora.adapters.lora import lora_scale
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.adapter_folder import SavedAdapter
+from fsdp_qlora.export.gguf.encode import Bytes, encoded
 from fsdp_qlora.export.gguf.families import Family, family_of, heads_permuted, permuted
 from fsdp_qlora.export.gguf.names import Names
-from fsdp_qlora.export.gguf.quantize import Quantization, quantize_finite
-from fsdp_qlora.export.gguf.tensor_data import Bytes, Entry, check_file, check_room, write_file
+from fsdp_qlora.export.gguf.quantize import Quantization
+from fsdp_qlora.export.gguf.tensor_data import Entry, check_file, check_room, write_file
 from fsdp_qlora.models.skeleton import text_config
 
 SUFFIXES = {"lora_A": "lora_a", "lora_B": "lora_b"}
@@ -75,5 +76,4 @@ def _data(
         for parameter, suffix in SUFFIXES.items():
             tensor = values[parameter].float()
             tensor = permuted(tensor, heads) if heads and parameter == "lora_B" else tensor
-            rows = tensor.contiguous().numpy()
-            yield iter([quantize_finite(rows, kind, threads, f"{found}.{suffix}", "adapter")])
+            yield encoded([tensor.contiguous().numpy()], kind, threads, f"{found}.{suffix}", "adapter")

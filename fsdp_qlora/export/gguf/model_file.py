@@ -9,20 +9,23 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.export.gguf.encode import Bytes, Numbers, encoded
 from fsdp_qlora.export.gguf.families import Family, family_of, heads_permuted, permuted
 from fsdp_qlora.export.gguf.metadata import add_metadata, general_name
 from fsdp_qlora.export.gguf.names import Names
-from fsdp_qlora.export.gguf.quantize import Model, Quantization, quantize_finite, type_of
-from fsdp_qlora.export.gguf.tensor_data import Bytes, Entry, check_file, check_room, write_file
+from fsdp_qlora.export.gguf.quantize import K_TYPES, Model, Quantization, type_of
+from fsdp_qlora.export.gguf.tensor_data import Entry, check_file, check_room, write_file
 from fsdp_qlora.export.gguf.vocabulary import add_vocabulary, read_vocabulary
 from fsdp_qlora.export.merged import Merged
 from fsdp_qlora.models.skeleton import text_config
+from fsdp_qlora.runtime.background import torch_threads
 from fsdp_qlora.weights.checkpoint_files import some
 
 CHUNK_NUMBERS = 1 << 25  # of a tensor in float32 at a time: 128 MiB
@@ -35,9 +38,10 @@ class Errors:
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def add(self, kind: gguf.GGMLQuantizationType, rows: "np.ndarray[Any, np.dtype[np.float32]]", data: Bytes) -> None:
-        decoded = gguf.quants.dequantize(data[:SAMPLED_ROWS], kind).reshape(-1, rows.shape[-1])
-        exact = rows[:SAMPLED_ROWS].astype(np.float64)
+    def add(self, kind: gguf.GGMLQuantizationType, rows: Numbers, data: Bytes) -> None:
+        count = min(len(rows), len(data))
+        decoded = gguf.quants.dequantize(data[:count], kind).reshape(-1, rows.shape[-1])
+        exact = rows[:count].astype(np.float64)
         size, error = self.sums.get(kind.name, (0.0, 0.0))
         self.sums[kind.name] = size + float((exact**2).sum()), error + float(((decoded - exact) ** 2).sum())
 
@@ -90,12 +94,18 @@ def write_model(
     entries = [part.entry for part in parts]
     total = check_room(target, entries, "a smaller --quantization")
     errors = Errors()
-    with atomic_file(target) as part_file, ThreadPoolExecutor(threads) as pool:
+    # Threads of PyTorch wait for one another, so it has those cores only that the encoding of K types leaves.
+    left = torch.get_num_threads() - (threads if quantization.main in K_TYPES else 0)
+    with (
+        atomic_file(target) as part_file,
+        ThreadPoolExecutor(threads) as pool,
+        torch_threads(1, max(1, left)) as ahead,
+    ):
         writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.arch]])
         add_metadata(writer, config, family, general_name(name, vocabulary.strips), quantization.file_type)
         add_vocabulary(writer, vocabulary)
         with tqdm(total=total, desc="quantizing", unit="B", unit_scale=True, leave=False) as bar:
-            sums = write_file(writer, part_file, entries, _data(parts, source, pool, errors, bar))
+            sums = write_file(writer, part_file, entries, _data(parts, source, pool, ahead, errors, bar))
         check_file(part_file, entries, sums)
     return total, errors
 
@@ -129,37 +139,42 @@ def _change(name: str, family: Family, config: Any) -> Callable[[Tensor], Tensor
 
 
 def _data(
-    parts: Sequence[Part], source: Merged, threads: ThreadPoolExecutor, errors: Errors, bar: "tqdm[Any]"
+    parts: Sequence[Part],
+    source: Merged,
+    threads: ThreadPoolExecutor,
+    ahead: ThreadPoolExecutor,
+    errors: Errors,
+    bar: "tqdm[Any]",
 ) -> Iterator[Iterator[Bytes]]:
-    """Yield each part's bytes in pieces; the next part's base is read meanwhile."""
+    """Yield each part's bytes in pieces; the next part's sum of base and adapter is made meanwhile, by `ahead`."""
 
-    def read(part: Part) -> dict[str, Tensor]:
-        return source.read(source.piece(part.source)) if isinstance(part.source, str) else {}
+    def summed(part: Part) -> Tensor:
+        if isinstance(part.source, Tensor):
+            return part.source
+        piece = source.piece(part.source)
+        return part.change(source.added(piece, source.base(piece)))
 
-    with ThreadPoolExecutor(1) as ahead:
-        coming = [ahead.submit(read, parts[0])]
-        for i, part in enumerate(parts):
-            tensors = coming.pop().result()
-            if i + 1 < len(parts):
-                coming.append(ahead.submit(read, parts[i + 1]))
-            if isinstance(part.source, Tensor):
-                tensor = part.source
-            else:
-                piece = source.piece(part.source)
-                tensor = source.added(piece, source.base(piece, tensors))
-            del tensors
-            yield _encoded(part, part.change(tensor), threads, errors, bar)
-            del tensor
+    coming = [ahead.submit(summed, parts[0])]
+    for i, part in enumerate(parts):
+        tensor = coming.pop().result()
+        if i + 1 < len(parts):
+            coming.append(ahead.submit(summed, parts[i + 1]))
+        yield _encoded(part, tensor, threads, errors, bar)
+        del tensor
 
 
 def _encoded(
     part: Part, tensor: Tensor, threads: ThreadPoolExecutor, errors: Errors, bar: "tqdm[Any]"
 ) -> Iterator[Bytes]:
     rows = tensor.reshape(-1, tensor.shape[-1])
-    for first, chunk in enumerate(rows.split(max(1, CHUNK_NUMBERS // rows.shape[1]))):
-        numbers = chunk.float().cpu().contiguous().numpy()
-        data = quantize_finite(numbers, part.entry.kind, threads, part.entry.name, "model_name")
+    chunks = map(_numbers, rows.split(max(1, CHUNK_NUMBERS // rows.shape[1])))
+    for first, data in enumerate(encoded(chunks, part.entry.kind, threads, part.entry.name, "model_name")):
         if not first and len(part.entry.shape) > 1:
-            errors.add(part.entry.kind, numbers, data)
+            errors.add(part.entry.kind, _numbers(rows[:SAMPLED_ROWS]), data)
         yield data
         bar.update(data.nbytes)
+
+
+def _numbers(rows: Tensor) -> Numbers:
+    numbers: Numbers = rows.float().cpu().contiguous().numpy()
+    return numbers

@@ -1,29 +1,21 @@
-"""Numbers as GGUF stores them: which type each tensor gets in a quantization, and rows encoded in it, by threads.
+"""Numbers as GGUF stores them: which type each tensor gets in a quantization.
 
 The mixes are those of llama.cpp's `llama-quantize` without an importance matrix (src/llama-quant.cpp,
-`llama_tensor_get_type_impl`, October 2026). K types are encoded by upstream ggml's own code, out of the package
-libggml-python: `gguf` has them for reading only.
+`llama_tensor_get_type_impl`, October 2026).
 """
 
-import ctypes
-import importlib.util
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.runtime.libraries import installed
 
-CHUNK_NUMBERS = 1 << 20  # that a thread encodes at a time
 # Types of 256 numbers a block -> the type for rows that are no multiple of it.
 SMALLER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
+K_TYPES = frozenset(SMALLER_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -83,38 +75,9 @@ def nbytes_of(kind: Type, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) // block * size
 
 
-def quantize(rows: npt.NDArray[np.float32], kind: Type, threads: ThreadPoolExecutor) -> npt.NDArray[np.uint8]:
-    """Return the bytes of float32 [rows, width] in a type, as uint8 [rows, bytes of one]."""
-    if kind is Type.F32:
-        return rows.view(np.uint8)
-    out = np.empty((rows.shape[0], nbytes_of(kind, (rows.shape[1],))), dtype=np.uint8)
-    step = max(1, CHUNK_NUMBERS // rows.shape[1])
-    encode = _encoder(kind)
-
-    def one(start: int) -> None:
-        encode(rows[start : start + step], out[start : start + step])
-
-    list(threads.map(one, range(0, rows.shape[0], step)))
-    return out
-
-
-def quantize_finite(
-    rows: npt.NDArray[np.float32], kind: Type, threads: ThreadPoolExecutor, name: str, option: str
-) -> npt.NDArray[np.uint8]:
-    """Return as `quantize` does. Raises UserError for numbers that are none, or that the type does not have.
-
-    name: of the tensor. option: whose value it comes from."""
-    if not np.isfinite(rows).all():
-        raise UserError(f"{option}: {name} holds NaN or infinity: the model or its adapter is damaged")
-    data = quantize(rows, kind, threads)
-    if kind is Type.F16 and not np.isfinite(data.view(np.float16)).all():
-        raise UserError(f"quantization: {name} has numbers beyond float16's largest, 65504; use --quantization bf16")
-    return data
-
-
 def check_installed(quantization: Quantization) -> None:
     """Raise UserError where a package is missing, with the command that installs it."""
-    if quantization.main in SMALLER_BLOCKS and not installed("libggml"):
+    if quantization.main in K_TYPES and not installed("libggml"):
         raise UserError(
             "quantization: K types are encoded by the package libggml-python, which is not installed; "
             "pip install 'libggml-python>=0.20.2', or use --quantization q8_0"
@@ -132,46 +95,3 @@ def _fitting(kind: Type, width: int) -> Type:
     if width % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = SMALLER_BLOCKS.get(kind, Type.F16)
     return Type.F16 if width % gguf.GGML_QUANT_SIZES[kind][0] else kind
-
-
-Encode = Callable[[npt.NDArray[np.float32], npt.NDArray[np.uint8]], None]
-
-
-def _encoder(kind: Type) -> Encode:
-    if kind in (Type.F16, Type.BF16) or not installed("libggml"):
-        return lambda rows, out: _by_gguf(rows, out, kind)
-    encode = _ggml()
-
-    def by_ggml(rows: npt.NDArray[np.float32], out: npt.NDArray[np.uint8]) -> None:
-        written = encode(int(kind), rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], None)
-        assert written == out.nbytes
-
-    return by_ggml
-
-
-def _by_gguf(rows: npt.NDArray[np.float32], out: npt.NDArray[np.uint8], kind: Type) -> None:
-    with np.errstate(over="ignore"):  # told by quantize_finite
-        np.copyto(out, gguf.quants.quantize(rows, kind).view(np.uint8))
-
-
-@cache
-def _ggml() -> Callable[..., int]:
-    """Return ggml's quantizer: (type, float32 rows, out, first number, rows, width, importance) -> bytes written."""
-    spec = importlib.util.find_spec("libggml")
-    assert spec is not None
-    folders = [Path(place) for place in spec.submodule_search_locations or ()]
-    found = [
-        file
-        for folder in folders
-        for file in folder.glob("lib*/libggml-base.*")
-        if ".so" in file.name or ".dylib" in file.name
-    ]
-    if not found:
-        raise UserError("quantization: libggml-python holds no libggml-base; install it again")
-    function = ctypes.CDLL(str(min(found, key=lambda file: len(file.name)))).ggml_quantize_chunk
-    function.restype = ctypes.c_size_t
-    function.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
-    ]  # fmt: skip
-    found_function: Callable[..., int] = function
-    return found_function

@@ -5,15 +5,18 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from fsdp_qlora.errors import TrainingStopped, UserError
+from fsdp_qlora.export.gguf.encode import Bytes
 from fsdp_qlora.export.gguf.quantize import nbytes_of
 from fsdp_qlora.units import GIB, as_gib
+
+READ_BYTES = 1 << 22  # of a file at a time
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,6 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return nbytes_of(self.kind, self.shape)
-
-
-Bytes = npt.NDArray[np.uint8]
 
 
 def check_room(target: Path, entries: Sequence[Entry], smaller: str) -> int:
@@ -76,19 +76,28 @@ def write_file(
 def check_file(path: Path, entries: Sequence[Entry], sums: dict[str, int]) -> None:
     """Read a file back with `gguf`. Raises TrainingStopped where it is not what was written."""
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for entry in entries:
-        tensor = found.get(entry.name)
-        if (
-            tensor is None
-            or tuple(reversed(tensor.shape.tolist())) != entry.shape
-            or tensor.tensor_type is not entry.kind
-            or zlib.crc32(np.ascontiguousarray(tensor.data).data) != sums[entry.name]
-        ):
-            raise TrainingStopped(
-                f"output_dir: {entry.name} reads back otherwise than it was written: is the disk sound?"
-            )
+    with path.open("rb") as file:
+        for entry in entries:
+            tensor = found.get(entry.name)
+            if (
+                tensor is None
+                or tuple(reversed(tensor.shape.tolist())) != entry.shape
+                or tensor.tensor_type is not entry.kind
+                or _checksum(file, tensor.data_offset, entry.nbytes) != sums[entry.name]
+            ):
+                raise TrainingStopped(
+                    f"output_dir: {entry.name} reads back otherwise than it was written: is the disk sound?"
+                )
 
 
-def _pad(out: "object", alignment: int) -> None:
-    position = out.tell()  # type: ignore[attr-defined]
-    out.write(bytes(-position % alignment))  # type: ignore[attr-defined]
+def _checksum(file: BinaryIO, offset: int, nbytes: int) -> int:
+    """Return the checksum of a part of a file, read and not mapped: what is mapped counts as this process's memory."""
+    file.seek(offset)
+    checksum = 0
+    for start in range(0, nbytes, READ_BYTES):
+        checksum = zlib.crc32(file.read(min(READ_BYTES, nbytes - start)), checksum)
+    return checksum
+
+
+def _pad(out: BinaryIO, alignment: int) -> None:
+    out.write(bytes(-out.tell() % alignment))
