@@ -82,9 +82,9 @@ def evaluate_rows(asked: EvaluateOptions) -> None:
         for name, is_on in states.items():
             world.together(partial(loaded.set_adapter, is_on))
             found[name] = _measure(asked, ready, task, loaded, decoder, world)
-        world.main_only(lambda: _write(folder, asked, ready, task, found))
         for line in _shown(asked, ready, found):
-            world.say(line)
+            world.say(line)  # before a disk can refuse them
+        world.main_only(lambda: _write(folder, asked, ready, task, found))
         world.say(f"figures in {folder / FILE}")
         first = next(iter(found.values()))
         if asked.at_least is not None and first.exact is not None and first.exact.share < asked.at_least:
