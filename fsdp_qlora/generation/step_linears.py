@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fsdp_qlora.kernels.nf4_few_rows import can_multiply, halves_of, nf4_few_rows
+from fsdp_qlora.kernels.nf4_few_rows import can_multiply, nf4_few_rows
 from fsdp_qlora.models.fused.scratch import WeightScratch
 from fsdp_qlora.models.generic_block import FrozenLinear
 from fsdp_qlora.weights.codecs import NF4
 from fsdp_qlora.weights.frozen_bytes import decode_rows
 
-CODES_ROWS = 1  # up to which 4-bit codes are multiplied as they are: 9.9 ms a step of 8B for one row, 42 ms for eight
+CODES_ROWS = 32  # up to which 4-bit codes are multiplied as they are
 
 
 class _Adapter(NamedTuple):
@@ -61,7 +61,7 @@ class StepLinears:
         out = x.new_empty(x.shape[0], sum(self.widths))
         pieces = out.split(self.widths, dim=1)
         if self.copy is None and self._takes_codes(x):
-            self._from_codes(halves_of(x), xa, pieces)
+            self._from_codes(x, xa, pieces)
             return out
         if self.copy is None and not self._is_quantized:  # views of the frozen bytes
             for linear, piece in zip(self.linears, pieces, strict=True):
@@ -87,14 +87,14 @@ class StepLinears:
         few = x.shape[0] <= CODES_ROWS and can_multiply(x, self.in_features)
         return few and all(isinstance(codec, NF4) for codec in self.codecs)
 
-    def _from_codes(self, halves: Tensor, xa: Tensor | None, pieces: Sequence[Tensor]) -> None:
+    def _from_codes(self, x: Tensor, xa: Tensor | None, pieces: Sequence[Tensor]) -> None:
         for linear, codec, piece, adapter in zip(self.linears, self.codecs, pieces, self._made(), strict=True):
             assert isinstance(codec, NF4)
             parts = linear.weight.home.parts(linear.weight.name)
             bias = None if linear.bias is None else linear.bias.decode(piece.dtype)
             factor = None if adapter is None else adapter.factor
             nf4_few_rows(
-                halves, parts["codes"], codec.scales(parts), piece,
+                x, parts["codes"], codec.scales(parts), piece,
                 bias=bias if factor is None else None,
                 xa=None if adapter is None or xa is None else xa[:, adapter.columns],
                 b=None if adapter is None else adapter.b,

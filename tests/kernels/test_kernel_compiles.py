@@ -77,10 +77,15 @@ compiled(dropout._dropout_kernel, 86, "bbiFFI", ADD=True, TILE=128)
 widths = {"O": 96, "H": 200, "R": 24, "RANK": 7, "ROWS": 32, "COLUMNS": 32, "TILES": 2, "TILE": 128}
 for count in (1, 2, 3):
     compiled(lora_wide._lay_kernel, 86, "b" * 7 + "i" * 8, COUNT=count, **widths)
-for nested, group in ((True, 4), (True, 1), (False, 2)):
-    types = "fu" + ("u" if nested else "f") + "fff" + "bbbb" + "iiii"
-    tiling = {"R": 16, "R_TILE": 16, "GROUP": group, "OUTPUTS": 8, "BLOCKS": 8, "STEPS": 8, "BIAS": group > 1}
-    compiled(nf4_few_rows._few_rows_kernel, 86, types, I=4096, NESTED=nested, **tiling)
+for out, nested, rank, rows, splits in (
+    ("b", True, 24, 8, 8), ("h", False, 0, 16, 1), ("b", False, 16, 64, 2), ("f", True, 8, 8, 2),
+):
+    tiling = {"R": rank, "R_TILE": 32 if rank > 16 else 16, "ROWS": rows, "OUTPUTS": 64, "BLOCKS": 2, "STEPS": 4}
+    tiling |= {"SPLITS": splits, "BIAS": rank > 0, "NESTED": nested, "I": 4096}
+    types = out + "u" + ("u" if nested else "f") + "fff" + out * 4 + "fw" + "iiii"
+    for capability in (86, 90):
+        ptx = compiled(nf4_few_rows._few_rows_kernel, capability, types, **tiling)
+        assert out == "f" or "fma.rn.f32" not in ptx, (out, nested, rank)
 for window, capped, is_float in ((0, False, False), (64, True, True)):
     shape = {"C": 300, "K": 2, "G": 4, "D": 96, "PARTS": 3, "TILES": 2, "TILE": 64, "G_TILE": 16, "D_TILE": 128}
     letter = "f" if is_float else "b"

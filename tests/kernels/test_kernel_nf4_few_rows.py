@@ -3,16 +3,22 @@
 import pytest
 import torch
 
-from fsdp_qlora.kernels.nf4_few_rows import can_multiply, halves_of, nf4_few_rows
+from fsdp_qlora.kernels.nf4_few_rows import can_multiply, nf4_few_rows
 from fsdp_qlora.weights.codecs import NF4
 from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
-SHAPES = {"whole": (64, 512), "odd-outputs": (37, 192), "one-block": (5, 64), "many-steps": (16, 1088)}
+SHAPES = {
+    "whole": (64, 512),
+    "odd-outputs": (37, 192),
+    "one-block": (5, 64),
+    "divided": (16, 1088),
+    "tiles": (130, 704),
+}
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 17, 70])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product_is_that_of_the_dequantized_matrix(shape, rows, double_quant, dtype, triton_device):
     outputs, width = SHAPES[shape]
@@ -25,7 +31,7 @@ def test_product_is_that_of_the_dequantized_matrix(shape, rows, double_quant, dt
     whole = torch.full((rows, outputs + 3), 7.0, dtype=dtype, device=triton_device)
     out = whole[:, :outputs]
     assert can_multiply(x, width)
-    nf4_few_rows(halves_of(x), parts["codes"], codec.scales(parts), out, bias=bias, xa=xa[:, 5:17], b=b)
+    nf4_few_rows(x, parts["codes"], codec.scales(parts), out, bias=bias, xa=xa[:, 5:17], b=b)
     matrix = codec.decode(parts, (outputs, width), dtype)
 
     def product(kind, adapted):
@@ -35,7 +41,7 @@ def test_product_is_that_of_the_dequantized_matrix(shape, rows, double_quant, dt
     assert_as_good_as_plain(out, product(dtype, True), product(torch.float64, True), "adapted")
     assert (whole[:, outputs:] == 7).all(), "it wrote beside its output"
     bare = torch.empty(rows, outputs, dtype=dtype, device=triton_device)
-    nf4_few_rows(halves_of(x), parts["codes"], codec.scales(parts), bare)
+    nf4_few_rows(x, parts["codes"], codec.scales(parts), bare)
     assert_as_good_as_plain(bare, product(dtype, False), product(torch.float64, False), "bare")
 
 
@@ -47,6 +53,6 @@ def test_what_it_cannot_do_is_said(triton_device):
     parts = {name: part.to(triton_device) for name, part in parts.items()}
     with pytest.raises(ValueError, match="no product"):
         nf4_few_rows(
-            torch.zeros(2, 3, 32, device=triton_device), parts["codes"], parts["absmax"],
+            torch.zeros(3, 64, device=triton_device), parts["codes"], parts["absmax"],
             torch.empty(2, 8, device=triton_device),
         )  # fmt: skip
