@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fsdp_qlora.kernels.cost import count_launch
+from fsdp_qlora.kernels.quick_launch import quick_launch
 
 try:
     import triton
@@ -72,8 +73,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Start a Triton kernel; on the meta device only count what it would cost. args: its arguments, a tensor first."""
     if args[0].is_meta:
         count_launch(kernel, args, options)
-    else:
+    elif INTERPRETER:
         kernel[grid](*args, **options)
+    else:
+        quick_launch(kernel, grid, args, options)
 
 
 def empty(shape: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
