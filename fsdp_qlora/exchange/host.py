@@ -21,7 +21,7 @@ from torch import Tensor
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import first_line
 from fsdp_qlora.exchange.base import Pending
-from fsdp_qlora.memory.host_link import TRAFFIC
+from fsdp_qlora.memory.host_link import TRAFFIC, driver_copy
 from fsdp_qlora.memory.shared import HostStore, rounded
 
 SLOTS = 2  # exchanges of a rank whose bytes may wait for a peer to read them
@@ -67,9 +67,9 @@ class HostExchange:
         part = -(-nbytes // world.size)
         slot, counters = part * len(self._peers), LINE * 2 * world.size**2
         store = HostStore(store_bytes(nbytes, world.size), world, FAILS, INSTEAD)
-        self._slots = [[store.take(slot) for _ in range(SLOTS)] for _ in range(world.size)]
-        self._parts: dict[tuple[object, ...], Tensor] = {}  # views of the slots, by what asks for them
+        self._slots = [[store.take(slot).data_ptr() for _ in range(SLOTS)] for _ in range(world.size)]  # addresses
         self._counters = store.take(counters).view(torch.int32)[:: LINE // 4]
+        self._first_counter = self._counters.data_ptr()
         self._refused, self._store = store.refused, store
         # Staging for a second peer's part, or for one in a dtype that is half as wide as the sum's.
         staged = part if world.size > 2 else part // 2
@@ -77,26 +77,27 @@ class HostExchange:
         self._stream: torch.cuda.Stream | None = None
 
     def all_gather(self, whole: Tensor, shard: Tensor) -> Pending:
-        parts = whole.view(self.world.size, -1)
+        nbytes, rank, first = shard.nbytes, self.world.rank, whole.data_ptr()
+        assert whole.nbytes == self.world.size * nbytes
         self._begin()
-        with self._on_stream():
-            if shard.data_ptr() != parts[self.world.rank].data_ptr():
-                parts[self.world.rank].copy_(shard)
-            self._send([shard])
-            for peer in self._peers:
-                self._receive(parts[peer], peer, 0)
-            return self._pending()
+        if shard.data_ptr() != first + rank * nbytes:
+            with self._on_stream():
+                whole.view(self.world.size, -1)[rank].copy_(shard)
+        self._send([shard.data_ptr()], nbytes)
+        for peer in self._peers:
+            self._receive(first + peer * nbytes, peer, 0, nbytes)
+        return self._pending()
 
     def reduce_scatter(self, shard: Tensor, whole: Tensor) -> Pending:
-        parts = whole.view(self.world.size, -1)
+        own = whole.view(self.world.size, -1)[self.world.rank]
+        nbytes, first = own.nbytes, whole.data_ptr()
         self._begin()
+        self._send([first + peer * nbytes for peer in self._peers], nbytes)
         with self._on_stream():
-            self._send([parts[peer] for peer in self._peers])
-            own = parts[self.world.rank]
             for i, peer in enumerate(self._peers):
                 direct = i == 0 and shard.dtype == own.dtype
-                into = shard if direct else self._received[: own.nbytes].view(own.dtype)
-                self._receive(into, peer, self.world.rank - (self.world.rank > peer))
+                into = shard if direct else self._received[:nbytes].view(own.dtype)
+                self._receive(into.data_ptr(), peer, self.world.rank - (self.world.rank > peer), nbytes)
                 if i == 0 and not direct:
                     shard.copy_(into)
                 shard.add_(own if i == 0 else into)
@@ -134,30 +135,23 @@ class HostExchange:
         if whole.tolist() != list(range(self.world.size)):
             raise RuntimeError("other bytes came than were sent")
 
-    def _send(self, parts: Sequence[Tensor]) -> None:
-        """Queue the copies to this rank's slot: one part for each peer, or one for all of them."""
+    def _send(self, parts: Sequence[int], nbytes: int) -> None:
+        """Queue the copies to this rank's slot: one part for each peer, or one for all of them. parts: addresses."""
         for peer in self._peers:
             self._await(self._read(self.world.rank, peer), self.count - SLOTS)
+        slot = self._slots[self.world.rank][self.count % SLOTS]
         for i, part in enumerate(parts):
-            self._part(self.world.rank, i, part).copy_(part, non_blocking=True)
-            TRAFFIC.from_device += part.nbytes
+            self._take_out(slot + i * nbytes, part, nbytes)
+            TRAFFIC.from_device += nbytes
         for peer in self._peers:
             self._advance(self._written(self.world.rank, peer))
 
-    def _receive(self, into: Tensor, peer: int, number: int) -> None:
-        """Queue the copy of part `number` from the peer's slot."""
+    def _receive(self, into: int, peer: int, number: int, nbytes: int) -> None:
+        """Queue the copy of part `number` from the peer's slot to an address of the GPU."""
         self._await(self._written(peer, self.world.rank), self.count)
-        into.copy_(self._part(peer, number, into), non_blocking=True)
-        TRAFFIC.to_device += into.nbytes
+        self._bring(into, self._slots[peer][self.count % SLOTS] + number * nbytes, nbytes)
+        TRAFFIC.to_device += nbytes
         self._advance(self._read(peer, self.world.rank))
-
-    def _part(self, rank: int, number: int, like: Tensor) -> Tensor:
-        """Return part `number` of the rank's slot of this exchange; all parts have the bytes of `like`."""
-        key = rank, self.count % SLOTS, number, like.nbytes, like.dtype
-        if key not in self._parts:
-            slot = self._slots[rank][self.count % SLOTS]
-            self._parts[key] = slot[number * like.nbytes : (number + 1) * like.nbytes].view(like.dtype)
-        return self._parts[key]
 
     def _written(self, rank: int, peer: int) -> int:
         """Return the number of the counter of what `rank` has written for `peer`."""
@@ -174,7 +168,9 @@ class HostExchange:
         self._wait_value, self._write_value = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
         for call in (self._wait_value, self._write_value):  # (stream, address, value, flags)
             call.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
+        self._copies = {to_device: driver_copy(to_device) for to_device in (True, False)}
         self._stream = torch.cuda.Stream(self.world.device)
+        self._handle = self._stream.cuda_stream
 
     def _begin(self) -> None:
         """Start one exchange, behind what is queued on the current stream now."""
@@ -193,6 +189,14 @@ class HostExchange:
         assert self._stream is not None
         return _Recorded(self._stream.record_event(), self.world.device)
 
+    def _take_out(self, to: int, source: int, nbytes: int) -> None:
+        """Queue a copy from the GPU to host memory, by address: it needs no view."""
+        self._check(self._copies[False](to, source, nbytes, self._handle), "cuMemcpyDtoHAsync")
+
+    def _bring(self, to: int, source: int, nbytes: int) -> None:
+        """Queue a copy from host memory to the GPU."""
+        self._check(self._copies[True](to, source, nbytes, self._handle), "cuMemcpyHtoDAsync")
+
     def _await(self, counter: int, value: int) -> None:
         """Make the stream wait until the counter has reached `value` (the driver's default comparison, >=)."""
         if value > 0:
@@ -203,10 +207,12 @@ class HostExchange:
         self._call(self._write_value, counter, self.count)
 
     def _call(self, call: Any, counter: int, value: int) -> None:
-        assert self._stream is not None
-        status = call(self._stream.cuda_stream, self._counters.data_ptr() + LINE * counter, value, 0)
+        self._check(call(self._handle, self._first_counter + LINE * counter, value, 0), call.__name__)
+
+    @staticmethod
+    def _check(status: int, call: str) -> None:
         if status != 0:
-            raise RuntimeError(f"{call.__name__}: CUDA error {status}")
+            raise RuntimeError(f"{call}: CUDA error {status}")
 
 
 def store_bytes(nbytes: int, ranks: int) -> int:
