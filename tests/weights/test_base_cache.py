@@ -27,7 +27,7 @@ from fsdp_qlora.weights.frozen_bytes import checksum
 from fsdp_qlora.weights.layout import Layout
 from tests.support.torchrun import ROOT
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 DOUBLE = NF4(double_quant=True)
 PIECE = 3 * BLOCK  # a piece in these tests
 NBYTES = 7 * PIECE + 5 * 256  # the last piece is short, and no multiple of what a disk reads
