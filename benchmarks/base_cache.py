@@ -61,7 +61,7 @@ def main() -> int:
 
 def measure(place: Path, count: int, threads: int, repeats: int) -> dict[str, object]:
     """Return GB/s by way."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     files, nbytes = [place / f"{i}.safetensors" for i in range(count)], count * UNIT
     whole = torch.randint(-(2**62), 2**62, (UNIT // 8,)).view(torch.uint8).to(device)
     write_seconds = timed(lambda: write(files, whole, threads))

@@ -67,10 +67,11 @@ class HostExchange:
         part = -(-nbytes // world.size)
         slot, counters = part * len(self._peers), LINE * 2 * world.size**2
         store = HostStore(store_bytes(nbytes, world.size), world, FAILS, INSTEAD)
-        self._slots = [[store.take(slot).data_ptr() for _ in range(SLOTS)] for _ in range(world.size)]  # addresses
+        self._memory = [[store.take(slot) for _ in range(SLOTS)] for _ in range(world.size)]
+        self._slots = [[piece.data_ptr() for piece in pieces] for pieces in self._memory]  # addresses
         self._counters = store.take(counters).view(torch.int32)[:: LINE // 4]
         self._first_counter = self._counters.data_ptr()
-        self._refused, self._store = store.refused, store
+        self._refused = store.refused
         # Staging for a second peer's part, or for one in a dtype that is half as wide as the sum's.
         staged = part if world.size > 2 else part // 2
         self._received = torch.empty(staged, dtype=torch.uint8, device=world.device)

@@ -1,4 +1,4 @@
-"""Host memory that all ranks of a node share: pinned once by each, freed with them.
+"""Host memory that all ranks of a node share: pinned once by each, as long as anything has it, freed with them.
 
 The memory is a memfd: it has no name, so nothing can be left behind in /dev/shm, whatever kills the ranks, and a
 container's small /dev/shm does not limit it. The first rank of the node makes it; its peers open it through /proc,
@@ -10,7 +10,6 @@ import errno
 import mmap
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError, first_line
-from fsdp_qlora.memory.pinned import PAGE, POPULATE_STEP, ask_large_pages, populate, register, unregister
+from fsdp_qlora.memory.pinned import PAGE, POPULATE_STEP, ask_large_pages, populate, try_page_lock
 from fsdp_qlora.runtime.background import do_in_order
 from fsdp_qlora.units import as_gib
 
@@ -34,9 +33,10 @@ INSTEAD = "use --use_cpu_offload true --cpu_offload_by fsdp2, which shares none"
 
 
 class HostStore:
-    """Memory that every rank of a node sees, page-locked as long as this object lives.
+    """Memory that every rank of a node sees.
 
-    `take` hands out pieces, in the same order on every rank.
+    `take` hands out pieces, in the same order on every rank. A piece is page-locked until the last tensor that has its
+    memory goes; the store itself may go before.
 
     refused: 0, or CUDA's error code where the system refused to page-lock: copies from it are then slower, but right.
     """
@@ -51,9 +51,7 @@ class HostStore:
         self.world, self.nbytes, self.refused = world, nbytes, 0
         self._fails, self._instead = fails, instead
         self._taken = 0
-        self._locked: list[int] = []  # addresses
-        self._ahead: deque[tuple[int, Future[None]]] = deque()  # (bytes of a piece, whether it has been page-locked)
-        weakref.finalize(self, _unlock, self._locked).atexit = False  # then the process ends it
+        self._ahead: deque[tuple[Tensor, Future[None]]] = deque()  # pieces, and whether they have been page-locked
         descriptor = world.together(lambda: self._make(nbytes) if world.local_rank == 0 else -1)
         pid, number = world.gather([os.getpid(), descriptor])[world.rank - world.local_rank]
         self._map = world.together(lambda: self._open(int(pid), int(number)))
@@ -66,13 +64,14 @@ class HostStore:
     def take(self, nbytes: int) -> Tensor:
         """Return uint8 [nbytes], on pages of its own, pinned for this rank if it has a GPU."""
         assert self._taken + nbytes <= self.nbytes, "the store was made too small"
-        piece = self._piece(self._taken, nbytes)
-        self._taken += rounded(nbytes)
+        start, self._taken = self._taken, self._taken + rounded(nbytes)
         if self._ahead:
-            expected, locked = self._ahead.popleft()
-            assert expected == nbytes, "another piece was page-locked ahead"
+            piece, locked = self._ahead.popleft()
+            assert piece.nbytes == nbytes, "another piece was page-locked ahead"
             locked.result()
-        elif self.world.device.type == "cuda":
+            return piece
+        piece = self._piece(start, nbytes)
+        if self.world.device.type == "cuda":
             self._lock(piece)
         return piece
 
@@ -81,17 +80,13 @@ class HostStore:
 
     def _lock(self, piece: Tensor) -> None:
         if not self.refused:
-            status = register(piece.data_ptr(), piece.nbytes)
-            if status == 0:
-                self._locked.append(piece.data_ptr())
-            else:
-                self.refused = status
+            self.refused = try_page_lock(piece) or self.refused  # another thread's piece may be refused meanwhile
 
     def _lock_ahead(self, sizes: Sequence[int]) -> None:
         offsets = accumulate(map(rounded, sizes), initial=0)
         pieces = [self._piece(offset, nbytes) for offset, nbytes in zip(offsets, sizes, strict=False)]
         locking = do_in_order([partial(self._lock, piece) for piece in pieces], LOCKERS, self.world.device)
-        self._ahead.extend(zip(sizes, locking, strict=True))
+        self._ahead.extend(zip(pieces, locking, strict=True))
 
     def share(self, nbytes: int) -> slice:
         """Return the part of a piece of `nbytes` that this rank writes where all ranks have its contents."""
@@ -138,11 +133,6 @@ class HostStore:
             f"{self._fails}: {as_gib(self.nbytes, 2)} of host memory cannot be shared among "
             f"the ranks of a node ({first_line(error)}): {cure}, or {self._instead}"
         )
-
-
-def _unlock(addresses: list[int]) -> None:
-    while addresses:
-        unregister(addresses.pop())
 
 
 def _populate(memory: mmap.mmap, world: World) -> None:

@@ -12,7 +12,7 @@ import torch
 from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.distributed.world import open_world
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.memory import host_link
+from fsdp_qlora.memory import host_link, pinned
 from fsdp_qlora.memory import shared as host_store
 from fsdp_qlora.memory.pinned import register
 from fsdp_qlora.memory.shared import HostStore, rounded
@@ -159,7 +159,7 @@ def test_memory_that_cannot_be_page_locked_still_serves(monkeypatch):
         assert register(address, nbytes) == 0
         return register(address, nbytes)  # for the second time, which is refused
 
-    monkeypatch.setattr(host_store, "register", refuse)
+    monkeypatch.setattr(pinned, "register", refuse)
     with open_world(LaunchOptions(), 0) as world:
         store = HostStore(1 << 20, world)
         piece = store.take(1000)
@@ -178,8 +178,8 @@ def test_pieces_that_are_known_are_page_locked_ahead(monkeypatch):
         locked.append((address, nbytes))
         return 0 if len(locked) < 3 else 801
 
-    monkeypatch.setattr(host_store, "register", slowly)
-    monkeypatch.setattr(host_store, "unregister", lambda address: locked.remove((address, locked_bytes[address])))
+    monkeypatch.setattr(pinned, "register", slowly)
+    monkeypatch.setattr(pinned, "unregister", lambda address: locked.remove((address, locked_bytes[address])))
     monkeypatch.setattr(host_store, "LOCKERS", 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     with open_world(LaunchOptions(), 0) as world:
@@ -197,14 +197,18 @@ def test_pieces_that_are_known_are_page_locked_ahead(monkeypatch):
         with pytest.raises(AssertionError, match="too small"):
             store.take(1)
         locked_bytes = dict(locked)
+        first = pieces[0][10:20]
         del store, pieces
+        gc.collect()
+        assert [nbytes for _, nbytes in locked] == [5000, 9000], "a piece stays page-locked with any part of it"
+        del first
         gc.collect()
         assert [nbytes for _, nbytes in locked] == [9000], "the refused one alone has nothing to be taken back"
 
 
 def test_another_piece_than_was_foreseen_is_our_mistake(monkeypatch):
-    monkeypatch.setattr(host_store, "register", lambda address, nbytes: 0)
-    monkeypatch.setattr(host_store, "unregister", lambda address: None)
+    monkeypatch.setattr(pinned, "register", lambda address, nbytes: 0)
+    monkeypatch.setattr(pinned, "unregister", lambda address: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     with open_world(LaunchOptions(), 0) as world:
         store = HostStore(1 << 20, replace(world, device=CUDA), pieces=[10])

@@ -157,8 +157,7 @@ def link(world: World) -> dict[str, float]:
     source, target = (torch.zeros(PINNED, dtype=torch.uint8) for _ in range(2))
     try_page_lock(target)  # where the system refuses, the copies of a run are as slow as these
     try:
-        store = HostStore(PINNED, world)  # page-locked while it lives
-        source = store.take(PINNED).zero_()
+        source = HostStore(PINNED, world).take(PINNED).zero_()
     except UserError:  # a system that lets nobody share: nothing will be streamed
         try_page_lock(source)
     here, there = (torch.zeros(PINNED, dtype=torch.uint8, device=device) for _ in range(2))
