@@ -31,8 +31,8 @@ class StepLinears:
     magnitudes c (x W^T + scale * x A^T B^T) + b.
 
     The matrices lie decoded in `copy` and cuBLAS multiplies. Where there is no memory for that, 4-bit codes are read as
-    they are for one row (`kernels/nf4_few_rows.py`), and decoded into scratch one below the other for more. x A^T is
-    one product for all."""
+    they are for up to `CODES_ROWS` rows (`kernels/nf4_few_rows.py`), and decoded into scratch one below the other for
+    more. x A^T is one product for all."""
 
     def __init__(self, linears: Sequence[FrozenLinear], scratch: WeightScratch) -> None:
         self.linears, self.scratch = tuple(linears), scratch
