@@ -1,8 +1,6 @@
 """Faults of gguf: each is one line, before a weight is read where that can be known; no part of a file is left."""
 
-import errno
 import shutil
-from itertools import islice
 
 import pytest
 from transformers import AutoTokenizer
@@ -11,7 +9,6 @@ pytest.importorskip("gguf")
 pytest.importorskip("cyllama")
 
 from fsdp_qlora.export import merged
-from fsdp_qlora.export.gguf import model_file
 from tests.export.test_gguf import convert, llama, save_base
 from tests.support.saved_adapters import save_random_adapter
 
@@ -33,20 +30,6 @@ def test_a_disk_that_is_too_small_is_told_before_a_weight_is_read(llama, tmp_pat
     said = one_line(capsys)
     assert "has 0.00 GiB free and the file will take" in said
     assert "a smaller --quantization" in said
-
-
-def test_a_disk_that_fills_up_leaves_no_part_and_says_so(llama, tmp_path, capsys, monkeypatch):
-    write = model_file.write_file
-
-    def three(data):
-        yield from islice(data, 3)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(model_file, "write_file", lambda *given: write(*given[:-1], three(given[-1])))
-    assert not convert(tmp_path / "g", 1, model_name=llama, quantization="f16")
-    said = one_line(capsys)
-    assert "could not be written (No space left on device); nothing of it is left" in said
-    assert not list((tmp_path / "g").iterdir())
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_only": True}], ids=["merged", "alone"])
