@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files, and lines of files, written whole or not at all."""
 
 import os
 import re
@@ -25,6 +25,19 @@ def atomic_file(target: Path) -> Iterator[Path]:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def append_lines(target: Path, lines: str) -> None:
+    """Append lines. Where the disk takes a part of them, no part of a line is left. Raises OSError where it does."""
+    data = lines.encode()
+    with target.open("ab", buffering=0) as file:
+        end, written = file.seek(0, os.SEEK_END), 0
+        try:
+            while written < len(data):
+                written += file.write(data[written:])
+        except OSError:
+            file.truncate(end + data.rfind(b"\n", 0, written) + 1)
+            raise
 
 
 def sweep(folder: Path, is_ours: Callable[[str], bool], dead_only: bool) -> None:

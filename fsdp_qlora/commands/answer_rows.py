@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.atomic_files import append_lines
 from fsdp_qlora.commands.answering import AnsweringOptions, sized
 from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.data.asked import Prompts, read_prompts
@@ -176,11 +177,11 @@ class _Lines:
                 self.path.write_text("")
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Write lines; what is written stays if the command is interrupted."""
+        """Write lines; those that are written whole stay if the command is interrupted, or the disk full."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         if self.path is None:
             self._stdout.write(text)
             self._stdout.flush()
             return
-        with writing_to(self.path.parent, "output_file"), self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with writing_to(self.path.parent, "output_file"):
+            append_lines(self.path, text)

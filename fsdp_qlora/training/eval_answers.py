@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.atomic_files import append_lines
 from fsdp_qlora.config.options import MemoryOptions
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.generation.answers import Answer, Answers, NoMemory, with_memory
@@ -92,8 +93,8 @@ class EvalAnswers:
     def _write(self, lines: Sequence[dict[str, object]]) -> str:
         """Return why the lines could not be written, "" where they are."""
         try:
-            with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            append_lines(self.folder / ANSWERS, text)
         except OSError as error:
             return f"{self.folder / ANSWERS} cannot be written ({error.strerror})"
         return ""

@@ -1,6 +1,5 @@
 """Faults of generate and evaluate: each is one line, and what was answered or measured so far is not lost."""
 
-import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from fsdp_qlora.__main__ import main
 from fsdp_qlora.generation.answers import Answers
 from tests.generation.test_generate import material
 from tests.support import tiny
+from tests.support.full_disk import REFUSED, no_file_beyond
 from tests.support.runs import Options, flags
 
 __all__ = ["material"]  # the fixture
@@ -51,36 +51,25 @@ def asked(material, tmp_path, capsys) -> Callable[[str], Asked]:
     return lambda command: Asked(material, tmp_path, capsys, command)
 
 
-def full_from(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
-    """Let the disk be full when files whose name begins so are opened for the `count`-th time to be written."""
-    opened, left = Path.open, [count]
-
-    def fails(path: Path, mode: str = "r", *more: object, **named: object) -> object:
-        if path.name.removeprefix(".").startswith(name) and set(mode) & set("wa"):
-            left[0] -= 1
-            if left[0] < 0:
-                raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return opened(path, mode, *more, **named)
-
-    monkeypatch.setattr(Path, "open", fails)
-
-
-def test_a_full_disk_leaves_the_answers_so_far(asked, monkeypatch):
+@pytest.mark.parametrize("nbytes", [0, 1, 300, 500])
+def test_a_full_disk_leaves_the_answers_so_far_each_of_them_whole(nbytes, asked):
     generate = asked("generate")
-    full_from(monkeypatch, "output", 3)  # begun, and two batches
-    said = generate(2)
+    with no_file_beyond(nbytes):
+        said = generate(2)
     assert "output_file:" in said
-    assert "No space left on device" in said
-    assert "free some space" in said
-    assert len(generate.answers()) == 4
+    assert f"cannot be written ({REFUSED}); free some space" in said
+    left = generate.output.read_bytes()
+    generate(0, overwrite=True)
+    whole = generate.output.read_bytes()
+    assert left == whole[: whole.rfind(b"\n", 0, nbytes) + 1]
+    assert len(generate.answers()) == 7
 
 
-def test_a_full_disk_leaves_the_figures_on_the_screen(asked, monkeypatch):
+def test_a_full_disk_leaves_the_figures_on_the_screen(asked):
     evaluate = asked("evaluate")
-    full_from(monkeypatch, "answers", 0)
-    said = evaluate(2)
-    assert "No space left on device" in said
-    assert "free some space" in said
+    with no_file_beyond(100):
+        said = evaluate(2)
+    assert f"cannot be written ({REFUSED}); free some space" in said
     assert "exact" in evaluate.out
     assert "of 7" in evaluate.out
     assert not list(evaluate.output.iterdir())
