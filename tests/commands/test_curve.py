@@ -292,6 +292,11 @@ def test_a_folder_with_other_things_is_refused_and_test_rows_that_are_trained_on
     assert "note" not in capsys.readouterr().out
     curve(asked(material, tmp_path / "d", rows="3", eval_dataset=both))
     assert "1 of 5 different test row is among the 3 training rows (the first: line 3" in capsys.readouterr().out
+    same = tmp_path / "same.jsonl"
+    same.write_text(first * 2)
+    curve(asked(material, tmp_path / "e", rows="3", eval_dataset=same), 2)
+    assert "same.jsonl': all its rows are among the 3 training rows (the first: line 3" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
 
 
 def test_help_has_its_options_and_those_of_train(capsys):

@@ -12,7 +12,8 @@ from fsdp_qlora.errors import UserError
 def check_rows(dataset: str, eval_dataset: str, eval_samples: int | None, most: int) -> list[str]:
     """Return notes for the user. most: rows of the largest point.
 
-    Raises UserError where a dataset cannot be read, or has fewer rows than the largest point."""
+    Raises UserError where a dataset cannot be read or has fewer rows than the largest point, and where all test rows
+    are trained on."""
     measured = {content for _, content in islice(_contents(eval_dataset, eval_samples, "eval_"), eval_samples)}
     if not measured:
         raise UserError(f"eval_dataset {eval_dataset!r}: has no rows")
@@ -26,6 +27,11 @@ def check_rows(dataset: str, eval_dataset: str, eval_samples: int | None, most: 
         raise UserError(f"rows {most}: dataset {dataset!r} has {count:,} rows; ask for at most so many")
     if not copies:
         return []
+    if len(copies) == len(measured):
+        raise UserError(
+            f"eval_dataset {eval_dataset!r}: all its rows are among the {most:,} training rows (the first: {first}); "
+            "give other rows, or ask for fewer --rows"
+        )
     are = "row is" if len(copies) == 1 else "rows are"
     return [
         f"note      {len(copies):,} of {len(measured):,} different test {are} among the {most:,} training rows (the "
