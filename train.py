@@ -24,7 +24,7 @@ from fsdp_qlora.runtime.launcher import (
     make_libraries_repeatable,
     rank_from_environment,
 )
-from fsdp_qlora.runtime.libraries import go_offline_if_unreachable, silence
+from fsdp_qlora.runtime.libraries import go_offline_if_unreachable, leave_out_compiler, silence
 from fsdp_qlora.runtime.terminal import prepare_streams, print_to_pager
 
 # Torchrun ends all ranks as soon as one has ended, so the one that tells the user what is wrong gets a head start.
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _tell(error.on_every_rank(rank_from_environment()))
     silence()
+    leave_out_compiler()
     choose_allocator()
     keep_cpu_products_inside()
     unreachable = go_offline_if_unreachable() if needs_hub(config) else None

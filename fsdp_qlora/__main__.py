@@ -17,7 +17,7 @@ from fsdp_qlora.config.help import help_text
 from fsdp_qlora.config.parse import parse_as, wants_help
 from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.runtime.launcher import choose_allocator, keep_cpu_products_inside, rank_from_environment, read_launch
-from fsdp_qlora.runtime.libraries import silence
+from fsdp_qlora.runtime.libraries import leave_out_compiler, silence
 from fsdp_qlora.runtime.terminal import prepare_streams, print_to_pager
 
 HEAD_START_SECONDS = 2.0
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if read_launch().size > 1 and not command.ranks:
             raise UserError(f"{name} runs in one process: start it without torchrun")
         silence()
+        leave_out_compiler()
         if command.ranks:
             choose_allocator()
         keep_cpu_products_inside()

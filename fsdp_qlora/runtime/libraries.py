@@ -1,4 +1,4 @@
-"""Libraries before they are imported: whether they are installed, what they print, whether they ask the model hub."""
+"""Libraries before they are imported: whether they are there, what they print and prepare, whether they ask the hub."""
 
 import importlib.util
 import logging
@@ -43,6 +43,14 @@ def installed(package: str) -> bool:
     """Return whether a package can be imported, without importing it."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None  # without an origin it is a mere folder, as wandb leaves behind
+
+
+def leave_out_compiler() -> None:
+    """Make `torch.compile` leave functions as they are, in this process. Call it before the libraries are imported.
+
+    Nothing here is compiled by it. transformers imports hqq, and hqq and bitsandbytes prepare functions that are not
+    used here: with them all of TorchInductor is imported, 1 s of 7 on a fast host."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def silence() -> None:
