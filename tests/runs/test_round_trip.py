@@ -27,9 +27,9 @@ from tests.support.torchrun import ROOT  # noqa: E402
 
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
 DATA = ROOT / "launch" / "quickstart_data"
-ROWS = [json.loads(line)["messages"] for line in (DATA / "heldout.jsonl").read_text().splitlines()[:20]]
+ROWS = [json.loads(line)["messages"] for line in (DATA / "heldout.jsonl").read_text().splitlines()[:12]]
 RIGHT = [row[-1]["content"] for row in ROWS]
-MARK = 19  # right answers of 20
+MARK = 11  # right answers of 12
 MOST_TOKENS = 24  # of an answer, as in the quickstart
 
 pytestmark = [
@@ -148,7 +148,7 @@ def test_what_loses_nothing_answers_as_base_plus_adapter(forms):
     assert served(forms.file("f16", adapter=forms.adapter, quantization="f16")) == answers
 
 
-@pytest.mark.parametrize(("quantization", "most_error", "least"), [("q8_0", 0.01, MARK), ("q4_k_m", 0.08, MARK - 4)])
+@pytest.mark.parametrize(("quantization", "most_error", "least"), [("q8_0", 0.01, MARK), ("q4_k_m", 0.08, MARK - 2)])
 def test_a_quantized_file_reads_back_as_the_merged_weights_and_answers(quantization, most_error, least, forms):
     truth = {}
     for name, tensor in load_file(forms.merged("trained") / "model.safetensors").items():
@@ -175,6 +175,6 @@ def test_the_adapter_alone_over_the_bases_file_answers_as_merged_over_the_origin
     base = forms.file("base", model_name=SMOLLM2, quantization="f16")
     merged = {"model_name": forms.merged("original"), "train_type": "lora", "precision": "fp32"}
     answers = forms.evaluated("original", **merged)
-    assert right(answers) >= MARK - 4
+    assert right(answers) >= MARK - 2
     assert served(base, alone) == answers
     assert right(served(base, rows=5)) == 0
