@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from fsdp_qlora.runtime.launcher import keep_cpu_products_inside
+from fsdp_qlora.runtime.libraries import leave_out_compiler
 from tests.support.tiers import COLLECTED, mark_ranks
 
 keep_cpu_products_inside()
+leave_out_compiler()  # here and in all processes that tests start: TorchInductor takes each a second of its start
 if not torch.cuda.is_available():
     # Must be set before a kernel is decorated, so before any test module imports one.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -145,12 +145,14 @@ WORKER = """
     import torch
     from tests.golden.origin import strangers
     from tests.support.meeting import RANK, meet_at
+    from tests.support.pictures import without_pictures
     from train import main
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     for name, arguments in json.load(open(sys.argv[1])).items():
         meet_at(name)
-        code = main(arguments)
+        with without_pictures():
+            code = main(arguments)
         sys.stdout.write(f"rank {RANK}: {name} ended with {code}\\n")
     sys.stdout.write(f"rank {RANK}: modules of another checkout: {strangers()[:5]}\\n")
     """

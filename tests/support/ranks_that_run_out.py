@@ -37,6 +37,7 @@ from fsdp_qlora.plan import planning
 from fsdp_qlora.plan.plan import Plan
 from fsdp_qlora.training.step import Stepper
 from tests.support.meeting import RANK, meet_at
+from tests.support.pictures import without_pictures
 
 train.HEAD_START_SECONDS = 0.0  # this launch does not end with the first rank that does
 MESSAGE = "CUDA out of memory. Tried to allocate 226.00 MiB. GPU 0 has a total capacity of 23.99 GiB\nSee documentation"
@@ -126,6 +127,7 @@ def run(case: dict[str, Any], undo: contextlib.ExitStack) -> int:
     faults = Faults([tuple(fault) for fault in case["faults"]])
     for place, (owner, name, late) in PLACES.items():
         undo.enter_context(patch.object(owner, name, faults.at(place, getattr(owner, name), late)))
+    undo.enter_context(without_pictures())
     undo.enter_context(patch.object(Stepper, "_begin", faults.step(Stepper._begin)))
     if case["keep"]:
         undo.enter_context(patch.object(planning, "make_plan", planned(case["keep"], case["offloaded"])))

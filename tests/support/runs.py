@@ -10,19 +10,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train
+from tests.support.pictures import without_pictures
 from tests.support.torchrun import run_torchrun
 
 WORKER = """
     import json, sys, time
     import torch
     from tests.support.meeting import RANK, meet_at
+    from tests.support.pictures import without_pictures
     from train import main
 
     torch.use_deterministic_algorithms(True, warn_only=True)  # and NaN in all memory that nobody has written
     for name, arguments in json.load(open(sys.argv[1])).items():
         meet_at(name)
         start = time.monotonic()
-        code = main(arguments)
+        with without_pictures():
+            code = main(arguments)
         took = time.monotonic() - start
         sys.stdout.write(f"rank {RANK}: {name} ended with {code} after {took:.1f} s\\n")
     """
@@ -82,7 +85,8 @@ def run_ranks(cases: dict[str, Options], ranks: int, folder: Path, timeout: floa
 
 def run_alone(options: Options, folder: Path) -> Run:
     """`train.py` with those options, in this process, which is then its only rank."""
-    code = train.main(flags(options | {"output_dir": folder}))
+    with without_pictures():
+        code = train.main(flags(options | {"output_dir": folder}))
     assert code == 0, f"{options} ended with {code}"
     return Run(folder)
 
