@@ -31,6 +31,7 @@ MOST_ROWS = 64  # of one program: its x^T and sums stay in registers
 OUTPUTS, BLOCKS = 64, 2  # of a program's tile: out features, and blocks of each
 PROGRAMS = 4  # for each multiprocessor: enough loads in flight to keep the memory busy
 FEWEST_STEPS = 4  # of a program, below which starting it costs more than it brings
+MOST_RANK = 128  # columns of the adapter in one product: 512 at once take 104 KiB of shared memory, gaming cards have 99
 
 
 def can_multiply(like: torch.Tensor, in_features: int) -> bool:
@@ -72,7 +73,7 @@ def nf4_few_rows(
             tables if xa is None else xa[first:], tables if b is None else b, out[first:], parts,
             _arrivals(x.device, tiles), count, outputs, 0 if xa is None else xa.stride(0), out.stride(0),
             I=width, NESTED=isinstance(absmax, tuple), BIAS=bias is not None, R=rank,
-            R_TILE=max(16, next_power_of_2(rank)), ROWS=max(8, next_power_of_2(count)), OUTPUTS=OUTPUTS,
+            R_TILE=min(MOST_RANK, max(16, next_power_of_2(rank))), ROWS=max(8, next_power_of_2(count)), OUTPUTS=OUTPUTS,
             BLOCKS=BLOCKS, STEPS=steps, SPLITS=splits, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -91,7 +92,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _arrivals(device: torch.device, tiles: int) -> torch.Tensor:
-    """Return int32 [tiles], zero between two launches: how many parts of a tile are done."""
+    """Return int32 [tiles], zero between two launches: how many parts of a tile are done.
+
+    Made outside a graph's capture: there the zeros would be written by its replays alone."""
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "the first call of a shape, captured"
     return torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
@@ -161,8 +165,8 @@ def _few_rows_kernel(
     if is_last:
         if BIAS:
             summed += tl.load(bias_ptr + outputs, mask=live, other=0.0).to(tl.float32)[:, None]
-        if R > 0:
-            r = tl.arange(0, R_TILE)
+        for first_r in tl.static_range(0, R, R_TILE):
+            r = first_r + tl.arange(0, R_TILE)
             b_at = outputs.to(tl.int64)[:, None] * R + r[None, :]
             b = tl.load(b_ptr + b_at, mask=live[:, None] & (r < R)[None, :], other=0.0)
             xa = tl.load(

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 # A process of its own: where TRITON_INTERPRET is set kernels are Python functions and cannot be compiled.
 SCRIPT = """
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -20,7 +21,7 @@ from fsdp_qlora.kernels import (
 )
 
 
-def compiled(kernel, capability, types, **constants):
+def built(kernel, capability, types, **constants):
     # types: a letter for each argument that is no constant
     full = {"b": "*bf16", "f": "*fp32", "h": "*fp16", "u": "*u8", "l": "*i64", "i": "i32", "F": "fp32", "I": "i64"}
     full |= {"w": "*i32", "s": "*i16"}
@@ -31,7 +32,11 @@ def compiled(kernel, capability, types, **constants):
     source = ASTSource(kernel, signature, constexprs=places)
     fused = not kernel.__name__.startswith(("_dequantize", "_few_rows"))
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": fused}).asm["ptx"]
+    return triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": fused})
+
+
+def compiled(*args, **constants):
+    return built(*args, **constants).asm["ptx"]
 
 
 for out, nested, apart in (("b", True, 0), ("h", False, 8), ("f", True, 1)):
@@ -86,6 +91,18 @@ for out, nested, rank, rows, splits in (
     for capability in (86, 90):
         ptx = compiled(nf4_few_rows._few_rows_kernel, capability, types, **tiling)
         assert out == "f" or "fma.rn.f32" not in ptx, (out, nested, rank)
+launched = []
+nf4_few_rows.launch = lambda kernel, grid, *args, **options: launched.append(options)
+for rows, rank in ((8, 64), (32, 64), (32, 1024)):
+    x, out, xa, b = (
+        torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((rows, 4096), (rows, 128), (rows, rank), (128, rank))
+    )
+    codes, scales = torch.empty(128 * 2048, dtype=torch.uint8, device="meta"), torch.empty(128 * 64, device="meta")
+    nf4_few_rows.nf4_few_rows(x, codes, scales, out, xa=xa, b=b)
+    tiling = {name: value for name, value in launched.pop().items() if name.isupper()}
+    shared = built(nf4_few_rows._few_rows_kernel, 86, "buffffbbbbfwiiii", **tiling).metadata.shared
+    assert shared <= 99 << 10, (rows, rank, shared)  # a gaming card has no more
 for window, capped, is_float in ((0, False, False), (64, True, True)):
     shape = {"C": 300, "K": 2, "G": 4, "D": 96, "PARTS": 3, "TILES": 2, "TILE": 64, "G_TILE": 16, "D_TILE": 128}
     letter = "f" if is_float else "b"

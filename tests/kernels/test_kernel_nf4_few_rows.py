@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fsdp_qlora.kernels.nf4_few_rows import can_multiply, nf4_few_rows
+from fsdp_qlora.kernels.nf4_few_rows import _arrivals, can_multiply, nf4_few_rows
 from fsdp_qlora.weights.codecs import NF4
 from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
@@ -43,6 +43,29 @@ def test_product_is_that_of_the_dequantized_matrix(shape, rows, double_quant, dt
     bare = torch.empty(rows, outputs, dtype=dtype, device=triton_device)
     nf4_few_rows(x, parts["codes"], codec.scales(parts), bare)
     assert_as_good_as_plain(bare, product(dtype, False), product(torch.float64, False), "bare")
+
+
+@pytest.mark.parametrize("rank", [1, 128, 300])
+def test_an_adapter_of_any_rank_is_added(rank, triton_device):
+    outputs, width, rows = 70, 192, 5
+    make = torch.Generator().manual_seed(rank)
+    codec = NF4(True)
+    parts = {name: part.to(triton_device) for name, part in codec.encode(torch.zeros(outputs, width)).items()}
+    x, xa, b = (
+        torch.randn(s, generator=make).to(triton_device, torch.float16)
+        for s in ((rows, width), (rows, rank), (outputs, rank))
+    )
+    out = torch.empty(rows, outputs, dtype=torch.float16, device=triton_device)
+    nf4_few_rows(x, parts["codes"], codec.scales(parts), out, xa=xa, b=b)
+    matrix = codec.decode(parts, (outputs, width), torch.float16)
+    plain, truth = (x.to(kind) @ matrix.to(kind).T + xa.to(kind) @ b.to(kind).T for kind in (x.dtype, torch.float64))
+    assert_as_good_as_plain(out, plain, truth)
+
+
+def test_counters_are_not_made_in_a_capture_where_they_would_not_be_zero(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(AssertionError, match="captured"):
+        _arrivals(torch.device("cuda", 0), 3)
 
 
 def test_what_it_cannot_do_is_said(triton_device):
