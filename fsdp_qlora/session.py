@@ -14,6 +14,7 @@ from fsdp_qlora.config.options import Config, MemoryOptions
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.exchange.choose import check_exchange, choose_exchange
+from fsdp_qlora.kernels.quick_launch import slower_launches
 from fsdp_qlora.models.assemble import Recipe, assemble
 from fsdp_qlora.models.attention import Attention, choose_attention
 from fsdp_qlora.models.causal_lm import CausalModel
@@ -99,6 +100,8 @@ def choose_compute(config: Config, world: World) -> Compute:
         return Compute(hf_config, precision, choose_attention(options.attention, hf_config, precision, world.device))
 
     compute = world.together(choose)
+    if world.device.type == "cuda" and (slower := slower_launches()):
+        world.say(slower)
     world.together(lambda: check_optimizer(config.training, world.device))
     world.together(lambda: check_exchange(config.memory, world))
     return compute

@@ -2,9 +2,10 @@
 
 `kernel[grid](...)` reads environment variables, formats options, looks up globals and calls two empty lists of hooks at
 every launch. What remains is what decides which compiled form runs: Triton's own binder, which knows the arguments'
-types, alignments and constants.
+types, alignments and constants. Settings that change how a kernel is compiled count from its first launch of a kind,
+but for `triton.knobs.runtime.debug`, which counts at once.
 
-It uses names that Triton keeps private, as versions 3.6 and 3.7 have them; with any other version kernels are launched
+It uses names that Triton keeps private, as versions 3.6 to 3.9 have them; with any other version kernels are launched
 in Triton's way.
 """
 
@@ -16,21 +17,23 @@ try:
     import triton
     from triton import knobs
 
-    KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
+    VERSION: str = triton.__version__
 except ImportError:
-    KNOWN = False
+    VERSION = ""
+
+KNOWN = VERSION.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
 
 _compiled: dict[int, dict[tuple[object, ...], Any]] = {}  # by kernel (of a module, so it lives on): by what it is for
 
 
 def quick_launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Do what `kernel[grid](*args, **options)` does. args: on the current GPU."""
-    if not KNOWN or _is_watched():
+    if not KNOWN or _is_watched(kernel):
         kernel[grid](*args, **options)
         return
     device = torch._C._cuda_getDevice()
     bound, specialization, other = kernel.device_caches[device][4](*args, **options)
-    key = (device, *specialization, *other.items())
+    key = (device, knobs.runtime.debug, *specialization, *other.items())
     known = _compiled.setdefault(id(kernel), {})
     found = known.get(key)
     if found is None:
@@ -41,7 +44,19 @@ def quick_launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], opti
     found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *bound.values())
 
 
-def _is_watched() -> bool:
-    """Return whether a profiler wants to be told of launches: Triton calls its list of them twice, empty or not."""
-    runtime = knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+def slower_launches() -> str:
+    """Return why launches take the host longer than they might, for the user; "" where they do not."""
+    if KNOWN:
+        return ""
+    return (
+        f"kernels   triton {VERSION} is none of 3.6 to 3.9, whose launches are known: it launches them in its own way, "
+        "which takes the host twice as long"
+    )
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Return whether a profiler wants to be told of launches: Triton calls its lists of hooks, empty or not.
+
+    A profiler may also have put a function of its own, or None, in the place of such a list."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

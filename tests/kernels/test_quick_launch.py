@@ -1,5 +1,8 @@
 """Launches past Triton's own way: the same compiled form for the same kind of arguments, and Triton's way where due."""
 
+import os
+import subprocess
+import sys
 from collections import defaultdict
 
 import pytest
@@ -28,7 +31,7 @@ class Kernel:
 
     def __init__(self):
         self.device_caches = defaultdict(lambda: ({}, {}, None, None, self.bind))
-        self.called = []
+        self.called, self.pre_run_hooks = [], []
 
     @staticmethod
     def bind(a, n, SIZE, **options):
@@ -77,6 +80,48 @@ def test_a_profiler_and_an_unknown_triton_get_every_launch(kernel, monkeypatch):
     monkeypatch.setattr(module, "KNOWN", False)
     quick_launch(kernel, (1,), (16, 9), {"SIZE": 4})
     assert len(kernel.called) == 3
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_s_own_function_in_place_of_triton_s_list_gets_every_launch(hook, kernel, monkeypatch):
+    quick_launch(kernel, (1,), (16, 9), {"SIZE": 4})
+    monkeypatch.setattr(module.knobs.runtime, hook, print)
+    quick_launch(kernel, (1,), (16, 9), {"SIZE": 4})
+    assert len(kernel.called) == 2
+    monkeypatch.setattr(module.knobs.runtime, hook, None)
+    quick_launch(kernel, (1,), (16, 9), {"SIZE": 4})
+    assert len(kernel.called) == 2, "there is nothing to be told"
+    kernel.pre_run_hooks.append(print)
+    quick_launch(kernel, (1,), (16, 9), {"SIZE": 4})
+    assert len(kernel.called) == 3
+
+
+def test_debugging_is_compiled_for_itself(kernel, monkeypatch):
+    quick_launch(kernel, (1,), (16, 9), {"SIZE": 4})
+    monkeypatch.setattr(module.knobs.runtime, "debug", True)
+    quick_launch(kernel, (1,), (16, 9), {"SIZE": 4})
+    assert len(kernel.called) == 2
+
+
+def test_a_triton_that_is_not_known_is_said_to_be_slower(monkeypatch):
+    assert module.slower_launches() == ""
+    monkeypatch.setattr(module, "KNOWN", False)
+    monkeypatch.setattr(module, "VERSION", "4.0.0")
+    assert "triton 4.0.0 is none of 3.6 to 3.9" in module.slower_launches()
+
+
+@pytest.mark.slow
+def test_the_installed_triton_is_given_what_it_gives_itself(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.launched_twice"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "8 forms, the same launches", done.stderr
 
 
 @pytest.mark.gpu
