@@ -65,6 +65,7 @@ class HostExchange:
         self._peers = [rank for rank in range(world.size) if rank != world.rank]
         nbytes = max(nbytes, 8 * world.size)  # the probe's
         part = -(-nbytes // world.size)
+        self._most_bytes = part  # of a rank's part
         slot, counters = part * len(self._peers), LINE * 2 * world.size**2
         store = HostStore(store_bytes(nbytes, world.size), world, FAILS, INSTEAD)
         self._memory = [[store.take(slot) for _ in range(SLOTS)] for _ in range(world.size)]
@@ -78,8 +79,10 @@ class HostExchange:
         self._stream: torch.cuda.Stream | None = None
 
     def all_gather(self, whole: Tensor, shard: Tensor) -> Pending:
-        nbytes, rank, first = shard.nbytes, self.world.rank, whole.data_ptr()
-        assert whole.nbytes == self.world.size * nbytes
+        nbytes, rank, first = self._part_bytes(whole), self.world.rank, whole.data_ptr()
+        assert shard.nbytes == nbytes
+        assert shard.dtype == whole.dtype
+        assert shard.is_contiguous()
         self._begin()
         if shard.data_ptr() != first + rank * nbytes:
             with self._on_stream():
@@ -90,8 +93,11 @@ class HostExchange:
         return self._pending()
 
     def reduce_scatter(self, shard: Tensor, whole: Tensor) -> Pending:
+        nbytes, first = self._part_bytes(whole), whole.data_ptr()
         own = whole.view(self.world.size, -1)[self.world.rank]
-        nbytes, first = own.nbytes, whole.data_ptr()
+        assert shard.numel() == own.numel()
+        assert shard.is_contiguous()
+        assert shard.dtype == own.dtype or nbytes <= self._received.nbytes, "a sum that is narrower than what is summed"
         self._begin()
         self._send([first + peer * nbytes for peer in self._peers], nbytes)
         with self._on_stream():
@@ -103,6 +109,14 @@ class HostExchange:
                     shard.copy_(into)
                 shard.add_(own if i == 0 else into)
             return self._pending()
+
+    def _part_bytes(self, whole: Tensor) -> int:
+        """Return the bytes of a rank's part of `whole`, checked here: copies by address check nothing."""
+        nbytes = whole.nbytes // self.world.size
+        assert whole.is_contiguous()
+        assert nbytes * self.world.size == whole.nbytes
+        assert nbytes <= self._most_bytes, f"parts of {nbytes} bytes, the exchange was made for {self._most_bytes}"
+        return nbytes
 
     def release_waits(self) -> None:
         for peer in self._peers:
@@ -117,6 +131,8 @@ class HostExchange:
         except (RuntimeError, OSError, AttributeError) as error:  # the last two: a driver that lacks these calls
             found = first_line(error)
             self.release_waits()
+            if self._stream is not None:  # what was held up uses memory that is freed from here on
+                self._stream.synchronize()
         faults = [""] * self.world.size
         dist.all_gather_object(faults, found)
         return next(filter(None, faults), "")
