@@ -79,8 +79,8 @@ class HostStore:
         return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
 
     def _lock(self, piece: Tensor) -> None:
-        if not self.refused:
-            self.refused = try_page_lock(piece) or self.refused  # another thread's piece may be refused meanwhile
+        if not self.refused and (status := try_page_lock(piece)) != 0:  # threads only ever set it
+            self.refused = status
 
     def _lock_ahead(self, sizes: Sequence[int]) -> None:
         offsets = accumulate(map(rounded, sizes), initial=0)
