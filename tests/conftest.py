@@ -1,5 +1,6 @@
 """What every test runs under: Triton's interpreter where there is no GPU, and NaN in all memory nobody has written."""
 
+import gc
 import os
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ leave_out_compiler()  # here and in all processes that tests start: TorchInducto
 if not torch.cuda.is_available():
     # Must be set before a kernel is decorated, so before any test module imports one.
     os.environ["TRITON_INTERPRET"] = "1"
+    # Tensors are small: threads would wait for each other most of the time, here and in processes that tests start.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,6 +29,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collections look at what tests make, and no more at the libraries: hqq collects after each linear."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

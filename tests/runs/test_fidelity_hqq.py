@@ -14,6 +14,7 @@ from tests.runs.test_fidelity import CONTEXT, EXACT, OPTIONS, ROWS, logits_of, r
 from tests.support import plain, tiny
 from tests.support.runs import Run, run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 SHAPE = tiny.SHAPE | {"intermediate_size": 192}  # by groups of 64
 HQQ = {"train_type": "hqq_lora"}
 # name -> (our options, the oracle's)
