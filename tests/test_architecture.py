@@ -2,7 +2,7 @@
 
 import ast
 import graphlib
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -29,16 +29,18 @@ def module_of(path: Path) -> tuple[str, ...]:
     return path.relative_to(PACKAGE).with_suffix("").parts
 
 
-def imports(path: Path, at_load: bool = False) -> Iterator[tuple[str, ...]]:
-    """Yield the modules of this package that a file imports; at_load: only those that it needs to be imported."""
-    tree = ast.parse(path.read_text())
+@cache
+def imports(path: Path, at_load: bool = False) -> list[tuple[str, ...]]:
+    """Return the modules of this package that a file imports; at_load: only those that it needs to be imported."""
+    tree, modules = ast.parse(path.read_text()), []
     for node in tree.body if at_load else ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("fsdp_qlora"):
             package = tuple(node.module.split(".")[1:])
             for name in node.names:
                 inner = PACKAGE.joinpath(*package, name.name)
                 is_module = inner.with_suffix(".py").exists() or (inner / "__init__.py").exists()
-                yield (*package, name.name) if is_module else package
+                modules.append((*package, name.name) if is_module else package)
+    return modules
 
 
 def door(room: str) -> list[str]:

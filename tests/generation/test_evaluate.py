@@ -142,6 +142,7 @@ def test_a_mistake_is_one_line(options, words, material, tmp_path, capsys):
     assert not (tmp_path / "e" / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_rows_from_standard_input_are_measured_in_every_way(material, tmp_path):
     rows = [json.loads(line) for line in (material / "rows.jsonl").read_text().splitlines()]
     file = saved(tmp_path / "rows.jsonl", [row | {"choices": [row["completion"], "gnu"]} for row in rows])

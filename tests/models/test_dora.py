@@ -51,6 +51,7 @@ def test_rounding_is_at_most_plain_pytorchs(name, dtype):
     assert_good(of.run(h, d_out), of.plain(h, d_out), of.truth(h, d_out))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the tests above ran them")
 @pytest.mark.parametrize(
     ("name", "dtype"), [("Gemma3Text", torch.float32), ("Phi3", torch.float16), ("biases-exact-gelu", torch.float16)]

@@ -2,6 +2,7 @@
 
 transformers 5 no longer saves any; 4.57 saves what `transformers_4` below writes (tried)."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ MIXED = {
     "mlp.down_proj": hqq_base_quant_config(1, 64, axis=1),
 }  # gate_proj stays as it is
 FORMS = {"alike": ALIKE, "mixed": MIXED}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """hqq collects garbage after each linear: let it not look at what earlier tests have left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

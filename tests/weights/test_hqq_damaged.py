@@ -1,6 +1,9 @@
 """Checkpoints in HQQ that are damaged, or that this run's numbers cannot hold: one line each, whoever saved them."""
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,20 +14,30 @@ from tests.support.checkpoint_forms import refused, rewrite
 from tests.weights.test_hqq_checkpoints import ALIKE, OPTIONS, SHAPE, hqq_pickle, hqq_safetensors, quantized
 from tests.weights.test_hqq_checkpoints import transformers_4 as told
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 
 LINEAR = "model.layers.1.mlp.up_proj"
 ANEW = OPTIONS | {"overwrite_output_dir": True}
 
 
+Save = Callable[..., None]
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_model(LlamaConfig(**SHAPE), tmp_path_factory.mktemp("model"))
+def whole(tmp_path_factory, one_thread_throughout) -> dict[Save, Path]:
+    """A model in HQQ as each program saves it."""
+    folder = tmp_path_factory.mktemp("whole")
+    base = quantized(tiny.save_model(LlamaConfig(**SHAPE), folder / "model"), ALIKE)
+    for save in (told, hqq_safetensors, hqq_pickle):
+        save(base, folder / save.__name__, ALIKE)
+        tiny.save_tokenizer(folder / save.__name__)
+    return {save: folder / save.__name__ for save in (told, hqq_safetensors, hqq_pickle)}
 
 
 @pytest.fixture
-def base(model):
-    return quantized(model, ALIKE)
+def saved(whole, tmp_path) -> Callable[[Save], Path]:
+    """A copy of what a program saves, to be damaged."""
+    return lambda save: shutil.copytree(whole[save], tmp_path / "hqq")
 
 
 @pytest.mark.parametrize("save", [told, hqq_safetensors], ids=["told", "untold"])
@@ -46,11 +59,10 @@ def base(model):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_damaged_tensor_is_one_line(save, name, change, words, base, tmp_path, capsys):
-    save(base, tmp_path / "hqq", ALIKE)
-    tiny.save_tokenizer(tmp_path / "hqq")
-    rewrite(tmp_path / "hqq", lambda tensors: tensors.update({f"{LINEAR}.{name}": change(tensors[f"{LINEAR}.{name}"])}))
-    line = refused(tmp_path / "hqq", capsys, "train.py", **ANEW)
+def test_a_damaged_tensor_is_one_line(save, name, change, words, saved, capsys):
+    folder = saved(save)
+    rewrite(folder, lambda tensors: tensors.update({f"{LINEAR}.{name}": change(tensors[f"{LINEAR}.{name}"])}))
+    line = refused(folder, capsys, "train.py", **ANEW)
     assert words in line
     assert LINEAR in line
 
@@ -67,28 +79,26 @@ def test_a_damaged_tensor_is_one_line(save, name, change, words, base, tmp_path,
     ],
     ids=str,
 )
-def test_a_config_that_does_not_say_the_form_is_one_line(quant_config, base, tmp_path, capsys):
-    told(base, tmp_path / "hqq", ALIKE)
-    config = json.loads((tmp_path / "hqq" / "config.json").read_text())
+def test_a_config_that_does_not_say_the_form_is_one_line(quant_config, saved, capsys):
+    folder = saved(told)
+    config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["quant_config"] = quant_config
-    (tmp_path / "hqq" / "config.json").write_text(json.dumps(config))
-    assert "in another form than" in refused(tmp_path / "hqq", capsys, **ANEW)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "in another form than" in refused(folder, capsys, **ANEW)
 
 
 @pytest.mark.parametrize("value", ["3bit_\u4e09", "\ud800", 2**70, None], ids=ascii)
-def test_a_setting_that_hqq_does_not_write_is_one_line(value, base, tmp_path, capsys):
-    hqq_pickle(base, tmp_path / "hqq", ALIKE)
-    tiny.save_tokenizer(tmp_path / "hqq")
-    modules = torch.load(tmp_path / "hqq" / "qmodel.pt", weights_only=True)
+def test_a_setting_that_hqq_does_not_write_is_one_line(value, saved, capsys):
+    folder = saved(hqq_pickle)
+    modules = torch.load(folder / "qmodel.pt", weights_only=True)
     modules[LINEAR]["packing"] = value
-    torch.save(modules, tmp_path / "hqq" / "qmodel.pt")
-    line = refused(tmp_path / "hqq", capsys, "train.py", **ANEW)
+    torch.save(modules, folder / "qmodel.pt")
+    line = refused(folder, capsys, "train.py", **ANEW)
     assert f"{LINEAR}.weight in the checkpoint has 3 bits packed as" in line or "packing is missing" in line
 
 
-def test_scales_that_float16_cannot_hold_are_one_line(base, tmp_path, capsys):
-    told(base, tmp_path / "hqq", ALIKE)
-    tiny.save_tokenizer(tmp_path / "hqq")
-    rewrite(tmp_path / "hqq", lambda tensors: tensors[f"{LINEAR}.zero"].fill_(70_000))
-    line = refused(tmp_path / "hqq", capsys, "train.py", **ANEW | {"precision": "fp16_autocast"})
+def test_scales_that_float16_cannot_hold_are_one_line(saved, capsys):
+    folder = saved(told)
+    rewrite(folder, lambda tensors: tensors[f"{LINEAR}.zero"].fill_(70_000))
+    line = refused(folder, capsys, "train.py", **ANEW | {"precision": "fp16_autocast"})
     assert f"precision: {LINEAR}.zero in the checkpoint has numbers beyond the largest of torch.float16, 65504" in line
