@@ -22,6 +22,7 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
+unset PYTHONDONTWRITEBYTECODE  # or each of some hundred processes would compile our files anew
 workers=()
 command -v nvidia-smi >/dev/null || workers=(-n 2 --dist loadfile)  # two files at a time, where they share no GPU
 .venv/bin/python -m pytest "${workers[@]}" "${tier[@]}" --durations=15 "$@"

@@ -49,10 +49,11 @@ def of_rows(value: Any, rows: list[dict[str, Any]] = ROWS) -> float:
             marks=[pytest.mark.xfail(strict=True)] * ((row["name"], row["run"]["commit"][:7]) in SLOW_HOST),
         )
         for row, name in zip(ROWS, NAMES, strict=True)
-        if not host_bound(row)
     ],
 )
 def test_a_measured_step_is_expected_within_15_percent(row: dict[str, Any]) -> None:
+    if host_bound(row):  # not asked while tests are collected: a plan of each row takes seconds
+        pytest.skip("its host decided its seconds")
     assert clock_of(row).seconds(candidate_of(row)) == pytest.approx(row["measured"]["seconds"], rel=0.15)
 
 

@@ -61,9 +61,9 @@ def of(known: Facts, keep: str, offloaded: bool = False) -> BlockCost:
     [
         {},
         {"lora_dropout": 0.1},
-        {"lora_target_modules": ".*(q_proj|v_proj|qkv_proj)"},
-        {"lora_target_modules": "down_proj"},
-        {"train_type": "bnb_dora"},
+        pytest.param({"lora_target_modules": ".*(q_proj|v_proj|qkv_proj)"}, marks=pytest.mark.slow),
+        pytest.param({"lora_target_modules": "down_proj"}, marks=pytest.mark.slow),
+        pytest.param({"train_type": "bnb_dora"}, marks=pytest.mark.slow),
     ],
     ids=["plain", "dropout", "qkv alone", "down alone", "dora"],
 )

@@ -260,13 +260,17 @@ def test_a_damaged_file_is_one_sentence(text, tmp_path):
         (folder / name).write_text(f"{text}\n")
     (folder / "config.yaml").write_text("model_name: [\n")
     seen = page_of(folder).sections
-    (folder / "config.yaml").write_text(f"model_name: {'[' * 100_000}\n")
-    assert "config.yaml is damaged: lists lie too deep" in page_of(folder).sections["options"]
     for name, file in {"placement": "plan", "environment": "environment", "evaluation": "evaluation"}.items():
         assert f"{file}.json is damaged" in seen[name]
     assert "config.yaml is damaged: malformed YAML" in seen["options"]
     assert "No step is finished yet" in seen["loss"]
     assert "eval_answers.jsonl has no answers yet. eval_answers.jsonl: 1 line could not be read" in seen["answers"]
+
+
+def test_lists_that_lie_too_deep_are_damage(tmp_path):
+    folder = write_run(tmp_path, 3)
+    (folder / "config.yaml").write_text(f"model_name: {'[' * 100_000}\n")
+    assert "config.yaml is damaged: lists lie too deep" in page_of(folder).sections["options"]
 
 
 def test_numbers_that_no_run_has_are_no_end_of_the_page(tmp_path):

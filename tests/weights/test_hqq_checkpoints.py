@@ -103,7 +103,7 @@ def decoded(base: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("saved_by", SAVED)
 def test_a_checkpoint_in_hqq_is_taken_over_bit_for_bit(saved_by, form, dtype, model, tmp_path):
