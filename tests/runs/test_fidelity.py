@@ -184,14 +184,13 @@ def test_16_bit_precisions_lose_no_more_than_plain_pytorch(place, sharded):
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason=f"no {SMOLLM2.name}: see launch/get_smollm2.py")
 def test_smollm2_trains_as_with_peft(place):
-    """The real model, bfloat16 checkpoint, tied head: 10 steps of short rows, each row twice."""
+    """The real model, bfloat16 checkpoint, tied head: 20 steps of short rows."""
     rows = place / "short.jsonl"
     lines = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}."} for a, b in enumerate(range(3, 90, 9))]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    more = {"model_name": SMOLLM2, "dataset": rows, "lr": 2e-4, "batch_size": 1, "use_gradient_checkpointing": False,
-            "max_steps": 10}  # fmt: skip
+    more = {"model_name": SMOLLM2, "dataset": rows, "lr": 2e-4, "batch_size": 1, "use_gradient_checkpointing": False}
     run = run_ranks({"smollm2": options(place, "model", more)}, 2, place / "smollm2")["smollm2"]
-    recipe = plain.Recipe(lr=2e-4, rows_per_step=2, steps=10, warmup=0)
+    recipe = plain.Recipe(lr=2e-4, rows_per_step=2)
     # In true float64: after 20 steps of 30 layers plain float32 may itself be 1.6e-5 off (AMD EPYC, torch 2.13), where
     # ours was 4.6e-6 off.
     with TrueFloat64():
