@@ -31,8 +31,9 @@ open(sys.argv[1] + ".got", "w").write(" ".join(str(int(number)) for number in go
 sys.exit(7)
 """
 PARENT = """
-import sys
+import signal, sys
 from fsdp_qlora.commands.curve.programs import run_program
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 try:
     print(run_program([sys.executable, "-c", sys.argv[1], sys.argv[2]]))
 except KeyboardInterrupt:
