@@ -87,6 +87,7 @@ def test_whatever_decides_the_tokens_is_part_of_the_key(tmp_path: Path) -> None:
     assert "mellow" in tokenizer.decode(changed.ids[:40])
 
 
+@pytest.mark.slow
 def test_damaged_old_and_small_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
     made = load(path, cache=cache)

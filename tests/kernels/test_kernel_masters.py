@@ -44,6 +44,7 @@ def test_high_is_rounded_and_both_are_the_value(device):
     assert down.any()
 
 
+@pytest.mark.slow
 def test_what_is_joined_splits_into_the_same(device):
     high, low = halves(edges(device))
     again = halves(join(high, low))

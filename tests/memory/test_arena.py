@@ -141,8 +141,11 @@ CASES: dict[str, tuple[str, Options]] = {
 }  # fmt: skip
 
 
+QUICK = {f"llama, {keep.label}" for keep in Keep} | {"packed"}
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_a_run_in_an_arena_is_the_run_without(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_run_in_an_arena_is_the_run_without(
         assert torch.equal(inside.tensors[key], value), key
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["llama, all", "head norms, bf16", "four norms", "packed", "dropout", "dora"])
 def test_an_evaluation_lies_in_the_arena_of_a_step(

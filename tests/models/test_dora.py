@@ -63,6 +63,7 @@ def test_triton_kernels_through_the_interpreter(name, dtype, triton_device):
     assert_good(of.run(h, d_out), of.plain(h, d_out), of.truth(h, d_out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_keep_level_gives_the_same_bits(name):
     of = case(name, torch.bfloat16)

@@ -172,6 +172,7 @@ def train_type_of(name: str) -> str:
     return ("lora", "qlora")[[*VARIANTS, *WRAPPERS].index(name) % 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_trains_as_under_peft(name: str, tmp_path: Path, one_thread: None) -> None:
     family, more, fused = VARIANTS[name]

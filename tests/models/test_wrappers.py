@@ -33,6 +33,7 @@ def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
         return model.eval()(input_ids=ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_peft_opens_the_adapter_on_the_wrapper(name, tmp_path):
     folder = wrapper(name, tmp_path / "model")

@@ -55,6 +55,7 @@ def of(known: Facts, keep: str, offloaded: bool = False) -> BlockCost:
     return block_costs(known)[keep, offloaded]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "more",

@@ -103,6 +103,7 @@ def until_heard(process: subprocess.Popen[str]) -> str:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "code", "words"),
     [
@@ -142,6 +143,7 @@ def test_signals_that_come_together_do_not_break_into_the_unwinding():
     assert (process.returncode, out) == (7, "unwound\n"), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rescue", "words"),
     [("lambda: '; the adapter is saved'", "left; the adapter is saved"), ("stuck", "left without saving")],
@@ -178,6 +180,7 @@ def test_a_rank_that_writes_a_checkpoint_is_not_taken_for_stuck():
 WAITS = "for _ in range(400):\n            time.sleep(0.02)\n            if stop.requested: sys.exit(stop.exit_code)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT])
 def test_signals_that_would_kill_ask_for_an_orderly_end(number):
     process = start_one(1, WAITS)
@@ -187,6 +190,7 @@ def test_signals_that_would_kill_ask_for_an_orderly_end(number):
     assert f"{number.name}: stopping after this step, then saving" in err
 
 
+@pytest.mark.slow
 def test_a_hangup_that_comes_twice_is_no_hurry():
     """The shell sends one, the system another, torchrun a third."""
     process = start_one(1, "time.sleep(2)")
@@ -198,6 +202,7 @@ def test_a_hangup_that_comes_twice_is_no_hurry():
     assert err.count("the terminal or connection was closed") == 1
 
 
+@pytest.mark.slow
 def test_under_nohup_a_hangup_is_nothing():
     process = start_one(1, "time.sleep(1)\n        print(stop.requested)", nohup=True)
     process.send_signal(signal.SIGHUP)
