@@ -111,6 +111,8 @@ def facts(asked: argparse.Namespace, system: str) -> dict[str, object]:
     command = f"python -m benchmarks.generate --systems {system} --shape {asked.shape}"
     if system == "streamed":
         command = f"torchrun --nproc_per_node 2 -m benchmarks.generate --systems {system} --shape {asked.shape}"
+    if asked.gpu_memory_gib is not None:
+        command += f" --gpu_memory_gib {asked.gpu_memory_gib:g}"
     return peers.facts(asked, system) | {"command": command}
 
 

@@ -31,9 +31,7 @@ MOST_ROWS = 64  # of one program: its x^T and sums stay in registers
 OUTPUTS, BLOCKS = 64, 2  # of a program's tile: out features, and blocks of each
 PROGRAMS = 4  # for each multiprocessor: enough loads in flight to keep the memory busy
 FEWEST_STEPS = 4  # of a program, below which starting it costs more than it brings
-MOST_RANK = (
-    128  # columns of the adapter in one product: 512 at once take 104 KiB of shared memory, gaming cards have 99
-)
+MOST_RANK = 128  # columns of the adapter in one product: 512 take 104 KiB of shared memory, a gaming card has 99
 
 
 def can_multiply(like: torch.Tensor, in_features: int) -> bool:

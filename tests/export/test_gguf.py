@@ -94,11 +94,13 @@ def test_llama_cpp_computes_the_logits_of_base_plus_adapter(family, tmp_path):
     ("quantization", "file_type", "width"),
     [("q4_k_m", 15, 256), ("q5_k_m", 17, 256), ("q6_k", 18, 256), ("q4_k_m", 15, 64)],
 )
-def test_types_and_bytes_are_those_of_llama_quantize(quantization, file_type, width, tmp_path):
+def test_types_and_bytes_are_those_of_llama_quantize(quantization, file_type, width, tmp_path, capsys):
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 9, "rope_parameters": None}
     base = save_base(tmp_path / "b", "Llama", **shape, tie_word_embeddings=quantization == "q5_k_m")
     (plain,) = convert(tmp_path / "f", model_name=base, quantization="f32")
+    capsys.readouterr()
     (ours,) = convert(tmp_path / "g", model_name=base, quantization=quantization, quantization_workers=2)
+    assert ("matrices have rows of no multiple of 256 numbers" in capsys.readouterr().out) is (width == 64)
     theirs = gguf.GGUFReader(quantized(plain, tmp_path / "theirs.gguf", file_type)).tensors
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(ours).tensors}
     assert found.keys() == {tensor.name for tensor in theirs}

@@ -95,6 +95,13 @@ def write_model(
             flush=True,
         )
     entries = [part.entry for part in parts]
+    narrow = [entry.kind.name for entry in entries if len(entry.shape) > 1 and entry.shape[-1] % gguf.QK_K]
+    if quantization.main in K_TYPES and narrow:
+        print(
+            f"note      {len(narrow):,} matrices have rows of no multiple of {gguf.QK_K} numbers, which K types need: "
+            f"they are stored as {', '.join(sorted(set(narrow)))}, as llama.cpp would",
+            flush=True,
+        )
     total = check_room(target, entries, "a smaller --quantization")
     errors = Errors()
     cores = torch.get_num_threads()
