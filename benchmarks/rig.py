@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -76,17 +77,17 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "model_name": scratch / "model", "dummy_weights": "true", "dataset": "dummy", "dataset_samples": rows,
         "batch_size": asked.batch_size, "context_length": asked.context_length, "max_steps": asked.steps,
         "gpu_memory_gib": asked.cap_gib, "output_dir": scratch / "out", "save_model": "false", "log_to": "stdout",
+        "verbose": "true",
     }  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(asked.gpus)]
     command += [str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in options.items()), *asked.train_options]
     environment = dict(os.environ) if asked.peer_access else os.environ | {"NCCL_P2P_DISABLE": "1"}
     cards = range(asked.first_gpu, asked.first_gpu + asked.gpus)
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cards))
-    start = time.time()
     with Watch(cards) as watch:
-        process = subprocess.run(command, env=environment, check=False)
-    if process.returncode:
-        raise SystemExit(f"train.py ended with {process.returncode}")
+        code, seconds, stages = run(command, environment)
+    if code:
+        raise SystemExit(f"train.py ended with {code}")
     metrics = scratch / "out" / "metrics.jsonl"
     steps = [record for record in map(json.loads, metrics.read_text().splitlines()) if "loss" in record]
     unknowing = math.log(shape["vocab_size"])
@@ -95,7 +96,6 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             loss = step["loss"]
             raise SystemExit(f"step {step['step']}: loss {loss} is not that of an untrained model ({unknowing:.2f})")
     typical = steps[WARM_UP:] or steps[-1:]  # of the longest contexts there are few
-    whole = time.time() - start
     return {
         "shape": asked.shape, "gpus": asked.gpus, "cap_gib": asked.cap_gib, "peer_access": asked.peer_access,
         "batch_size": asked.batch_size, "context_length": asked.context_length, "options": asked.train_options,
@@ -106,11 +106,27 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "card_gib": round(watch.most / 2**30, 2), "retries_after_2": steps_retries(steps),
         "first_seconds": [round(s["seconds"], 3) for s in steps[:3]],
         "host_gib": round(max(sum(s["host_rss_gib"]) for s in steps), 2),
-        "start_seconds": round(whole - sum(s["seconds"] for s in steps), 1),
+        "start_seconds": round(seconds, 1), "start_stages": stages,
         "losses": [s["loss"] for s in steps], "device": torch.cuda.get_device_name(0), "torch": torch.__version__,
         "transformers": transformers.__version__, "python": sys.version.split()[0], "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+
+
+def run(command: list[str], environment: dict[str, str]) -> tuple[int, float, dict[str, float]]:
+    """Run it, showing what it prints. Return (exit code, seconds from here to the first step, those of each stage).
+
+    The stages are those of rank 0, from the beginning of its process on: what is before them is torchrun's."""
+    start, seconds, stages = time.perf_counter(), 0.0, {}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("started "):
+                seconds = time.perf_counter() - start
+                told = re.findall(r"([a-z ]+?) ([\d.]+) s(?:,|$)", line.partition(": ")[2])
+                stages = {name.strip(): float(took) for name, took in told}
+            print(line, end="", flush=True)
+    return process.returncode, seconds, stages
 
 
 def steps_retries(steps: list[dict]) -> int:
