@@ -11,6 +11,7 @@ where it is installed. Without a GPU tiny shapes run, to see that the script doe
 import argparse
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,17 +22,16 @@ import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 
-from benchmarks.ops_gate import BF16, DEVICE, ON_GPU, gate, random, size
+from benchmarks.ops_gate import BF16, DEVICE, FEW_ROWS_CODECS, ON_GPU, gate, random, size
 from benchmarks.ops_hqq import DECODED, ENCODED, dequantize_hqq, encode_hqq, hqq_gate
 from benchmarks.timing import copies, copy_bandwidth, environment, matmul_rate, milliseconds
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.kernels.glu import glu_backward_, glu_forward
 from fsdp_qlora.kernels.lora import Adapter, Projection, project, project_backward
-from fsdp_qlora.kernels.nf4_few_rows import nf4_few_rows
 from fsdp_qlora.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from fsdp_qlora.kernels.rope import rope_, rope_tables
-from fsdp_qlora.weights.codecs import NF4
+from fsdp_qlora.weights.codecs import NF4, FewRowsCodec
 
 
 class Table:
@@ -84,26 +84,25 @@ def dequantize(table: Table, out_features: int, in_features: int, double_quant: 
     table.memory("dequantize", f"{shape[0]}x{shape[1]}{' double' if double_quant else ''}", n_bytes, ms)
 
 
-def few_rows(table: Table, out_features: int, in_features: int, rows: int) -> None:
+def few_rows(table: Table, out_features: int, in_features: int, rows: int, codec: FewRowsCodec) -> None:
     """Multiply a few rows: by the codes, by a decoded copy, and by one that is decoded for it."""
     shape = size(out_features), size(in_features)
-    codec, n = NF4(True), shape[0] * shape[1]
-    n_bytes = n / 2 + n / 64
+    n_bytes = sum(dtype.itemsize * math.prod(sizes) for dtype, sizes in codec.parts(shape).values())
     if not ON_GPU:  # the kernel is Triton's alone
         return
     ours, kept, decoded, x, out = [], [], [], random(rows, shape[1]), random(rows, shape[0])
     for _ in range(copies(int(n_bytes))):
         weight = random(*shape)
         parts = codec.encode(weight)
-        ours.append(partial(nf4_few_rows, x, parts["codes"], codec.scales(parts), out))
+        ours.append(partial(codec.few_rows, x, parts, out, None, None, None))
         kept.append(partial(torch.mm, x, weight.t(), out=out))
         decoded.append(partial(_decode_and_multiply, codec, parts, weight, x, out))
     ms = {"ours": milliseconds(ours), "copy kept": milliseconds(kept), "decoded": milliseconds(decoded)}
-    table.memory(f"nf4 x {rows} rows", f"{shape[0]}x{shape[1]}", n_bytes, ms)
+    table.memory(f"{codec.name} x {rows} rows", f"{shape[0]}x{shape[1]}", n_bytes, ms)
 
 
 def _decode_and_multiply(
-    codec: NF4, parts: dict[str, torch.Tensor], weight: torch.Tensor, x: torch.Tensor, out: torch.Tensor
+    codec: FewRowsCodec, parts: dict[str, torch.Tensor], weight: torch.Tensor, x: torch.Tensor, out: torch.Tensor
 ) -> None:
     torch.mm(x, codec.decode(parts, tuple(weight.shape), BF16, weight).t(), out=out)
 
@@ -247,9 +246,11 @@ def embedding(table: Table, tokens: int, hidden: int, vocabulary: int) -> None:
 
 MATRICES = [(4096, 4096), (14336, 4096), (1024, 8192), (8192, 8192), (28672, 8192)]
 FEW = [(1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
+FEW_ROWS: list[tuple] = [(*shape, rows, NF4(True)) for shape in FEW for rows in (1, 2, 8, 16, 32, 64)]
+FEW_ROWS += [(*FEW[2], rows, codec) for codec in FEW_ROWS_CODECS[1:] for rows in (1, 8, 32)]
 SECTIONS: dict[str, tuple[Callable[..., None], list[tuple]]] = {
     "dequantize": (dequantize, [(*shape, double) for double in (True, False) for shape in MATRICES]),
-    "few_rows": (few_rows, [(*shape, rows) for shape in FEW for rows in (1, 2, 8, 16, 32, 64)]),
+    "few_rows": (few_rows, FEW_ROWS),
     "dequantize_hqq": (dequantize_hqq, DECODED),
     "encode_hqq": (encode_hqq, ENCODED),
     "rms_norm": (norm, [(8192, 4096), (4096, 8192), (8192 * 32, 128)]),

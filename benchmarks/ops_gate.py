@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.embedding import gather_rows
 from fsdp_qlora.kernels.glu import glu
-from fsdp_qlora.kernels.nf4_few_rows import nf4_few_rows
+from fsdp_qlora.kernels.hqq_format import BITS
 from fsdp_qlora.kernels.rms_norm import rms_norm
 from fsdp_qlora.kernels.rope import rope, rope_tables
-from fsdp_qlora.weights.codecs import NF4
+from fsdp_qlora.weights.codecs import HQQ, NF4, FewRowsCodec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -57,6 +57,9 @@ def gate() -> list[str]:
     return wrong
 
 
+FEW_ROWS_CODECS: list[FewRowsCodec] = [NF4(True), *(HQQ(bits, 64, 1, BF16, optimize=False) for bits in BITS)]
+
+
 def few_rows_gate() -> list[str]:
     """What is wrong with products of few rows by the codes; the kernel is Triton's alone."""
     wrong = []
@@ -67,15 +70,17 @@ def few_rows_gate() -> list[str]:
         (1024, 704, 33),
         (28672, 8192, 65),
     ]:
-        codec, x, out = NF4(True), random(rows, inputs), random(rows, outputs)
-        parts = codec.encode(random(outputs, inputs))
-        weight = codec.decode(parts, (outputs, inputs), BF16)
-        truth = x.double() @ weight.double().T
-        for _ in range(2):  # the second finds what the first left behind
-            nf4_few_rows(x, parts["codes"], codec.scales(parts), out)
-            error, allowed = (out - truth).abs().max().item(), 2 * (x @ weight.T - truth).abs().max().item()
-            if not error <= allowed:
-                wrong.append(f"few rows {outputs}x{inputs}, {rows}: error {error:.2e}, cuBLAS' is {allowed / 2:.2e}")
+        for codec in FEW_ROWS_CODECS:
+            x, out = random(rows, inputs), random(rows, outputs)
+            parts = codec.encode(random(outputs, inputs))
+            weight = codec.decode(parts, (outputs, inputs), BF16)
+            truth = x.double() @ weight.double().T
+            for _ in range(2):  # the second finds what the first left behind
+                codec.few_rows(x, parts, out, None, None, None)
+                error, allowed = (out - truth).abs().max().item(), 2 * (x @ weight.T - truth).abs().max().item()
+                if not error <= allowed:
+                    what = f"{codec.name}, {rows} rows of {outputs}x{inputs}"
+                    wrong.append(f"{what}: error {error:.2e}, cuBLAS' is {allowed / 2:.2e}")
     return wrong
 
 

@@ -107,7 +107,7 @@ def _codes(codes_ptr, high_ptr, eight, live, BITS: tl.constexpr):
 
 
 @triton.jit
-def _numbers(codes, scale, zero):
+def numbers_of(codes, scale, zero):
     """Their numbers, in the dtype of scale and zero: each step is rounded to it."""
     apart = (codes.to(tl.float32) - zero.to(tl.float32)).to(zero.dtype)
     return (apart.to(tl.float32) * scale.to(tl.float32)).to(scale.dtype)
@@ -149,7 +149,7 @@ def _dequantize(
         scale = tl.load(scale_ptr + group, mask=live, other=0.0)[:, None]
         zero = tl.load(zero_ptr + group, mask=live, other=0.0)[:, None]
         codes = _codes(codes_ptr, high_ptr, first + step, live, BITS)
-        _store(out_ptr, factor_ptr, _numbers(codes, scale, zero), first, step, live, out_stride, APART, I, FACTOR)
+        _store(out_ptr, factor_ptr, numbers_of(codes, scale, zero), first, step, live, out_stride, APART, I, FACTOR)
     else:
         in_line = n_words // GROUP
         pieces = tl.cdiv(in_line, ROWS)
@@ -162,7 +162,7 @@ def _dequantize(
         for i in tl.static_range(LINES):
             first = (line + i) * in_line + piece
             codes = _codes(codes_ptr, high_ptr, first + step, live, BITS)
-            _store(out_ptr, factor_ptr, _numbers(codes, scale, zero), first, step, live, out_stride, APART, I, FACTOR)
+            _store(out_ptr, factor_ptr, numbers_of(codes, scale, zero), first, step, live, out_stride, APART, I, FACTOR)
 
 
 @triton.jit

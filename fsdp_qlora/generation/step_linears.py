@@ -9,13 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fsdp_qlora.kernels.nf4_few_rows import can_multiply, nf4_few_rows
 from fsdp_qlora.models.fused.scratch import WeightScratch
 from fsdp_qlora.models.generic_block import FrozenLinear
-from fsdp_qlora.weights.codecs import NF4
+from fsdp_qlora.weights.codecs import FewRowsCodec
 from fsdp_qlora.weights.frozen_bytes import decode_rows
 
-CODES_ROWS = 32  # up to which 4-bit codes are multiplied as they are
+CODES_ROWS = 32  # up to which codes are multiplied as they are
 
 
 class _Adapter(NamedTuple):
@@ -30,16 +29,19 @@ class StepLinears:
     """y = [x W^T + b + scale * x A^T B^T] of several linears, their outputs one beside the other, for [M, I]; with
     magnitudes c (x W^T + scale * x A^T B^T) + b.
 
-    The matrices lie decoded in `copy` and cuBLAS multiplies. Where there is no memory for that, 4-bit codes are read as
-    they are for up to `CODES_ROWS` rows (`kernels/nf4_few_rows.py`), and decoded into scratch one below the other for
-    more. x A^T is one product for all."""
+    The matrices lie decoded in `copy` and cuBLAS multiplies. Where there is no memory for that, codes are read as they
+    are for up to `CODES_ROWS` rows (`kernels/few_rows.py`), and decoded into scratch one below the other for more.
+    x A^T is one product for all."""
 
     def __init__(self, linears: Sequence[FrozenLinear], scratch: WeightScratch) -> None:
         self.linears, self.scratch = tuple(linears), scratch
         self.in_features = linears[0].in_features
         self.widths = [linear.out_features for linear in linears]
         self.copy: Tensor | None = None  # [O, I] of the compute dtype
-        self.codecs = [linear.weight.home.layout.entries[linear.weight.name].codec for linear in linears]
+        codecs = [linear.weight.home.layout.entries[linear.weight.name].codec for linear in linears]
+        self._is_quantized = any(codec.quantizes for codec in codecs)
+        able = [codec for codec in codecs if isinstance(codec, FewRowsCodec)]
+        self._by_codes = able if len(able) == len(codecs) else []  # the linears' codecs, if all can
         self._adapters: list[_Adapter | None] | None = None  # made when they are first used: they get values late
         self._a: Tensor | None = None  # [R, I], the A's one below the other
         self._scale = 1.0
@@ -79,25 +81,18 @@ class StepLinears:
                 _finish_(piece, factor, bias)
         return out
 
-    @property
-    def _is_quantized(self) -> bool:
-        return any(codec.quantizes for codec in self.codecs)
-
     def _takes_codes(self, x: Tensor) -> bool:
-        few = x.shape[0] <= CODES_ROWS and can_multiply(x, self.in_features)
-        return few and all(isinstance(codec, NF4) for codec in self.codecs)
+        few = bool(self._by_codes) and x.shape[0] <= CODES_ROWS
+        return few and all(codec.takes_few_rows(x, self.in_features) for codec in self._by_codes)
 
     def _from_codes(self, x: Tensor, xa: Tensor | None, pieces: Sequence[Tensor]) -> None:
-        for linear, codec, piece, adapter in zip(self.linears, self.codecs, pieces, self._made(), strict=True):
-            assert isinstance(codec, NF4)
-            parts = linear.weight.home.parts(linear.weight.name)
+        for linear, codec, piece, adapter in zip(self.linears, self._by_codes, pieces, self._made(), strict=True):
             bias = None if linear.bias is None else linear.bias.decode(piece.dtype)
             factor = None if adapter is None else adapter.factor
-            nf4_few_rows(
-                x, parts["codes"], codec.scales(parts), piece,
-                bias=bias if factor is None else None,
-                xa=None if adapter is None or xa is None else xa[:, adapter.columns],
-                b=None if adapter is None else adapter.b,
+            codec.few_rows(
+                x, linear.weight.home.parts(linear.weight.name), piece, bias if factor is None else None,
+                None if adapter is None or xa is None else xa[:, adapter.columns],
+                None if adapter is None else adapter.b,
             )  # fmt: skip
             if factor is not None:
                 _finish_(piece, factor, bias)

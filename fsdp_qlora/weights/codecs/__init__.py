@@ -1,6 +1,6 @@
 """Codecs: how a frozen weight becomes bytes and back."""
 
-from fsdp_qlora.weights.codecs.base import Codec, CodecOf, Decoder, Parts
+from fsdp_qlora.weights.codecs.base import Codec, CodecOf, Decoder, FewRowsCodec, Parts
 from fsdp_qlora.weights.codecs.finite import NotFinite, all_finite
 from fsdp_qlora.weights.codecs.hqq import HQQ
 from fsdp_qlora.weights.codecs.nf4 import NF4
@@ -25,6 +25,7 @@ __all__ = [
     "Codec",
     "CodecOf",
     "Decoder",
+    "FewRowsCodec",
     "NotFinite",
     "Parts",
     "Plain",

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -79,6 +79,22 @@ class CheckpointCodec(Codec, Protocol):
         weight: its full name. tensors: the checkpoint's tensors of this weight by their names there, companions
         included. Raises UserError if one is missing, or if the weight was quantized in another way than this codec's.
         """
+        ...
+
+
+@runtime_checkable
+class FewRowsCodec(Codec, Protocol):
+    """A codec by whose codes a few rows can be multiplied as they are. A matrix of another is decoded for them."""
+
+    def takes_few_rows(self, like: Tensor, in_features: int) -> bool:
+        """Return whether `few_rows` runs on like's device, in its dtype, for matrices of that width."""
+        ...
+
+    def few_rows(
+        self, x: Tensor, parts: Mapping[str, Tensor], out: Tensor, bias: Tensor | None, xa: Tensor | None,
+        b: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Write x W^T + bias + xa b^T to out: [M, O]. x: [M, I]. parts: of W [O, I]. xa, b: [M, R] and [O, R]."""
         ...
 
 

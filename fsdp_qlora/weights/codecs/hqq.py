@@ -12,6 +12,7 @@ from torch import Tensor
 from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.hqq import dequantize_hqq, hqq_rows
+from fsdp_qlora.kernels.hqq_few_rows import can_multiply, hqq_few_rows
 from fsdp_qlora.kernels.hqq_format import Form, HqqParts, pack, planes, unfit
 from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, CodecOf, Decoder, Parts, Stored
 from fsdp_qlora.weights.codecs.finite import finite
@@ -105,6 +106,15 @@ class HQQ:
 
     def rows_decoder(self, stored: Sequence[Mapping[str, Tensor]], rows: Sequence[int], width: int) -> Decoder:
         return hqq_rows([_stored(parts) for parts in stored], self.form, rows, width)
+
+    def takes_few_rows(self, like: Tensor, in_features: int) -> bool:
+        return can_multiply(like, self.form)
+
+    def few_rows(
+        self, x: Tensor, parts: Mapping[str, Tensor], out: Tensor, bias: Tensor | None, xa: Tensor | None,
+        b: Tensor | None,
+    ) -> None:  # fmt: skip
+        hqq_few_rows(x, _stored(parts), self.form, out, bias=bias, xa=xa, b=b)
 
     def from_checkpoint(self, weight: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Parts:
         """Return the parts of a quantized weight, as a `CheckpointCodec` does.

@@ -12,6 +12,7 @@ from torch import Tensor
 from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.nf4 import dequantize_nf4, nf4_rows
+from fsdp_qlora.kernels.nf4_few_rows import can_multiply, nf4_few_rows
 from fsdp_qlora.kernels.nf4_format import BLOCK, LEVELS, NESTED_BLOCK, Scales, dynamic_map
 from fsdp_qlora.weights.codecs.base import CheckpointCodec, Codec, CodecFamily, CodecOf, Decoder, Parts, Stored
 from fsdp_qlora.weights.codecs.finite import finite
@@ -93,6 +94,15 @@ class NF4:
 
     def rows_decoder(self, stored: Sequence[Mapping[str, Tensor]], rows: Sequence[int], width: int) -> Decoder:
         return nf4_rows([(parts["codes"], self.scales(parts)) for parts in stored], rows, width)
+
+    def takes_few_rows(self, like: Tensor, in_features: int) -> bool:
+        return can_multiply(like, in_features)
+
+    def few_rows(
+        self, x: Tensor, parts: Mapping[str, Tensor], out: Tensor, bias: Tensor | None, xa: Tensor | None,
+        b: Tensor | None,
+    ) -> None:  # fmt: skip
+        nf4_few_rows(x, parts["codes"], self.scales(parts), out, bias=bias, xa=xa, b=b)
 
     def scales(self, parts: Mapping[str, Tensor]) -> Scales:
         if self.double_quant:
