@@ -1,4 +1,4 @@
-"""Linears of a step: from codes, decoded for the step or kept as a copy, they give what the linears of training give."""
+"""Linears of a step: from codes, decoded for the step or kept as a copy, they give what those of training give."""
 
 import pytest
 import torch
