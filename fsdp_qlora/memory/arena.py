@@ -3,7 +3,7 @@
 A step asks for the same tensors in the same order every time, so when each is born and when it dies is known ahead: a
 `Recorder` notes it while the step runs on the meta device. `layout.place` finds places that take 0 to 2 % more than is
 alive at once, where an allocator that is asked as it goes takes up to 15 % and more from step to step
-(docs/performance.md). An `Arena` then hands out the places, in the order of the asking.
+(docs/LOG.md). An `Arena` then hands out the places, in the order of the asking.
 
 A place is used again as soon as the tensor that had it is gone, in the order of the computing stream, as a caching
 allocator would do it: code that lets another stream read or write a tensor keeps it until the computing stream waits.

@@ -2,7 +2,7 @@
 
 That is dynamic storage allocation with all requests known, which is NP-hard; greedy orders come within 0 to 2 % of the
 bound on a step's tensors, but each fails by 6 to 15 % on some step that another order suits. So a few are tried in
-turn, the same on every rank, and the best is taken (docs/performance.md).
+turn, the same on every rank, and the best is taken (docs/LOG.md).
 """
 
 from collections.abc import Callable, Sequence

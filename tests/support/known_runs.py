@@ -99,7 +99,7 @@ def gib(nbytes: float) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was measured: docs/performance.md and benchmarks/results/2026-11-22-h200.jsonl."""
+    """A run that was measured: benchmarks/results/2026-11-22-h200.jsonl."""
 
     name: str
     facts: Facts
