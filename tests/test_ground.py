@@ -6,13 +6,17 @@ import subprocess
 import pytest
 
 from fsdp_qlora.atomic_files import atomic_file, sweep
-from fsdp_qlora.units import GIB, as_gib
+from fsdp_qlora.units import GIB, as_gib, count_of
 
 
 def test_sizes_in_gib():
     assert as_gib(22.94 * GIB) == "22.9 GiB"
     assert as_gib(GIB / 8, 2) == "0.12 GiB"
     assert as_gib(64 * GIB, 0) == "64 GiB"
+
+
+def test_numbers_with_their_words():
+    assert [count_of(n, "row") for n in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
 
 
 def test_a_file_is_replaced_when_it_is_complete(tmp_path):

@@ -26,6 +26,7 @@ from fsdp_qlora.inference import Base, Loaded, build, fit_rows, read_base, token
 from fsdp_qlora.models.skeleton import max_positions, text_config
 from fsdp_qlora.runtime.files import check_writable, writing_to
 from fsdp_qlora.session import Compute, choose_compute
+from fsdp_qlora.units import count_of
 
 STDOUT = "-"
 
@@ -130,7 +131,7 @@ def speed_line(answers: Answers, rows: int) -> str:
     """Return how much was answered and how fast, for the user."""
     seconds = max(answers.seconds, 1e-9)
     return (
-        f"answered  {rows:,} row{'s' * (rows != 1)}, {answers.tokens:,} new tokens in {seconds:.1f} s: "
+        f"answered  {count_of(rows, 'row')}, {count_of(answers.tokens, 'new token')} in {seconds:.1f} s: "
         f"{answers.tokens / seconds:,.1f} tokens/s"
     )
 

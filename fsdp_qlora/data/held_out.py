@@ -13,9 +13,10 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.options import Config
-from fsdp_qlora.data.row_set import Rows, count_of
+from fsdp_qlora.data.row_set import Rows
 from fsdp_qlora.data.rows import load_other_rows
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.units import count_of
 
 
 def rows_to_evaluate(

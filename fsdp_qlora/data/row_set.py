@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fsdp_qlora.data.sources import Part
+from fsdp_qlora.units import count_of
 
 PAD_TO = 8  # widths of batches are multiples of this, which is what tensor cores like
 
@@ -118,7 +119,3 @@ def _shares(lengths: list[int], weights: list[float | None], samples: int | None
     total = min(length / weight for length, weight in zip(lengths, given, strict=True))
     total = total if samples is None else min(total, samples)
     return [max(1, min(length, round(total * weight))) for length, weight in zip(lengths, given, strict=True)]
-
-
-def count_of(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -14,12 +14,13 @@ from fsdp_qlora.data.chat import ChatTemplate, choose_chat_template, read_templa
 from fsdp_qlora.data.forms import CHAT, GUANACO, Columns, Form, form_of, renamed
 from fsdp_qlora.data.prompts import PromptTemplate
 from fsdp_qlora.data.readers import Placed, parse_line
-from fsdp_qlora.data.row_set import Rows, count_of, merged
+from fsdp_qlora.data.row_set import Rows, merged
 from fsdp_qlora.data.sources import Part, Source, open_source, parts_of
 from fsdp_qlora.data.templates import Template
 from fsdp_qlora.data.tokenizing import BEYOND, Chunk, Work, tokenize
 from fsdp_qlora.data.tokens import Encoder
 from fsdp_qlora.errors import BadRow, UserError
+from fsdp_qlora.units import count_of
 
 DUMMY_SAMPLES = 512
 SPREAD = 0.6  # of the logarithm of the lengths of instructions with their answers, as Alpaca has them
@@ -206,14 +207,14 @@ def _nothing_left(name: str, chunks: list[Chunk], context: int) -> str:
         return f"dataset {name!r}: has no rows"
     if n_bad == n_read:
         bad = next(line for chunk in chunks for line in chunk.bad)
-        return f"dataset {name!r}: none of its {n_read:,} rows can be taken; the first: {bad}"
+        return f"dataset {name!r}: none of its {count_of(n_read, 'row')} can be taken; the first: {bad}"
     beyond = BEYOND in dropped
     says = "" if beyond and len(dropped) == 1 else "; ".join(f"{n:,}: {why}" for why, n in dropped.most_common())
     says = f" ({says.format(context=context)})" if says else f" within context_length {context}"
     advice = (
         "raise context_length, or check that answers are not empty" if beyond else "see --dataset_format and --columns"
     )
-    return f"dataset {name!r}: none of its {n_read:,} rows has an answer token{says}; {advice}"
+    return f"dataset {name!r}: none of its {count_of(n_read, 'row')} has an answer token{says}; {advice}"
 
 
 def _dummy(samples: int, mean: int | None, context_length: int, vocab_size: int) -> Rows:

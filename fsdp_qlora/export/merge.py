@@ -13,7 +13,7 @@ from fsdp_qlora.export.merged import MergeBase
 from fsdp_qlora.export.merged_folder import MergedModel, Wanted, merge, rounding_lines
 from fsdp_qlora.models.skeleton import text_config
 from fsdp_qlora.runtime.files import Claim
-from fsdp_qlora.units import as_gib
+from fsdp_qlora.units import as_gib, count_of
 
 __all__ = ["Wanted", "merge_and_check"]
 
@@ -31,7 +31,7 @@ def merge_and_check(folder: Path, given: Mapping[str, Any], merge_base: MergeBas
             print(line, flush=True)
         if rows:
             _compare(merged, adapter, rows)
-        print(f"merged    {wanted.folder}: {merged.files} files, {as_gib(merged.nbytes)}", flush=True)
+        print(f"merged    {wanted.folder}: {count_of(merged.files, 'file')}, {as_gib(merged.nbytes)}", flush=True)
 
 
 def _compare(merged: MergedModel, adapter: SavedAdapter, count: int) -> None:
@@ -50,8 +50,8 @@ def _compare(merged: MergedModel, adapter: SavedAdapter, count: int) -> None:
 
 def _lines(difference: Difference, rows: int, whence: str) -> list[str]:
     lines = [
-        f"compared  {rows} rows {whence}, {difference.positions} positions: logits of the merged model are at most "
-        f"{difference.merged:.3g} from those of base + adapter, which the adapter itself moves by up to "
+        f"compared  {count_of(rows, 'row')} {whence}, {difference.positions} positions: logits of the merged model are "
+        f"at most {difference.merged:.3g} from those of base + adapter, which the adapter itself moves by up to "
         f"{difference.learnt:.3g}; the first choice is the same at {difference.same} positions"
     ]
     if difference.merged > difference.learnt / 4:

@@ -28,6 +28,7 @@ from fsdp_qlora.report.records import ANSWERS, STEPS, EvalRecord, StepRecord
 from fsdp_qlora.report.scalars import eval_scalars, step_scalars
 from fsdp_qlora.report.series import WARM_UP_STEPS
 from fsdp_qlora.runtime.files import writing_to
+from fsdp_qlora.units import count_of
 
 # Steps of which a page takes 2 s of a core, and more on a busy machine: torchrun kills what takes long to end.
 MOST_STEPS_IN_A_HURRY = 200_000
@@ -270,10 +271,11 @@ class Metrics(Callback):
         if not self._records:
             return ["no step was completed"]
         first, last = self._records[0], self._records[-1]
-        steps = f"{last.step} of {self.total_steps}" if last.step < self.total_steps else f"{last.step}"
+        done = f"{last.step} of " if last.step < self.total_steps else ""
+        steps = done + count_of(max(last.step, self.total_steps), "step")
         left_out = sum(not is_finite(record) for record in self._records)
         lines = [
-            f"trained {steps} steps in {as_time(sum(record.seconds for record in self._records))}, "
+            f"trained {steps} in {as_time(sum(record.seconds for record in self._records))}, "
             f"{sum(record.tokens for record in self._records):,} tokens, {self._speed()}",
             *([f"        {left_out} of them left out: float16 gradients overflowed"] if left_out else []),
             f"loss    {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}",

@@ -157,7 +157,7 @@ def test_cut_and_dropped_rows_are_counted(tmp_path: Path) -> None:
     assert row(rows, 0)[0][-1] != tokenizer.eos_token_id  # only cutting may lose EOS
     assert "1 row left out" in rows.summary
     assert "2 rows cut at context_length 16" in rows.summary
-    with pytest.raises(UserError, match="none of its 1 rows has an answer token within context_length 16"):
+    with pytest.raises(UserError, match="none of its 1 row has an answer token within context_length 16"):
         load(write(tmp_path / "b.jsonl", given[:1]), tokenizer, context_length=16)
 
 

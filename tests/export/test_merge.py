@@ -330,7 +330,7 @@ def test_adapter_and_base_are_never_the_output(llama, into, tmp_path, capsys):
 def test_a_model_that_pads_with_its_last_token_is_compared(tmp_path, capsys):
     base = tiny.save_model(transformers.LlamaConfig(**SHAPE | {"pad_token_id": 263}), tmp_path / "b", torch.bfloat16)
     adapter = save_random_adapter(tmp_path / "a", {"model_name": base, "train_type": "lora"})
-    assert "compared  1 rows" in merge(capsys, adapter=adapter, output_dir=tmp_path / "m", check_rows=1)
+    assert "compared  1 row " in merge(capsys, adapter=adapter, output_dir=tmp_path / "m", check_rows=1)
 
 
 def test_a_merge_that_was_killed_before_its_first_file_goes_on(llama, tmp_path, capsys, monkeypatch):
@@ -355,7 +355,7 @@ def test_a_merge_that_was_killed_in_its_comparison_goes_on_there(llama, tmp_path
     asked = {"adapter": adapter, "output_dir": tmp_path / "m"}
     merge(capsys, **asked, check_rows=0)
     monkeypatch.setattr(merged_folder, "_write", None)
-    assert "compared  1 rows" in merge(capsys, **asked, check_rows=1)
+    assert "compared  1 row " in merge(capsys, **asked, check_rows=1)
     assert json.loads((tmp_path / "m" / "merge.json").read_text())["finished"]
     assert "is not empty" in merge(capsys, 2, **asked, check_rows=1)
 

@@ -110,7 +110,7 @@ def check(said: str, run: Run, counts: Counts, per_step: int, steps: int, epochs
     assert lines[-1][-1] == "0:00"
 
     # the end
-    trained = re.search(r"^trained (\d+) steps in (\S+), ([\d,]+) tokens, median ([\d,]+) tok/s", said, re.M)
+    trained = re.search(r"^trained (\d+) steps? in (\S+), ([\d,]+) tokens, median ([\d,]+) tok/s", said, re.M)
     assert trained is not None, said
     assert int(trained[1]) == steps
     assert int(trained[3].replace(",", "")) == sum(record["tokens"] for record in records)
