@@ -20,6 +20,8 @@ def read_columns(items: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{name!r} is no field of a form; fields are {', '.join(FIELDS)}")
         if name in found:
             raise ValueError(f"names {name} twice")
+        if column in found.values():
+            raise ValueError(f"names the column {column} for two fields")
         found[name] = column
     return found
 

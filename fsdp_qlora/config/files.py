@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 from fsdp_qlora.atomic_files import atomic_file
-from fsdp_qlora.config.option import Raw
+from fsdp_qlora.config.option import NULL_WORDS, Raw
 from fsdp_qlora.config.options import GROUPS, OPTIONS, Config
 from fsdp_qlora.config.rules import without_effect
+
+FLAT = "options are written flat, `name: value`; take the group's name away"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def _yaml_text(value: Any) -> str:
-    """Return `value` on one line, quoted where YAML would take it for something else."""
+    """Return `value` on one line, quoted where it would be read as something else."""
+    if isinstance(value, str) and value.lower() in NULL_WORDS:
+        return json.dumps(value)
     return yaml.safe_dump([value], default_flow_style=True, width=2**20, allow_unicode=True).strip()[1:-1]
 
 
@@ -99,14 +103,19 @@ def _collect(items: list[tuple[str, Any, Any, str]]) -> tuple[list[Given], list[
             shown = "null" if raw is None else f"[{', '.join(raw)}]" if isinstance(raw, list) else raw
             given.append(Given(key.replace("-", "_"), raw, f"{key}: {shown} ({where})"))
         except TypeError:
-            mistakes.append(f"{key} ({where}): options are written flat, `name: value`; take the group's name away")
+            known = OPTIONS.get(key.replace("-", "_"))
+            wanted = f"takes no mapping and no list in a list; give {known.allowed()}" if known else FLAT
+            mistakes.append(f"{key} ({where}): {wanted}")
     return given, mistakes
 
 
 def _yaml_raw(node: yaml.Node) -> Raw:
-    """Return text as it stands in the file, not as YAML 1.1 takes it: `3e-4` is a string there and `1_0` is ten."""
+    """Return text as it stands in the file, not as YAML 1.1 takes it: `3e-4` is a string there and `1_0` is ten.
+
+    Python's None is null as well, where it is not quoted."""
     if isinstance(node, yaml.ScalarNode):
-        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+        is_null = node.tag == "tag:yaml.org,2002:null" or (node.style is None and node.value.lower() in NULL_WORDS)
+        return None if is_null else node.value
     if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
         return [item.value for item in node.value]
     raise TypeError

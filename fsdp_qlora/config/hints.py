@@ -19,7 +19,6 @@ HINTS = {
     "save_strategy": "use --save_steps; the adapter is saved at the end in any case",
     **dict.fromkeys(("do_train", "task_type", "stage"), "to train is all that this program does; omit it"),
     **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is logged; omit it, or see log_to"),
-    **dict.fromkeys(("packing", "sample_packing"), f"packing {NOT_YET}; rows of a step are dealt by length"),
     **dict.fromkeys(
         ("deepspeed", "fsdp_config", "ddp_find_unused_parameters", "device_map"),
         "the plan decides what goes where; omit it, or see sharding_strategy and use_cpu_offload",

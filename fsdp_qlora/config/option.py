@@ -18,6 +18,7 @@ REQUIRED: Any = object()  # the default of an option that has none
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
+NULL_WORDS = ("null", "none")
 
 Raw = str | list[str] | None  # a value as written: text, a list of texts, or null
 
@@ -107,6 +108,8 @@ class Option:
 
     def read(self, raw: Raw) -> Any:
         """Return the value that `raw` means. Raises ValueError with what is wrong, what is allowed and what to do."""
+        if isinstance(raw, str):
+            raw = raw.strip()  # a block of YAML's ends with a line break
         if raw is None:
             if self.nullable:
                 return None
@@ -130,9 +133,9 @@ class Option:
         return values
 
     def _read_one(self, text: str) -> Any:
-        value = self.spec.aliases.get(text, self._convert(text))
         if self.spec.check is not None:
             self.spec.check(text)
+        value = self.spec.aliases.get(text, self._convert(text))
         if self.spec.is_path:
             value = ",".join(os.path.expanduser(part) for part in value.split(","))
         if value in self.spec.refused:

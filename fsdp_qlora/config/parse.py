@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.files import Given, read_file
 from fsdp_qlora.config.hints import HINTS
-from fsdp_qlora.config.option import REQUIRED, Option, nearest, options_of, show
+from fsdp_qlora.config.option import NULL_WORDS, REQUIRED, Option, nearest, options_of, show
 from fsdp_qlora.config.options import GROUPS, OPTIONS, Config
 from fsdp_qlora.config.program import Asked, Conflict, Needs, Program, broken
 from fsdp_qlora.config.rules import broken_rules
@@ -106,7 +106,7 @@ def read_flags(argv: Sequence[str], known: Mapping[str, Option]) -> tuple[list[G
         raw: str | None = ",".join(values)
         if option and not values and option.kind is bool:
             raw = "true"
-        if option and option.nullable and raw in ("null", "none"):
+        if option and option.nullable and raw is not None and raw.lower() in NULL_WORDS:
             raw = None
         given.append(Given(name, raw, " ".join([flag, *values])))
     once, twice = _once(given)

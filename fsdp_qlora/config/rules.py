@@ -106,7 +106,16 @@ NEEDS: tuple[Needs[Config], ...] = (
         "set gradient_accumulation_steps above 1",
     ),
     Needs(
-        ("columns", "prompt_template", "chat_template", "text_overflow", "bad_rows"),
+        (
+            "dataset_format",
+            "columns",
+            "prompt_template",
+            "chat_template",
+            "text_overflow",
+            "bad_rows",
+            "rows_cache",
+            "train_on_prompt",
+        ),
         "dataset",
         lambda c: c.data.dataset != "dummy",
         "set dataset to one with rows",
@@ -165,7 +174,7 @@ CONFLICTS: tuple[Conflict[Config], ...] = (
     Conflict(
         ("columns",),
         lambda c: not are_columns(c.data.columns or []),
-        f"write FIELD=COLUMN,..., each field once; fields are {', '.join(FIELDS)}",
+        f"write FIELD=COLUMN,..., each field and each column once; fields are {', '.join(FIELDS)}",
     ),
     Conflict(
         ("n_bits", "train_type"),

@@ -118,6 +118,17 @@ def test_a_text_option_takes_what_yaml_would_turn_into_something_else(tmp_path):
     assert (values["model_name"], values["name"], values["group"]) == ("2024", "off", "null")
 
 
+@pytest.mark.parametrize("word", ["null", "none", "None", "NULL"])
+def test_nothing_is_said_alike_in_flags_and_in_files(tmp_path, word):
+    assert flat("--rows_cache", word)["rows_cache"] is None
+    assert flat("--config", file(tmp_path, f"rows_cache: {word}\n"))["rows_cache"] is None
+    assert flat("--config", file(tmp_path, f"rows_cache: '{word}'\n"))["rows_cache"] == word
+
+
+def test_the_line_break_of_a_yaml_block_is_no_part_of_its_text(tmp_path):
+    assert flat("--config", file(tmp_path, "dataset: >\n  a.jsonl,\n  b.jsonl\n"))["dataset"] == "a.jsonl, b.jsonl"
+
+
 def test_a_home_folder_is_found_in_files_and_behind_an_equals_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     path = file(
@@ -247,6 +258,11 @@ REFUSED = [
     ("--profiling_output x", ["--profiling_output x", "no effect", "profile"]),
     ("--columns q", ["--columns q", "write FIELD=COLUMN", "instruction"]),
     ("--columns instructions=q", ["--columns instructions=q", "write FIELD=COLUMN"]),
+    ("--columns question=q,answer=q", ["--columns question=q,answer=q", "each field and each column once"]),
+    *[
+        (f"--dataset dummy --{given}", [f"--{given}: has no effect with --dataset dummy"])
+        for given in ("train_on_prompt", "rows_cache x", "dataset_format text")
+    ],
     ("--text_overflow cut --dataset dummy", ["--text_overflow cut", "no effect", "--dataset dummy"]),
     ("--chat_template a --prompt_template b", ["--chat_template a", "no effect", "--prompt_template b"]),
     ("--bad_rows skipp", ["--bad_rows skipp", "did you mean skip?"]),
@@ -352,6 +368,8 @@ def test_a_malformed_file_is_one_mistake_with_its_place(tmp_path, name, text, wo
         ("run.yaml", "seed: null\n", ["seed: null", "whole number"]),
         ("run.yaml", "seed: [1, 2]\n", ["seed: [1, 2]", "not a list"]),
         ("run.yaml", "log_to: []\n", ["log_to: []", "empty"]),
+        ("run.yaml", "columns: {output: a}\n", ["columns", "takes no mapping", "give a list of names"]),
+        ("run.yaml", "rows_cache: '  '\n", ["rows_cache", "needs a value"]),
         ("run.yaml", "model-name: x\nmodel_name: y\n", ["model_name: y", "line 2", "twice", "line 1"]),
     ],
 )
@@ -387,7 +405,14 @@ def test_a_saved_config_reads_back_the_same(tmp_path, argv):
 
 
 def test_texts_that_yaml_could_mistake_survive_saving(tmp_path):
-    names = {"model_name": "a: b # c", "name": "null", "group": "1_0", "entity": "käse 'x\"", "log_to": ["wandb"]}
+    names = {
+        "model_name": "a: b # c",
+        "name": "null",
+        "group": "1_0",
+        "project_name": "None",
+        "entity": "käse 'x\"",
+        "log_to": ["wandb"],
+    }
     save(Config.from_flat(names), tmp_path / "config.yaml")
     assert parse(["--config", str(tmp_path / "config.yaml")]) == Config.from_flat(names)
 
