@@ -80,7 +80,8 @@ for down in (0, 12):
     ranks |= {"DOTS": down > 0, "BIAS": down > 0, "KEEPS_H": down == 0, "ACTIVATION": "silu", "PRECISION": "tf32"}
     compiled(glu_lora._glu_lora_kernel, 86, "b" * 9 + "fb" + "i" * 7, I=300, **ranks)
 compiled(embedding._gather_kernel, 86, "blbii", H=5000, TILES=2, TILE=4096)
-compiled(dropout._dropout_kernel, 86, "bbiFFI", ADD=True, TILE=128)
+for count in "iI":
+    compiled(dropout._dropout_kernel, 86, f"bb{count}FFI", ADD=True, TILE=128)
 widths = {"O": 96, "H": 200, "R": 24, "RANK": 7, "ROWS": 32, "COLUMNS": 32, "TILES": 2, "TILE": 128}
 for count in (1, 2, 3):
     compiled(lora_wide._lay_kernel, 86, "b" * 7 + "i" * 8, COUNT=count, **widths)

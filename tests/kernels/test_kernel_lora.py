@@ -189,6 +189,12 @@ def test_dropout_replays_from_its_seed(form, request):
     torch.testing.assert_close(target, 1 + dropped)
 
 
+def test_dropout_takes_what_a_long_context_has():
+    """100,000 tokens of the MLP of 70B: more numbers than 31 bits count."""
+    x = torch.empty(100_000, 28_672, dtype=torch.bfloat16, device="meta")
+    assert dropout(x, 0.3, seed=1).shape == x.shape
+
+
 @pytest.mark.parametrize("form", ["plain", "triton"])
 def test_projections_with_dropout_equal_those_with_its_mask(form, request):
     if form == "triton":
