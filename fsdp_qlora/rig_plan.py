@@ -130,7 +130,7 @@ def head_lines(memory: MemoryOptions, rig: Rig) -> list[str]:
     reach = "" if rig.count == 1 else ", with peer access" if card.peers else ", without peer access"
     return [
         f"rig       EXPECTED, NOT MEASURED: {rig}, by published rates and what measured cards reach of theirs",
-        f"          GPU {card_gib(memory, card):.1f} GiB, {OUTSIDE_GIB:.1f} of them for CUDA and its libraries; on "
+        f"          GPU {card_gib(memory, card):.1f} GiB, {OUTSIDE_GIB:g} of them for CUDA and its libraries; on "
         f"paper {card.paper:,.0f} TFLOP/s, {card.memory:,.0f} GB/s{reach}",
         f"          host memory {host:.1f} GiB for the plan{machine}; link {link_of(memory, card) / 1e9:.1f} GB/s to "
         f"each card, all at once{lanes}",
@@ -186,8 +186,7 @@ def plan_built(built: Built, config: Config, rig: Rig) -> Planned:
         return leaving(answers, budget_of(memory, rig), lambda left: fastest_of(config, left, world, known))
     except UserError as error:
         raise UserError(
-            f"plan_for {memory.plan_for}, expected at --precision {config.model.precision}, CUDA's {OUTSIDE_GIB:.1f} "
-            f"GiB of each GPU apart: {error}"
+            f"plan_for {memory.plan_for}, expected at --precision {config.model.precision}: {error}"
         ) from None
 
 
@@ -207,7 +206,8 @@ def link_of(memory: MemoryOptions, card: Card) -> float:
 def budget_of(memory: MemoryOptions, rig: Rig) -> Budget:
     """What the plan may use of the rig."""
     host = host_share(HOST_GIB) if memory.host_memory_gib is None else memory.host_memory_gib
-    return Budget(int(max(0.0, card_gib(memory, rig.card) - OUTSIDE_GIB) * GIB), int(host * GIB))
+    given, outside = int(card_gib(memory, rig.card) * GIB), int(OUTSIDE_GIB * GIB)
+    return Budget(given - outside, int(host * GIB), outside)
 
 
 def host_share(gib: float) -> float:

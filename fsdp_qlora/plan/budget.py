@@ -35,7 +35,7 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         ).on_every_rank(world.rank)
     given = memory.host_memory_gib
     host = whole_steps(HOST_SHARE * available_host_bytes(), HOST_STEP) if given is None else given * GIB
-    return agreed_budget(whole_steps(device_bytes(memory, world), DEVICE_STEP), host, world)
+    return agreed_budget(whole_steps(device_bytes(memory, world), DEVICE_STEP), host, world, outside(world))
 
 
 def whole_steps(nbytes: float, step: int) -> float:
@@ -43,10 +43,20 @@ def whole_steps(nbytes: float, step: int) -> float:
     return nbytes if math.isinf(nbytes) else nbytes // step * step
 
 
-def agreed_budget(device: float, host: float, world: World) -> Budget:
-    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective."""
-    least = [min(column) for column in zip(*world.gather([device, host]), strict=True)]
-    return Budget(*(nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least))
+def agreed_budget(device: float, host: float, world: World, outside: int = 0) -> Budget:
+    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective.
+
+    outside: `Budget.outside_bytes` of this rank's GPU; of all ranks' the most is taken."""
+    least = [min(column) for column in zip(*world.gather([device, host, -outside]), strict=True)]
+    device, host, most = (nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least)
+    return Budget(device, host, -most)
+
+
+def outside(world: World) -> int:
+    """Return the bytes that a `--gpu_memory_gib` has to have for others than the plan, on this rank's GPU."""
+    if world.device.type != "cuda":
+        return 0
+    return outside_bytes(world.device) + LATER + (BY_NCCL if world.size > 1 else 0) + DEVICE_STEP
 
 
 def device_bytes(memory: MemoryOptions, world: World) -> float:

@@ -87,6 +87,9 @@ class Facts:
     attention: str  # backend
     multiprocessors: int  # over which attention's backward splits keys in its deterministic form; 0: default form
     workspace_bytes: int  # that PyTorch gives to cuBLAS on each thread that multiplies
+    # Not in rows of the grid that were recorded before
+    paged_bytes: int = 0  # of optimizer state in host memory for each adapter parameter, where a GPU is full
+    longest_row: int = 0  # tokens, padded; 0: as many as `context` has
 
     @property
     def tokens(self) -> int:
@@ -162,6 +165,7 @@ def facts_of(
 
     The exchange is taken to be by collectives, and no kernel to split its work in a deterministic form."""
     from fsdp_qlora.kernels.masters import master_bytes
+    from fsdp_qlora.optim.optimizers import paged_bytes
 
     blocks = list(model.blocks.values())
     linears = [m for block in blocks for m in block.linears().values()]
@@ -212,6 +216,8 @@ def facts_of(
         workspace_bytes=workspace(world.device, capability),
         dummy_weights=config.model.dummy_weights,
         master_bytes=master_bytes(model.precision.compute),
+        paged_bytes=paged_bytes(training.optimizer) if world.device.type == "cuda" else 0,
+        longest_row=0 if lengths is None else lengths.widest,
         **(_fused(model, context, lengths) if fusion.blocks else _generic(model, config, context)),
         **_usual(lengths if fusion.blocks else None, training.batch_size),
     )

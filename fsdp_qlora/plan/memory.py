@@ -67,6 +67,9 @@ class Memory:
         self.owned = self.masters + int(owned * facts.optimizer_state_bytes) + self._unreduced() + self.gradients
         if facts.exchange_by_host:  # what waits to be added
             self.owned += FLOAT * facts.largest_adapters // facts.ranks // (1 if facts.ranks > 2 else 2)
+        self.pages = (
+            facts.paged_bytes * facts.all_adapters * facts.local_ranks // facts.ranks
+        )  # of a node's host memory
         self.reduction = 0 if facts.ranks == 1 else _reduction(facts)
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
@@ -131,6 +134,8 @@ class Memory:
         """Bytes in host memory of a node, all its ranks together, by name."""
         parts = self._frozen_on_host(candidate.placement, candidate.homes)
         parts["kept for backward"] = self.offloaded(candidate.kinds)
+        if self.facts.paged_bytes:
+            parts["optimizer"] = self.pages
         if self.facts.exchange_by_host:
             parts["exchange"] = self._exchanged()
         return parts
@@ -170,7 +175,7 @@ class Memory:
             self.adapters + self.masters + self.loading.first,
             resident + self.adapters + self.masters + late,
             resident + cost.moving_bytes(facts, homes) + self.always,
-            host + (self._exchanged() if facts.exchange_by_host else 0),
+            host + self.pages + (self._exchanged() if facts.exchange_by_host else 0),
         )
 
     def _frozen_on_host(self, placement: Placed, homes: Homes) -> dict[str, int]:

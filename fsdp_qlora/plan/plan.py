@@ -107,7 +107,7 @@ def make_plan(
         if smaller is None:
             break
         chosen = smaller
-    raise UserError(refusal(facts, wishes, left))
+    raise UserError(refusal(facts, wishes, budget, budget.device_bytes - left.device_bytes))
 
 
 def refit_plan(
@@ -151,7 +151,7 @@ def _best(facts: Facts, rates: Rates, placement: Placed, wishes: Wishes, budget:
         return None if found is None else asdict(found)
 
     def key() -> list[Any]:
-        return [placement, asdict(facts), asdict(rates), asdict(wishes), asdict(budget)]
+        return [placement, asdict(facts), asdict(rates), asdict(wishes), budget.device_bytes, budget.host_bytes]
 
     kept = remembered("search", key, searched)
     return None if kept is None else _found(**kept)

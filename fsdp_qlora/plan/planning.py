@@ -25,7 +25,7 @@ from fsdp_qlora.memory.arena import Arena
 from fsdp_qlora.memory.arena_layout import Schedule
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.fuse import Fusion
-from fsdp_qlora.optim.optimizers import paged_bytes, state_bytes
+from fsdp_qlora.optim.optimizers import state_bytes
 from fsdp_qlora.plan.budget import HOST_SHARE, agreed_budget, device_bytes, find_budget
 from fsdp_qlora.plan.calibrate.rates import calibrate
 from fsdp_qlora.plan.inputs import Facts, facts_of
@@ -100,8 +100,9 @@ def leaving(beside: int, budget: Budget, plan: Callable[[Budget], Planned]) -> P
     if not beside or math.isinf(budget.device_bytes):
         return plan(budget)
     kept = f"eval_generate keeps {as_gib(beside, 2)} of each GPU for answers"
+    left = replace(budget, device_bytes=budget.device_bytes - beside, outside_bytes=budget.outside_bytes + beside)
     try:
-        planned = plan(replace(budget, device_bytes=budget.device_bytes - beside))
+        planned = plan(left)
     except UserError as error:
         raise UserError(f"{error}; {kept}") from error
     return replace(planned, lines=[*planned.lines, kept], beside=beside)
@@ -119,30 +120,28 @@ def fastest_of(
 
     Raises UserError where none fits."""
     refused = None
-    found: list[tuple[Plan, Facts, Rates | None, Budget, Config]] = []
+    found: list[tuple[Plan, Facts, Rates | None, Config]] = []
     for sized in micro_batches(config):
         facts, rates = known(sized)
-        pages = paged_bytes(config.training.optimizer) * facts.all_adapters * facts.local_ranks // facts.ranks
-        left = replace(budget, host_bytes=budget.host_bytes - pages)
         try:
-            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left)
+            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), budget)
         except UserError as error:  # the same on every rank: they have the same numbers
             refused = error
             continue
-        found.append((plan, facts, rates, left, sized))
+        found.append((plan, facts, rates, sized))
     if not found:
         assert refused is not None
         raise refused.on_every_rank(world.rank)
     # Without times the smallest, which fits wherever anything does; the largest of those as fast.
-    plan, facts, rates, left, sized = min(found, key=lambda one: one[0].seconds or one[0].micro_batch)
+    plan, facts, rates, sized = min(found, key=lambda one: one[0].seconds or one[0].micro_batch)
     layout = layouts(sized, facts) if layouts is not None and facts.fused else None
     if layout is not None:
         try:
-            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), left, layout.nbytes)
+            plan = make_plan(facts, rates, wishes_of(config.memory, world.size), budget, layout.nbytes)
         except UserError as error:
             raise error.on_every_rank(world.rank) from None
-    lines, record = table(plan, facts, rates, left), plan_record(plan, facts, rates)
-    return Planned(plan, lines, record, config, facts, rates, left, layout)
+    lines, record = table(plan, facts, rates, budget), plan_record(plan, facts, rates)
+    return Planned(plan, lines, record, config, facts, rates, budget, layout)
 
 
 def refit_run(planned: Planned, world: World) -> Planned | None:

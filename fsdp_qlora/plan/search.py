@@ -8,7 +8,7 @@ walk through the few that may be the fastest.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations
 from typing import NamedTuple
@@ -43,10 +43,13 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Budget:
-    """device_bytes: that PyTorch may allocate on a rank's GPU. host_bytes: that a node may still take."""
+    """device_bytes: that PyTorch may allocate on a rank's GPU. host_bytes: that a node may still take.
+
+    outside_bytes: of that GPU, for all else than training; told where nothing fits, and no part of a plan."""
 
     device_bytes: int
     host_bytes: int
+    outside_bytes: int = field(default=0, compare=False)
 
 
 def placements(facts: Facts, wishes: Wishes) -> list[Placed]:

@@ -112,7 +112,7 @@ def test_attention_and_precision_are_what_the_card_would_take(
         (["--plan_for", "2x4090", "--world_size", "4"], "world_size: 4, but plan_for 2x4090 has 2 ranks"),
         (["--plan_for", "1x4090", "--exchange_by", "host"], "exchange_by: host has no effect on one rank"),
         (["--plan_for", "1xT4", "--attention", "flash_attention_2"], "flash_attention_2 needs 16-bit compute"),
-        (["--plan_for", "2x4090", "--gpu_memory_gib", "1.05"], "plan_for 2x4090, expected at --precision bf16, CUDA's"),
+        (["--plan_for", "2x4090", "--gpu_memory_gib", "1.05"], "the 1.0 GiB of each GPU, 1.25 GiB of them for CUDA"),
         (["--plan_for", "4x4090", "--sharding_strategy", "hybrid_full_shard", "--hybrid_shard_size", "3"], "divided"),
     ],
 )

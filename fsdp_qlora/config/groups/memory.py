@@ -124,8 +124,8 @@ class MemoryOptions:
     )
     gpu_memory_gib: float | None = option(
         None,
-        """Most GPU memory a rank may allocate (PyTorch's allocator; the CUDA context and NCCL take about 1 GiB more).
-        Enforced: a run that needs more fails as it would on a smaller card. With plan_for: all that the card has.""",
+        """Most GPU memory a rank may take of its card, as nvidia-smi counts it: CUDA and its libraries, about 1.25 GiB,
+        included. Enforced: a run that needs more fails as it would on a smaller card.""",
         "null is all that is free",
         "for sharing a card, and for trying on a large card what a small one can do",
         unit="GiB per rank",
