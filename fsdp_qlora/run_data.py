@@ -9,7 +9,7 @@ from fsdp_qlora.data.batches import Batches, Rows, load_rows, load_tokenizer
 from fsdp_qlora.data.held_out import rows_to_evaluate
 from fsdp_qlora.data.packing import Bins
 from fsdp_qlora.data.row_lengths import RowLengths
-from fsdp_qlora.data.sources import forget_stdin
+from fsdp_qlora.data.sources import check_sources, forget_stdin
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.skeleton import max_positions, text_config
@@ -44,6 +44,8 @@ def load_data(config: Config, hf_config: PretrainedConfig, progress: bool) -> Da
         if config.data.dataset != "dummy":  # nor is its eval_dataset then
             raise
         tokenizer = None
+    if config.evaluation.eval_dataset is not None:
+        check_sources(config.evaluation.eval_dataset, "eval_dataset")
     vocabulary = text_config(hf_config).vocab_size
     rows = load_rows(config.data, tokenizer, max_positions(hf_config), vocabulary, progress)
     return Data(tokenizer, *rows_to_evaluate(config, rows, tokenizer, vocabulary, progress))

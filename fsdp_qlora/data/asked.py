@@ -11,8 +11,9 @@ from fsdp_qlora.config.columns import read_columns
 from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.data.chat import ChatTemplate, choose_chat_template, read_template
 from fsdp_qlora.data.forms import ANSWERS, CHAT, Columns, Form, form_of, renamed
+from fsdp_qlora.data.json_files import parse_line
+from fsdp_qlora.data.packed import PACKED, WRONG, Placed, open_bytes
 from fsdp_qlora.data.prompts import PromptTemplate
-from fsdp_qlora.data.readers import PACKED, WRONG, Placed, open_bytes, parse_line
 from fsdp_qlora.data.sources import STDIN, keep_stdin, open_source, parts_of
 from fsdp_qlora.data.templates import Example, Row
 from fsdp_qlora.data.tokens import Encoder
@@ -145,7 +146,7 @@ class _Reader:
         options = self.options
         if options.prompt_template is not None:
             text = read_template(options.prompt_template, "prompt_template")
-            self.own = PromptTemplate(text, options.prompt_template)
+            self.own = PromptTemplate(text, options.prompt_template, self.named)
             self.form = PromptTemplate.FORM
             return
         self.form = form_of(row, options.dataset_format, options.dataset)

@@ -6,7 +6,6 @@ of templates' habits.
 """
 
 import json
-import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +13,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.data.messages import ASSISTANT, Message, Talk, TalkReader
+from fsdp_qlora.data.marks import CLOSES, MARK, MARKING, OPENS, as_calls, read_marks
+from fsdp_qlora.data.messages import ASSISTANT, THOUGHTS, Message, Talk, TalkReader
 from fsdp_qlora.data.stand_ins import NONCE, TAG, take_apart
 from fsdp_qlora.data.templates import Example, Piece, Row
 from fsdp_qlora.data.turns import Span, TurnFinder
 from fsdp_qlora.errors import BadRow, UserError, first_line
-
-MARK = re.compile(r"\{%(-?|\+?)\s*(generation|endgeneration)\s*(-?|\+?)%\}")
-OPENS, CLOSES = "\ue0f0", "\ue0f1"  # private characters, put around what is marked
-MARKING = "{% macro marked_() %}" + OPENS + "{{ caller() }}" + CLOSES + "{% endmacro %}"
 
 
 def choose_chat_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> None:
@@ -62,14 +58,6 @@ def read_template(path: str, option: str, more: str = "") -> str:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise UserError(f"{option}: {path} cannot be read ({reason}); give a Jinja file{more}") from error
     return text.removesuffix("\n")
-
-
-def as_calls(template: str) -> str:
-    """Return a template with its marks as calls of the macro in MARKING, which puts characters around what they hold.
-
-    Calls trim the lines that they stand in as marks do."""
-    calls = {"generation": "call marked_()", "endgeneration": "endcall"}
-    return MARK.sub(lambda mark: f"{{%{mark[1]} {calls[mark[2]]} {mark[3]}%}}", template)
 
 
 class ChatTemplate:
@@ -161,6 +149,11 @@ class ChatTemplate:
             if marked is not None:
                 return marked
         found, missing = self.finder.find(talk, whole)
+        taken = {number for number, _ in found}
+        for number, (message, learn) in enumerate(zip(talk.messages, talk.learn, strict=True)):
+            if learn and _is_wordless(message):
+                what = "its end" if number in taken else "nothing"
+                talk.notes.append(f"an answer without text, of which {what} is learnt")
         for role, count in Counter(talk.messages[number]["role"] for number in missing).items():
             talk.notes += [f"text of a {role} turn, which the chat template leaves out"] * count
         return [span for _, span in found]
@@ -175,16 +168,9 @@ class ChatTemplate:
     def _marked_spans(self, talk: Talk, whole: str) -> list[Span] | None:
         """Return the spans that the template marks, None if it marks no turn, or if some turns are not to be learnt and
         marks cannot be told apart."""
-        rendered = self.render(talk.messages, False, talk, self.marked)
-        spans: list[Span] = []
-        plain, start = "", -1
-        for part in re.split(f"([{OPENS}{CLOSES}])", rendered):
-            if part == OPENS:
-                start = len(plain)
-            elif part == CLOSES:
-                spans.append((start, len(plain)))
-            else:
-                plain += part
+        if OPENS in whole or CLOSES in whole:
+            return None
+        plain, spans = read_marks(self.render(talk.messages, False, talk, self.marked))
         if plain != whole or not spans:
             return None
         answers = [
@@ -230,7 +216,8 @@ class ChatTemplate:
         example = Example([piece for piece in pieces if piece.text], complete=True, notes=talk.notes)
         if not spans:
             roles = dict.fromkeys(message["role"] for message in talk.messages)
-            example.empty = f"no turn of the assistant's to learn (roles: {', '.join(roles)})"
+            what = "text of" if any(talk.learn) else "turn of"
+            example.empty = f"no {what} the assistant's to learn (roles: {', '.join(roles)})"
         return example
 
     def _wants_parts(self) -> bool:
@@ -244,6 +231,11 @@ class ChatTemplate:
             except Exception:
                 continue
         return False
+
+
+def _is_wordless(message: Message) -> bool:
+    texts = [message["content"], *(message.get(name) for name in THOUGHTS)]
+    return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
 
 
 def _with_arguments_as_text(message: Message) -> Message:

@@ -43,6 +43,7 @@ TALK_EXTRAS = {
     "chat_template_kwargs": ("chat_template_kwargs",),
 }
 ANSWERS = ("completion", "response", "answer", "output")
+VERDICTS = ("label", "kto_tag")  # columns of true and false, as TRL and LLaMA-Factory name them for KTO
 CHAT = ("messages", "prompt_messages")  # names of the forms that go through the chat template
 # In order: a row that fits several (alpaca rows often carry a ready-made `text` too) takes the first.
 FORMS = (
@@ -83,7 +84,7 @@ def form_of(row: Mapping[str, Any], dataset_format: str, dataset: str) -> Form:
     """
     allowed = [form for form in FORMS if dataset_format in ("auto", form.option)]
     if dataset_format == "auto":
-        _refuse_preferences(row, dataset)
+        _refuse_pairs(row, dataset)
     for form in allowed:
         fields = form.fields(row)
         if fields is not None:
@@ -95,8 +96,8 @@ def form_of(row: Mapping[str, Any], dataset_format: str, dataset: str) -> Form:
     )
 
 
-def _refuse_preferences(row: Mapping[str, Any], dataset: str) -> None:
-    """Refuse rows that say which answers are worse: they must not be learnt as if all were good."""
+def _refuse_pairs(row: Mapping[str, Any], dataset: str) -> None:
+    """Refuse rows that hold a better and a worse answer: neither is to be learnt as if it were alone."""
     if "chosen" in row and "rejected" in row:
         to = "prompt=prompt,completion=chosen" if isinstance(row["chosen"], str) and "prompt" in row else ""
         to = to or ("messages=chosen" if isinstance(row["chosen"], list) else "text=chosen")
@@ -104,10 +105,16 @@ def _refuse_preferences(row: Mapping[str, Any], dataset: str) -> None:
             f"dataset {dataset!r}: has pairs of chosen and rejected answers, for preference training (DPO), which is "
             f"not built yet; to learn the chosen ones alone, --columns {to}"
         )
-    if isinstance(row.get("label"), bool) and {"prompt", "completion"} <= set(row):
+
+
+def refuse_verdicts(row: Mapping[str, Any], form: Form, dataset: str) -> None:
+    """Refuse rows that say whether their answer is wanted: those that are not must not be learnt as if they were."""
+    verdict = next((name for name in VERDICTS if isinstance(row.get(name), bool)), None)
+    if verdict is not None and form.name != "text":
         raise UserError(
-            f"dataset {dataset!r}: its label column says which completions are wanted, for preference training (KTO), "
-            "which is not built yet; keep the wanted rows alone and take label away"
+            f"dataset {dataset!r}: its {verdict} column says which answers are wanted, for preference training (KTO), "
+            f"which is not built yet; keep the wanted rows alone and take {verdict} away, or name the form with "
+            "--dataset_format where it means something else"
         )
 
 
@@ -122,7 +129,7 @@ class Columns:
     def fields(self, row: Row, location: str) -> Row:
         """Return the row's values by field; where a needed one is missing, the row as it is: its template says which.
 
-        Raises BadRow where a column that the user has named is not there.
+        Raises BadRow where a column that the user has named is not there, or is none of this form's.
         """
         self.seen.update(map(str, row))
         named = renamed(row, self.named, location)
@@ -132,6 +139,12 @@ class Columns:
         found = self.form.fields(named)
         if found is None:
             return named
+        if idle := self.named.keys() - found.values():
+            field = next(name for name in self.named if name in idle)
+            raise BadRow(
+                f"{location}: columns: {field}={self.named[field]} has no effect on rows of the form {self.form.name}, "
+                f"whose fields are taken from {', '.join(found.values())}; omit it"
+            )
         self.used.update(column for name, column in found.items() if name not in self.named)
         return {name: named[column] for name, column in found.items()}
 

@@ -1,10 +1,13 @@
 """Conversations as people keep them, brought to one form: role and content turns, tools, and which turns are learnt."""
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.templates import Row, text_of
 from fsdp_qlora.errors import BadRow
@@ -22,8 +25,11 @@ ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")  # a turn of the assistant's whose text is a call in JSON
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")  # a turn's thought, apart from its content
-KNOWN_KEYS = {"role", "from", "content", "value", "weight", "train", "loss", "tool_calls", "function_call"}
-RESERVED = {"conversation", "messages", "tools", "tokenize", "chat_template", "add_generation_prompt", "return_dict"}
+SHARES = ("weight", "train", "loss")  # of a turn, whether it is learnt: OpenAI's, axolotl's, ms-swift's
+KNOWN_KEYS = {"role", "from", "content", "value", *SHARES, "tool_calls", "function_call"}
+PARTS_LEARNT = "train_detail"  # axolotl's, of characters
+# What transformers' own call takes; all else goes to the template.
+RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"documents"}
 
 
 @dataclass
@@ -58,6 +64,8 @@ class TalkReader:
         if system and not self._is_system(given[0]):
             talk.messages.append({"role": "system", "content": system})
             talk.learn.append(False)
+        elif system and system != _content(given[0], location):
+            talk.notes.append("system column not taken, as messages begin with another system text")
         for number, message in enumerate(given):
             self._add(talk, _object(message, location, number), f"{location}: message {number}")
         talk.tools = _tools(row, location)
@@ -65,12 +73,15 @@ class TalkReader:
         if not isinstance(settings, dict) or set(settings) & RESERVED:
             raise BadRow(f"{location}: 'chat_template_kwargs' must be an object of the template's variables")
         talk.settings = dict(settings)
+        idle = [name for name in settings if name not in self.template]
+        talk.notes += [f"{name!r} of chat_template_kwargs, which the chat template does not use" for name in idle]
         if talk.tools and "tools" not in self.template:
             talk.notes.append("tools given, but the chat template has no place for them")
         return talk
 
     def _is_system(self, message: Any) -> bool:
-        return isinstance(message, dict) and str(message.get("role", message.get("from"))).lower() == "system"
+        role = str(message.get("role", message.get("from"))) if isinstance(message, dict) else ""
+        return ROLES.get(role.strip().lower()) == "system"
 
     def _add(self, talk: Talk, given: Mapping[str, Any], where: str) -> None:
         named = given.get("role", given.get("from"))
@@ -92,6 +103,8 @@ class TalkReader:
             if key not in self.template and not (key in THOUGHTS and any(name in self.template for name in THOUGHTS)):
                 talk.notes.append(f"{key!r} of messages, which the chat template does not use")
         talk.messages.append(message)
+        if role != ASSISTANT and any(given.get(key) for key in SHARES):
+            talk.notes.append(f"a {role} turn is marked to be learnt, but only the assistant's are")
         talk.learn.append(role == ASSISTANT and _is_learnt(given, where))
 
     def _role(self, named: str, where: str) -> str:
@@ -129,10 +142,10 @@ def _object(message: Any, location: str, number: int) -> dict[str, Any]:
 
 
 def _content(given: Mapping[str, Any], where: str) -> str:
-    """Return a message's text: absent and null are '', parts of text are joined."""
-    key = "content" if "content" in given else "value"
+    """Return a message's text, parts of text joined. It may be absent or null in a turn that calls a tool, then ''."""
+    key = "content" if given.get("content") is not None or "value" not in given else "value"
     value: Any = given.get(key)
-    if value is None and ("tool_calls" in given or "function_call" in given or key in given):
+    if value is None and (given.get("tool_calls") or given.get("function_call")):
         return ""
     if isinstance(value, list):
         return "".join(_part(part, where) for part in value)
@@ -140,6 +153,8 @@ def _content(given: Mapping[str, Any], where: str) -> str:
         return json.dumps(value, ensure_ascii=False)
     if key not in given:
         raise BadRow(f"{where} must be an object with 'role' and 'content', but is {dict(given)!r:.80}")
+    if value is None:
+        raise BadRow(f'{where}: its content is null, but it calls no tool; write "" where it says nothing')
     if isinstance(value, float) and not math.isfinite(value):
         raise BadRow(f'{where}: its content is {value}, which is no text; write null or ""')
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -158,8 +173,10 @@ def _part(part: Any, where: str) -> str:
 
 
 def _is_learnt(given: Mapping[str, Any], where: str) -> bool:
-    """Return whether a turn is learnt: not if OpenAI's `weight`, axolotl's `train`, ms-swift's `loss` is 0 or false."""
-    for key in ("weight", "train", "loss"):
+    """Return whether a turn is learnt: not if one of `SHARES` is 0 or false. Raises BadRow for a part of a turn."""
+    if given.get(PARTS_LEARNT):
+        raise BadRow(f"{where}: its {PARTS_LEARNT!r} asks for a part of the turn; turns are learnt whole or not")
+    for key in SHARES:
         value = given.get(key)
         if value is None or value in (0, 1):  # False and True are 0 and 1
             if value is not None and not value:

@@ -1,28 +1,19 @@
 """Files of rows: JSON, JSON lines, CSV, TSV, Parquet and Arrow, also compressed; each row with its location."""
 
-import bz2
 import csv
-import gzip
 import io
-import json
 import lzma
-import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from fsdp_qlora.data.forms import FORMS
-from fsdp_qlora.errors import BadRow, UserError, first_line
-
-Raw = dict[str, Any] | bytes  # a row, or the JSON line that holds it
-Placed = tuple[str, Raw]
+from fsdp_qlora.data.json_files import read_json, read_lines
+from fsdp_qlora.data.packed import PACKED, WRONG, Placed, open_bytes
+from fsdp_qlora.errors import UserError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow")
-PACKED = (".gz", ".zst", ".bz2", ".xz")
-WRONG = "\0wrong"  # the only key of a row that its reader could not make out; its value says why
-SPACE = re.compile(r"[ \t\r\n]*")
-ROW_KEYS = ("data", "train", "rows", "examples")  # preferred, where an object holds several lists of objects
 
 
 def kind_of(path: Path) -> str:
@@ -36,154 +27,40 @@ def kind_of(path: Path) -> str:
 
 
 def read_file(path: Path, kind: str = "") -> Iterator[Placed]:
-    """Yield (location, row) of a file. Raises UserError if the file cannot be read, BadRow if a row cannot."""
+    """Return the (location, row) of a file as they are taken; a row may be JSON that `parse_line` reads.
+
+    Raises UserError for a missing file and an unknown type at once, for one that cannot be read while rows are taken.
+    """
     kind = kind or kind_of(path)
     name = f"dataset {str(path)!r}"
+    if not path.is_file():
+        raise UserError(f"{name}: no such file (the current folder is {Path.cwd()})")
     if not kind:
         raise UserError(
             f"{name}: unknown file type {path.suffix!r}; use {', '.join(SUFFIXES)}, also with {', '.join(PACKED)}"
         )
-    if not path.is_file():
-        raise UserError(f"{name}: no such file (the current folder is {Path.cwd()})")
     if path.stat().st_size < 200 and path.read_bytes().startswith(b"version https://git-lfs"):
         raise UserError(f"{name}: is a git-lfs pointer, not the file itself; run git lfs pull in its folder")
+    return _read(path, kind, name)
+
+
+def _read(path: Path, kind: str, name: str) -> Iterator[Placed]:
     try:
         yield from READERS[kind](path, name)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except UnicodeDecodeError as error:  # its own place is one in a piece of the file
+        raise UserError(f"{name}{_first_that_is_not_utf8(path)}; save it as UTF-8") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading what was packed into it, where it is packed."""
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        import pyarrow  # type: ignore[import-untyped]
-
-        return io.BufferedReader(_Raw(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")))
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    opened: IO[bytes] = openers.get(suffix, open)(path, "rb")
-    return opened
-
-
-class _Raw(io.RawIOBase):
-    """An Arrow stream as Python's own readers want it."""
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def parse_line(location: str, raw: Raw) -> dict[str, Any]:
-    """Return the row of a JSON line; one that is a row already as it is. Raises BadRow with the line."""
-    row: Any = raw
-    if isinstance(raw, bytes):
-        try:
-            row = json.loads(raw)
-        except json.JSONDecodeError as error:
-            raise BadRow(f"{location}, column {error.colno}: malformed JSON ({error.msg})") from error
-        except UnicodeDecodeError as error:
-            raise BadRow(f"{location}: is not UTF-8 text ({error.reason} at byte {error.start} of the line)") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
-            raise BadRow(f"{location}: malformed JSON ({first_line(error)})") from error
-    if not isinstance(row, dict):
-        raise BadRow(f"{location} is {type(row).__name__}, but each row must be an object")
-    if WRONG in row:
-        raise BadRow(f"{location} {row[WRONG]}")
-    return row
-
-
-def _jsonl(path: Path, name: str) -> Iterator[Placed]:
+def _first_that_is_not_utf8(path: Path) -> str:
     with open_bytes(path) as file:
-        numbered = ((number, line) for number, line in enumerate(file, start=1) if line.strip(b" \t\r\n\xef\xbb\xbf"))
-        number, line = next(numbered, (0, b""))
-        if not number:
-            return
-        line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise UserError(f"{name}: is UTF-16 text, not UTF-8; save it as UTF-8")
-        second = next(numbered, None)
-        alone = second is None and line.lstrip().startswith(b"{")
-        if line.lstrip().startswith(b"[") or alone or (second and not _is_whole(line) and not _is_whole(second[1])):
-            pass  # one value over many lines, or alone in its line: it may hold the rows
-        else:
-            yield f"line {number}", line
-            if second:
-                yield f"line {second[0]}", second[1]
-            for number, line in numbered:
-                yield f"line {number}", line
-            return
-    yield from _json_whole(path, name)
-
-
-def _is_whole(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _json_whole(path: Path, name: str) -> Iterator[Placed]:
-    """Yield the rows of a list, an object with one in it, or objects one after the other over any number of lines."""
-    with open_bytes(path) as file:
-        text = file.read().decode("utf-8-sig")
-    values: list[tuple[int, Any]] = []
-    decoder, at = json.JSONDecoder(), 0
-    while (at := SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{name}: line {error.lineno}, column {error.colno}: malformed JSON ({error.msg})"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}: malformed JSON ({first_line(error)})") from error
-        values.append((at, value))
-        at = end
-    held = _rows_in(values[0][1], name) if len(values) == 1 else None
-    if held is not None:
-        yield from ((f"row {number}", row) for number, row in enumerate(held))
-        return
-    for at, value in values:
-        yield f"line {text.count(chr(10), 0, at) + 1}", value
-
-
-def _rows_in(value: Any, name: str) -> list[Any] | None:
-    """Return the rows of a file that is one JSON value, None where it is itself a row."""
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: is one {type(value).__name__}; rows are read from a list or from one object a line")
-    if any(form.fields(value) is not None for form in FORMS):
-        return None
-    lists = [key for key, held in value.items() if isinstance(held, list) and all(isinstance(h, dict) for h in held)]
-    chosen = lists if len(lists) == 1 else [key for key in ROW_KEYS if key in lists][:1]
-    if chosen:
-        return list(value[chosen[0]])
-    if all(isinstance(held, list | dict) for held in value.values()):
-        raise UserError(
-            f"{name}: is an object with the keys {', '.join(value) or '(none)'}; rows are read from a list or from one "
-            "object a line"
-        )
-    return None
-
-
-def _json(path: Path, name: str) -> Iterator[Placed]:
-    with open_bytes(path) as file:
-        begins = file.read(65536).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if begins == b"[":
-        yield from _json_whole(path, name)
-    else:  # many tools write JSON lines under this suffix
-        yield from _jsonl(path, name)
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f", line {number}: is not UTF-8 text ({error.reason} at byte {error.start} of the line)"
+    return ": is not UTF-8 text"
 
 
 def _table(rows: Any, number: int) -> Iterator[Placed]:
@@ -204,7 +81,7 @@ def without_nulls(value: Any) -> Any:
 @contextmanager
 def _refusing(name: str, what: str) -> Iterator[None]:
     """Raise UserError in place of what pyarrow raises for a file that is not `what`."""
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
 
     try:
         yield
@@ -270,11 +147,13 @@ def _delimited(path: Path, name: str, delimiter: str) -> Iterator[Placed]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 KiB
     with open_bytes(path) as packed, io.TextIOWrapper(packed, encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True, delimiter=delimiter)
+        begins = 1
         try:
             header = next((fields for fields in reader if fields), [])
             _check_names(header, name)
+            begins = reader.line_num + 1  # a row may go over many lines
             for fields in reader:
-                location = f"line {reader.line_num}"
+                location, begins = f"line {begins}", reader.line_num + 1
                 if not fields:
                     continue
                 if len(fields) != len(header):
@@ -283,13 +162,13 @@ def _delimited(path: Path, name: str, delimiter: str) -> Iterator[Placed]:
                     yield location, dict(zip(header, fields, strict=True))
         except csv.Error as error:
             raise UserError(
-                f"{name}: line {reader.line_num}: malformed {'CSV' if delimiter == ',' else 'TSV'} ({error})"
+                f"{name}: line {begins}: malformed {'CSV' if delimiter == ',' else 'TSV'} ({error})"
             ) from error
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Placed]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
+    ".json": read_json,
+    ".jsonl": read_lines,
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".csv": _csv,

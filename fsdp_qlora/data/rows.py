@@ -11,11 +11,12 @@ from fsdp_qlora.config.columns import read_columns
 from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.data import rows_cache
 from fsdp_qlora.data.chat import ChatTemplate, choose_chat_template, read_template
-from fsdp_qlora.data.forms import CHAT, GUANACO, Columns, Form, form_of, renamed
+from fsdp_qlora.data.forms import CHAT, GUANACO, Columns, Form, form_of, refuse_verdicts, renamed
+from fsdp_qlora.data.json_files import parse_line
+from fsdp_qlora.data.packed import Placed
 from fsdp_qlora.data.prompts import PromptTemplate
-from fsdp_qlora.data.readers import Placed, parse_line
 from fsdp_qlora.data.row_set import Rows, merged
-from fsdp_qlora.data.sources import Part, Source, open_source, parts_of
+from fsdp_qlora.data.sources import Source, open_source, parts_of, told_as
 from fsdp_qlora.data.templates import Template
 from fsdp_qlora.data.tokenizing import BEYOND, Chunk, Work, tokenize
 from fsdp_qlora.data.tokens import Encoder
@@ -54,11 +55,8 @@ def load_other_rows(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, vocab_size: int, progress: bool = False
 ) -> Rows:
     """Read the dataset of `options`, to evaluate on, after `load_rows` with the same tokenizer. Raises as that does."""
-    try:
+    with told_as("eval_dataset"):
         return _merged_rows(options, tokenizer, vocab_size, progress, held_out=True)
-    except UserError as error:
-        text = str(error)
-        raise type(error)(f"eval_{text}" if text.startswith("dataset ") else text) from error
 
 
 def _merged_rows(
@@ -66,7 +64,12 @@ def _merged_rows(
 ) -> Rows:
     """Return the rows of all datasets that `options` name."""
     parts = parts_of(options.dataset)
-    every = [_part_rows(part, options, tokenizer, progress, held_out) for part in parts]
+    samples = [options.dataset_samples if part.weight is None else None for part in parts]
+    sources = [open_source(part.name, n, held_out) for part, n in zip(parts, samples, strict=True)]
+    alone = len(parts) == 1 and not held_out
+    every = [_part_rows(*given, options, tokenizer, progress, alone) for given in zip(sources, samples, strict=True)]
+    if not held_out:  # rows to evaluate on are read with the training rows' options
+        _check_effect({rows.form for rows in every}, options)
     rows = merged(every, parts, options.dataset_samples)
     if rows.pad_id >= vocab_size:  # which one does not matter: padding is masked by its position
         rows.pad_id = 0
@@ -79,16 +82,21 @@ def _merged_rows(
 
 
 def _part_rows(
-    part: Part, options: DataOptions, tokenizer: PreTrainedTokenizerBase, progress: bool, held_out: bool
+    source: Source,
+    samples: int | None,
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: bool,
+    alone: bool,
 ) -> Rows:
-    """Return the rows of one dataset: from the cache, or tokenized and kept there."""
-    samples = options.dataset_samples if part.weight is None else None
+    """Return the rows of one dataset, the first `samples`: from the cache, or tokenized and kept there.
+
+    alone: options that do nothing for rows of its form are refused before those are tokenized."""
     prompt = read_template(options.prompt_template, "prompt_template") if options.prompt_template is not None else ""
-    source = open_source(part.name, samples, held_out)
     cache = rows_cache.Cache(options, tokenizer, source, samples, prompt)
     held = cache.load()
     if held is None:
-        held = _tokenized(source, options, prompt, tokenizer, progress)
+        held = _tokenized(source, options, prompt, tokenizer, progress, alone)
         cache.save(held)
     rows = Rows(**{**held, "name": source.name})
     rows.notes = [*source.notes, *rows.notes, *cache.notes]
@@ -96,10 +104,12 @@ def _part_rows(
 
 
 def _tokenized(
-    source: Source, options: DataOptions, prompt: str, tokenizer: PreTrainedTokenizerBase, progress: bool
+    source: Source, options: DataOptions, prompt: str, tokenizer: PreTrainedTokenizerBase, progress: bool, alone: bool
 ) -> dict[str, Any]:
     context, named = options.context_length, read_columns(options.columns or [])
     first, form, bad = _first(source, options, named)
+    if alone:
+        _check_effect({form.name}, options)
     template = _template(form, options, prompt, tokenizer, source.name)
     split = form.name == "text" and options.text_overflow != "cut"
     encoder = Encoder(tokenizer, options.train_on_prompt)
@@ -133,30 +143,28 @@ def _first(source: Source, options: DataOptions, named: dict[str, str]) -> tuple
             form = GUANACO
         else:
             form = form_of(row, options.dataset_format, source.name)
-        _check_effect(form, options, source.name)
+            if options.dataset_format == "auto":
+                refuse_verdicts(row, form, source.name)
         return [(location, raw)], form, bad
     if bad:
         raise UserError(f"dataset {source.name!r}: none of its {len(bad):,} rows can be read")
     raise UserError(f"dataset {source.name!r}: has no rows")
 
 
-def _check_effect(form: Form, options: DataOptions, name: str) -> None:
-    """Refuse an option that does nothing for rows of this form."""
-    if options.chat_template is not None and form.name not in CHAT:
-        raise UserError(
-            f"chat_template {options.chat_template}: has no effect on rows of the form {form.name} (dataset {name!r}); "
-            "omit it"
-        )
-    if options.text_overflow != "auto" and form.name != "text":
-        raise UserError(
-            f"text_overflow {options.text_overflow}: has no effect on rows of the form {form.name} (dataset {name!r}), "
-            "which are cut; omit it"
-        )
+def _check_effect(forms: set[str], options: DataOptions) -> None:
+    """Refuse an option that does nothing for rows of these forms, which are all that there are."""
+    on = f"has no effect on rows of the form {' or '.join(sorted(forms))} (dataset {options.dataset!r})"
+    if options.chat_template is not None and not forms & set(CHAT):
+        raise UserError(f"chat_template {options.chat_template}: {on}; omit it")
+    if options.text_overflow != "auto" and "text" not in forms:
+        raise UserError(f"text_overflow {options.text_overflow}: {on}, which are cut; omit it")
+    if options.train_on_prompt and forms == {"text"}:
+        raise UserError(f"train_on_prompt true: {on}, which are learnt whole; omit it")
 
 
 def _template(form: Form, options: DataOptions, prompt: str, tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
     if options.prompt_template is not None:
-        return PromptTemplate(prompt, options.prompt_template)
+        return PromptTemplate(prompt, options.prompt_template, read_columns(options.columns or []))
     if form.name in CHAT:
         return ChatTemplate(tokenizer, name, options.train_on_prompt)
     assert form.template is not None

@@ -7,13 +7,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.data.readers import SUFFIXES, Placed, kind_of, read_file, without_nulls
+from fsdp_qlora.data.packed import Placed
+from fsdp_qlora.data.readers import SUFFIXES, kind_of, read_file, without_nulls
 from fsdp_qlora.errors import UserError, first_line
 
 STDIN = "-"
@@ -81,9 +82,15 @@ def parts_of(dataset: str) -> list[Part]:
         raise UserError(f"dataset {dataset!r}: a weight says nothing about one dataset alone; omit it")
     if len(parts) > 1 and "dummy" in [part.name for part in parts]:
         raise UserError(f"dataset {dataset!r}: dummy has no rows to mix with others; give it alone")
-    if len({part.name for part in parts}) < len(parts):
+    if len({_plain(part.name) for part in parts}) < len(parts):
         raise UserError(f"dataset {dataset!r}: names a dataset twice; name each once")
     return parts
+
+
+def _plain(name: str) -> str:
+    """Return the one name of a dataset: a file has many, as a.jsonl and ./a.jsonl."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else NAMES[name].hub_id if name in NAMES else name
 
 
 def _part(text: str) -> Part:
@@ -99,8 +106,8 @@ def open_source(dataset: str, samples: int | None, held_out: bool = False) -> So
     """Open one dataset (a name, a local path, `-`, a hub id or `id:config:split`): the first `samples` of its rows.
 
     held_out: of a folder or a hub dataset without a split take what is named validation, test or alike, if there is.
-    No row is read before the first is taken. While rows are taken, raises UserError for a missing file, an unknown
-    file type, a malformed file (with the line).
+    No row is read before the first is taken. Raises UserError for a missing file and an unknown file type; while rows
+    are taken, for a malformed file (with the line) and for what the hub does not have.
     """
     if dataset in NAMES:
         named = NAMES[dataset]
@@ -120,6 +127,22 @@ def open_source(dataset: str, samples: int | None, held_out: bool = False) -> So
     config, _, split = rest.partition(":")
     named = Named(hub_id, config or None, split or "train", exact=bool(split), held_out=held_out and not split)
     return _hub(dataset, named, samples)
+
+
+@contextmanager
+def told_as(option: str) -> Iterator[None]:
+    """Say in a mistake which option names the dataset."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(re.sub("^dataset ", f"{option} ", str(error))) from error
+
+
+def check_sources(dataset: str, option: str) -> None:
+    """Raise UserError for what `option` names and is not on this machine, before rows of another are tokenized."""
+    with told_as(option):
+        for part in parts_of(dataset):
+            open_source(part.name, None)
 
 
 def is_local(dataset: str) -> bool:

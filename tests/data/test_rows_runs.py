@@ -47,6 +47,15 @@ def test_one_bad_row_ends_the_run_before_the_model_is_read_or_is_left_out(model,
     assert "1 bad row left out (line 6: 'completion' is nan" in capsys.readouterr().out
 
 
+def test_a_missing_dataset_to_evaluate_on_is_told_before_rows_are_read(model, tmp_path, capsys):
+    rows = save_rows(tmp_path / "rows.jsonl", 5)
+    rows.write_text(rows.read_text() + '{"prompt": "a", "completion": NaN}\n')
+    assert train.main(options(model, rows, tmp_path, eval_dataset=tmp_path / "none.jsonl")) == 2
+    told = capsys.readouterr().err
+    assert "eval_dataset" in told
+    assert "none.jsonl': no such file" in told
+
+
 @pytest.mark.ranks
 def test_two_ranks_share_rows_that_are_piped_in_and_tokenized_once(model, tmp_path):
     """Torchrun gives its standard input to every rank: only one of them can read it."""

@@ -92,11 +92,15 @@ def test_an_object_without_rows_is_called_what_it_is(tmp_path: Path) -> None:
 BROKEN: dict[str, tuple[bytes, str]] = {
     "cut.jsonl.gz": (gzip.compress(TEXT.encode() * 500)[:-30], "cannot be read"),
     "no.jsonl.gz": (b"hello", "cannot be read"),
+    "damaged.jsonl.gz": (gzip.compress(TEXT.encode())[:10] + b"\xff" + bytes(40), "cannot be read"),
     "no.jsonl.xz": (b"hello", "cannot be read"),
     "no.jsonl.zst": (b"hello", "cannot be read"),
     "no.arrow": (b"hello", "is not an Arrow file"),
     "twice.csv": (b"text,text\na,b\n", "names the column 'text' twice"),
-    "open.csv": (b'text,b\n"a,b\n', "malformed CSV"),
+    "open.csv": (b'text,b\nx,y\n\n"a,b\n', "line 4: malformed CSV"),
+    "short.csv": (b'text,b\n"x\ny",z\n"a\n\nb"\n', "line 4 does not have the header's 2 fields, but 1"),
+    "latin.csv": (b"text,b\n" + b"x,y\n" * 9000 + b"x,\xe9\n", "line 9002: is not UTF-8 text .* save it as UTF-8"),
+    "latin.json": (b'[\n{"text": "\xe9"}]', "line 2: is not UTF-8 text"),
     "utf16.jsonl": (TEXT.encode("utf-16"), "is UTF-16 text"),
     "lfs.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "is a git-lfs pointer"),
 }
@@ -109,6 +113,27 @@ def test_broken_files_are_told_in_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(str(tmp_path / name), bytes_tokenizer())
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_path_is_called_missing_before_another_dataset_is_tokenized(tmp_path: Path) -> None:
+    for name in ("rows", "rows.txt"):
+        with pytest.raises(UserError, match="no such file"):
+            load(str(tmp_path / name), bytes_tokenizer())
+    there = write(tmp_path / "a.jsonl", [{"text": 3.5}, {"text": None}])
+    with pytest.raises(UserError, match=r"b\.jsonl': no such file"):
+        load(f"{there},{tmp_path / 'b.jsonl'}", bytes_tokenizer())
+    with pytest.raises(UserError, match=r"^eval_dataset '.*b\.jsonl': no such file"):
+        sources.check_sources(str(tmp_path / "b.jsonl"), "eval_dataset")
+
+
+def test_one_file_by_two_names_is_one_dataset(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": "x y"}])
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for other in (f"{tmp_path}/../{tmp_path.name}/a.jsonl", str(tmp_path / "link.jsonl")):
+        with pytest.raises(UserError, match="names a dataset twice"):
+            load(f"{path},{other}", bytes_tokenizer())
+    with pytest.raises(UserError, match="names a dataset twice"):
+        sources.parts_of("alpaca,yahma/alpaca-cleaned")
 
 
 def test_a_folder_of_files(tmp_path: Path) -> None:

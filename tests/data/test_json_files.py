@@ -1,0 +1,72 @@
+"""Rows in JSON: places in messages are right, no key counts twice, and no file is held twice."""
+
+import json
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from test_data import load
+
+from fsdp_qlora.data.readers import read_file
+from fsdp_qlora.errors import UserError
+from tests.support.small_tokenizers import bytes_tokenizer
+
+TWICE = '{"prompt": "a", "completion": "b", "completion": "c"}'
+ONCE = '{"prompt": "a", "completion": "b"}'
+
+
+def save(tmp_path: Path, text: str, name: str = "rows.json") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_a_key_that_is_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    lines = save(tmp_path, f"{ONCE}\n{TWICE}\n{ONCE}\n", "rows.jsonl")
+    with pytest.raises(UserError, match=r"line 2: malformed JSON \('completion' is given twice in one object\)"):
+        load(str(lines), bytes_tokenizer())
+    assert load(str(lines), bytes_tokenizer(), bad_rows="skip").index.tolist() == [0, 2]
+    nested = ONCE.replace('"a"', '{"x": 1, "x": 2}')
+    for text in (
+        f"[\n{ONCE},\n{TWICE}]",
+        f"[\n{ONCE},\n{nested}]",
+        json.dumps(json.loads(ONCE), indent=1) + "\n" + TWICE,
+    ):
+        with pytest.raises(UserError, match=r"line \d: malformed JSON \('\w+' is given twice"):
+            load(str(save(tmp_path, text)), bytes_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"[\n{ONCE},\n{ONCE[:-1]}\n]", "line 4, column 1: malformed JSON"),
+        (f"[\n{ONCE}\n{ONCE}]", "line 3, column 1: malformed JSON (Expecting ',' delimiter)"),
+        (f"[\n{ONCE},\n", "line 3, column 1: malformed JSON (Expecting value)"),
+        (f"[\n{ONCE},\n]", "line 3, column 1: malformed JSON (Expecting value)"),
+        (f"[{ONCE}]\n{ONCE}", "line 2, column 1: malformed JSON (Extra data)"),
+        ("[ ]", "has no rows"),
+    ],
+)
+def test_a_list_that_is_broken_is_told_with_its_place(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(str(save(tmp_path, text)), bytes_tokenizer())
+    assert words in str(caught.value)
+
+
+def test_a_long_list_is_decoded_row_by_row(tmp_path: Path) -> None:
+    path = save(tmp_path, json.dumps([json.loads(ONCE)] * 20_000))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_file(path)) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 3 * path.stat().st_size, "the text, not all its rows"
+    finally:
+        tracemalloc.stop()
+
+
+def test_pretty_printed_rows_take_time_in_proportion_and_have_their_lines(tmp_path: Path) -> None:
+    path = save(tmp_path, (json.dumps(json.loads(ONCE) | {"x": "y" * 60}, indent=1) + "\n") * 60_000)
+    begun = time.process_time()
+    lines = [location for location, _ in read_file(path)]
+    assert time.process_time() - begun < 4  # counted from the beginning for each row, 15
+    assert lines == [f"line {5 * number + 1}" for number in range(60_000)]
