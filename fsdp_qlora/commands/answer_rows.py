@@ -127,11 +127,12 @@ def text_of(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(answer.ids, skip_special_tokens=True))
 
 
-def speed_line(answers: Answers, rows: int) -> str:
-    """Return how much was answered and how fast, for the user."""
+def speed_line(answers: Answers, rows: int, state: str = "") -> str:
+    """Return how much was answered and how fast, for the user. state: of the model, where several answer."""
     seconds = max(answers.seconds, 1e-9)
+    of = f" ({state})" if state else ""
     return (
-        f"answered  {count_of(rows, 'row')}, {count_of(answers.tokens, 'new token')} in {seconds:.1f} s: "
+        f"answered  {count_of(rows, 'row')}{of}, {count_of(answers.tokens, 'new token')} in {seconds:.1f} s: "
         f"{answers.tokens / seconds:,.1f} tokens/s"
     )
 

@@ -81,7 +81,7 @@ def evaluate_rows(asked: EvaluateOptions) -> None:
         found = {}
         for name, is_on in states.items():
             world.together(partial(loaded.set_adapter, is_on))
-            found[name] = _measure(asked, ready, task, loaded, decoder, world)
+            found[name] = _measure(name, asked, ready, task, loaded, decoder, world)
         for line in _shown(asked, ready, found):
             world.say(line)  # before a disk can refuse them
         world.main_only(lambda: _write(folder, asked, ready, task, found))
@@ -94,6 +94,7 @@ def evaluate_rows(asked: EvaluateOptions) -> None:
 
 
 def _measure(
+    state: str,
     asked: EvaluateOptions,
     ready: Ready,
     task: Task,
@@ -117,7 +118,7 @@ def _measure(
         decoder.forget_adapters()
         answers = Answers(decoder, Sampling(), ready.stops, asked.max_new_tokens, world)
         made.answers = [answer for some in answers([prompt.ids for prompt in prompts]) for answer in some]
-        world.say(speed_line(answers, len(prompts)))
+        world.say(speed_line(answers, len(prompts), state))
         said = [text_of(answer, ready.tokenizer) for answer in made.answers]
         same = NORMALIZE[asked.normalize]
         made.right = [same(text) == same(prompt.answer or "") for text, prompt in zip(said, prompts, strict=True)]

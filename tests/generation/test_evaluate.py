@@ -58,6 +58,7 @@ def test_loss_and_exact_answers_are_those_of_peft(material, tmp_path, capsys):
     assert found["base"]["exact"]["right"] == 0
     assert found["exact_compared"] == {"only_adapter": wanted, "only_base": 0, "p": sign_test(wanted, 0)}
     assert f"{wanted} of {len(rows)}" in printed
+    assert [f"answered  {len(rows)} rows ({state})" in printed for state in ("adapter", "base")] == [True, True]
     for state, adapted in (("adapter", True), ("base", False)):
         model, total, labels = peft_model(material, adapted), 0.0, 0
         with torch.no_grad():
