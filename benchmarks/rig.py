@@ -98,7 +98,8 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     typical = steps[WARM_UP:] or steps[-1:]  # of the longest contexts there are few
     return {
         "shape": asked.shape, "gpus": asked.gpus, "cap_gib": asked.cap_gib, "peer_access": asked.peer_access,
-        "batch_size": asked.batch_size, "context_length": asked.context_length, "options": asked.train_options,
+        "batch_size": asked.batch_size, "context_length": asked.context_length, "steps": asked.steps,
+        "options": asked.train_options,
         "tokens_per_second": round(statistics.median(s["tokens_per_second"] for s in typical), 1),
         "seconds_per_step": round(statistics.median(s["seconds"] for s in typical), 4),
         "gpu_allocated_gib": max(steps[-1]["gpu_allocated_gib"]),

@@ -26,7 +26,7 @@ SWEEP = [
     row
     for file in sorted(RESULTS.glob("*-sweep.jsonl"))
     for row in map(json.loads, file.read_text().splitlines())
-    if row["run"]["link"] == "turns"
+    if "failed" not in row and row["run"].get("link") != "single"
 ]
 # Bound by the host, which several runs shared; four cards that share their host memory's rate.
 UNMET_SWEEP = {"8b-8x152-r16-24-20", "8b-8x512-r16-12-10", "70b-512-38", "70b-2048-4-92"}
