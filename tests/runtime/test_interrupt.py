@@ -7,10 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from tests.support.torchrun import ROOT, finish, start_torchrun
+
+
+@pytest.fixture(autouse=True)
+def hangup_reaches_what_is_started() -> Iterator[None]:
+    """Tests that are themselves run under nohup ignore it, and so would what they start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 
 TRAINING = """
     import os, signal, sys, time, torch
