@@ -54,12 +54,15 @@ def describe_rows(config: Config, batches: Batches, total_steps: int, world: Wor
     last = batches.items % batches.rows_per_step
     shorter = f"; an epoch's last of {last}" if last else ""
     packed = [] if batches.bins is None else [_bins_line(batches.bins)]
+    asked = config.training.max_steps
+    ends = f"num_epochs {config.training.num_epochs} ends the run before max_steps {asked}"
     return [
         f"data      {batches.rows.summary}",
         *packed,
         f"run       {_counted(total_steps, 'step')} of {_counted(batches.rows_per_step, 'bin' if packed else 'row')} "
         f"({batches.batch_size} x {batches.accumulation} x {_ranks(world)}{shorter}), "
         f"{_counted(batches.completed(total_steps), 'epoch')}, context {config.data.context_length}",
+        *([f"          {ends}"] if asked > total_steps else []),
     ]
 
 

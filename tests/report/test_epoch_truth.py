@@ -137,7 +137,7 @@ def test_two_ranks_that_accumulate_over_three_epochs_tell_the_truth(material, tm
 @pytest.mark.parametrize(
     ("more", "per_step", "steps", "epochs"),
     [
-        ({"batch_size": 4, "num_epochs": 2}, 4, 10, 2),  # 18 rows: the last of an epoch has two
+        ({"batch_size": 4, "num_epochs": 2, "max_steps": 11}, 4, 10, 2),  # 18 rows: the last of an epoch has two
         ({"batch_size": 6, "num_epochs": 5, "max_steps": 4}, 6, 4, 1),  # the second epoch ends in its middle
         ({"batch_size": 5, "gradient_accumulation_steps": 6}, 30, 1, 1),  # more rows a step than there are
     ],
@@ -146,6 +146,7 @@ def test_a_run_tells_the_truth(more, per_step, steps, epochs, material, tmp_path
     options, counts = material
     said, run = train_alone(options | more, tmp_path / "out", capsys)
     check(said, run, counts, per_step, steps, epochs)
+    assert ("num_epochs 2 ends the run before max_steps 11" in said) == (more.get("max_steps") == 11)
 
 
 @pytest.mark.slow
