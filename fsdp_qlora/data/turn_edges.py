@@ -59,17 +59,20 @@ class Template:
             return before.index(header) + len(header)
         return None
 
-    def start_of_call(self, before: str, earlier: list[Message], talk: Talk, previous: int | None) -> int:
-        """Return where a turn begins that begins with a tool call: where words would stand in the call's place."""
-        try:
-            said = [*earlier, {"role": ASSISTANT, "content": f"{NONCE}{PLACE}k"}]
-            between, numbers = take_apart(self.render(said, False, talk))
-        except Exception:
-            between, numbers = [], []
-        if PLACE in numbers:
-            spot = numbers.index(PLACE)
-            if (numbers[spot - 1] if spot else None) == previous and before.startswith(between[spot]):
-                return len(between[spot])
+    def start_of_call(self, before: str, messages: list[Message], number: int, talk: Talk, previous: int | None) -> int:
+        """Return where turn `number` begins, which begins with a tool call: where words would stand in its place.
+
+        Words at the end of the conversation, or with all that follows: templates drop thoughts once it goes on."""
+        words: Message = {"role": ASSISTANT, "content": f"{NONCE}{PLACE}k"}
+        for later in ([], messages[number + 1 :]):
+            try:
+                between, numbers = take_apart(self.render([*messages[:number], words, *later], False, talk))
+            except Exception:
+                continue
+            if PLACE in numbers:
+                spot = numbers.index(PLACE)
+                if (numbers[spot - 1] if spot else None) == previous and before.startswith(between[spot]):
+                    return len(between[spot])
         raise Unclear("where a tool call begins is not certain")
 
     def _is_border(self, text: str, at: int) -> bool:

@@ -141,7 +141,7 @@ class TurnFinder:
         template = self.template
         start = template.start(before, template.tail(made[:number], True, talk, previous), talk)
         if start is None and words[shown[0]].is_call:
-            start = template.start_of_call(before, made[:number], talk, previous)
+            start = template.start_of_call(before, made, number, talk, previous)
         if start is None:  # the first word itself; its token holds the space before it, where no header ends there
             start = len(before) if template.header(talk) else len(before.rstrip(" "))
         following = plan.numbers[own[-1] + 1] if own[-1] + 1 < len(plan.numbers) else None

@@ -104,6 +104,13 @@ EMPTY_THOUGHT = (
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
+LATER_WITHOUT = (  # thoughts and the place for one are shown behind the last question alone
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ '<call=' + c.function.name + '>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 ALWAYS_ASKS = (  # whether or not it is asked to
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"
@@ -159,6 +166,10 @@ HABITS: dict[str, tuple[str, str, list[dict[str, Any]], list[str]]] = {
     ),
     "the prompt opens a thought that is not there": (
         EMPTY_THOUGHT, IM, [U1, CALL, {**U2}, A2], ["\n<call=weather>" + IM, "fellow" + IM],
+    ),
+    "a call loses its thought later": (
+        LATER_WITHOUT, IM, [U1, CALL, RESULT, A1, U2, A2],
+        ["<call=weather>" + IM, "mellow user" + IM, "\n</think>\n\nfellow" + IM],
     ),
     "a header is put at the end unasked": (ALWAYS_ASKS, IM, TWO, ["mellow user" + IM, "fellow" + IM]),
     "a header is put at the end unasked, EOS being another": (
