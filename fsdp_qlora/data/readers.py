@@ -33,8 +33,10 @@ def read_file(path: Path, kind: str = "") -> Iterator[Placed]:
     """
     kind = kind or kind_of(path)
     name = f"dataset {str(path)!r}"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{name}: no such file (the current folder is {Path.cwd()})")
+    if not path.is_file():
+        raise UserError(f"{name}: is no regular file, and is read more than once; pipe it in and use --dataset -")
     if not kind:
         raise UserError(
             f"{name}: unknown file type {path.suffix!r}; use {', '.join(SUFFIXES)}, also with {', '.join(PACKED)}"

@@ -119,10 +119,10 @@ def open_source(dataset: str, samples: int | None, held_out: bool = False) -> So
     path = Path(dataset).expanduser()
     if path.is_dir():
         return _folder(dataset, path, samples, held_out)
+    if not path.exists() and ":" in dataset and Path(dataset.partition(":")[0]).expanduser().exists():
+        raise UserError(f"dataset {dataset!r}: a local path takes no config or split after a colon; omit it")
     if path.is_file() or kind_of(path) or dataset.startswith((".", "/", "~")):
         return Source(dataset, islice(read_file(path), samples), content=lambda: digest([path]))
-    if Path(dataset.partition(":")[0]).expanduser().exists():
-        raise UserError(f"dataset {dataset!r}: a local path takes no config or split after a colon; omit it")
     hub_id, _, rest = dataset.partition(":")
     config, _, split = rest.partition(":")
     named = Named(hub_id, config or None, split or "train", exact=bool(split), held_out=held_out and not split)

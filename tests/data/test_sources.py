@@ -126,6 +126,17 @@ def test_a_missing_path_is_called_missing_before_another_dataset_is_tokenized(tm
         sources.check_sources(str(tmp_path / "b.jsonl"), "eval_dataset")
 
 
+def test_a_path_with_a_split_and_a_pipe_are_called_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    file = write(tmp_path / "a.jsonl", [{"text": "x y"}])
+    for name in (f"{tmp_path / 'folder'}:train", f"{file}:train"):
+        with pytest.raises(UserError, match="a local path takes no config or split after a colon"):
+            load(name, bytes_tokenizer())
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="is no regular file, and is read more than once; pipe it in"):
+        load(str(tmp_path / "pipe.jsonl"), bytes_tokenizer())
+
+
 def test_one_file_by_two_names_is_one_dataset(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": "x y"}])
     (tmp_path / "link.jsonl").symlink_to(path)
