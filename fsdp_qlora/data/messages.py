@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.data.json_files import DECODER
 from fsdp_qlora.data.templates import Row, text_of
-from fsdp_qlora.errors import BadRow
+from fsdp_qlora.errors import BadRow, first_line
 
 Message = dict[str, Any]
 
@@ -64,7 +65,7 @@ class TalkReader:
         if system and not self._is_system(given[0]):
             talk.messages.append({"role": "system", "content": system})
             talk.learn.append(False)
-        elif system and system != _content(given[0], location):
+        elif system and system != _content(given[0], location, False):
             talk.notes.append("system column not taken, as messages begin with another system text")
         for number, message in enumerate(given):
             self._add(talk, _object(message, location, number), f"{location}: message {number}")
@@ -92,7 +93,7 @@ class TalkReader:
         message["role"] = role
         if role != named:
             talk.notes.append(f"role {named!r} read as {role!r}")
-        content = _content(given, where)
+        content = _content(given, where, role == ASSISTANT)
         calls = _calls(given, where)
         if named.strip().lower() in CALL_ROLES and not calls:
             calls, content = [_call(_json(content, where), where)], ""
@@ -141,15 +142,17 @@ def _object(message: Any, location: str, number: int) -> dict[str, Any]:
     return message
 
 
-def _content(given: Mapping[str, Any], where: str) -> str:
-    """Return a message's text, parts of text joined. It may be absent or null in a turn that calls a tool, then ''."""
+def _content(given: Mapping[str, Any], where: str, is_assistants: bool) -> str:
+    """Return a message's text, parts of text joined. It may be absent or null in a turn that calls a tool, then ''.
+
+    An object, as a tool's result is, is its JSON text; not the assistant's, who would learn a spelling of ours."""
     key = "content" if given.get("content") is not None or "value" not in given else "value"
     value: Any = given.get(key)
     if value is None and (given.get("tool_calls") or given.get("function_call")):
         return ""
     if isinstance(value, list):
         return "".join(_part(part, where) for part in value)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not is_assistants:
         return json.dumps(value, ensure_ascii=False)
     if key not in given:
         raise BadRow(f"{where} must be an object with 'role' and 'content', but is {dict(given)!r:.80}")
@@ -226,6 +229,6 @@ def _tools(row: Row, location: str) -> list[dict[str, Any]] | None:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: {text!r:.60} is not JSON") from error
+        raise BadRow(f"{where}: {text!r:.60} is not JSON ({first_line(error)})") from error

@@ -29,6 +29,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a part of a turn": (
         {"messages": [USER, {**SAID, "train_detail": [{"begin_offset": 0}]}]}, "its 'train_detail' asks for a part",
     ),
+    "an answer that is an object": ({"messages": [USER, {**SAID, "content": {"a": 1}}]}, "must be text, but is dict"),
+    "a key twice in JSON text": (
+        {"messages": '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]'},
+        "'content' is given twice in one object",
+    ),
     "KTO of messages": ({"messages": [USER, SAID], "label": False}, "its label column says which answers"),
     "KTO of instructions": ({"instruction": "a", "output": "b", "label": True}, "its label column says which answers"),
     "LLaMA-Factory's KTO": ({"messages": [USER, SAID], "kto_tag": True}, "its kto_tag column says which answers"),
@@ -48,6 +53,14 @@ def test_what_is_learnt_must_be_certain(tmp_path: Path, name: str) -> None:
         load(write(tmp_path / "a.jsonl", [given, given]), chat())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tools_result_may_be_an_object(tmp_path: Path) -> None:
+    tokenizer = chat()
+    talk = [USER, {"role": "tool", "content": {"a": 1}}, SAID]
+    rows = load(write(tmp_path / "a.jsonl", [{"messages": talk}]), tokenizer)
+    assert '{"a": 1}' in tokenizer.decode(rows.ids)
+    assert spans(rows, 0, tokenizer) == ["yellow" + IM]
 
 
 def test_a_verdict_that_is_none_is_taken_where_the_form_is_named(tmp_path: Path) -> None:
