@@ -127,6 +127,13 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return max(most, *(_scaled_positions(kind, most) for kind in kinds))
 
 
+def check_context(context_length: int, config: PretrainedConfig) -> None:
+    """Raise UserError for a context that is longer than what the model was made for."""
+    most = max_positions(config)
+    if most is not None and context_length > most:
+        raise UserError(f"context_length {context_length}: the model takes at most {most} tokens; lower it")
+
+
 def _scaled_positions(rope: dict[str, Any], most: int) -> int:
     if rope.get("rope_type", "default") == "default":
         return most

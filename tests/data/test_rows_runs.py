@@ -47,6 +47,14 @@ def test_one_bad_row_ends_the_run_before_the_model_is_read_or_is_left_out(model,
     assert "1 bad row left out (line 6: 'completion' is nan" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more", [{}, {"plan_only": "true"}, {"plan_only": "true", "plan_for": "4090"}])
+def test_a_context_beyond_the_model_is_refused_whether_or_not_rows_are_read(model, tmp_path, capsys, more):
+    rows = save_rows(tmp_path / "rows.jsonl", 5)
+    most = SHAPE["max_position_embeddings"]
+    assert train.main(options(model, rows, tmp_path, context_length=most + 1, **more)) == 2
+    assert f"context_length {most + 1}: the model takes at most {most} tokens" in capsys.readouterr().err
+
+
 def test_a_missing_dataset_to_evaluate_on_is_told_before_rows_are_read(model, tmp_path, capsys):
     rows = save_rows(tmp_path / "rows.jsonl", 5)
     rows.write_text(rows.read_text() + '{"prompt": "a", "completion": NaN}\n')

@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "rigs.md"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config alone: no weight, no tokenizer, nothing that a network would have to bring."""
     folder = tmp_path_factory.mktemp("rig")
-    LlamaConfig(**tiny.SHAPE).save_pretrained(folder)
+    LlamaConfig(**tiny.SHAPE | {"max_position_embeddings": 512}).save_pretrained(folder)
     return folder
 
 

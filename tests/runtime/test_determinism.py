@@ -50,7 +50,7 @@ def strict() -> Iterator[None]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    LlamaConfig(**tiny.SHAPE).save_pretrained(tmp_path / "model")
+    LlamaConfig(**tiny.SHAPE | {"max_position_embeddings": 512}).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -279,6 +279,6 @@ def test_two_ranks_train_alike_whether_the_config_tells_the_forms_or_the_tensors
 
 @pytest.mark.parametrize("how", ["told", "untold"])
 def test_a_plan_for_another_rig_counts_the_bits_that_the_checkpoint_has(how, ready, capsys):
-    options = OPTIONS | {"model_name": ready[how], "plan_only": True, "plan_for": "1x4090"}
+    options = OPTIONS | {"model_name": ready[how], "plan_only": True, "plan_for": "1x4090", "context_length": 32}
     assert train.main(flags(options)) == 0
     assert "hqq-3bit-g64-axis1-float32" in capsys.readouterr().out
