@@ -6,7 +6,6 @@ of templates' habits.
 """
 
 import json
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -154,8 +153,10 @@ class ChatTemplate:
             if learn and _is_wordless(message):
                 what = "its end" if number in taken else "nothing"
                 talk.notes.append(f"an answer without text, of which {what} is learnt")
-        for role, count in Counter(talk.messages[number]["role"] for number in missing).items():
-            talk.notes += [f"text of a {role} turn, which the chat template leaves out"] * count
+        for number, all_of_it in missing.items():
+            what, role = "text" if all_of_it else "a part of the text", str(talk.messages[number]["role"])
+            turn = f"{'an' if role == ASSISTANT else 'a'} {role} turn"
+            talk.notes.append(f"{what} of {turn}, which the chat template leaves out")
         return [span for _, span in found]
 
     def _marked_template(self) -> str | None:

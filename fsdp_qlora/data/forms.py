@@ -71,9 +71,7 @@ FORMS = (
     ),
     Form("text", "text", {"text": ("text",)}, {}, text),
 )  # fmt: skip
-PROMPT_MESSAGES = Form(
-    "prompt_messages", "messages", {"prompt": ("prompt",), "completion": ("completion", "response")}, TALK_EXTRAS
-)
+PROMPT_MESSAGES = Form("prompt_messages", "messages", {"prompt": ("prompt",), "completion": ANSWERS}, TALK_EXTRAS)
 GUANACO = Form("guanaco", "guanaco", {"text": ("text",)}, {}, guanaco)
 
 

@@ -48,8 +48,9 @@ class TurnFinder:
         self.special = self.template.special
         self.plans: dict[str, Plan] = {}
 
-    def find(self, talk: Talk, whole: str) -> tuple[list[tuple[int, Span]], set[int]]:
-        """Return ([(message, [start, end) in `whole`)] of the turns to learn, messages of which nothing is rendered).
+    def find(self, talk: Talk, whole: str) -> tuple[list[tuple[int, Span]], dict[int, bool]]:
+        """Return ([(message, [start, end) in `whole`)] of the turns to learn, {message that is not rendered: whether
+        nothing of it is}).
 
         Raises Unclear where a turn to learn cannot be found for certain.
         """
@@ -62,7 +63,7 @@ class TurnFinder:
             found = self._by_stand_ins(talk, whole, wanted)
         if found is None:
             spans: dict[int, Span] = {}
-            missing: set[int] = set()
+            missing: dict[int, bool] = {}
             for number in wanted:
                 alone = self._by_stand_ins(talk, whole, [number])
                 alone = alone if alone is not None else self._by_content(talk, whole, number)
@@ -78,11 +79,12 @@ class TurnFinder:
 
     def _by_stand_ins(
         self, talk: Talk, whole: str, which: Any, keep: bool = False
-    ) -> tuple[dict[int, Span], set[int]] | None:
-        """Return spans by message, and messages left out of the rendering; None where stand-ins do not explain it."""
+    ) -> tuple[dict[int, Span], dict[int, bool]] | None:
+        """Return spans by message, and which messages are left out as `find` does; None where stand-ins do not explain
+        the rendering."""
         made, words = replace_words(talk.messages, which, self.tags)
         if not words and not any(talk.learn):
-            return {}, set()
+            return {}, {}
         key = json.dumps([made, talk.tools, talk.settings], default=str) if keep else ""
         plan = self.plans.get(key) if keep else None
         spots = explain(whole, plan.between, plan.numbers, words) if plan else None
@@ -100,11 +102,13 @@ class TurnFinder:
                     raise Unclear(edge)
                 if edge is not None:
                     spans[number] = self._span(edge, spots, plan.between)
-        shown = {spot.word for spot in spots}
-        dropped = next((w.message for w in words if w.is_call and talk.learn[w.message] and w not in shown), None)
+        shown = {spot.number for spot in spots}  # by number: two calls of a turn may have one name
+        left_out = [word for number, word in enumerate(words) if number not in shown]
+        dropped = next((word.message for word in left_out if word.is_call and talk.learn[word.message]), None)
         if dropped is not None:
             raise Unclear(f"it leaves out a tool call of message {dropped}")
-        return spans, {word.message for word in words} - {word.message for word in shown}
+        there = {spot.word.message for spot in spots}
+        return spans, {word.message: word.message not in there for word in left_out}
 
     def _span(self, edge: Edge, spots: list[Spot], between: list[str]) -> Span:
         first = spots[edge.first].start if edge.first < len(spots) else spots[-1].end + len(between[-1])
@@ -183,7 +187,7 @@ class TurnFinder:
                 return Edge(spot, spot - 1, len(asked), ends[-1]) if ends else None
         return None
 
-    def _by_content(self, talk: Talk, whole: str, number: int) -> tuple[dict[int, Span], set[int]]:
+    def _by_content(self, talk: Talk, whole: str, number: int) -> tuple[dict[int, Span], dict[int, bool]]:
         """Return the span of the turn's words, where they are in the rendering once, and not without that turn."""
         content = str(talk.messages[number].get("content") or "").strip()
         made, words = replace_words(talk.messages, [number], set())
@@ -202,4 +206,4 @@ class TurnFinder:
             end += closing.end()
         else:
             raise Unclear(f"message {number} does not end with a token that is known to end a turn")
-        return {number: (whole.index(content), end)}, set()
+        return {number: (whole.index(content), end)}, {}

@@ -236,6 +236,9 @@ REFUSED = {
         "{% for m in messages %}{{ m.content|upper }}{% endfor %}", [U1, A1], "message 1 is not in what it renders",
     ),
     "a tool call that the template leaves out": (CHATML, [U1, {**CALL, "content": "x"}], "leaves out a tool call"),
+    "one of two calls of one name that the template leaves out": (
+        HARMONY, [U1, {**CALL, "tool_calls": CALL["tool_calls"] * 2}], "leaves out a tool call of message 1",
+    ),
     "an end that may be a beginning": (
         "{% for m in messages %}{{ m.content }}{% if m.role == 'user' and messages|length == 1 %}"
         "{{ raise_exception('no') }}{% endif %}{{ '<|im_end|>' if loop.last else '<|im_start|>' }}{% endfor %}",
@@ -264,6 +267,12 @@ def test_a_system_text_that_the_template_leaves_out_is_told(tmp_path: Path) -> N
     rows = load(tmp_path, [[S, U1, A1], [U1, A1]], tokenizer_for(LOOP_LAST, "</s>"))
     assert "text of a system turn, which the chat template leaves out (1 row)" in rows.summary
     assert "leaves out" not in load(tmp_path, [[S, U1, A1]], tokenizer_for(CHATML, IM)).summary
+
+
+def test_words_beside_a_call_that_the_template_leaves_out_are_told(tmp_path: Path) -> None:
+    talk = [U1, {**CALL, "content": "hello"}, RESULT, A2]
+    rows = load(tmp_path, [talk], tokenizer_for(HARMONY, "<|return|>"))
+    assert "a part of the text of an assistant turn, which the chat template leaves out (1 row)" in rows.summary
 
 
 def test_settings_of_the_template_decide_where_the_answer_begins(tmp_path: Path) -> None:

@@ -180,3 +180,9 @@ def test_options_must_have_an_effect_on_one_dataset_of_several(tmp_path: Path) -
             load(text, chat(), **given)
         with pytest.raises(UserError, match="has no effect on rows of the form text"):
             load(f"{text},{write(tmp_path / 'u.jsonl', [json.loads(json.dumps({'text': 'x y'}))])}", chat(), **given)
+
+
+def test_a_question_of_messages_with_an_answer_of_text_is_called_that(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": [USER], "answer": "42"}])
+    with pytest.raises(UserError, match=r"'completion' must be a list of .*, but is str"):
+        load(path, chat())
