@@ -158,7 +158,7 @@ def _decisive(own: CurveOptions, train: Config, ranks: int) -> dict[str, Any]:
         if OPTIONS[name].group in DECISIVE and name not in (*NO_MATTER, "dataset_samples")
     }
     values |= {"measures": own.measures, "normalize": own.normalize, "max_new_tokens": own.max_new_tokens}
-    contents = {f"{name}_content": contents_of(values[name]) for name in ("dataset", "eval_dataset")}
+    contents = {f"{name}_content": contents_of(values[name], name) for name in ("dataset", "eval_dataset")}
     return values | {"gpus": ranks} | contents
 
 

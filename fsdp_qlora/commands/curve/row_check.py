@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from fsdp_qlora.data.sources import open_source, parts_of
+from fsdp_qlora.data.sources import open_source, parts_of, told_as
 from fsdp_qlora.errors import UserError
 
 
@@ -14,11 +14,11 @@ def check_rows(dataset: str, eval_dataset: str, eval_samples: int | None, most: 
 
     Raises UserError where a dataset cannot be read or has fewer rows than the largest point, and where all test rows
     are trained on."""
-    measured = {content for _, content in islice(_contents(eval_dataset, eval_samples, "eval_"), eval_samples)}
+    measured = {content for _, content in islice(_contents(eval_dataset, eval_samples, "eval_dataset"), eval_samples)}
     if not measured:
         raise UserError(f"eval_dataset {eval_dataset!r}: has no rows")
     count, first, copies = 0, "", set[str]()
-    for location, content in islice(_contents(dataset, most, ""), most):
+    for location, content in islice(_contents(dataset, most, "dataset"), most):
         count += 1
         if content in measured:
             first = first or f"{location}, row {count:,} of dataset"
@@ -39,20 +39,20 @@ def check_rows(dataset: str, eval_dataset: str, eval_samples: int | None, most: 
     ]
 
 
-def contents_of(dataset: str) -> list[str]:
-    """Return a number of what each part of a dataset holds, '' where that cannot be told cheaply."""
-    return [open_source(part.name, None).content() for part in parts_of(dataset)]
+def contents_of(dataset: str, option: str) -> list[str]:
+    """Return a number of what each part of `option`'s dataset holds, '' where that cannot be told cheaply.
+
+    Raises UserError where it is not there."""
+    with told_as(option):
+        return [open_source(part.name, None).content() for part in parts_of(dataset)]
 
 
 def _contents(dataset: str, samples: int | None, option: str) -> Iterator[tuple[str, str]]:
     """Yield (where a row is, what it holds), as far as the row can be read: others are told when it is trained on."""
-    try:
+    with told_as(option):
         for part in parts_of(dataset):
             for location, raw in open_source(part.name, samples).rows:
                 yield location, _content(raw)
-    except UserError as error:
-        text = str(error)
-        raise UserError(f"{option}{text}" if text.startswith("dataset ") else text) from error
 
 
 def _content(raw: Any) -> str:
