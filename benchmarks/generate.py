@@ -19,6 +19,7 @@ is what is streamed of the base in all passes over the link's measured rate.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,8 @@ def row_of(asked: argparse.Namespace, system: str, batch: int, seconds: float, *
 def facts(asked: argparse.Namespace, system: str) -> dict[str, object]:
     command = f"python -m benchmarks.generate --systems {system} --shape {asked.shape}"
     if system == "streamed":
-        command = f"torchrun --nproc_per_node 2 -m benchmarks.generate --systems {system} --shape {asked.shape}"
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        command = f"torchrun --nproc_per_node {ranks} -m benchmarks.generate --systems {system} --shape {asked.shape}"
     if asked.gpu_memory_gib is not None:
         command += f" --gpu_memory_gib {asked.gpu_memory_gib:g}"
     return peers.facts(asked, system) | {"command": command}
