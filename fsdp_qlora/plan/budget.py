@@ -1,6 +1,7 @@
 """The memory that a plan may use of this machine: of a rank's GPU, and of a node's host memory."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -35,7 +36,8 @@ def find_budget(memory: MemoryOptions, world: World) -> Budget:
         ).on_every_rank(world.rank)
     given = memory.host_memory_gib
     host = whole_steps(HOST_SHARE * available_host_bytes(), HOST_STEP) if given is None else given * GIB
-    return agreed_budget(whole_steps(device_bytes(memory, world), DEVICE_STEP), host, world, outside(world))
+    found = agreed_budget(whole_steps(device_bytes(memory, world), DEVICE_STEP), host, world)
+    return replace(found, outside_bytes=max(int(most) for (most,) in world.gather([outside(world)])))
 
 
 def whole_steps(nbytes: float, step: int) -> float:
@@ -43,13 +45,10 @@ def whole_steps(nbytes: float, step: int) -> float:
     return nbytes if math.isinf(nbytes) else nbytes // step * step
 
 
-def agreed_budget(device: float, host: float, world: World, outside: int = 0) -> Budget:
-    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective.
-
-    outside: `Budget.outside_bytes` of this rank's GPU; of all ranks' the most is taken."""
-    least = [min(column) for column in zip(*world.gather([device, host, -outside]), strict=True)]
-    device, host, most = (nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least)
-    return Budget(device, host, -most)
+def agreed_budget(device: float, host: float, world: World) -> Budget:
+    """Return the least of what each rank's GPU and node have, in whole bytes; no limit stays none. A collective."""
+    least = [min(column) for column in zip(*world.gather([device, host]), strict=True)]
+    return Budget(*(nbytes if math.isinf(nbytes) else int(nbytes) for nbytes in least))
 
 
 def outside(world: World) -> int:
