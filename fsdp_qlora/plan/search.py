@@ -171,10 +171,8 @@ class Search:
         `limit`. homes: with no resident block under `stream`."""
         mix = self._mix(kinds)
         if self.cost.streams:
-            wanted = self.wishes.resident_blocks
-            spare = self.limit - self.memory.standing(self.placement, homes).device_bytes(mix.peak)
-            resident = spare // self.facts.block_bytes if wanted is None else wanted
-            homes = self._with_resident(homes, min(resident, self.most_resident))
+            standing = self.memory.standing(self.placement, homes)
+            homes = self._with_resident(homes, self._residents(standing.with_residents(mix.peak), homes))
         device, host = self._bytes(mix, homes)
         if device > self.limit or host > self.budget.host_bytes:
             return None
@@ -234,16 +232,19 @@ class Search:
             if standing.device_bytes(mix.peak) > self.limit:
                 continue
             if self.cost.streams:
-                homes = self._with_resident(homes, self._residents(standing.with_residents(mix.peak)))
+                homes = self._with_resident(homes, self._residents(standing.with_residents(mix.peak), homes))
             device, host = self._bytes(mix, homes)
             if device <= self.limit and host <= self.budget.host_bytes:
                 yield mix, homes
 
-    def _residents(self, taken: int) -> int:
-        """How many blocks stay on the GPU beside all else, which takes so much."""
+    def _residents(self, taken: int, homes: Homes) -> int:
+        """How many blocks stay on the GPU beside all else, which takes so much, staging buffers included."""
         if self.wishes.resident_blocks is not None:
-            return min(self.wishes.resident_blocks, self.facts.layers)
-        return min(self.most_resident, (self.limit - taken) // self.facts.block_bytes)
+            return min(self.wishes.resident_blocks, self.most_resident)
+        found = (self.limit - taken) // self.facts.block_bytes
+        if self.facts.layers - found + (not homes.head_resident) <= homes.staging:
+            return self.most_resident  # each further block takes the memory of a buffer that nothing needs then
+        return min(self.most_resident, found)
 
     def _at_least_resident(self) -> Iterator[tuple[_Mix, Homes]]:
         """With so few resident blocks that the rest just has room in host memory."""

@@ -143,3 +143,14 @@ def test_a_layout_that_takes_more_than_its_sum_is_told_as_what_is_needed() -> No
     assert f"into the {least / GIB:.1f} GiB of each GPU" in str(refused.value)
     assert float(said) * GIB > least + beyond
     assert plan(int(float(said) * GIB)).seconds
+
+
+def test_the_last_streamed_blocks_take_no_more_buffers_than_there_are_blocks() -> None:
+    """Where host memory has room for one block, all others stay, though three staging buffers would not fit beside."""
+    known = facts("llama2_70b", 1, 512, 8, layers=6)
+    host = known.embedding_bytes + int(1.5 * known.block_bytes)
+    wishes = Wishes(placements=("stream",), keep="input", offload=False)
+    least = nearest(known, wishes, Budget(GIB, host)).device
+    assert least is not None
+    plan = make_plan(known, H200, wishes, Budget(least, host))
+    assert sum(block.resident for block in plan.blocks) == 5
