@@ -16,6 +16,7 @@ from fsdp_qlora.plan.candidate import Candidate, Homes, Kinds, Placed
 from fsdp_qlora.plan.costs import block_costs, head_cost
 from fsdp_qlora.plan.inputs import FLOAT, Facts, adapter_columns, pitch
 from fsdp_qlora.plan.loading import Loading
+from fsdp_qlora.plan.metering import rounded
 from fsdp_qlora.plan.placements import PLACEMENT_COSTS
 
 IN_FLIGHT = 2  # gradient reductions whose buffers are alive at once (`gradient_reduction.IN_FLIGHT`)
@@ -70,7 +71,12 @@ class Memory:
         self.pages = (
             facts.paged_bytes * facts.all_adapters * facts.local_ranks // facts.ranks
         )  # of a node's host memory
-        self.reduction = 0 if facts.ranks == 1 else _reduction(facts)
+        summed = facts.no_sync and facts.accumulation > 1  # what is reduced once a step has no place in the arena
+        reduction = 0 if facts.ranks == 1 else _reduction(facts)
+        self.reduction, self.unplaced = (0, (IN_FLIGHT + 1) * reduction) if summed else (reduction, 0)
+        gradients = facts.largest_adapters * facts.compute_bytes  # as autograd leaves them
+        self.sending = gradients + (self.reduction or gradients)  # beside those that are in flight
+        self.stream = rounded(facts.tokens * facts.hidden * facts.compute_bytes)  # what one block hands to the next
         self.scratch = _scratch(facts)
         self.workspace = THREADS * facts.workspace_bytes
         self.always = self.adapters + self.owned + self.scratch + self.workspace
@@ -188,7 +194,7 @@ class Memory:
 
     def _loose(self, kinds: Kinds) -> int:
         """Most that operators allocate by themselves, beside the arena."""
-        return max(self.head.loose, *(self.of[kind].loose for kind in set(kinds)))
+        return max(self.head.loose, *(self.of[kind].loose for kind in set(kinds))) + self.unplaced
 
     def _unreduced(self) -> int:
         facts = self.facts
@@ -208,14 +214,16 @@ class Memory:
         worst = max(head, (0, 0, every + self.unfolded), key=sum)
         last = [layers - 1 - backwards.index(kind) for kind in sizes]
         first = [kinds.index(kind) for kind in dict.fromkeys(backwards)]
-        for i in {*last, *first}:
+        embedded = self.stream if self._away[kinds[0]] else 0  # Hugging Face's loop holds the first block's input
+        for i in {*last, *first, *range(max(0, layers - 1 - IN_FLIGHT), layers)}:
             size = sizes[kinds[i]]
             going = restored if i > first_away else 0  # what was offloaded last is let go when the next is offloaded
-            forward = (before[i], size.forward_bytes + going, 0)
+            forward = (before[i], size.forward_bytes + going + (embedded if i else 0), 0)
             behind = every - (i + 1) * self.gradient
             flying = min(IN_FLIGHT, layers - 1 - i) * self.reduction
             backward = (before[i + 1], size.backward_bytes + size.away + restored, behind + flying)
-            worst = max(worst, forward, backward, key=sum)
+            sent = (before[i], self.stream + self.sending, behind + flying)
+            worst = max(worst, forward, backward, sent, key=sum)
         return worst
 
 
@@ -227,10 +235,12 @@ def _factors(facts: Facts) -> int:
 
 def _reduction(facts: Facts) -> int:
     """Bytes of the largest block's gradients on their way; this rank's slice of the sum counts as its gradient where it
-    becomes that."""
-    whole = facts.largest_adapters * facts.sent_bytes
+    becomes that. Sums over micro-batches are float32 already, and counted as such (`_unreduced`)."""
+    whole, part = facts.largest_adapters * facts.sent_bytes, facts.largest_adapters * facts.reduce_bytes // facts.ranks
+    if facts.no_sync and facts.accumulation > 1:
+        return part if facts.reduce_bytes == FLOAT else whole + part
     becomes = facts.reduce_bytes == FLOAT and facts.accumulation == 1
-    return whole if becomes else whole + facts.largest_adapters * facts.reduce_bytes // facts.ranks
+    return whole if becomes else whole + part
 
 
 def _scratch(facts: Facts) -> int:

@@ -49,11 +49,13 @@ def plain_peak(known: Facts, kinds: Kinds, head_gathered: int) -> int:
     restored, every = max(size.away for size in sizes), len(sizes) * memory.gradient
     first_away = next((i for i, size in enumerate(sizes) if size.away), len(sizes))
     moments = [before[-1] + memory.head.arena + head_gathered + restored, every + memory.unfolded]
+    embedded = known.tokens * known.hidden * known.compute_bytes if sizes[0].away else 0
     for i, size in enumerate(sizes):
-        moments.append(before[i] + size.forward_bytes + (restored if i > first_away else 0))
+        moments.append(before[i] + size.forward_bytes + (restored if i > first_away else 0) + (embedded if i else 0))
         flying = min(IN_FLIGHT, len(sizes) - 1 - i) * memory.reduction
         behind = every - (i + 1) * memory.gradient + flying
         moments.append(before[i + 1] + size.backward_bytes + size.away + restored + behind)
+        moments.append(before[i] + memory.stream + memory.sending + behind)
     return max(moments) + max(memory.head.loose, *(size.loose for size in sizes))
 
 
