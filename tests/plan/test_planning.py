@@ -136,7 +136,16 @@ def model(tmp_path_factory) -> Path:
 
 def test_plan_only_prints_the_plan_and_leaves_nothing(model, tmp_path):
     """Neither weights nor data are looked for, and no folder is made."""
-    options = ["--model_name", str(model), "--dummy_weights", "true", "--dataset", str(tmp_path / "none.jsonl")]
+    options = [
+        "--model_name",
+        str(model),
+        "--dummy_weights",
+        "true",
+        "--dataset",
+        str(tmp_path / "none.jsonl"),
+        "--context_length",
+        "128",
+    ]
     arguments = [*options, "--plan_only", "true", "--output_dir", str(tmp_path / "out")]
     done = run_torchrun(ROOT / "train.py", 2, [*arguments, "--use_cpu_offload", "true"])
     assert done.returncode == 0, done.stderr
