@@ -111,11 +111,6 @@ def test_every_kernel_that_is_started_has_a_cost() -> None:
             f.name: [ast.unparse(d) for d in f.decorator_list] for f in tree.body if isinstance(f, ast.FunctionDef)
         }
         kernels = {name for name, marks in decorators.items() if "triton.jit" in marks and name.endswith("_kernel")}
-        counted = {
-            arg
-            for marks in decorators.values()
-            for mark in marks
-            if mark.startswith("cost_of")
-            for arg in mark[8:-1].split(", ")
-        }
+        calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and ast.unparse(call.func) == "cost_of"]
+        counted = {ast.unparse(arg) for call in calls for arg in call.args}
         assert kernels <= counted, file.name
