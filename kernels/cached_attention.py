@@ -19,8 +19,10 @@ import torch
 from fsdp_qlora.kernels.attention_math import Masking
 from fsdp_qlora.kernels.cost import Cost, cost_of
 from fsdp_qlora.kernels.device import INTERPRETER, cdiv, launch, next_power_of_2, on_triton, tl, triton
+from fsdp_qlora.kernels.tanh import tanh
 
-TILE_BYTES = 32 << 10  # of keys that a program looks at together, and of values: small cards hold both in shared memory
+TILE_BYTES = 32 << 10  # of keys that a program looks at together, and of values: most cards hold both in shared memory
+FLOAT_TILE_BYTES = 16 << 10  # in float32, for cards before Ampere: twice as much takes 72 of their 64 KiB
 PROGRAMS = 512  # that are wanted, about two to four a multiprocessor
 
 
@@ -30,13 +32,15 @@ def attend_cached(
     """Return out [B, N, D] of q's dtype, contiguous. Outside autograd.
 
     q: [B, N, D], any strides with the last one 1. keys, values: [B, C, K, D], contiguous, of q's dtype, finite also
-    where there is none yet. seen: int64 [B], keys of each row with the new token's own, at least 1.
+    where there is none yet. seen: int64 [B], contiguous: keys of each row with the new token's own, at least 1.
     Raises ValueError where these do not fit."""
     rows, heads, size = q.shape
     if keys.shape != values.shape or keys.shape[0] != rows or keys.shape[3] != size or heads % keys.shape[2]:
         raise ValueError(f"keys and values must be [{rows}, C, K, {size}], K dividing {heads}, got {tuple(keys.shape)}")
-    if seen.shape != (rows,) or keys.dtype != q.dtype or q.stride(2) != 1:
+    if seen.shape != (rows,) or keys.dtype != q.dtype or values.dtype != q.dtype:
         raise ValueError(f"seen must be [{rows}] and keys {q.dtype}, got {tuple(seen.shape)} and {keys.dtype}")
+    if q.stride(2) != 1 or not all(x.is_contiguous() for x in (keys, values, seen)):
+        raise ValueError("q must have stride 1 along D; keys, values and seen must be contiguous")
     return _launch(q, keys, values, seen, masking) if on_triton(q) else _plain(q, keys, values, seen, masking)
 
 
@@ -90,7 +94,7 @@ def _part_kernel(
         if (start < seen) & (start + TILE > lowest):
             at = start + places
             live = (at < seen) & (at >= lowest)
-            inside = base + at[:, None] * (K * D) + d[None, :]
+            inside = base + at.to(tl.int64)[:, None] * (K * D) + d[None, :]  # 131,072 keys of 16,384 are 2^31
             mask = live[:, None] & is_d[None, :]
             k = tl.load(k_ptr + inside, mask=mask, other=0.0)
             v = tl.load(v_ptr + inside, mask=mask, other=0.0)
@@ -98,10 +102,7 @@ def _part_kernel(
                 k, v = k.to(tl.float32), v.to(tl.float32)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             if SOFTCAP:
-                ratio = scores / softcap
-                e = tl.exp(-2.0 * tl.abs(ratio))
-                tanh = (1.0 - e) / (1.0 + e)
-                scores = tl.where(ratio < 0, -tanh, tanh) * softcap
+                scores = tanh(scores / softcap) * softcap
             scores = tl.where(live[None, :], scores, -float("inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             shrink = tl.exp(top - higher)
@@ -145,7 +146,8 @@ def _launch(
     rows, heads, size = q.shape
     places, kv_heads = keys.shape[1], keys.shape[2]
     d_tile = max(16, next_power_of_2(size))
-    tile = max(16, min(64, TILE_BYTES // (d_tile * keys.element_size())))
+    tile_bytes = FLOAT_TILE_BYTES if q.dtype == torch.float32 else TILE_BYTES
+    tile = max(16, min(64, tile_bytes // (d_tile * keys.element_size())))
     group, tiles = heads // kv_heads, cdiv(places, tile)
     parts = max(1, min(tiles, PROGRAMS // (rows * kv_heads)))
     tiles = cdiv(tiles, parts)

@@ -1,8 +1,11 @@
 """Attention of one token over kept keys: equal to float64, of whatever lengths, windows, softcaps and groups."""
 
+import mmap
+
 import pytest
 import torch
 
+from fsdp_qlora.kernels import cached_attention
 from fsdp_qlora.kernels.attention_math import Masking, math_forward
 from fsdp_qlora.kernels.cached_attention import attend_cached
 from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
@@ -11,6 +14,7 @@ CASES = {
     "grouped": ((3, 150, 8, 2, 16), Masking(0.25)),
     "window": ((2, 200, 4, 4, 24), Masking(0.2, window=70)),
     "softcap": ((2, 130, 6, 2, 32), Masking(0.3, softcap=2.0)),
+    "softcap-far-above-scores": ((2, 130, 7, 1, 80), Masking(0.05, softcap=50.0)),
     "all": ((4, 70, 4, 1, 20), Masking(0.2, window=3, softcap=1.5)),
     "one-key": ((2, 5, 2, 2, 16), Masking(0.25)),
 }
@@ -69,3 +73,29 @@ def test_what_does_not_fit_is_refused():
         attend_cached(q, k, v, seen[:1], Masking(1.0))
     with pytest.raises(ValueError, match=r"bfloat16"):
         attend_cached(q, k.bfloat16(), v.bfloat16(), seen, Masking(1.0))
+    for apart in (
+        (q, k, v, seen.repeat_interleave(2)[::2]),
+        (q, k.transpose(1, 2).contiguous().transpose(1, 2), v, seen),
+        (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, seen),
+    ):
+        with pytest.raises(ValueError, match="contiguous"):
+            attend_cached(*apart, Masking(1.0))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="8.6 GB, of which a CPU's memory holds the pages that are read")
+def test_keys_beyond_31_bits_of_numbers_are_found(triton_device, monkeypatch):
+    monkeypatch.setattr(cached_attention, "PROGRAMS", 1)
+    last, size = 24, 16_384
+    places = (1 << 31) // size + last
+    masking, make = Masking(size**-0.5, window=20), torch.Generator().manual_seed(1)
+    q, *some = (torch.randn(1, n, 1, size, generator=make).half() for n in (1, last, last))
+    kept = [torch.frombuffer(mmap.mmap(-1, 2 * places * size), dtype=torch.float16) for _ in some]
+    kept = [x.view(1, places, 1, size) for x in kept]
+    for whole, few in zip(kept, some, strict=True):
+        whole[:, -last:] = few
+    found, wanted = (
+        attend_cached(q[:, 0], *keys_and_values, torch.tensor([keys_and_values[0].shape[1]]), masking)
+        for keys_and_values in (kept, some)
+    )
+    assert torch.equal(found, wanted)
