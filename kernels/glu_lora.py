@@ -59,6 +59,8 @@ def glu_backward_lora_(
             assert rank <= MOST_RANK
             assert out.shape == ((rank, width) if turned else (width, rank))
             assert out.is_contiguous()
+    assert dots is None or (dots.shape == (1, 2 * width) and dots.is_contiguous())
+    assert bias is None or (bias.shape == (2 * width,) and bias.is_contiguous())
     if on_triton(gate):
         _launch(d_h, gate, up, activation, pairs, dots, bias, keeps_h)
         return
@@ -164,6 +166,7 @@ def _glu_lora_kernel(
 
 
 COLUMNS, ROWS, WARPS, STAGES = 64, 32, 4, 3  # of 84 tilings the best over three shapes, bfloat16 on an H100
+FLOAT_RANK, FLOAT_STAGES = 32, 2  # above it in float32: 3 stages take 121 KiB of shared memory, a gaming card has 99
 
 
 @cost_of(_glu_lora_kernel)
@@ -184,12 +187,14 @@ def _launch(
     tokens, width = gate.shape
     ranks = [0 if pair is None else pair[0].shape[1] for pair in pairs]
     given, out = zip(*((gate, gate) if pair is None else pair for pair in pairs), strict=True)
+    is_large = gate.dtype == torch.float32 and max(ranks) > FLOAT_RANK
     launch(
         _glu_lora_kernel, (cdiv(width, COLUMNS),),
         d_h, gate, up, *given, *out, d_h if dots is None else dots, gate if bias is None else bias,
         d_h.stride(0), gate.stride(0), up.stride(0), *(x.stride(0) for x in given), tokens,
         I=width, R_GATE=ranks[0], R_UP=ranks[1], R_DOWN=ranks[2], R=max(16, next_power_of_2(max(ranks))),
         ROWS=ROWS, COLUMNS=COLUMNS, ACTIVATION=activation,
-        PRECISION="ieee" if gate.dtype == torch.float32 else "tf32", STAGES=STAGES, num_warps=WARPS,
+        PRECISION="ieee" if gate.dtype == torch.float32 else "tf32", STAGES=FLOAT_STAGES if is_large else STAGES,
+        num_warps=WARPS,
         DOTS=dots is not None, BIAS=bias is not None, KEEPS_H=keeps_h,
     )  # fmt: skip

@@ -135,9 +135,43 @@ for rows, rank, codec in ((8, 64, NF4(False)), (32, 64, NF4(False)), (32, 1024, 
     assert shared <= 99 << 10, (rows, rank, shared)  # a gaming card has no more
 """
 
+SHARED_MEMORY = """
+from fsdp_qlora.kernels import device
+from fsdp_qlora.kernels.attention_math import Masking
+
+launched = []
+device.count_launch = lambda *launch: launched.append(launch)
+letters = {torch.bfloat16: "b", torch.float32: "f", torch.float16: "h", torch.int64: "l", int: "i", float: "F"}
+
+
+def empty(*shape, dtype):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+for capability, half, most in ((75, torch.float16, 64 << 10), (86, torch.bfloat16, 99 << 10)):
+    for dtype in (half, torch.float32):
+        for rank in (32, 64):
+            x = empty(512, 256, dtype=dtype)
+            beside = empty(512, rank, dtype=dtype), empty(256, rank, dtype=dtype)
+            of_down = empty(512, rank, dtype=dtype), empty(rank, 256, dtype=dtype)
+            dots, bias = empty(1, 512, dtype=torch.float32), empty(512, dtype=dtype)
+            glu_lora.glu_backward_lora_(x, x, x, "gelu_tanh", beside, beside, of_down, dots=dots, bias=bias)
+        for heads, size in ((32, 256), (8, 128)):
+            q, kept = empty(1, heads, size, dtype=dtype), empty(1, 4096, 1, size, dtype=dtype)
+            cached_attention.attend_cached(q, kept, kept, empty(1, dtype=torch.int64), Masking(0.1, 512, 50.0))
+    while launched:
+        kernel, args, options = launched.pop()
+        types = "".join(letters[arg.dtype if isinstance(arg, torch.Tensor) else type(arg)] for arg in args)
+        tiling = {name: value for name, value in options.items() if name.isupper()}
+        shared = built(kernel, capability, types, **tiling).metadata.shared
+        assert shared <= most, (capability, kernel.__name__, types, tiling, shared)
+"""
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [BLOCKS, FEW_ROWS], ids=["blocks", "few rows"])
+@pytest.mark.parametrize(
+    "script", [BLOCKS, FEW_ROWS, SHARED_MEMORY], ids=["blocks", "few rows", "shared memory of small cards"]
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' own tests compile them on a GPU")
 def test_every_kernel_compiles_and_decoders_are_not_fused(script, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
