@@ -114,8 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         # softmax and sums in float32, in float64 for float64
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        if rows is not None:
-            labels = labels[rows]
+        labels = labels.contiguous() if rows is None else labels[rows]
         n_rows, vocabulary = labels.numel(), weight.shape[0]
         losses = torch.zeros(n_rows, dtype=wide, device=hidden.device)
         d_hidden = d_weight = d_bias = None

@@ -24,8 +24,10 @@ def row_form(out: torch.Tensor, factor: torch.Tensor | None) -> tuple[int, dict[
     """Return the out_stride of a decoding kernel, and its APART, I and FACTOR.
 
     APART is 0 where out is contiguous, 8 where width and stride are multiples of 8 and the stride is counted in
-    eights, else 1. factor: of each row, or None."""
+    eights, else 1. factor: of each row, or None. Raises ValueError for a factor that is not [O], contiguous."""
     scaled = factor is not None
+    if factor is not None and (factor.shape != out.shape[:1] or not factor.is_contiguous()):
+        raise ValueError(f"factor must be contiguous [{out.shape[0]}], got {tuple(factor.shape)} {factor.stride()}")
     if out.is_contiguous():
         return 0, {"APART": 0, "I": out.shape[1] if scaled else 1, "FACTOR": scaled}
     stride, width = out.stride(0), out.shape[1]

@@ -74,6 +74,8 @@ def row_factors(
 
     norms: |W| [O] of out's dtype. magnitude: m [O]. products: [O, R] of `norm_products`; b: B [O, R] with zeros where
     another adapter's columns are; both of one dtype, stride 1 along R."""
+    assert products.stride(1) == b.stride(1) == 1, f"strides {products.stride()} and {b.stride()}"
+    _check_vectors(out.shape[0], norms=norms, magnitude=magnitude, out=out)
     if on_triton(products):
         rank = products.shape[1]
         launch(
@@ -93,9 +95,11 @@ def whole_norms(norms: torch.Tensor, products: torch.Tensor, b: torch.Tensor, sc
 
 def scale_rows_(matrix: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """matrix [O, H] * factor [O], in place: the product in the factor's dtype, rounded once. Stride 1 along H."""
+    rows, width = matrix.shape
+    assert matrix.stride(1) == 1, f"strides {matrix.stride()}"
+    _check_vectors(rows, factor=factor)
     if not on_triton(matrix):
         return matrix.copy_(matrix * factor[:, None])
-    rows, width = matrix.shape
     tile = min(1024, next_power_of_2(width))
     tiles = cdiv(width, tile)
     if matrix.numel():
@@ -110,6 +114,9 @@ def column_dots(d_y: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = 
     """Return sum over tokens of d_y * (y - bias), in pieces that are to be added up: [pieces, O].
 
     d_y, y: [T, O] with stride 1 along O. bias: [O] or None."""
+    assert d_y.stride(1) == y.stride(1) == 1, f"strides {d_y.stride()} and {y.stride()}"
+    if bias is not None:
+        _check_vectors(y.shape[1], bias=bias)
     if not on_triton(y):
         wide = exact_dtype(y.dtype)
         free = y.to(wide) if bias is None else y.to(wide) - bias
@@ -130,6 +137,9 @@ def finish_gradients(
     """Return d_m [O], of m's dtype, from `column_dots` [pieces, O]; turn d_(cB) [O, R] into d_B in place.
 
     dots may be some columns of a wider tensor. d_b: contiguous."""
+    assert d_b.is_contiguous(), f"strides {d_b.stride()}"
+    assert dots.stride(1) == 1, f"strides {dots.stride()}"
+    _check_vectors(d_b.shape[0], factor=factor, magnitude=magnitude)
     d_m = empty(magnitude.shape, magnitude)
     if not on_triton(d_b):
         d_b.mul_(factor[:, None])
@@ -142,6 +152,12 @@ def finish_gradients(
         R=rank, COLUMNS=next_power_of_2(rank), ROWS=16, num_warps=4,
     )  # fmt: skip
     return d_m
+
+
+def _check_vectors(length: int, **vectors: torch.Tensor) -> None:
+    for name, vector in vectors.items():
+        assert vector.shape == (length,), f"{name} {tuple(vector.shape)}"
+        assert vector.is_contiguous(), f"{name} with strides {vector.stride()}"
 
 
 ROWS, COLUMNS = 32, 128  # tokens and outputs that a program of `column_dots` reads at a time

@@ -55,9 +55,11 @@ def launch_few_rows(
     features of a step. form: the kernel's own constants. Raises ValueError for what does not fit."""
     rows, width = x.shape
     outputs = out.shape[1]
-    fits = out.shape[0] == rows and out.stride(1) == 1 and out.dtype == x.dtype and x.is_contiguous()
-    if not fits or (xa is None) != (b is None):
-        raise ValueError(f"no product of {rows} rows of {width} into {tuple(out.shape)}")
+    if not _fit(x, out, bias, xa, b):
+        others = [None if t is None else (*t.shape, *t.stride(), t.dtype) for t in (bias, xa, b)]
+        raise ValueError(
+            f"no product of {rows} rows of {width} into {tuple(out.shape)} with {others} as bias, xa and b"
+        )
     rank = 0 if b is None else b.shape[1]
     tiles = cdiv(outputs, OUTPUTS)
     steps, splits = _division(tiles, cdiv(width, tile), x.device)
@@ -73,6 +75,21 @@ def launch_few_rows(
             R_TILE=min(MOST_RANK, max(16, next_power_of_2(rank))), ROWS=max(8, next_power_of_2(count)), OUTPUTS=OUTPUTS,
             STEPS=steps, SPLITS=splits, **form, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def _fit(
+    x: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, xa: torch.Tensor | None, b: torch.Tensor | None
+) -> bool:
+    """Tell whether these are as the kernel reads and writes them, which knows of each a pointer and a stride."""
+    outputs = out.shape[1]
+    fits = out.shape[0] == x.shape[0] and out.stride(1) == 1 and out.dtype == x.dtype and x.is_contiguous()
+    if bias is not None:
+        fits = fits and bias.shape == (outputs,) and bias.is_contiguous()
+    if xa is None or b is None:
+        return fits and xa is b
+    if xa.shape[0] != x.shape[0] or b.shape != (outputs, xa.shape[1]) or not xa.dtype == b.dtype == x.dtype:
+        return False
+    return fits and xa.stride(1) == 1 and b.is_contiguous()
 
 
 def cost(*args: Any, **_: Any) -> Cost:

@@ -35,8 +35,9 @@ def nf4_few_rows(
 ) -> None:
     """Write the product to out [M, O], stride 1 along O, of x's dtype. Outside autograd, on one stream at a time.
 
-    x: [M, I], contiguous. codes, absmax: of a matrix [O, I], as of `dequantize_nf4`. bias: [O]. xa, b: [M, R] (scaled
-    already, stride 1 along R) and [O, R], of an adapter. Raises ValueError for what does not fit."""
+    x: [M, I], contiguous. codes, absmax: of a matrix [O, I], as of `dequantize_nf4`. bias: [O], contiguous. xa, b:
+    [M, R] (scaled already, stride 1 along R) and [O, R], contiguous, of an adapter and of x's dtype. Raises ValueError
+    for what does not fit."""
     outputs, width = out.shape[1], x.shape[1]
     check_stored(codes, absmax, (outputs, width))
     if width % BLOCK:

@@ -99,6 +99,9 @@ def rms_norm_forward(
 
     out: where y goes (may be x), else a new tensor. Its rows may lie apart, and it may be [T, H] where x is not."""
     assert (residual is None) == (sum_out is None), "residual and sum_out come together"
+    for name, given in (("weight", weight), ("residual", residual), ("sum_out", sum_out)):
+        assert given is None or given.is_contiguous(), f"{name} with strides {given.stride()}"
+    assert residual is None or x.is_contiguous(), f"x with strides {x.stride()} beside a residual"
     out = _out(x, out)
     if on_triton(x):
         _launch_forward(x, weight, eps, shift, residual, sum_out, out)
@@ -122,6 +125,7 @@ def rms_norm_backward(
 
     d_y, skip: of h's dtype; like out they may have rows that lie apart, and be [T, H] where h is not. out: where the
     result goes (may be d_y or skip: every row is read before it is written), else a new tensor."""
+    assert weight.is_contiguous(), f"weight with strides {weight.stride()}"
     out = _out(h, out)
     if on_triton(h):
         _launch_backward(d_y, h, weight, eps, shift, skip, out)
@@ -151,6 +155,7 @@ def _apart(x: torch.Tensor) -> tuple[int, int]:
     """(N, distance) of x whose rows lie together in groups of N, the groups as far apart as that; N 0: all together."""
     if x.is_contiguous():
         return 0, x.shape[-1]
+    assert x.dim() == 4, f"rows {tuple(x.shape)} with strides {x.stride()}"
     _, sequence, heads, width = x.shape
     distance = x.stride(0) if sequence == 1 else x.stride(1)
     wanted = (sequence * distance, distance, width, 1)

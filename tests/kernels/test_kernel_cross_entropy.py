@@ -156,6 +156,16 @@ def test_a_label_outside_the_vocabulary_does_not_pass(triton_device):
     assert torch.isnan(linear_cross_entropy(hidden, weight, labels))
 
 
+@pytest.mark.parametrize("form", ["plain", "triton"])
+def test_labels_may_lie_apart(form, request):
+    device = request.getfixturevalue("triton_device") if form == "triton" else "cpu"
+    hidden, weight, labels, _ = inputs(9, 48, 101, torch.float32, device)
+    apart = torch.stack([labels, labels.flip(0)], 1)[:, 0]
+    count = len(labels)  # as the head calls it: all rows are computed, in their order
+    losses = [linear_cross_entropy(hidden, weight, each, label_count=count) for each in (labels, apart)]
+    assert torch.equal(*losses)
+
+
 def test_wrong_inputs_are_refused():
     hidden, weight, labels, _ = inputs(4, 48, 11, torch.float32)
     with pytest.raises(ValueError, match="labels must be int64"):

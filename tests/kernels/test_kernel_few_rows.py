@@ -93,6 +93,21 @@ def test_an_adapter_of_any_rank_is_added(rank, triton_device):
     assert_as_good_as_plain(out, plain, truth)
 
 
+def test_an_adapter_or_a_bias_that_lies_apart_or_does_not_fit_is_refused(triton_device):
+    codec, make = NF4(True), torch.Generator().manual_seed(1)
+    parts = {name: part.to(triton_device) for name, part in codec.encode(torch.randn(8, 64, generator=make)).items()}
+    x, xa, b, bias = (torch.randn(s, generator=make).to(triton_device, F16) for s in ((3, 64), (3, 4), (8, 4), (8,)))
+    out = torch.empty(3, 8, dtype=F16, device=triton_device)
+    for given in (
+        (bias[:7], xa, b), (bias.repeat_interleave(2)[::2], xa, b), (bias, xa, b.T.contiguous().T), (bias, xa, b[:7]),
+        (bias, xa.T.contiguous().T, b), (bias, xa[:2], b), (bias, xa[:, :3], b), (bias, xa, b.float()),
+        (bias, xa, None),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="no product of 3 rows"):
+            codec.few_rows(x, parts, out, *given)
+    codec.few_rows(x, parts, out, bias, xa, b)
+
+
 def test_counters_are_not_made_in_a_capture_where_they_would_not_be_zero(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(AssertionError, match="captured"):

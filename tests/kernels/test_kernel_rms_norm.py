@@ -123,6 +123,16 @@ def test_heads_may_be_part_of_longer_rows(form, shape, request):
     torch.testing.assert_close(d_x, rms_norm_backward(d_y, x, weight, EPS), **exact)
 
 
+@pytest.mark.parametrize("apart", ["weight", "residual", "sum_out", "x"])
+def test_what_is_read_as_one_piece_is_one(apart):
+    shapes = {"x": (4, 16), "residual": (4, 16), "sum_out": (4, 16), "weight": (16,)}
+    given = {name: torch.ones(*shape[:-1], 2 * shape[-1])[..., :16] for name, shape in shapes.items()}
+    given["weight"] = torch.ones(32)[::2]
+    given = {name: x if name == apart else x.contiguous() for name, x in given.items()}
+    with pytest.raises(AssertionError, match="strides"):
+        rms_norm_forward(eps=1e-5, **given)
+
+
 def test_a_training_weight_and_a_wrong_shape_are_refused():
     x = torch.randn(3, 8)
     with pytest.raises(ValueError, match="frozen"):
