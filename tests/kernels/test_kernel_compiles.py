@@ -63,6 +63,14 @@ for bits, floats, out, lines, apart in (
     for count in (2, 3):
         ptx = compiled(hqq._dequantize_rows_kernel, 90, types, COUNT=count, **tiling)
         assert "mul" in ptx and "fma.rn.f32" not in ptx, (bits, count)
+# What --precision fp16_autocast runs on cards before Ampere.
+whole = {"APART": 0, "I": 1, "FACTOR": False}
+compiled(nf4._dequantize_kernel, 75, "uu" + "fff" + "hf" + "iii", NESTED=True, ROWS=256, **whole)
+for bits, lines in ((8, 0), (4, 8), (3, 0)):
+    tiling = {"BITS": bits, "GROUP": 64, "LINES": lines, "ROWS": 128}
+    compiled(hqq._dequantize_kernel, 75, words[bits] + "u" + "hhh" + "fii", **tiling, **whole)
+compiled(cross_entropy._row_kernel, 75, "hlfiiFFF", VOCABULARY=300, SOFTCAP=True, GRADIENT=True, TILE=128)
+compiled(embedding._gather_kernel, 75, "flfii", H=5000, TILES=2, TILE=4096)
 for softcap, gradient in ((True, True), (False, False)):
     head = {"VOCABULARY": 300, "SOFTCAP": softcap, "GRADIENT": gradient, "TILE": 128}
     compiled(cross_entropy._row_kernel, 86, "blfiiFFF", **head)
