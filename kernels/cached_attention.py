@@ -23,6 +23,7 @@ from fsdp_qlora.kernels.tanh import tanh
 
 TILE_BYTES = 32 << 10  # of keys that a program looks at together, and of values: most cards hold both in shared memory
 FLOAT_TILE_BYTES = 16 << 10  # in float32, for cards before Ampere: twice as much takes 72 of their 64 KiB
+JOINED = 16 << 10  # sums that a program joins at a time: of 512 parts of 256 at once it would have a thousand a thread
 PROGRAMS = 512  # that are wanted, about two to four a multiprocessor
 
 
@@ -120,18 +121,26 @@ def _part_kernel(
 def _join_kernel(
     sums_ptr, tops_ptr, totals_ptr, out_ptr,
     G: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, P_TILE: tl.constexpr, D_TILE: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """One query head: its parts into one."""
+    """One query head: its parts into one, TOGETHER of them at a time."""
     program = tl.program_id(0)
     pair, head = program // G, program % G
     parts, d = tl.arange(0, P_TILE), tl.arange(0, D_TILE)
     is_part = parts < PARTS
     place = (pair * PARTS + parts) * G + head
     top = tl.load(tops_ptr + place, mask=is_part, other=-float("inf"))
-    factor = tl.exp(top - tl.max(top, 0))
-    total = tl.sum(factor * tl.load(totals_ptr + place, mask=is_part, other=0.0), 0)
-    mask = is_part[:, None] & (d < D)[None, :]
-    summed = tl.sum(tl.load(sums_ptr + place[:, None] * D + d[None, :], mask=mask, other=0.0) * factor[:, None], 0)
+    highest = tl.max(top, 0)
+    total = tl.sum(tl.exp(top - highest) * tl.load(totals_ptr + place, mask=is_part, other=0.0), 0)
+    summed = tl.zeros([D_TILE], tl.float32)
+    for first in range(0, PARTS, TOGETHER):
+        some = first + tl.arange(0, TOGETHER)
+        is_some = some < PARTS
+        at = (pair * PARTS + some) * G + head
+        factor = tl.exp(tl.load(tops_ptr + at, mask=is_some, other=-float("inf")) - highest)
+        mask = is_some[:, None] & (d < D)[None, :]
+        sums = tl.load(sums_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0)
+        summed += tl.sum(sums * factor[:, None], 0)
     tl.store(out_ptr + program * D + d, (summed / total).to(out_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -164,5 +173,6 @@ def _launch(
     launch(
         _join_kernel, (rows * heads,), sums, tops, totals, out,
         G=group, D=size, PARTS=parts, P_TILE=next_power_of_2(parts), D_TILE=d_tile,
+        TOGETHER=min(next_power_of_2(parts), max(1, JOINED // d_tile)),
     )  # fmt: skip
     return out

@@ -55,6 +55,15 @@ def test_output_is_that_of_the_row_alone(case, form, dtype, request):
     assert_as_good_as_plain(out, plain, truth, case)
 
 
+@pytest.mark.parametrize("joined", [1, 64])
+def test_parts_are_joined_a_few_at_a_time(joined, triton_device, monkeypatch):
+    shape, masking = CASES["grouped"]
+    given = inputs(shape, torch.float32, triton_device)
+    together = attend_cached(*given, masking)
+    monkeypatch.setattr(cached_attention, "JOINED", joined)
+    torch.testing.assert_close(attend_cached(*given, masking), together)
+
+
 def test_places_that_no_token_has_yet_change_nothing(triton_device):
     shape, masking = CASES["window"]
     q, k, v, seen = inputs(shape, torch.float32, triton_device)

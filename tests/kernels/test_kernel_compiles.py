@@ -98,7 +98,7 @@ for window, capped, is_float in ((0, False, False), (64, True, True)):
     letter = "f" if is_float else "b"
     types = letter * 3 + "l" + "fff" + "FF" + "ii"
     compiled(cached_attention._part_kernel, 86, types, WINDOW=window, SOFTCAP=capped, FLOAT=is_float, **shape)
-compiled(cached_attention._join_kernel, 86, "fffb", G=4, D=96, PARTS=3, P_TILE=4, D_TILE=128)
+compiled(cached_attention._join_kernel, 86, "fffb", G=4, D=96, PARTS=3, P_TILE=4, D_TILE=128, TOGETHER=2)
 tiling = {"R": 24, "COLUMNS": 32, "ROWS": 16}
 compiled(dora._factors_kernel, 86, "bbfbfiiFi", **tiling)
 compiled(dora._finish_kernel, 86, "bbffbiii", **tiling)
