@@ -245,6 +245,7 @@ def test_other_options_of_the_codec_are_another_base(options, kept, encoded):
 
 def test_a_disk_without_room_is_said_once_and_left_as_it_is(options, monkeypatch, capsys, encoded, tmp_path):
     monkeypatch.setattr(disk, "MOST_FULL", 1e-9)
+    monkeypatch.setattr(disk, "LITTLE", 0.0)
     assert_same(start(options), encoded)
     (line,) = said(capsys)
     assert "more would fill the disk of" in line
@@ -454,6 +455,7 @@ def test_a_run_that_writes_nothing_leaves_another_runs_entry_as_it_is(options, k
         file.unlink()
     part, opened = make_part(kept)
     monkeypatch.setattr(disk, "MOST_FULL", 1e-9)
+    monkeypatch.setattr(disk, "LITTLE", 0.0)
     start(options)
     assert "would fill the disk" in said(capsys)[-1]
     assert part.exists()

@@ -202,15 +202,22 @@ def test_a_base_is_kept_by_default_on_disks_of_this_machine(kind, tmp_path, monk
 
 
 def test_what_a_run_still_writes_on_the_same_disk_is_left_free(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    room = int(0.9 * usage.total) - (usage.total - usage.free)
+    usage = shutil.disk_usage(tmp_path)._replace(total=1000, used=700, free=300)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    owed = disk.Owed(tmp_path, room)
-    assert room > 2, "the disk of this test is nearly full"
+    owed = disk.Owed(tmp_path, 199)
+    assert disk.lack_of_room(tmp_path, 200) == ""
+    assert "would fill the disk" in disk.lack_of_room(tmp_path, 201)
     assert disk.lack_of_room(tmp_path, 2) == ""
     line = disk.lack_of_room(tmp_path, 2, owed)
     assert "adapter and checkpoints may take would fill the disk" in line
     assert disk.lack_of_room(tmp_path, 2, disk.Owed(tmp_path / "of another node", owed.nbytes)) == ""
+
+
+@pytest.mark.parametrize(("nbytes", "fits"), [(100, True), (101, False)])
+def test_a_hundredth_of_what_a_nearly_full_disk_has_free_fills_none(nbytes, fits, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(total=1_000_000, used=990_000, free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    assert (disk.lack_of_room(tmp_path, nbytes) == "") == fits
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,9 @@ class ModelOptions:
         the 4-bit bytes, each checked, and quantizes nothing. auto: fsdp_qlora/base in the user's cache folder, for
         bases of 1 GiB and more, where that folder is on a disk of this machine: not on a network mount, nor in memory.
         null: none. An entry that no run has used for 30 days is removed by the next start that uses this folder, and
-        said. No unit is written that would fill the disk beyond 90 %, with what the run's checkpoints will take; what
-        other programs write meanwhile is not foreseen. `python -m fsdp_qlora cache list` shows the entries.""",
+        said. No unit is written that would fill the disk beyond 90 %, with what the run's checkpoints will take, and
+        takes over 1 % of what is free; what other programs write meanwhile is not foreseen. `python -m fsdp_qlora cache
+        list` shows the entries.""",
         "a model is quantized once, and a quarter of its bytes is read from then on",
         "its bytes on the disk: 35 GB at 70B; the first start writes them while it loads",
         is_path=True,

@@ -15,6 +15,7 @@ from fsdp_qlora.units import GIB, as_gib
 from fsdp_qlora.weights.base_cache.names import full_mark
 
 MOST_FULL = 0.9  # of a disk, with the new entry
+LITTLE = 0.01  # of what a disk has free: so much fills none, however full it is
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 NOT_KEPT = "base_cache: not kept for the next start"
 # File systems on which a folder is another machine's, or in this one's memory, by their names in /proc/mounts.
@@ -93,7 +94,8 @@ def unfit_by_default(folder: Path) -> str:
 def lack_of_room(folder: Path, nbytes: int, owed: Owed = NOTHING_OWED) -> str:
     """Return why a disk has no room for so many bytes more, '' where it has. Raises OSError."""
     disk, later = shutil.disk_usage(folder), owed.on_disk_of(folder)
-    if disk.total - disk.free + nbytes + later <= MOST_FULL * disk.total:
+    more = nbytes + later
+    if disk.total - disk.free + more <= MOST_FULL * disk.total or more <= LITTLE * disk.free:
         return ""
     promised = f" and the {as_gib(later)} that this run's adapter and checkpoints may take" if later else ""
     return (
