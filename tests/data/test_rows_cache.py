@@ -60,6 +60,7 @@ def test_rows_come_back_from_the_cache_as_they_were(tmp_path: Path, monkeypatch:
     assert batch.labels.max() > 0
 
 
+@pytest.mark.slow
 def test_whatever_decides_the_tokens_is_part_of_the_key(tmp_path: Path) -> None:
     path, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
     prompt = tmp_path / "p.jinja"
@@ -122,6 +123,7 @@ def test_a_template_that_shows_the_date_is_not_cached(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_all_cores_make_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.jsonl", 3000)
     lines = Path(path).read_text().splitlines(keepends=True)

@@ -26,6 +26,7 @@ from tests.support.llama_cpp import LlamaCpp, quantized  # noqa: E402
 from tests.support.runs import flags  # noqa: E402
 from tests.support.saved_adapters import save_random_adapter  # noqa: E402
 from tests.support.small_tokenizers import gpt2_tokenizer, llama2_tokenizer, sentencepiece_model  # noqa: E402
+from tests.support.tiers import some_slow  # noqa: E402
 
 SHAPE = tiny.SHAPE | {"vocab_size": 448, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 4}
 IDS = [1, *range(40, 79)]
@@ -76,7 +77,7 @@ def tensors_of(file: Path) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, 2))
 def test_llama_cpp_computes_the_logits_of_base_plus_adapter(family, tmp_path):
     base = save_base(tmp_path / "b", family)
     adapter = save_random_adapter(tmp_path / "a", {"model_name": base, "train_type": "lora"}, size=0.005)

@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.export.test_gguf import convert, save_base, tensors_of
 from tests.support.small_tokenizers import gpt2_tokenizer
+from tests.support.tiers import some_slow
 from tests.weights.test_hqq_checkpoints import ALIKE, MIXED, decoded, hqq_safetensors, quantized, transformers_4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("form", [ALIKE, MIXED], ids=["alike", "mixed"])
-@pytest.mark.parametrize("save", [transformers_4, hqq_safetensors], ids=["told", "untold"])
+@pytest.mark.parametrize("save", some_slow([transformers_4, hqq_safetensors], 2), ids=["told", "untold"])
 def test_a_model_published_in_hqq_is_written_as_what_it_decodes_to(save, form, tmp_path):
     """In float32: the scales are stored in float16, and the file has numbers that bfloat16 would have rounded."""
     wide = save_base(tmp_path / "wide", "Llama", intermediate_size=192, num_hidden_layers=1)

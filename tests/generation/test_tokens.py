@@ -14,6 +14,7 @@ from tests.models.test_families import FAMILIES, GENERIC, config_of
 from tests.support import plain, tiny
 from tests.support.built import Built, built
 from tests.support.runs import Options
+from tests.support.tiers import some_slow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (23, 5, 40, 1, 17)  # of prompts, in tokens; windows have 16
@@ -72,7 +73,7 @@ def ours_of(ours: Built, asked: Sequence[list[int]], rows: int = 4, stops: Seque
     return [answer.ids for answer in found]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=some_slow(FAMILIES, 3))
 def family(request, tmp_path_factory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, tiny.save_model(config_of(request.param, FAMILIES[request.param]), folder)
@@ -90,7 +91,7 @@ def test_tokens_are_those_of_transformers_on_peft_and_bitsandbytes(family, fused
         assert ours_of(ours, prompts()) == wanted
 
 
-@pytest.mark.parametrize("fused", ["auto", "false"])
+@pytest.mark.parametrize("fused", some_slow(["auto", "false"], 2))
 def test_tokens_of_dora_are_those_of_transformers_on_peft(fused, tmp_path):
     """Qwen2 has biases, which no magnitude scales."""
     folder = tiny.save_model(config_of("Qwen2", FAMILIES["Qwen2"]), tmp_path)

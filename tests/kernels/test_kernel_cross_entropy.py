@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fsdp_qlora.kernels.cross_entropy import linear_cross_entropy
 from fsdp_qlora.kernels.device import tl, triton
 from fsdp_qlora.kernels.tanh import tanh
+from tests.support.tiers import some_slow
 from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 CASES = {
@@ -77,7 +78,7 @@ def test_plain_form(options, n_tokens, dtype):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("n_tokens", [1, 19])
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("options", some_slow(CASES.values(), 2), ids=CASES)
 def test_kernel(options, n_tokens, dtype, triton_device):
     compare(n_tokens, dtype, triton_device, **options)
     compare(n_tokens, dtype, triton_device, counted=True, **options)

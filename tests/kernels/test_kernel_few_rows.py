@@ -5,6 +5,7 @@ import torch
 
 from fsdp_qlora.kernels.few_rows import _arrivals
 from fsdp_qlora.weights.codecs import HQQ, NF4, FewRowsCodec
+from tests.support.tiers import some_slow
 from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 SHAPES = {
@@ -47,15 +48,15 @@ def assert_multiplies(codec: FewRowsCodec, shape: tuple[int, int], rows: int, dt
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("codec", [NF4(True), NF4(False)], ids=lambda codec: codec.name)
-@pytest.mark.parametrize("rows", [1, 3, 8, 17, 70])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", some_slow([1, 3, 8, 17, 70], 2))
+@pytest.mark.parametrize("shape", some_slow(SHAPES, 2))
 def test_product_is_that_of_the_dequantized_matrix(shape, rows, codec, dtype, triton_device):
     assert_multiplies(codec, SHAPES[shape], rows, dtype, triton_device)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("codec", HQQS, ids=lambda codec: codec.name)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", some_slow(SHAPES, 3))
 def test_every_width_of_hqq_multiplies(shape, codec, dtype, triton_device):
     for rows in (1, 9):
         assert_multiplies(codec, SHAPES[shape], rows, dtype, triton_device)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fsdp_qlora.kernels.glu import ACTIVATIONS, glu, glu_backward_, glu_forward
+from tests.support.tiers import some_slow
 from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 PLAIN = {"silu": F.silu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"), "gelu": F.gelu}
@@ -57,7 +58,7 @@ def test_kernel(shape, dtype, activation, triton_device):
     check(shape, dtype, triton_device, activation)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", some_slow(ACTIVATIONS, 3))
 @pytest.mark.parametrize("form", ["plain", "triton"])
 def test_halves_of_one_product_in_place(form, activation, request):
     device = "cpu" if form == "plain" else request.getfixturevalue("triton_device")

@@ -5,6 +5,7 @@ import torch
 
 from fsdp_qlora.kernels.glu import ACTIVATIONS, glu
 from fsdp_qlora.kernels.glu_lora import glu_backward_lora_
+from tests.support.tiers import some_slow
 from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 # tokens, I, ranks of gate, up, down (0: no adapter)
@@ -55,7 +56,7 @@ def test_plain_form(shape, dtype, activation):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", some_slow(SHAPES, 2), ids=str)
 def test_kernel(shape, dtype, triton_device):
     check(shape, dtype, triton_device, "silu")
     check(shape, dtype, triton_device, "gelu_tanh")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fsdp_qlora.kernels.hqq import dequantize_hqq, hqq_rows
 from fsdp_qlora.kernels.hqq_format import BITS, Form, HqqParts, pack, planes, unfit, unpack
+from tests.support.tiers import some_slow
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Tiles of 1024 numbers and a part of one, lines of more and of less than a tile; one row of words.
@@ -64,7 +65,7 @@ def test_codes_take_their_bits_and_come_back(bits):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [8, 64])
+@pytest.mark.parametrize("group", some_slow([8, 64], 2))
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", BITS)
 def test_the_kernel_has_the_plain_forms_bits(bits, axis, group, dtype, triton_device):
@@ -106,7 +107,7 @@ def test_a_matrix_may_be_part_of_a_wider_one(bits, axis, apart, form_of, request
 
 
 @pytest.mark.parametrize("form_of", ["plain", "triton"])
-@pytest.mark.parametrize("rows", [(16,), (16, 32), (16, 8, 24), (24, 8, 8), (8, 16, 8, 8)], ids=str)
+@pytest.mark.parametrize("rows", some_slow([(16,), (16, 32), (16, 8, 24), (24, 8, 8), (8, 16, 8, 8)], 2), ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [8, 3])
 def test_matrices_are_decoded_one_below_the_other(bits, axis, rows, form_of, request):

@@ -21,6 +21,7 @@ from fsdp_qlora.kernels.lora_wide import (
     project_wide,
     wide,
 )
+from tests.support.tiers import some_slow
 from tests.support.truth import DEVICE, assert_as_good_as_plain
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -214,7 +215,7 @@ def test_projections_with_dropout_equal_those_with_its_mask(form, request):
 
 
 @pytest.mark.parametrize("starts", [(), (0,), (5,), (0, 16), (0, 8, 24), (3, 11, 40)], ids=str)
-@pytest.mark.parametrize("rank", [1, 3, 8, 40])
+@pytest.mark.parametrize("rank", some_slow([1, 3, 8, 40], 3))
 @pytest.mark.parametrize("form", ["plain", "triton"])
 def test_adapters_are_laid_beside_and_below_their_weight(form, rank, starts, request):
     device = torch.device("cpu") if form == "plain" else request.getfixturevalue("triton_device")

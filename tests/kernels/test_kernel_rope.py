@@ -5,6 +5,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fsdp_qlora.kernels.rope import rope, rope_, rope_tables
+from tests.support.tiers import some_slow
 from tests.support.truth import KERNEL_DTYPES, assert_as_good_as_plain
 
 # batch, sequence, heads, kv heads, head dim, rotated features: GQA 1, 4, 8; sizes that are no powers of two; partial.
@@ -60,7 +61,7 @@ def test_plain_form(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", some_slow(SHAPES, 2), ids=str)
 def test_kernel(shape, dtype, triton_device):
     check(shape, dtype, triton_device)
     check(shape, dtype, triton_device, transposed=True, packed=True)

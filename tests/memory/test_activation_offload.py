@@ -287,6 +287,7 @@ def test_what_ends_a_thread_that_makes_buffers_ends_the_wait_for_them(monkeypatc
         offload.offload([torch.ones(4, 1, dtype=torch.bfloat16)], 4)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_early_does_not_make_all_buffers_first() -> None:
     script = """
         import time, torch

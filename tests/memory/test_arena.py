@@ -141,7 +141,7 @@ CASES: dict[str, tuple[str, Options]] = {
 }  # fmt: skip
 
 
-QUICK = {f"llama, {keep.label}" for keep in Keep} | {"packed"}
+QUICK = {f"llama, {keep.label}" for keep in (Keep.INPUT, Keep.ALL)} | {"packed"}
 
 
 @pytest.mark.usefixtures("one_thread")

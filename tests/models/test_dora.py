@@ -12,6 +12,7 @@ from fsdp_qlora.weights.codecs import NF4, Plain
 from tests.models.test_families import config_of
 from tests.models.test_fused import CASES, CPU, DTYPES, KEEP, assert_good, assert_same_bits
 from tests.support.fusable import Subject, TrueFloat64, inputs, subject
+from tests.support.tiers import some_slow
 from tests.support.truth import DEVICE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +26,7 @@ def case(name: str, dtype: torch.dtype, device: torch.device = DEVICE, **more: o
 
 
 @pytest.mark.parametrize("fused", ["auto", "false"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some_slow(CASES, 2))
 def test_float64_is_exact(name, fused):
     of = case(name, torch.float64, CPU)
     of.fuse(fused=fused)
@@ -43,7 +44,7 @@ def test_float64_is_exact(name, fused):
 
 # Not of linears with ten rows: the error of ten magnitudes is luck.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "eight-groups-odd-heads"])
+@pytest.mark.parametrize("name", some_slow([name for name in CASES if name != "eight-groups-odd-heads"], 3))
 def test_rounding_is_at_most_plain_pytorchs(name, dtype):
     of = case(name, dtype)
     of.fuse()

@@ -26,6 +26,7 @@ from fsdp_qlora.weights.codecs import NF4, Plain
 from tests.kernels.test_kernel_attention import flash_attn_package
 from tests.models.test_families import FAMILIES, config_of
 from tests.support.fusable import Results, Subject, inputs, subject
+from tests.support.tiers import some_slow
 from tests.support.truth import DEVICE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,7 +87,7 @@ def assert_same_bits(ours: Results, theirs: Results, what: str) -> None:
         assert torch.equal(ours[name], value), f"{what}: {name} differs by {(ours[name] - value).abs().max():.1e}"
 
 
-@pytest.mark.parametrize("shape", [(2, 21), (1, 63), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", some_slow([(2, 21), (1, 63), (1, 1)], 2), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_float64_is_exact(name, shape):
     """No rounding to hide behind: a wrong formula shows, however small its effect. Runs the plain forms."""
@@ -106,7 +107,7 @@ def test_float64_is_exact(name, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some_slow(CASES, 2))
 def test_rounding_is_at_most_plain_pytorchs(name, dtype):
     of = case(name, dtype)
     of.fuse()
@@ -117,7 +118,12 @@ def test_rounding_is_at_most_plain_pytorchs(name, dtype):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the tests above ran them")
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("Gemma3Text", torch.float32), ("Phi3", torch.float16), ("biases-exact-gelu", torch.float16)]
+    ("name", "dtype"),
+    [
+        pytest.param("Gemma3Text", torch.float32, marks=pytest.mark.slow),
+        ("Phi3", torch.float16),
+        pytest.param("biases-exact-gelu", torch.float16, marks=pytest.mark.slow),
+    ],
 )
 def test_triton_kernels_through_the_interpreter(name, dtype, triton_device):
     of = case(name, dtype, triton_device)
@@ -156,7 +162,7 @@ def test_the_flash_attn_package_in_a_block(name, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some_slow(CASES, 3))
 def test_every_keep_level_gives_the_same_bits(name, dropout):
     """What is computed again is what was computed: the same kernels on the same numbers, the same dropout."""
     dtype = torch.float32 if dropout else torch.bfloat16

@@ -14,6 +14,7 @@ from tests.models.test_families import FAMILIES, config_of
 from tests.runs.test_fidelity import CONTEXT, EXACT, ROWS, options, relative_error
 from tests.support import plain, tiny
 from tests.support.runs import Run, run_alone, run_ranks
+from tests.support.tiers import some_slow
 
 pytestmark = pytest.mark.usefixtures("one_thread_throughout")
 GENERIC = {"fused": "false"}
@@ -75,7 +76,7 @@ def test_fused_and_generic_blocks_are_not_the_same_code(sharded):
     assert sharded["keep-all"].losses != sharded["generic-no-checkpointing"].losses
 
 
-@pytest.mark.parametrize("name", ON_ONE_RANK)
+@pytest.mark.parametrize("name", some_slow(ON_ONE_RANK, 3))
 def test_one_rank_trains_what_peft_trains(name, place, peft):
     run = run_alone(options(place, "Llama", ON_ONE_RANK[name] | {"batch_size": 4}), place / name)
     assert relative_error(run.losses, peft.losses) < EXACT

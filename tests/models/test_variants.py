@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from tests.support import tiny
 from tests.support.as_peft import assert_trains_as_peft
+from tests.support.tiers import some_slow
 
 TIED = {"tie_word_embeddings": True}
 ODD = {"hidden_size": 96, "intermediate_size": 208, "head_dim": 20, "vocab_size": 277}
@@ -183,7 +184,7 @@ def test_a_variant_trains_as_under_peft(name: str, tmp_path: Path, one_thread: N
     assert fusion.blocks == fused, str(fusion)
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", some_slow(WRAPPERS, 3))
 def test_the_text_part_of_a_wrapper_trains_as_under_peft(name: str, tmp_path: Path, one_thread: None) -> None:
     config, fused = WRAPPERS[name]
     tiny.save_model(config(), tmp_path)

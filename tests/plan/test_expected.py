@@ -40,6 +40,7 @@ def of_rows(value: Any, rows: list[dict[str, Any]] = ROWS) -> float:
     return median(value(Rates(**r["rates"]), Facts(**r["facts"]), card_of(r)) for r in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row",
     [
@@ -57,6 +58,7 @@ def test_a_measured_step_is_expected_within_15_percent(row: dict[str, Any]) -> N
     assert clock_of(row).seconds(candidate_of(row)) == pytest.approx(row["measured"]["seconds"], rel=0.15)
 
 
+@pytest.mark.slow
 def test_few_rows_are_left_out_for_their_host() -> None:
     assert {row["name"] for row in ROWS if host_bound(row)} == {"8b-short", "8b-stream"}
 

@@ -21,6 +21,7 @@ from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.plan.search import spread
 from fsdp_qlora.units import GIB
 from tests.support.known_runs import H200, facts
+from tests.support.tiers import some_slow
 
 CARD, HOME = 24 * GIB, Budget(24 * GIB, 64 * GIB)
 RIG = facts("llama2_70b", 2, 512, 64, ranks=2)
@@ -63,7 +64,7 @@ def test_shards_where_cards_reach_each_other_faster_than_the_host(gather: float,
 
 
 @pytest.mark.parametrize("known", [RIG, facts("llama3_8b", 4, 2048, 16), facts("llama3_70b", 1, 8192, 64, ranks=2)])
-@pytest.mark.parametrize("gib", [14, 20, 24, 48, 80])
+@pytest.mark.parametrize("gib", some_slow([14, 20, 24, 48, 80], 3))
 def test_a_plan_never_exceeds_its_budget(known: Facts, gib: int) -> None:
     budget = Budget(gib * GIB, 60 * GIB)
     try:

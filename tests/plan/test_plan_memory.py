@@ -26,6 +26,7 @@ from fsdp_qlora.plan.shape import META
 from fsdp_qlora.units import GIB
 from tests.support.known_runs import MEASURED, facts
 from tests.support.metered import WORLD, Meter, encode_on_meta, planned
+from tests.support.tiers import some_slow
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
@@ -114,7 +115,7 @@ def test_what_a_level_keeps_is_what_its_name_says() -> None:
 @pytest.mark.parametrize(
     ("ranks", "train_type"), [(1, "qlora"), (2, "qlora"), (4, "qlora"), (2, "bnb_dora")], ids=["1", "2", "4", "2-dora"]
 )
-@pytest.mark.parametrize("vocabulary", [1024, 32000])
+@pytest.mark.parametrize("vocabulary", some_slow([1024, 32000], 2))
 def test_a_step_needs_as_much_at_once_as_is_counted(ranks: int, train_type: str, vocabulary: int) -> None:
     """With few words the peak is in a block's backward, with many at the head."""
     shape = LlamaConfig(**SHAPE | {"vocab_size": vocabulary, "num_hidden_layers": 6})

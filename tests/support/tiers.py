@@ -1,8 +1,9 @@
 """Tiers of tests: a test is in the default tier, or in the one of its mark: gpu, ranks or slow."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,12 @@ def mark_ranks(items: list[pytest.Item]) -> None:
 def tiers_of(item: pytest.Item) -> list[str]:
     """Return the tiers that a test is marked for: none for the default tier."""
     return [tier for tier in TIERS if item.get_closest_marker(tier)]
+
+
+def some_slow(cases: Iterable[Any], every: int) -> list[Any]:
+    """Return cases for `parametrize`, where many are alike: each `every`-th, from the first on, is of the default tier,
+    the others are slow ones."""
+    return [case if i % every == 0 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
 
 
 def _functions_of(item: pytest.Item) -> Iterator[object]:

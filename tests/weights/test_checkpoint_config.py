@@ -23,6 +23,7 @@ from tests.support.checkpoint_forms import (
     rewrite,
 )
 from tests.support.runs import flags
+from tests.support.tiers import some_slow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,7 +102,7 @@ def test_two_dimensional_norms_are_read(tmp_path):
     assert_trains_as_peft(tmp_path, "lora")
 
 
-@pytest.mark.parametrize("pad", ["added", "none"])
+@pytest.mark.parametrize("pad", some_slow(["added", "none"], 2))
 def test_a_pad_token_outside_the_embedding_changes_nothing(pad, tmp_path):
     """Padding is masked by its position: a run with any id there learns the same."""
     folder = llama(tmp_path / "model", vocab_size=259)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fsdp_qlora.kernels.hqq_format import BITS, pack
 from fsdp_qlora.weights.codecs import HQQ, NF4, Codec, NotFinite, Parts, Plain, hqq_groups, nf4, pieces
 from tests.support.metered import Meter, encode_on_meta
+from tests.support.tiers import some_slow
 from tests.weights.test_codecs import weight_of
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -43,8 +44,8 @@ def hqq_by_hqq(weight: Tensor, codec: HQQ) -> Parts:
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("numbers", [64, 3 * 64, 64 * 256 * 2])
+@pytest.mark.parametrize("shape", some_slow(SHAPES, 2), ids=str)
+@pytest.mark.parametrize("numbers", some_slow([64, 3 * 64, 64 * 256 * 2], 2))
 def test_nf4_of_pieces_is_bitsandbytes_of_the_whole(numbers, shape, dtype, double_quant, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", numbers * dtype.itemsize)
     weight = weight_of(shape, dtype) if shape != (1, 1) else torch.full(shape, 0.3).to(dtype)
@@ -77,7 +78,7 @@ def test_pieces_on_a_cpu_are_quantized_by_all_its_threads_and_leave_their_number
 
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", some_slow(BITS, 2))
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("numbers", [64, 1000, 128 * 100])
 def test_hqq_of_pieces_is_hqqs_of_the_whole(numbers, group, bits, axis, optimize, monkeypatch):

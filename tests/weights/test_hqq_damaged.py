@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from tests.support import tiny
 from tests.support.checkpoint_forms import refused, rewrite
+from tests.support.tiers import some_slow
 from tests.weights.test_hqq_checkpoints import ALIKE, OPTIONS, SHAPE, hqq_pickle, hqq_safetensors, quantized
 from tests.weights.test_hqq_checkpoints import transformers_4 as told
 
@@ -40,7 +41,7 @@ def saved(whole, tmp_path) -> Callable[[Save], Path]:
     return lambda save: shutil.copytree(whole[save], tmp_path / "hqq")
 
 
-@pytest.mark.parametrize("save", [told, hqq_safetensors], ids=["told", "untold"])
+@pytest.mark.parametrize("save", some_slow([told, hqq_safetensors], 2), ids=["told", "untold"])
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
