@@ -12,7 +12,7 @@ from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.sources import check_sources, forget_stdin
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.models.skeleton import max_positions, text_config
+from fsdp_qlora.models.skeleton import text_config
 from fsdp_qlora.session import Session
 
 
@@ -47,7 +47,7 @@ def load_data(config: Config, hf_config: PretrainedConfig, progress: bool) -> Da
     if config.evaluation.eval_dataset is not None:
         check_sources(config.evaluation.eval_dataset, "eval_dataset")
     vocabulary = text_config(hf_config).vocab_size
-    rows = load_rows(config.data, tokenizer, max_positions(hf_config), vocabulary, progress)
+    rows = load_rows(config.data, tokenizer, vocabulary, progress)
     return Data(tokenizer, *rows_to_evaluate(config, rows, tokenizer, vocabulary, progress))
 
 

@@ -9,7 +9,7 @@ from fsdp_qlora.commands.base import Command
 from fsdp_qlora.config.options import command, option
 from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.runtime.files import cache_folder
-from fsdp_qlora.units import as_gib
+from fsdp_qlora.units import as_gib, count_of
 from fsdp_qlora.weights.base_cache.entry import BASES, Entry, entries, remove
 
 DAY = 86400  # seconds
@@ -66,7 +66,7 @@ def list_bases(asked: CacheOptions) -> None:
             f"{as_gib(entry.nbytes):>10}  {entry.note.codec}  {entry.note.model}{part}; made {_day(entry.note.made)}, "
             f"last used {_day(entry.used)}"
         )
-    print(f"{as_gib(sum(entry.nbytes for entry in found)):>10}  in {_bases(len(found))} in {folder}")
+    print(f"{as_gib(sum(entry.nbytes for entry in found)):>10}  in {count_of(len(found), 'base')} in {folder}")
 
 
 def clear(asked: ClearOptions) -> None:
@@ -85,7 +85,7 @@ def clear(asked: ClearOptions) -> None:
             raise TrainingStopped(f"{entry.folder} cannot be removed ({error.strerror})") from error
         stays = f", but for {left} files that are not of this program in {entry.folder}" if left else ""
         print(f"{as_gib(entry.nbytes):>10}  {entry.note.codec}  {entry.note.model}: removed{stays}")
-    print(f"{as_gib(sum(entry.nbytes for entry in gone)):>10}  in {_bases(len(gone))} removed, {folder}")
+    print(f"{as_gib(sum(entry.nbytes for entry in gone)):>10}  in {count_of(len(gone), 'base')} removed, {folder}")
 
 
 def _found(folder: Path) -> Iterator[Entry]:
@@ -97,10 +97,6 @@ def _found(folder: Path) -> Iterator[Entry]:
 
 def _day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(seconds))
-
-
-def _bases(count: int) -> str:
-    return f"{count} base{'s' * (count != 1)}"
 
 
 CACHE_LIST = Command(

@@ -50,7 +50,7 @@ def task_of(asked: EvaluateOptions, ready: Ready, world: World) -> Task:
         data, hf_config = ready.base.config.data, ready.compute.hf_config
         limit = min(asked.context_length, max_positions(hf_config) or asked.context_length)
         data = replace(data, context_length=limit, rows_cache=None)
-        rows = load_rows(data, tokenizer_of(ready.base), None, text_config(hf_config).vocab_size)
+        rows = load_rows(data, tokenizer_of(ready.base), text_config(hf_config).vocab_size)
         for note in rows.notes:
             world.say(f"          {note}")
     most = max(MOST_TOKENS[world.device.type], *(one.widest for one in (rows, choice_rows) if one is not None), 0)

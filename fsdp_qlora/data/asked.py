@@ -18,6 +18,7 @@ from fsdp_qlora.data.sources import STDIN, keep_stdin, open_source, parts_of
 from fsdp_qlora.data.templates import Example, Row
 from fsdp_qlora.data.tokens import Encoder
 from fsdp_qlora.errors import BadRow, UserError
+from fsdp_qlora.units import count_of
 
 TEXT = ".txt"  # a file of it: a line is a prompt, a user's turn where the model has a chat template
 BLANK = "output"  # the column that stands in for an answer that a row does not have
@@ -76,7 +77,7 @@ def read_prompts(
         raise UserError(
             f"the tokenizer makes token {most}, but the model has {vocab_size} embeddings: they do not match"
         )
-    notes = [f"{len(bad)} bad row{'s' * (len(bad) > 1)} left out (the first: {bad[0]})"] if bad else []
+    notes = [f"{count_of(len(bad), 'bad row')} left out (the first: {bad[0]})"] if bad else []
     assert reader.form is not None
     return Prompts(prompts, reader.form.name, reader.stops(), notes)
 

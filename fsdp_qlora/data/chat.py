@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.data.marks import CLOSES, MARK, MARKING, OPENS, as_calls, read_marks
 from fsdp_qlora.data.messages import ASSISTANT, THOUGHTS, Message, Talk, TalkReader
 from fsdp_qlora.data.stand_ins import NONCE, TAG, take_apart
-from fsdp_qlora.data.templates import Example, Piece, Row
+from fsdp_qlora.data.templates import WORDLESS, Example, Piece, Row
 from fsdp_qlora.data.turns import Span, TurnFinder
 from fsdp_qlora.errors import BadRow, UserError, first_line
 
@@ -152,7 +152,7 @@ class ChatTemplate:
         for number, (message, learn) in enumerate(zip(talk.messages, talk.learn, strict=True)):
             if learn and _is_wordless(message):
                 what = "its end" if number in taken else "nothing"
-                talk.notes.append(f"an answer without text, of which {what} is learnt")
+                talk.notes.append(WORDLESS.format(what))
         for number, all_of_it in missing.items():
             what, role = "text" if all_of_it else "a part of the text", str(talk.messages[number]["role"])
             turn = f"{'an' if role == ASSISTANT else 'a'} {role} turn"

@@ -30,20 +30,16 @@ SPREAD = 0.6  # of the logarithm of the lengths of instructions with their answe
 def load_rows(
     options: DataOptions,
     tokenizer: PreTrainedTokenizerBase | None,
-    max_positions: int | None,
     vocab_size: int,
     progress: bool = False,
 ) -> Rows:
     """Read, recognise, tokenize and truncate the dataset of `options`. `dummy` needs no tokenizer.
 
-    max_positions: the longest sequence the model was made for, None if it has no limit. vocab_size: rows of its
-    embedding. progress: show how far it is. Raises UserError: context_length beyond the model, missing or malformed
-    file (with the line), columns that fit no form, no rows at all, no row with a label left, a token the model has no
+    vocab_size: rows of the model's embedding. progress: show how far it is. Raises UserError: missing or malformed file
+    (with the line), columns that fit no form, no rows at all, no row with a label left, a token the model has no
     embedding for.
     """
     context = options.context_length
-    if max_positions is not None and context > max_positions:
-        raise UserError(f"context_length {context}: the model takes at most {max_positions} tokens")
     if options.dataset == "dummy":
         return _dummy(options.dataset_samples or DUMMY_SAMPLES, options.dummy_row_tokens, context, vocab_size)
     assert tokenizer is not None, "only the dummy dataset needs no tokenizer"

@@ -9,6 +9,7 @@ from typing import Any
 from fsdp_qlora.errors import BadRow
 
 Row = dict[str, Any]
+WORDLESS = "an answer without text, of which {} is learnt"  # a note: its end, or nothing
 
 
 @dataclass

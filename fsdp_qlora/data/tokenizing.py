@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fsdp_qlora.data.forms import Columns
 from fsdp_qlora.data.json_files import parse_line
 from fsdp_qlora.data.packed import Placed
-from fsdp_qlora.data.templates import Example, Template
+from fsdp_qlora.data.templates import WORDLESS, Example, Template
 from fsdp_qlora.data.tokens import Encoder, Tokens
 from fsdp_qlora.errors import BadRow, TrainingStopped
 from fsdp_qlora.runtime.launcher import usable_cores
@@ -34,7 +34,6 @@ MANY = 2 * CHUNK  # rows from which on it pays to start processes
 BAD_SHOWN = 3  # bad rows that are named
 BEYOND = "no answer token within context_length {context}"
 NOTHING = "nothing to learn"
-BLANK = "an answer without text, of which its end is learnt"
 BAR_AFTER_SECONDS = 2.0
 LINE_EVERY_SECONDS = 15.0
 
@@ -113,7 +112,7 @@ class Work:
                 made.n_cut += len(row.ids) - self.context_length
             if parts:
                 blank = not example.complete and any(p.is_answer and not p.text.strip() for p in example.pieces)
-                made.notes.update([BLANK] * blank)
+                made.notes.update([WORDLESS.format("its end")] * blank)
                 kept += [(number, part) for part in parts]
             else:
                 made.dropped[example.empty or (BEYOND if row.trains.any() else NOTHING)] += 1

@@ -25,7 +25,7 @@ def check_rows(
     run = adapter.run
     if run is not None and run.data.dataset not in ("dummy", "-") and is_local(run.data.dataset):
         try:
-            rows = load_rows(replace(run.data, dataset_samples=8 * count), tokenizer, None, vocabulary)
+            rows = load_rows(replace(run.data, dataset_samples=8 * count), tokenizer, vocabulary)
             edges = rows.offsets
             found = [rows.ids[edges[i] : edges[i + 1]][:MOST_TOKENS].tolist() for i in range(min(count, len(rows)))]
             return found, f"of {run.data.dataset}"

@@ -18,7 +18,7 @@ from fsdp_qlora.adapters.targets import peft_targets
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.errors import TrainingStopped, UserError
-from fsdp_qlora.units import GIB, as_gib
+from fsdp_qlora.units import GIB, as_gib, count_of
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -33,9 +33,7 @@ def check_space(folder: Path, adapter_bytes: int, checkpoint_bytes: int = 0, che
     if needed > free:
         what, limit = "the adapter", ""
         if checkpoints:
-            what = (
-                f"the adapter with {checkpoints} checkpoint{'s' * (checkpoints > 1)} of {as_gib(checkpoint_bytes, 2)}"
-            )
+            what = f"the adapter with {count_of(checkpoints, 'checkpoint')} of {as_gib(checkpoint_bytes, 2)}"
             limit = "set or lower save_total_limit, " * (checkpoints > 1)
         raise UserError(
             f"output_dir: {folder} has {as_gib(free, 2)} free and {what} will take {needed / GIB:.2f}; "

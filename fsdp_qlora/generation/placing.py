@@ -19,7 +19,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.plan.budget import find_budget
 from fsdp_qlora.plan.plan import BlockPlan, Budget, Placed, Plan, spread
 from fsdp_qlora.plan.planning import wishes_of
-from fsdp_qlora.units import as_gib
+from fsdp_qlora.units import as_gib, count_of
 
 __all__ = ["Fit", "Workload", "answering_bytes", "copies_bytes", "fit"]
 
@@ -115,7 +115,7 @@ def _try(
         STAGING if placement == "stream" else 0, rows, 1, fixed + resident + rows * needs.row, host, None, {},
     )  # fmt: skip
     where = f"{placement}, {sum(stays)} of {count} blocks on the device" if placement == "stream" else placement
-    return Fit(plan, rows, f"answers   {rows} row{'s' * (rows > 1)} at a time on each rank, base: {where}")
+    return Fit(plan, rows, f"answers   {count_of(rows, 'row')} at a time on each rank, base: {where}")
 
 
 def _fixed(placement: Placed, needs: Needs, config: Config, world: World) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def _too_large(
     placement: Placed, needed: int, rows: int, kept: int, host: int, budget: Budget, wanted: int | None
 ) -> _Refused:
     """Return why so many rows, and the blocks that must stay, do not fit on a device."""
-    why = f"{placement} needs {_of(needed, budget.device_bytes, 'each card')} with {rows} row{'s' * (rows > 1)}"
+    why = f"{placement} needs {_of(needed, budget.device_bytes, 'each card')} with {count_of(rows, 'row')}"
     if not kept:
         return _Refused("gpu_memory_gib", why)
     if wanted is not None:

@@ -68,9 +68,8 @@ class Memory:
         self.owned = self.masters + int(owned * facts.optimizer_state_bytes) + self._unreduced() + self.gradients
         if facts.exchange_by_host:  # what waits to be added
             self.owned += FLOAT * facts.largest_adapters // facts.ranks // (1 if facts.ranks > 2 else 2)
-        self.pages = (
-            facts.paged_bytes * facts.all_adapters * facts.local_ranks // facts.ranks
-        )  # of a node's host memory
+        # Of a node's host memory.
+        self.pages = facts.paged_bytes * facts.all_adapters * facts.local_ranks // facts.ranks
         summed = facts.no_sync and facts.accumulation > 1  # what is reduced once a step has no place in the arena
         reduction = 0 if facts.ranks == 1 else _reduction(facts)
         self.reduction, self.unplaced = (0, (IN_FLIGHT + 1) * reduction) if summed else (reduction, 0)

@@ -11,7 +11,7 @@ from fsdp_qlora.plan.memory import Memory
 from fsdp_qlora.plan.placements import PLACEMENT_COSTS
 from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.plan.search import Found
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import GIB, count_of
 
 MIB = 2**20  # bytes
 
@@ -39,7 +39,7 @@ def kept_line(blocks: tuple[BlockPlan, ...], facts: Facts, gpus: bool) -> str:
 def kept_text(blocks: tuple[BlockPlan, ...], gpus: bool) -> str:
     """Say how many fused blocks keep which level where, the most first."""
     shares = sorted(_kept(blocks, gpus).items(), key=lambda c: -c[1])
-    return ", ".join(f"{n} block{'s' * (n > 1)} {keep} ({where})" for (keep, where), n in shares)
+    return ", ".join(f"{count_of(n, 'block')} {keep} ({where})" for (keep, where), n in shares)
 
 
 def _kept(blocks: tuple[BlockPlan, ...], gpus: bool) -> Counter[tuple[str, str]]:

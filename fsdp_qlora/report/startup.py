@@ -12,7 +12,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.models.attention import Attention
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fused.fuse import Fusion
-from fsdp_qlora.units import GIB, as_gib
+from fsdp_qlora.units import GIB, as_gib, count_of
 
 SHORT = 0.6  # of context_length, that rows fill in the mean
 
@@ -59,7 +59,7 @@ def describe_rows(config: Config, batches: Batches, total_steps: int, world: Wor
     return [
         f"data      {batches.rows.summary}",
         *packed,
-        f"run       {_counted(total_steps, 'step')} of {_counted(batches.rows_per_step, 'bin' if packed else 'row')} "
+        f"run       {count_of(total_steps, 'step')} of {count_of(batches.rows_per_step, 'bin' if packed else 'row')} "
         f"({batches.batch_size} x {batches.accumulation} x {_ranks(world)}{shorter}), "
         f"{_counted(batches.completed(total_steps), 'epoch')}, context {config.data.context_length}",
         *([f"          {ends}"] if asked > total_steps else []),
@@ -69,11 +69,11 @@ def describe_rows(config: Config, batches: Batches, total_steps: int, world: Wor
 def describe_evaluation(options: EvaluationOptions, rows: Rows) -> list[str]:
     """Return its lines on rows that are evaluated on, and when."""
     when = {0: "after each epoch", -1: "at the end"}.get(
-        options.eval_steps, f"every {_counted(options.eval_steps, 'step')} and at the end"
+        options.eval_steps, f"every {count_of(options.eval_steps, 'step')} and at the end"
     )
     when = f"before the first step, {when}" if options.eval_on_start else when
     patience = options.early_stopping_patience
-    stops = f"; stops after {_counted(patience, 'evaluation')} without improvement" if patience is not None else ""
+    stops = f"; stops after {count_of(patience, 'evaluation')} without improvement" if patience is not None else ""
     return [f"eval      {rows.summary}", f"          {when}{stops}"]
 
 
@@ -81,7 +81,7 @@ def _bins_line(bins: Bins) -> str:
     """Return how well the rows were packed."""
     alone = "" if len(bins) < len(bins.lengths) else ": no two rows fit into one"
     return (
-        f"packing   {_counted(len(bins.lengths), 'row')} in {_counted(len(bins), 'bin')} of {bins.capacity} tokens, "
+        f"packing   {count_of(len(bins.lengths), 'row')} in {count_of(len(bins), 'bin')} of {bins.capacity} tokens, "
         f"{bins.fill:.1%} full{alone}"
     )
 
@@ -114,7 +114,7 @@ def _recomputation(config: Config, fusion: Fusion, attention: Attention) -> list
 
 
 def _ranks(world: World) -> str:
-    return _counted(world.size, "rank")
+    return count_of(world.size, "rank")
 
 
 def _counted(number: float, what: str) -> str:

@@ -11,6 +11,7 @@ from fsdp_qlora.report.records import EvalRecord
 from fsdp_qlora.training.eval_answers import EvalAnswers
 from fsdp_qlora.training.eval_questions import Asked, asked_of, memory_of
 from fsdp_qlora.training.evaluate import Evaluator
+from fsdp_qlora.units import count_of
 
 __all__ = ["Asked", "EvalAnswers", "Evaluations", "asked_of", "check_evaluations", "memory_of"]
 
@@ -98,7 +99,7 @@ def interval(options: EvaluationOptions, steps: int, steps_per_epoch: int) -> in
 def check_evaluations(options: EvaluationOptions, steps: int, steps_per_epoch: int) -> None:
     """Raise UserError for an option that so few evaluations leave without effect."""
     count = -(-steps // interval(options, steps, steps_per_epoch))  # without the one before the first step
-    some = f"with {count} evaluation{'s' * (count > 1)} in {steps} steps"
+    some = f"with {count_of(count, 'evaluation')} in {count_of(steps, 'step')}"
     if options.save_best and count == 1:
         raise UserError(f"save_best: has no effect {some}; set eval_steps below {steps}, or omit save_best")
     patience = options.early_stopping_patience

@@ -21,6 +21,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.placement.base import Placement
 from fsdp_qlora.plan.plan import Plan, kept_text
 from fsdp_qlora.plan.planning import Planned, keep_activations, make_arena, refit_run, write_plan
+from fsdp_qlora.units import count_of
 
 
 class RandomState:
@@ -177,7 +178,7 @@ def _on_ranks(ran_out: Mapping[int, str]) -> str:
 def _moved(before: Plan, after: Plan) -> str:
     """Say what of the base leaves the GPU."""
     left = sum(block.resident for block in before.blocks) - sum(block.resident for block in after.blocks)
-    units = [f"{left} block{'s' * (left > 1)}"] if left else []
+    units = [f"{count_of(left, 'block')}"] if left else []
     units += ["the head"] if before.head_resident and not after.head_resident else []
     text = f"; {' and '.join(units)} moved to host memory" if units else ""
     return text + (f"; {after.staging} buffers" if after.staging != before.staging else "")

@@ -40,7 +40,7 @@ def tokenizer(template: str = CHATML, eos: str = "</s>"):
 def test_a_prompt_is_what_a_row_of_training_begins_with(name, tmp_path):
     options = DataOptions(dataset=saved(tmp_path, ROWS[name]), rows_cache=None)
     (prompt,) = read_prompts(options, tokenizer(), 500).prompts
-    whole = load_rows(options, tokenizer(), None, 500).ids.tolist()
+    whole = load_rows(options, tokenizer(), 500).ids.tolist()
     assert prompt.answer == "yellow"
     assert 2 < len(prompt.ids) < len(whole)
     assert whole[: len(prompt.ids)] == prompt.ids

@@ -43,7 +43,7 @@ TEMPLATES = {
 def load(folder: Path, talks: list[Any], tokenizer: Any, **options: Any) -> Rows:
     path = folder / "talk.jsonl"
     path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
-    return load_rows(DataOptions(dataset=str(path), **options), tokenizer, None, 50_000)
+    return load_rows(DataOptions(dataset=str(path), **options), tokenizer, 50_000)
 
 
 def spans(rows: Rows, number: int, tokenizer: Any) -> list[str]:

@@ -32,9 +32,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def load(dataset: str, tokenizer: Any, context_length: int = 512, vocab_size: int = 50_000, **options: Any) -> Rows:
     options = {"rows_cache": None} | options
-    return load_rows(
-        DataOptions(dataset=dataset, context_length=context_length, **options), tokenizer, None, vocab_size
-    )
+    return load_rows(DataOptions(dataset=dataset, context_length=context_length, **options), tokenizer, vocab_size)
 
 
 def row(rows: Rows, number: int) -> tuple[list[int], list[bool]]:
@@ -205,8 +203,6 @@ def test_named_format_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_limits_of_the_model(tmp_path: Path) -> None:
     path, tokenizer = write(tmp_path / "a.jsonl", [{"text": "hello"}]), bytes_tokenizer()
-    with pytest.raises(UserError, match="context_length 512: the model takes at most 256 tokens"):
-        load_rows(DataOptions(dataset=path, context_length=512), tokenizer, 256, 50_000)
     with pytest.raises(UserError, match="the model has 100 embeddings"):
         load(path, tokenizer, vocab_size=100)
 

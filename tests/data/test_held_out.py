@@ -105,7 +105,7 @@ def save(file: Path, texts: list[str]) -> Path:
 
 def split(tokenizer, dataset: Path, **options: object) -> tuple[Rows, Rows | None]:
     config = parse(flags({"model_name": "m", "dataset": dataset, "rows_cache": "null"} | options))
-    return rows_to_evaluate(config, load_rows(config.data, tokenizer, None, 264), tokenizer, 264)
+    return rows_to_evaluate(config, load_rows(config.data, tokenizer, 264), tokenizer, 264)
 
 
 def test_another_datasets_rows_that_are_trained_on_are_left_out_and_told(tokenizer, tmp_path):

@@ -93,7 +93,7 @@ def _line(draw: random.Random, columns: list[str]) -> bytes:
 
 def _load(path: Path, tokenizer: Any, **options: Any) -> Rows:
     options = {"context_length": 256, "rows_cache": None} | options
-    return load_rows(DataOptions(dataset=str(path), **options), tokenizer, None, 50_000)
+    return load_rows(DataOptions(dataset=str(path), **options), tokenizer, 50_000)
 
 
 def _one_line(error: UserError, path: Path) -> str:

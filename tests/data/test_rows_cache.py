@@ -29,7 +29,7 @@ def write(path: Path, count: int = COUNT, word: str = "yellow") -> str:
 def load(path: str, tokenizer: Any = None, cache: Path | None = None, **options: Any) -> Rows:
     tokenizer = tokenizer or bytes_tokenizer(eos="<|im_end|>", chat_template=CHATML)
     given = DataOptions(dataset=path, context_length=128, rows_cache=str(cache) if cache else None, **options)
-    return load_rows(given, tokenizer, None, 50_000)
+    return load_rows(given, tokenizer, 50_000)
 
 
 def same(one: Rows, other: Rows) -> bool:

@@ -283,7 +283,7 @@ def test_settings_of_the_template_decide_where_the_answer_begins(tmp_path: Path)
     from fsdp_qlora.config.options import DataOptions
     from fsdp_qlora.data.batches import load_rows
 
-    rows = load_rows(DataOptions(dataset=str(path)), tokenizer, None, 50_000)
+    rows = load_rows(DataOptions(dataset=str(path)), tokenizer, 50_000)
     assert spans(rows, 0, tokenizer) == ["fellow" + IM]
     assert spans(rows, 1, tokenizer) == ["<think>\n\n</think>\n\nfellow" + IM]
 

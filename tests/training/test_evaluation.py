@@ -134,7 +134,7 @@ def test_the_loss_is_that_of_peft_over_the_same_rows(options, alone):
 
 def test_a_plain_loop_over_the_rows_gives_the_same_bits_and_nothing_is_left_behind(options):
     tokenizer = AutoTokenizer.from_pretrained(options["model_name"])
-    rows = load_rows(DataOptions(str(options["dataset"]), rows_cache=None, context_length=64), tokenizer, 256, 264)
+    rows = load_rows(DataOptions(str(options["dataset"]), rows_cache=None, context_length=64), tokenizer, 264)
     with built(options | {"lora_dropout": 0.3}) as ours:
         modes = [module.training for module in ours.model.modules()]
         state = torch.get_rng_state()
@@ -191,7 +191,7 @@ def held_out_lines(options: Options, rows: Path) -> set[str]:
     from fsdp_qlora.data.held_out import hold_out
 
     tokenizer = AutoTokenizer.from_pretrained(options["model_name"])
-    read = load_rows(DataOptions(str(rows), rows_cache=None, context_length=64), tokenizer, 256, 264)
+    read = load_rows(DataOptions(str(rows), rows_cache=None, context_length=64), tokenizer, 264)
     _, held = hold_out(read, 4, 42)
     lines = rows.read_text().splitlines(keepends=True)
     assert len(held) == 4

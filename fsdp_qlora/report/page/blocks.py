@@ -8,6 +8,7 @@ from fsdp_qlora.report.page.files import Missing
 from fsdp_qlora.report.page.html import Html, join, paragraph, section, table, text
 from fsdp_qlora.report.page.plan import Block, Plan
 from fsdp_qlora.report.page.svg import legend
+from fsdp_qlora.units import count_of
 
 # By the plan's name, {place}: GPU or rank.
 PLACEMENTS = {
@@ -62,7 +63,7 @@ def _kept(plan: Plan) -> str:
             return "every block saves its input; the rest is computed again (activation checkpointing)"
         return "every block saves all that autograd keeps"
     counts = Counter(block.keep for block in plan.blocks)
-    several = [f"{n} block{'s' * (n > 1)} {keep} ({SAVED.get(keep, 'not known')})" for keep, n in counts.most_common()]
+    several = [f"{count_of(n, 'block')} {keep} ({SAVED.get(keep, 'not known')})" for keep, n in counts.most_common()]
     return "; ".join(several)
 
 
@@ -107,7 +108,7 @@ def _strip(name: str, cells: Sequence[tuple[str, str]]) -> Html:
         for i, (kind, said) in enumerate(cells)
     )
     counts = Counter(cells)
-    known = [(kind, f"{said}: {n} block{'s' * (n > 1)}") for (kind, said), n in counts.items()]
+    known = [(kind, f"{said}: {count_of(n, 'block')}") for (kind, said), n in counts.items()]
     said = f"{name}: {', '.join(one for _, one in known)}"
     return join(
         [

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.units import count_of
+
 HUGE = 1e100  # numbers beyond it are taken for infinite: no run has them, and a picture's arithmetic would overflow
 
 
@@ -40,7 +42,7 @@ class Lines:
     @property
     def note(self) -> str:
         """Return a sentence on what was left out; "" where that is nothing."""
-        said = [f"{self.damaged:,} line{'s' * (self.damaged > 1)} could not be read"] if self.damaged else []
+        said = [f"{count_of(self.damaged, 'line')} could not be read"] if self.damaged else []
         said += ["the last line is half written"] if self.is_cut else []
         return f"{self.file.name}: {' and '.join(said)}; left out here." if said else ""
 
