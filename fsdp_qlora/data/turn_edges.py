@@ -28,13 +28,18 @@ class Template:
         """Return what `messages` render behind stand-in `behind` (None: from the beginning); None if that is not last.
 
         Its text is the template's alone."""
-        try:
-            between, numbers = take_apart(self.render(messages, answer_next, talk)) if messages else ([""], [])
-        except Exception:
-            return None
+        last = self.last(messages, answer_next, talk)
+        return last[1] if last is not None and last[0] == behind else None
+
+    def last(self, messages: list[Message], answer_next: bool, talk: Talk) -> tuple[int | None, str] | None:
+        """Return (the last stand-in of what `messages` render, None for none; the text behind it), None if unknown."""
         if not messages:
             return None
-        return between[-1] if (numbers[-1] if numbers else None) == behind else None
+        try:
+            between, numbers = take_apart(self.render(messages, answer_next, talk))
+        except Exception:
+            return None
+        return numbers[-1] if numbers else None, between[-1]
 
     def until_next(self, messages: list[Message], talk: Talk, behind: int) -> str | None:
         """Return the text between stand-in `behind`, the last of `messages`, and a next question; None if unknown."""

@@ -178,11 +178,15 @@ class TurnFinder:
 
     def _wordless(self, talk: Talk, made: list[Message], plan: Plan, number: int) -> Edge | None:
         """Return the span of a turn without a word: its end alone is learnt, if that is found for certain."""
+        before = self.template.last(made[:number], True, talk)
+        after = self.template.last(made[: number + 1], False, talk)
+        if before is None or after is None or before[0] != after[0]:
+            return None
+        previous, asked, said = before[0], before[1], after[1]
+        if not asked or not said.startswith(asked):
+            return None
         for spot, text in enumerate(plan.between):
-            previous = plan.numbers[spot - 1] if spot else None
-            asked = self.template.tail(made[:number], True, talk, previous)
-            said = self.template.tail(made[: number + 1], False, talk, previous)
-            if asked and said and said.startswith(asked) and text.startswith(said):
+            if (plan.numbers[spot - 1] if spot else None) == previous and text.startswith(said):
                 ends = [match.end() for match in self.special.finditer(said, len(asked))]
                 return Edge(spot, spot - 1, len(asked), ends[-1]) if ends else None
         return None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from test_chat import load, spans
 
+from fsdp_qlora.data.chat import ChatTemplate
 from fsdp_qlora.errors import UserError
 from tests.support.small_tokenizers import CHATML, bytes_tokenizer
 
@@ -299,3 +300,15 @@ def test_conversations_of_one_shape_are_rendered_once_each(tmp_path: Path, monke
     rows = load(tmp_path, talks, tokenizer)
     assert len(rows) == 200
     assert len(calls) < 230
+
+
+def test_turns_without_words_are_rendered_a_few_times_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each turn of the conversation: 100 of 600 took minutes."""
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = CHATML
+    template, turns = ChatTemplate(tokenizer, "d", False), 30
+    said = [("assistant", "" if i % 4 == 1 else "done") if i % 2 else ("user", f"step {i}") for i in range(2 * turns)]
+    rendered, render = [], ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *args, **more: rendered.append(1) or render(*args, **more))
+    template({"messages": [{"role": role, "content": content} for role, content in said]}, "line 1")
+    assert turns < len(rendered) < 4 * turns
