@@ -306,9 +306,10 @@ def test_turns_without_words_are_rendered_a_few_times_each(monkeypatch: pytest.M
     """Not once for each turn of the conversation: 100 of 600 took minutes."""
     tokenizer = bytes_tokenizer()
     tokenizer.chat_template = CHATML
-    template, turns = ChatTemplate(tokenizer, "d", False), 30
+    turns = 30
     said = [("assistant", "" if i % 4 == 1 else "done") if i % 2 else ("user", f"step {i}") for i in range(2 * turns)]
     rendered, render = [], ChatTemplate.render
     monkeypatch.setattr(ChatTemplate, "render", lambda *args, **more: rendered.append(1) or render(*args, **more))
+    template = ChatTemplate(tokenizer, "d", False)
     template({"messages": [{"role": role, "content": content} for role, content in said]}, "line 1")
     assert turns < len(rendered) < 4 * turns
