@@ -570,7 +570,7 @@ def test_a_user_without_a_home_is_told(options, monkeypatch, capsys, encoded):
 def test_auto_keeps_large_bases_in_the_users_cache_folder(options, monkeypatch, tmp_path, capsys, encoded, reads):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     start(options | {"base_cache": "auto"})
-    assert not (tmp_path / "home").exists(), "this one is small"
+    assert not (tmp_path / "home" / "fsdp_qlora" / "base").exists(), "this one is small"
     monkeypatch.setattr("fsdp_qlora.placement.cache_use.SMALL", 0)
     monkeypatch.setattr(disk, "kind_of_disk", lambda folder: "ext4")
     start(options | {"base_cache": "auto"})
