@@ -15,7 +15,7 @@ COPY = 0.877  # of device memory's bandwidth: 0.888 of an H100's, 0.866 of an H2
 DECODE = 0.94  # of copying, decoding weights: 0.878 [0.67, 0.90] in 4,096 columns, 0.956 [0.94, 0.96] in 8,192
 LINK = 0.83  # of PCI Express, all cards at once: 0.856 [0.83, 0.88] for one card, 0.824 [0.44, 0.87] for two
 # Of that, in and out while the other direction is busy too: one card, and several, which share the host's memory.
-BOTH_ALONE = (0.817, 0.906)  # [0.73, 0.94], [0.89, 0.94]
+BOTH_ALONE = (0.840, 0.906)  # [0.73, 0.94], [0.89, 0.94]
 BOTH = (0.663, 0.863)  # [0.61, 0.74], [0.75, 0.97]
 THROUGH_HOST = 0.487  # of the link, received in NCCL's gathers through host memory [0.45, 0.79]; reductions the same
 NVLINK = 0.423  # of NVLink, received in gathers between two cards [0.42, 0.44]; reductions 0.425

@@ -28,8 +28,14 @@ SWEEP = [
     for row in map(json.loads, file.read_text().splitlines())
     if "failed" not in row and row["run"].get("link") != "single"
 ]
-# Bound by the host, which several runs shared; four cards that share their host memory's rate.
-UNMET_SWEEP = {"8b-8x152-r16-24-20", "8b-8x512-r16-12-10", "70b-512-38", "70b-2048-4-92"}
+# Bound by the host, which several runs shared or which slows in the run; four cards that share their host memory's rate.
+UNMET_SWEEP = {
+    ("8b-8x152-r16-24-20", "6d02727"),
+    ("8b-8x152-r16-24-20", "2c59587"),
+    ("8b-8x512-r16-12-10", "4c3ef1d"),
+    ("70b-512-38", "4c3ef1d"),
+    ("70b-2048-4-92", "4c3ef1d"),
+}
 NAMES = [f"{row['file']}:{row['name']}" for row in ROWS]
 # 26 % short: bound by the host's launches, of which the arithmetic knows too little (docs/LOG.md). And 24 % long: its
 # attention was measured at 4,096 tokens, where it is slower than at 78,592. Of two short rows the host's work is 0.66 s
@@ -69,7 +75,7 @@ def test_memory_is_met_within_3_percent(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", SWEEP, ids=[row["name"] for row in SWEEP])
 def test_a_planned_runs_time_is_met_within_8_percent(row: dict[str, Any], request: pytest.FixtureRequest) -> None:
-    if row["name"] in UNMET_SWEEP:
+    if (row["name"], row["run"]["commit"][:7]) in UNMET_SWEEP:
         request.applymarker(pytest.mark.xfail(strict=True))
     predicted = Clock(Facts(**row["facts"]), Rates(**row["rates"])).seconds(candidate_of(row))
     assert predicted == pytest.approx(row["measured"]["seconds"], rel=0.08)

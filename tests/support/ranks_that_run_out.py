@@ -14,6 +14,7 @@ import json
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -138,6 +139,7 @@ def run(case: dict[str, Any], undo: contextlib.ExitStack) -> int:
 
 def main(cases: Path, results: Path) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # and NaN in all memory that nobody has written
+    warnings.filterwarnings("ignore", message=".*determinis")  # which that brings on a GPU
     for name, case in json.loads(cases.read_text()).items():
         meet_at(name)
         start, out, err = time.monotonic(), io.StringIO(), io.StringIO()
