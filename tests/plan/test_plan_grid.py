@@ -28,7 +28,7 @@ SWEEP = [
     for row in map(json.loads, file.read_text().splitlines())
     if "failed" not in row and row["run"].get("link") != "single"
 ]
-# Bound by the host, which several runs shared or which slows in the run; four cards that share their host memory's rate.
+# Bound by the host, which several runs shared or which slows in a run; four cards that share host memory's rate.
 UNMET_SWEEP = {
     ("8b-8x152-r16-24-20", "6d02727"),
     ("8b-8x152-r16-24-20", "2c59587"),
