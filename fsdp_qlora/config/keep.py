@@ -6,8 +6,9 @@ from enum import IntEnum
 class Keep(IntEnum):
     """Keep levels. Each saves what the level before it saves and more; the comments count numbers per token.
 
-    H hidden, N query heads, K key/value heads, D head dim, I intermediate. Where norms follow o and down (Gemma 2, 3),
-    down's output is saved at each level as well [H], and o's from HALVES on [H]. The adapters' x A^T, R numbers each,
+    H hidden, N query heads, K key/value heads, D head dim, I intermediate. Where norms follow o and down (Gemma 2, 3)
+    or their adapters have magnitudes (DoRA), down's output is saved at each level as well [H]; from HALVES on, o's
+    output [H] is saved in place of the MLP half's input, which is made of it. The adapters' x A^T, R numbers each,
     hardly count."""
 
     INPUT = 0  # the block's input [H]

@@ -230,13 +230,13 @@ def kept_numbers(of: Subject, keep: str, shape: tuple[int, int]) -> float:
     return sum(held.values()) / 4 / h.shape[:2].numel()
 
 
-@pytest.mark.parametrize("name", ["Llama", "Phi3"])
+@pytest.mark.parametrize("name", ["Llama", "Phi3", "Gemma2"])
 def test_a_block_keeps_what_its_level_says_and_no_more(name):
     of = case(name, torch.float32)
     c = of.hf_config
-    head_dim = c.hidden_size // c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     steps = {
-        "input": c.hidden_size,
+        "input": c.hidden_size * (1 + (name == "Gemma2")),  # with down's output, which its norm reads
         "halves": c.hidden_size,
         "attention": c.num_attention_heads * (head_dim + 1),  # its output and row sums
         "qkv": (c.num_attention_heads + 2 * c.num_key_value_heads) * head_dim,

@@ -65,9 +65,12 @@ class AttentionHalf:
         )
         if spec.out_norm is not None or self.o.has_magnitudes:
             saved.projected = added
-        if spec.out_norm is not None:
-            added = norm_forward(added, spec.out_norm)
-        return ResidualStream(x.hidden, added), saved
+        return ResidualStream(x.hidden, self.added(added)), saved
+
+    def added(self, projected: Tensor) -> Tensor:
+        """Return what this half adds to the stream [T, H], from o's output: that, or in new memory its norm."""
+        norm = self.spec.out_norm
+        return projected if norm is None else norm_forward(projected, norm)
 
     def keep(self, saved: AttentionSaved, level: Keep) -> AttentionSaved | None:
         """Release what `level` does not save, and what saved tensors are only views of."""

@@ -4,7 +4,8 @@
 
 What is saved besides the block's input is a choice (`Keep`): more memory for less recomputation. Backward recomputes
 the rest with the same kernels, so what it sees is what forward saw, and it never redoes the output projections o and
-down (but for o at level INPUT, which does not save h2). No generic checkpoint decides what is freed.
+down (but for o at level INPUT, which does not save h2). Where o's output is saved, h2 is not: it is their sum again.
+No generic checkpoint decides what is freed.
 
 T tokens (B*S), H hidden.
 """
@@ -49,7 +50,7 @@ class FusedBlock:
         return self.shared.weights.dtype
 
     @cached_property
-    def attention(self) -> Half[AttentionSaved]:
+    def attention(self) -> AttentionHalf:
         """The first half."""
         return AttentionHalf(self.spec.attention, self.shared.weights, self.backend)
 
@@ -92,13 +93,19 @@ class FusedBlock:
         self.shared.gradient.hand(d_wide)
         return d_wide[:, : shape[-1]].view(shape)
 
-    def recompute_h2(self, rows: Tensor, context: PassContext) -> tuple[Tensor, AttentionSaved]:
-        """Return (h2 [T, H], what the attention half saves) from the block's input [T, H]."""
-        stream, attention = self.attention.forward(ResidualStream(rows), context)
-        attention.xs = own(attention.xs)
-        assert stream.addend is not None
-        h2 = empty_like(rows) if attention.projected is stream.addend else stream.addend
-        return torch.add(stream.addend, rows, out=h2), attention
+    def recompute_h2(
+        self, rows: Tensor, saved: AttentionSaved | None, context: PassContext
+    ) -> tuple[Tensor, AttentionSaved]:
+        """Return (h2 [T, H], what the attention half saves) from the block's input [T, H] and what is `saved`."""
+        if saved is None:
+            stream, saved = self.attention.forward(ResidualStream(rows), context)
+            saved.xs = own(saved.xs)
+            added = stream.addend
+        elif saved.projected is not None:
+            added = self.attention.added(saved.projected)
+        assert added is not None
+        h2 = empty_like(rows) if saved.projected is added else added
+        return torch.add(added, rows, out=h2), saved
 
     def forget(self) -> None:
         """Release what a pass that failed has left behind, in this block and in what it shares with the others."""
@@ -116,7 +123,8 @@ class _Fused(torch.autograd.Function):
         out, mlp = block.mlp.forward(stream, context)
         mlp_saved = block.mlp.keep(mlp, block.keep)
         assert mlp_saved is not None
-        saved = SavedBlock(h, stream.hidden if block.keep >= Keep.HALVES else None, attention_saved, mlp_saved)
+        h2 = stream.hidden if attention_saved is not None and attention_saved.projected is None else None
+        saved = SavedBlock(h, h2, attention_saved, mlp_saved)
         ctx.offloaded = saved.offload(block.offload) if block.offloads and block.offload is not None else None
         ctx.saved, ctx.block, ctx.context = saved, block, context
         return out.hidden
@@ -138,7 +146,7 @@ class _Fused(torch.autograd.Function):
         d_rows = d_rows if d_rows.stride(1) == 1 else d_rows.contiguous()
         with no_autocast(h):
             if h2 is None:
-                h2, attention = block.recompute_h2(rows, context)
+                h2, attention = block.recompute_h2(rows, attention, context)
             padding = block.attention.padding
             d_h2, mlp_gradients = block.mlp.backward(block.padded(d_rows), h2, mlp, context, padding)
             del h2, mlp

@@ -16,7 +16,7 @@ class SavedBlock:
     """What a block holds from its forward to its backward."""
 
     h: Tensor  # [B, S, H]
-    h2: Tensor | None  # [T, H]; None: to be recomputed, as `attention`
+    h2: Tensor | None  # [T, H]; None: to be recomputed, with all of `attention` or from its `projected`
     attention: AttentionSaved | None
     mlp: GatedMlpSaved
     # (owner, key, columns) of each tensor now in host memory. Names, not the owners: a circle would keep tensors alive.
