@@ -4,7 +4,8 @@ B rows, S tokens of a prompt, V vocabulary.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,10 @@ class Decoder(Protocol):
     @property
     def can_capture(self) -> bool:
         """Whether a CUDA graph of a step serves all steps."""
+
+    @property
+    def switch(self) -> int | None:
+        """The longest row's tokens beyond which all keys are turned otherwise (`switch_of`), None: there are none."""
 
     def passes(self, prompts: Sequence[Sequence[int]]) -> int:
         """Return the passes that `prefill` makes of these prompts."""
@@ -73,6 +78,10 @@ class FusedDecoder:
         stays = all(unit.frozen.acquire is None for unit in self.model.units)
         return self.device.type == "cuda" and stays and not self.is_joint and not has_moving_tables(self.model)
 
+    @property
+    def switch(self) -> int | None:
+        return switch_of(self.model)
+
     def passes(self, prompts: Sequence[Sequence[int]]) -> int:
         return len(_chunks(prompts))
 
@@ -80,11 +89,12 @@ class FusedDecoder:
         logits = list[Tensor]()
         first = 0
         self.lengths_B.fill_(1)  # of rows without a prompt: their tokens are thrown away
-        for chunk in _chunks(prompts):
-            logits.append(self._prompt_pass(chunk, first))
-            first += len(chunk)
-        for _ in range(passes - len(logits)):
-            self._prompt_pass([[0]], None)
+        with self._one_table(max(map(len, prompts), default=1)):
+            for chunk in _chunks(prompts):
+                logits.append(self._prompt_pass(chunk, first))
+                first += len(chunk)
+            for _ in range(passes - len(logits)):
+                self._prompt_pass([[0]], None)
         lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64)
         self.lengths_B[: len(prompts)] = lengths.to(self.device)
         found = torch.cat(logits) if logits else self.lengths_B.new_zeros((0, 1), dtype=torch.float32)
@@ -108,6 +118,16 @@ class FusedDecoder:
         self.now.segments = segments.to(self.device)
         self.now.places = None if first is None else places.to(self.device)
         return self._run(ids[None].to(self.device), ends.to(self.device), self.now.segments.positions)
+
+    @contextmanager
+    def _one_table(self, longest: int) -> Iterator[None]:
+        """Let the passes inside turn keys by the tables of the batch's longest row, as its steps will."""
+        current = self.model.current
+        current.reach = longest if has_moving_tables(self.model) else None
+        try:
+            yield
+        finally:
+            current.reach = None
 
     def _run(self, ids: Tensor, places: Tensor | None, positions: Tensor) -> Tensor:
         with self.model.computing_by(self.blocks):
@@ -151,6 +171,10 @@ class GenericDecoder:
     def can_capture(self) -> bool:
         return False
 
+    @property
+    def switch(self) -> int | None:
+        return switch_of(self.model)
+
     def passes(self, prompts: Sequence[Sequence[int]]) -> int:
         return 1
 
@@ -191,10 +215,24 @@ def make_decoder(model: CausalModel, rows: int, capacity: int, device: torch.dev
 
 def has_moving_tables(model: CausalModel) -> bool:
     """Return whether the rotary tables change with the longest row, which the host must look at."""
+    return any(kind.get("rope_type", "default") in MOVING_TABLES for kind in _ropes(model.backbone.config))
+
+
+def switch_of(model: CausalModel) -> int | None:
+    """Return the tokens of a row beyond which `longrope` has its other table, None: it has none.
+
+    Keys that were kept before do not go with queries of the other table: a row that grows beyond begins anew."""
     config: PretrainedConfig = model.backbone.config
+    said = getattr(config, "original_max_position_embeddings", None)
+    ends = [kind.get("original_max_position_embeddings") or said for kind in _ropes(config)
+            if kind.get("rope_type") == "longrope"]  # fmt: skip
+    return min((int(end) for end in ends if end), default=None)
+
+
+def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Return the rotary parameters of each kind of layers."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
-    return any(kind.get("rope_type", "default") in MOVING_TABLES for kind in kinds)
+    return [kind for kind in rope.values() if isinstance(kind, dict)] or [rope]
 
 
 def _chunks(prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

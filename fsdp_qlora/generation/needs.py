@@ -6,7 +6,7 @@ V vocabulary.
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.generation.cache import KVCache
-from fsdp_qlora.generation.decoder import PROMPT_TOKENS
+from fsdp_qlora.generation.decoder import PROMPT_TOKENS, switch_of
 from fsdp_qlora.models.causal_lm import LABELS, CausalModel
 from fsdp_qlora.models.skeleton import text_config
 
@@ -50,15 +50,18 @@ def needs_of(model: CausalModel, work: Workload) -> Needs:
     widest = max(max(linear.out_features, linear.in_features) for linear in linears)
     per_token = (6 * hidden + 4 * widest) * size  # the stream and an MLP's middle
     specs = [block.spec for block in model.fused_blocks]
+    longest, switch = work.longest, switch_of(model)
+    if switch is not None and longest <= switch < work.capacity:
+        longest = switch + 1  # rows that have grown so long go through once more
     if specs:
         row = KVCache.row_bytes(specs, work.capacity, model.precision.compute)
-        prompts = per_token * (work.longest if work.asked == 1 else max(PROMPT_TOKENS, work.longest))
+        prompts = per_token * (longest if work.asked == 1 else max(PROMPT_TOKENS, longest))
         measured = per_token * work.measured
     else:  # the keys before and behind a step's are there at once; all rows' prompts go through together
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         row = 3 * config.num_hidden_layers * heads * head_dim * work.capacity * size
-        row += work.longest * (per_token + _scores(model, work.longest))
+        row += longest * (per_token + _scores(model, longest))
         prompts, measured = 0, work.measured * (per_token + _scores(model, work.widest))
     measured += LABELS * vocabulary * (size + 16) if work.measured else 0
     # Decoded: the widest pair of linears that share an input.

@@ -57,9 +57,12 @@ class Steps:
             self.uniform_BN[: len(numbers)] = drawn.to(self.uniform_BN.device)
         with torch.no_grad():
             self._take(self.decoder.prefill(prompts, passes))
-            made = 1
+            made, longest = 1, max(map(len, prompts), default=0)
             while made < self.most_new and self._goes_on(made):
-                self._step()
+                if self._is_switch(longest + made):
+                    self._take(self._anew(prompts, made))
+                else:
+                    self._step()
                 made += 1
         return self._found(len(prompts), made)
 
@@ -91,6 +94,17 @@ class Steps:
         if self._graph is not None and made % LOOK_EVERY:
             return True
         return bool(self._most(not bool(self.ended_B.all())))
+
+    def _is_switch(self, length: int) -> bool:
+        """Return whether a row, of any rank where they go together, is the first token longer than the switch."""
+        switch = self.decoder.switch
+        return switch is not None and bool(self._most(length == switch + 1))
+
+    def _anew(self, prompts: Sequence[Sequence[int]], made: int) -> Tensor:
+        """Return the logits behind all tokens so far, whose keys are computed once more."""
+        new = self.made_BN[: len(prompts), :made].tolist()
+        rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, new, strict=True)]
+        return self.decoder.prefill(rows, self._most(self.decoder.passes(rows)))
 
     def _most(self, number: float) -> int:
         if not self.decoder.is_joint:

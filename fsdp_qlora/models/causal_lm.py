@@ -139,6 +139,7 @@ class CurrentSegments:
     """The bounds of documents in the row that a forward is running for; None where a row is a document."""
 
     segments: Segments | None = None
+    reach: int | None = None  # tokens of the longest row that rotary tables are for; None: of those that are passed
 
 
 class Picked(torch.autograd.Function):

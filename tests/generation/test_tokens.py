@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from fsdp_qlora.generation import decoder as decoder_file
 from fsdp_qlora.generation.answers import Answers
 from fsdp_qlora.generation.decoder import FusedDecoder, GenericDecoder, make_decoder
 from fsdp_qlora.generation.sampling import Sampling
@@ -105,3 +106,35 @@ def test_tokens_of_dora_are_those_of_transformers_on_peft(fused, tmp_path):
     with built(options(folder, fused=fused, train_type="bnb_dora")) as ours:
         load_theirs(ours, theirs)
         assert ours_of(ours, prompts()) == wanted
+
+
+SWITCH = 20  # tokens beyond which longrope has its other table
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + i / 50 for i in range(8)],
+    "long_factor": [2.0 + i / 4 for i in range(8)], "original_max_position_embeddings": SWITCH,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory) -> Path:
+    shape = {"rope_parameters": LONGROPE, "original_max_position_embeddings": SWITCH, "sliding_window": None}
+    return tiny.save_model(config_of("Phi3", shape), tmp_path_factory.mktemp("longrope"))
+
+
+@pytest.mark.parametrize("fused", some_slow(["auto", "false"], 2))
+def test_a_row_that_grows_beyond_the_switch_of_longrope_begins_anew_as_in_transformers(fused, longrope):
+    asked = [(prompts()[0] * 2)[:length] for length in (SWITCH - 3, SWITCH - 1, SWITCH, SWITCH + 1, 1)]
+    theirs = theirs_of(longrope)
+    with built(options(longrope, fused=fused)) as ours:
+        load_theirs(ours, theirs)
+        assert ours_of(ours, asked, rows=1) == tokens_of(theirs, asked)
+
+
+def test_prompts_of_several_passes_have_the_table_of_the_longest(longrope, monkeypatch):
+    theirs = theirs_of(longrope)
+    with built(options(longrope)) as ours:
+        load_theirs(ours, theirs)
+        whole = ours_of(ours, prompts(), rows=len(LENGTHS))
+        monkeypatch.setattr(decoder_file, "PROMPT_TOKENS", 8)
+        assert ours_of(ours, prompts(), rows=len(LENGTHS)) == whole
+        assert ours_of(ours, prompts(), rows=1) != whole, "the table matters"

@@ -71,9 +71,12 @@ class HalfTables(nn.Module):
         self, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor, Segments | None]:
         likeness = torch.empty(0, device=x.device, dtype=torch.float32)
+        count, reach = position_ids.shape[-1], self.current.reach
+        if reach is not None:  # the table of `dynamic` and `longrope` is that of the last position
+            position_ids = nn.functional.pad(position_ids, (0, 1), value=reach - 1)
         cos, sin = self.inner(likeness, position_ids, *args, **kwargs)
         half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), self.current.segments
+        return cos[0, :count, :half].contiguous(), sin[0, :count, :half].contiguous(), self.current.segments
 
 
 def fuse(
