@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-30  # whose reciprocal float32 has; all below it are the most likely token
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,11 +38,12 @@ def pick(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
     if sampling.is_greedy:
         return logits_BV.argmax(-1)
     count = min(sampling.top_k, logits_BV.shape[1]) if sampling.top_k else logits_BV.shape[1]
-    values, order = (logits_BV / sampling.temperature).topk(count, dim=-1)
-    chances = values.softmax(-1)
+    values, order = logits_BV.topk(count, dim=-1)
+    # Below 0 before the division, which for a small temperature may end at -infinity, but not at two infinities.
+    chances = ((values - values[:, :1]) / max(sampling.temperature, LEAST_TEMPERATURE)).softmax(-1)
     if sampling.top_p < 1:  # the fewest tokens whose chances sum to it, the most likely always
         chances = chances.masked_fill(chances.cumsum(-1) - chances >= sampling.top_p, 0.0)
     below = chances.cumsum(-1)
     chosen = (below <= uniform_B[:, None] * below[:, -1:]).sum(-1, keepdim=True)
-    last = (chances > 0).sum(-1, keepdim=True) - 1
+    last = ((chances > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # of NaN, the first as well
     return order.gather(1, torch.minimum(chosen, last))[:, 0]

@@ -3,6 +3,8 @@
 import gzip
 import json
 from pathlib import Path
+import math
+import sys
 
 import pytest
 import torch
@@ -208,3 +210,20 @@ def test_a_rows_numbers_are_its_own():
     assert torch.equal(sampling.draw(3, 9)[:5], sampling.draw(3, 5))
     assert not torch.equal(sampling.draw(3, 9), sampling.draw(4, 9))
     assert not torch.equal(sampling.draw(3, 9), Sampling(1.0, seed=8).draw(3, 9))
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-6, 1e6, 1e38])
+def test_any_temperature_draws_a_token(temperature):
+    logits = torch.randn(1, 12) * 50
+    drawn = pick(logits.expand(999, -1), torch.linspace(0, 1 - 1e-7, 999), Sampling(temperature))
+    if temperature < 1:
+        assert set(drawn.tolist()) == {int(logits.argmax())}
+    else:
+        assert set(drawn.tolist()) == set(range(12))
+
+
+@pytest.mark.parametrize("wild", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_draw_a_token_all_the_same(wild):
+    logits = torch.zeros(1, 12)
+    logits[0, 5] = wild
+    assert 0 <= int(pick(logits, torch.tensor([0.5]), Sampling(1.0, top_p=0.9))) < 12
+
+
