@@ -180,7 +180,9 @@ class _Lines:
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
         """Write lines; those that are written whole stay if the command is interrupted, or the disk full."""
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        # Another encoding of standard output has not every letter, and its replacements are no JSON.
+        escapes = self.path is None and (self._stdout.encoding or "").lower().replace("-", "") != "utf8"
+        text = "".join(json.dumps(line, ensure_ascii=escapes) + "\n" for line in lines)
         if self.path is None:
             self._stdout.write(text)
             self._stdout.flush()

@@ -1,10 +1,11 @@
 """The command generate: the answers of PEFT, alike however rows and base are divided; mistakes in one line."""
 
 import gzip
+import io
 import json
-from pathlib import Path
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_a_file_of_lines_and_standard_output(material, tmp_path, capsys):
     said = capsys.readouterr()
     assert [json.loads(line)["prompt"] for line in said.out.splitlines()] == ["ant bee", "cow:"]
     assert "tokens/s" in said.err
+
+
+def test_lines_are_json_in_any_encoding_of_standard_output(material, tmp_path, monkeypatch):
+    file = tmp_path / "asked.txt"
+    file.write_text("ant é \N{OWL}\n", encoding="utf-8")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    options = {"adapter": material / "adapter", "dataset": file, "output_file": "-", "max_new_tokens": 1}
+    assert main(["generate", *flags(options)]) == 0
+    out.flush()
+    line = out.buffer.getvalue()  # type: ignore[attr-defined]
+    assert json.loads(line)["prompt"] == "ant é \N{OWL}"
 
 
 def test_a_file_is_lines_of_text_by_its_last_suffix(material, tmp_path):
@@ -204,12 +217,6 @@ def test_filters_leave_what_transformers_leave(top_k, top_p):
         assert set(likely) <= set(drawn.tolist())
 
 
-def test_a_rows_numbers_are_its_own():
-    sampling = Sampling(1.0, seed=7)
-    assert torch.equal(sampling.draw(3, 9), sampling.draw(3, 9))
-    assert torch.equal(sampling.draw(3, 9)[:5], sampling.draw(3, 5))
-    assert not torch.equal(sampling.draw(3, 9), sampling.draw(4, 9))
-    assert not torch.equal(sampling.draw(3, 9), Sampling(1.0, seed=8).draw(3, 9))
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-6, 1e6, 1e38])
 def test_any_temperature_draws_a_token(temperature):
     logits = torch.randn(1, 12) * 50
@@ -227,3 +234,9 @@ def test_logits_that_are_no_numbers_draw_a_token_all_the_same(wild):
     assert 0 <= int(pick(logits, torch.tensor([0.5]), Sampling(1.0, top_p=0.9))) < 12
 
 
+def test_a_rows_numbers_are_its_own():
+    sampling = Sampling(1.0, seed=7)
+    assert torch.equal(sampling.draw(3, 9), sampling.draw(3, 9))
+    assert torch.equal(sampling.draw(3, 9)[:5], sampling.draw(3, 5))
+    assert not torch.equal(sampling.draw(3, 9), sampling.draw(4, 9))
+    assert not torch.equal(sampling.draw(3, 9), Sampling(1.0, seed=8).draw(3, 9))
