@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.atomic_files import append_lines
 from fsdp_qlora.commands.answering import AnsweringOptions, sized
 from fsdp_qlora.config.options import LaunchOptions
-from fsdp_qlora.data.asked import Prompts, read_prompts
+from fsdp_qlora.data.asked import Prompt, Prompts, read_prompts
 from fsdp_qlora.data.sources import forget_stdin
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import UserError
@@ -91,15 +91,19 @@ def standard_input(world: World) -> Iterator[None]:
             forget_stdin()
 
 
-def read_all(asked: AnsweringOptions, world: World, seed: int, wants_answers: bool = False) -> Ready:
-    """Read the adapter's headers, the base's config.json, its tokenizer and the rows. A collective."""
+def read_all(
+    asked: AnsweringOptions, world: World, seed: int, check: Callable[[Prompt], None] = lambda prompt: None
+) -> Ready:
+    """Read the adapter's headers, the base's config.json, its tokenizer and the rows. A collective.
+
+    check: raises BadRow for a row that is of no use here."""
     options = asked.config(seed)
     base = world.together(lambda: read_base(asked.adapter, options.model, asked.recorded(), options))
     compute = choose_compute(base.config, world)
     hf_config = compute.hf_config
     vocabulary = text_config(hf_config).vocab_size
     tokenizer = world.first_on_node(lambda: tokenizer_of(base))
-    prompts = world.first_on_node(lambda: read_prompts(options.data, tokenizer, vocabulary, wants_answers))
+    prompts = world.first_on_node(lambda: read_prompts(options.data, tokenizer, vocabulary, check))
     return Ready(base, compute, tokenizer, prompts, stops_of(base.config.model, hf_config, prompts.stops))
 
 

@@ -1,7 +1,6 @@
 """The work of evaluate: rows measured with the adapter and without it, the figures as a record and as a table."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from fsdp_qlora.commands.answer_rows import (
     text_of,
 )
 from fsdp_qlora.commands.evaluate import EvaluateOptions
-from fsdp_qlora.commands.evaluate_task import Task, task_of
+from fsdp_qlora.commands.evaluate_task import Task, check_row, task_of
 from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.errors import TrainingStopped, UserError
@@ -58,7 +57,8 @@ class Measured:
         found = {name: str(getattr(self, name)) for name in ("loss", "exact", "choice", "choice_per_token")}
         found = {name: text for name, text in found.items() if text != "None"}
         if self.loss is not None:
-            found["perplexity"] = f"{math.exp(self.loss.mean):.3f}"
+            perplexity = self.loss.perplexity
+            found["perplexity"] = f"{perplexity:.3f}" if perplexity < 1e6 else f"{perplexity:.4g}"
         return found
 
 
@@ -68,7 +68,7 @@ def evaluate_rows(asked: EvaluateOptions) -> None:
     with open_world(LaunchOptions(), 42) as world:
         world.main_only(lambda: _check_output(folder, asked.overwrite_output_dir))
         with standard_input(world):
-            ready = read_all(asked, world, 42, wants_answers="exact" in asked.measures)
+            ready = read_all(asked, world, 42, partial(check_row, asked.measures))
             task = world.together(lambda: task_of(asked, ready, world))
         work = world.together(lambda: task.workload(asked, ready))
         for line in start_lines(ready):
@@ -151,8 +151,11 @@ def _write(folder: Path, asked: EvaluateOptions, ready: Ready, task: Task, found
                 with atomic_file(folder / names[name]) as part, part.open("w", encoding="utf-8") as file:
                     for answer, right in zip(measured.answers, measured.right, strict=True):
                         file.write(json.dumps(record(answer, ready) | {"right": right}, ensure_ascii=False) + "\n")
+        if (folder / FILE).exists():  # of an earlier evaluation, whose answers are not of these figures
+            for name in {ANSWERS, BASE_ANSWERS} - {names[name] for name, one in found.items() if one.answers}:
+                (folder / name).unlink(missing_ok=True)
         with atomic_file(folder / FILE) as part:
-            part.write_text(json.dumps(_record(asked, ready, task, found), indent=1) + "\n")
+            part.write_text(json.dumps(_record(asked, ready, task, found), indent=1, allow_nan=False) + "\n")
 
 
 def _shown(asked: EvaluateOptions, ready: Ready, found: dict[str, Measured]) -> list[str]:

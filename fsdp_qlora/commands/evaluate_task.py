@@ -1,10 +1,11 @@
 """What evaluate measures on the rows that there are, checked before any weight is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.commands.answer_rows import Ready
 from fsdp_qlora.commands.evaluate import EvaluateOptions
-from fsdp_qlora.data.asked import continuations
+from fsdp_qlora.data.asked import Prompt, continuations
 from fsdp_qlora.data.batches import Rows, load_rows
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import BadRow, UserError
@@ -78,12 +79,25 @@ def _measures(asked: EvaluateOptions, ready: Ready) -> list[str]:
     return wanted
 
 
+def check_row(measures: Sequence[str], prompt: Prompt) -> None:
+    """Raise BadRow for a row that one of these measures cannot take."""
+    if "exact" in measures and not (prompt.answer or "").strip():
+        raise BadRow(f"{prompt.location}: has no answer to compare with")
+    if {"auto", "choice"} & {*measures}:
+        _choices_of(prompt)
+
+
+def _choices_of(prompt: Prompt) -> tuple[list[str], int] | None:
+    named = prompt.answer if prompt.number is None else prompt.number
+    return choices_of(prompt.row, named, prompt.location)
+
+
 def _choices(ready: Ready) -> tuple[list[tuple[int, int]], Rows]:
     """Return (how many choices each row has and which is right, a row for each choice)."""
     found, pieces = list[tuple[int, int]](), list[tuple[list[int], list[int]]]()
     most = max_positions(ready.compute.hf_config)
     for prompt in ready.prompts.prompts:
-        one = choices_of(prompt.row, prompt.answer if prompt.number is None else prompt.number, prompt.location)
+        one = _choices_of(prompt)
         if one is None:
             raise UserError(f"measures: choice needs the column choices, which {prompt.location} does not have")
         ids = continuations(ready.tokenizer, one[0])

@@ -1,6 +1,6 @@
 """Prompts to be answered: from rows of every form, with or without answers, and from lines of plain text."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,12 @@ class Prompts:
 
 
 def read_prompts(
-    options: DataOptions, tokenizer: PreTrainedTokenizerBase, vocab_size: int, wants_answers: bool = False
+    options: DataOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    check: Callable[[Prompt], None] = lambda prompt: None,
 ) -> Prompts:
-    """Read the rows of `options` as prompts. wants_answers: rows without one are refused.
+    """Read the rows of `options` as prompts. check: raises BadRow for one that is of no use here.
 
     Raises UserError and BadRow as `load_rows` does, and for a row that is no prompt."""
     choose_chat_template(tokenizer, options.chat_template)
@@ -60,8 +63,7 @@ def read_prompts(
         where = f"dataset {options.dataset!r}: {location}"
         try:
             prompt = reader.prompt(parse_line(where, raw), where)
-            if wants_answers and not (prompt.answer or "").strip():
-                raise BadRow(f"{where}: has no answer to compare with")
+            check(prompt)
         except BadRow as error:
             if options.bad_rows != "skip":
                 raise
@@ -129,7 +131,7 @@ class _Reader:
             example, answer = self._apart(Columns(self.form, {}).fields(fields, where), where)
         text = "".join(piece.text for piece in example.pieces)
         try:
-            text.encode()
+            (text + (answer or "")).encode()
         except UnicodeEncodeError as error:
             raise BadRow(f"{where}: holds half a character (a surrogate alone), which no tokenizer takes") from error
         ids = self.encoder.prompt(example) if text else []

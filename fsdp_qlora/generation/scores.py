@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from fsdp_qlora.errors import BadRow
 from fsdp_qlora.generation.likelihood import RowLoss
+from fsdp_qlora.report.records import perplexity_of
+from fsdp_qlora.units import count_of
 
 Z = 1.959964  # of a 95 % interval
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -59,13 +61,23 @@ class Loss(NamedTuple):
     rows: int
     half: float | None
 
+    @property
+    def perplexity(self) -> float:
+        return perplexity_of(self.mean)
+
     def record(self) -> dict[str, Any]:
-        interval = None if self.half is None else [self.mean - self.half, self.mean + self.half]
-        return {"loss": self.mean, "loss_interval": interval, "perplexity": math.exp(self.mean),
+        """Return the figures for JSON, which has no NaN and no infinity: None stands for them."""
+        half = math.nan if self.half is None else self.half
+        interval = [self.mean - half, self.mean + half] if math.isfinite(self.mean) and math.isfinite(half) else None
+        return {"loss": _finite(self.mean), "loss_interval": interval, "perplexity": _finite(self.perplexity),
                 "label_tokens": self.labels, "loss_rows": self.rows}  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 def mean_loss(rows: Sequence[RowLoss]) -> Loss:
@@ -83,18 +95,20 @@ def choices_of(row: Mapping[str, Any], answer: str | int | None, where: str) -> 
 
     `choices` is a list of texts, or an object of lists `text` and `label`. An integer counts them from 0. A text is
     one of the choices or of their labels; where it is neither it is a number from 0, or a letter, and without labels
-    these count beside the choices. Raises BadRow where it is none of these or may mean two, and for an empty choice."""
+    these count beside the choices. Raises BadRow where it is none of these or may mean two, for an empty choice and for
+    a right one that is there twice."""
     given = row.get("choices")
     if given is None:
         return None
-    labels = list(given.get("label") or []) if isinstance(given, dict) else []
-    texts = [str(text) for text in (given.get("text") or [] if isinstance(given, dict) else given)]
+    values, labels = _listed(given, where)
+    texts = [str(value) for value in values]
     if not all(text.strip() for text in texts):
         raise BadRow(f"{where}: a choice is empty, which every model finds the likeliest")
     named = answer if answer is not None else row.get("answerKey", row.get("label", row.get("gold")))
     if isinstance(named, int) and not isinstance(named, bool):
         found = {named} if 0 <= named < len(texts) else set[int]()
-        found |= {i for i, label in enumerate(labels) if isinstance(label, int) and label == named}
+        for names in (values, labels):
+            found |= {i for i, name in enumerate(names[: len(texts)]) if type(name) is int and name == named}
     else:
         found = _readings("" if named is None else str(named).strip(), texts, [str(label).strip() for label in labels])
     if len(found) > 1:
@@ -102,7 +116,25 @@ def choices_of(row: Mapping[str, Any], answer: str | int | None, where: str) -> 
         raise BadRow(f"{where}: its answer {named!r} may mean {which}; give the choice's number from 0, as an integer")
     if not found:
         raise BadRow(f"{where}: its answer {'' if named is None else named!r} is none of its {len(texts)} choices")
-    return texts, found.pop()
+    right = found.pop()
+    if texts.count(texts[right]) > 1:
+        raise BadRow(f"{where}: its right choice {texts[right]!r} is there twice, and only one of them would count")
+    return texts, right
+
+
+def _listed(given: Any, where: str) -> tuple[list[Any], list[Any]]:
+    """Return (the choices, their labels) of what a row has as choices. Raises BadRow where it is none of that."""
+    values: Any
+    labels: Any
+    values, labels = (given.get("text"), given.get("label") or []) if isinstance(given, dict) else (given, [])
+    for name, value in (("choices", values), ("label", labels)):
+        if not isinstance(value, list | tuple) or not all(isinstance(one, str | int | float) for one in value):
+            raise BadRow(f"{where}: {name} is {value!r}; give a list of texts, or an object of lists text and label")
+        if any("\ud800" <= letter <= "\udfff" for one in value for letter in str(one)):
+            raise BadRow(f"{where}: {name} holds half a character (a surrogate alone), which no tokenizer takes")
+    if len(values) < 2:
+        raise BadRow(f"{where}: has {count_of(len(values), 'choice')}, and one of two or more can be the likeliest")
+    return [*values], [*labels]
 
 
 def _readings(said: str, texts: Sequence[str], labels: Sequence[str]) -> set[int]:
@@ -118,13 +150,16 @@ def _readings(said: str, texts: Sequence[str], labels: Sequence[str]) -> set[int
 
 
 def best(scores: Sequence[RowLoss], per_token: bool) -> int:
-    """Return the choice of the least loss, as a sum or per token; of equals the first."""
+    """Return the choice of the least loss, as a sum or per token; of equals the first, -1 where a loss is NaN."""
     losses = [row.total / max(1, row.labels) if per_token else row.total for row in scores]
-    return losses.index(min(losses))
+    return -1 if any(math.isnan(loss) for loss in losses) else losses.index(min(losses))
 
 
 def sign_test(only_first: int, only_second: int) -> float:
     """Return how likely so unequal numbers or more unequal ones are by chance, each way as likely (two-sided)."""
     count, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(count, i) for i in range(fewer + 1)) / float(2**count)
-    return min(1.0, 2 * tail)
+    ways = tail = 1  # of that many heads, and of that many or fewer; integers, which a float cannot hold from 2^1024 on
+    for i in range(fewer):
+        ways = ways * (count - i) // (i + 1)
+        tail += ways
+    return min(1.0, 2 * tail / (1 << count))

@@ -34,6 +34,11 @@ class StepRecord:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
+def perplexity_of(loss: float) -> float:
+    """Return exp(loss); infinite where that is more than a float holds."""
+    return math.exp(loss) if not loss >= 700 else math.inf  # NaN stays NaN
+
+
 @dataclass(frozen=True)
 class EvalRecord:
     """One evaluation over all ranks, between two optimizer steps."""
@@ -49,8 +54,7 @@ class EvalRecord:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is more than a float holds."""
-        return math.exp(self.loss) if not self.loss >= 700 else math.inf  # NaN stays NaN
+        return perplexity_of(self.loss)
 
     def __str__(self) -> str:
         if not math.isfinite(self.loss):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.config.options import DataOptions
-from fsdp_qlora.data.asked import read_prompts
+from fsdp_qlora.data.asked import Prompt, read_prompts
 from fsdp_qlora.data.batches import load_rows
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import BadRow, UserError
 from tests.support.small_tokenizers import CHATML, PHI3, bytes_tokenizer
 
 TALK = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
@@ -94,7 +94,17 @@ def test_what_asks_nothing_is_refused_with_its_place(tmp_path):
     with pytest.raises(UserError, match="no turn that asks"):
         read_prompts(options, bare, 500)
     options = DataOptions(dataset=saved(tmp_path, ROWS["prompt"], {"prompt": "hello"}))
+
+    def refuse(prompt: Prompt) -> None:
+        if prompt.answer is None:
+            raise BadRow(f"{prompt.location}: has no answer")
+
     with pytest.raises(UserError, match="line 2: has no answer"):
-        read_prompts(options, bare, 500, wants_answers=True)
+        read_prompts(options, bare, 500, refuse)
+    options.bad_rows = "skip"
+    assert len(read_prompts(options, bare, 500, refuse).prompts) == 1
+    options = DataOptions(dataset=saved(tmp_path, {"prompt": "hello", "completion": "\ud800"}))
+    with pytest.raises(UserError, match="line 1: holds half a character"):
+        read_prompts(options, bare, 500)
     with pytest.raises(UserError, match="3 embeddings"):
         read_prompts(DataOptions(dataset=saved(tmp_path, ROWS["prompt"])), bare, 3)

@@ -12,6 +12,7 @@ import transformers
 from peft import PeftModel
 
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.commands.evaluate_rows import Measured
 from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.data.asked import read_prompts
 from fsdp_qlora.errors import BadRow
@@ -221,16 +222,70 @@ def test_the_right_choice_is_found_by_text_label_number_and_letter():
         (["B", "A"], "A"),
         ({"text": ["2", "1"], "label": ["1", "2"]}, "1"),
         ({"text": ["x", "y"], "label": [1, 0]}, 1),
+        ([1, 2, 3], 1),
     ):
         with pytest.raises(BadRow, match=r"row 1: its answer .* may mean"):
             choices_of({"choices": choices}, answer, "row 1")
     with pytest.raises(BadRow, match="row 1: a choice is empty"):
         choices_of({"choices": ["x", " "]}, "x", "row 1")
+    with pytest.raises(BadRow, match="row 1: its right choice 'x' is there twice"):
+        choices_of({"choices": ["x", "y", "x"]}, 2, "row 1")
+    assert choices_of({"choices": ["x", "y", "x"]}, "y", "x") == (["x", "y", "x"], 1)
     scores = [RowLoss(3.0, 1), RowLoss(4.0, 4), RowLoss(3.0, 1)]
     assert (best(scores, per_token=False), best(scores, per_token=True)) == (0, 1)
 
 
+NO_CHOICES = {
+    "text": "yes/no", "number": 5, "nothing": [], "one": ["x"], "null": ["x", None], "lists": [["x"], ["y"]],
+    "texts": {"text": "xy"}, "no texts": {"label": ["A", "B"]}, "labels": {"text": ["x", "y"], "label": 5},
+    "half a character": ["x", "\ud800"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", NO_CHOICES.values(), ids=NO_CHOICES)
+def test_choices_that_are_none_are_refused(given):
+    with pytest.raises(BadRow, match=r"^row 1: (choices is|label is|has [01] choice|choices holds)") as error:
+        choices_of({"choices": given}, "x", "row 1")
+    str(error.value).encode()
+
+
+def test_bad_choices_are_bad_rows(material, tmp_path, capsys):
+    good = {"prompt": "ant", "choices": ["bee", "cow"], "completion": "cow"}
+    rows = saved(tmp_path / "rows.jsonl", [good, good | {"choices": "bee"}, good | {"completion": "doe"}, good])
+    asked: Options = {"adapter": material / "adapter", "dataset": rows, "measures": "choice"}
+    assert main(["evaluate", *flags(asked | {"output_dir": tmp_path / "e"})]) == 2
+    assert "line 2: choices is 'bee'" in capsys.readouterr().err
+    assert evaluate(tmp_path / "skip", **asked, bad_rows="skip")["adapter"]["choice"]["rows"] == 2
+    assert "2 bad rows left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mean", "perplexity"), [(2.0, pytest.approx(7.389056)), (800.0, None), (math.nan, None)])
+def test_a_loss_of_any_size_has_a_record(mean, perplexity):
+    made = mean_loss([RowLoss(mean, 1), RowLoss(mean, 1)])
+    record = json.loads(json.dumps(made.record(), allow_nan=False))
+    assert record["perplexity"] == perplexity
+    assert record["loss"] == (None if math.isnan(mean) else mean)
+    assert (record["loss_interval"] is None) == math.isnan(mean)
+    assert "perplexity" in Measured(loss=made).cells()
+
+
+def test_of_losses_that_are_no_numbers_no_choice_is_the_likeliest():
+    assert best([RowLoss(math.nan, 1), RowLoss(1.0, 1)], per_token=False) == -1
+    assert best([RowLoss(math.inf, 1), RowLoss(1.0, 1)], per_token=True) == 1
+
+
 def test_chance_of_unequal_numbers():
+    assert sign_test(700, 500) == pytest.approx(8.5354e-9, rel=1e-3)  # more ways than a float holds
+    assert sign_test(600, 600) == 1.0
+    assert sign_test(3000, 0) == 0.0
     assert sign_test(0, 0) == 1.0
     assert sign_test(5, 0) == pytest.approx(2 / 32)
     assert sign_test(3, 3) == 1.0
+
+
+def test_an_evaluation_that_replaces_one_leaves_no_answers_of_it(material, tmp_path):
+    asked: Options = {"adapter": material / "adapter", "dataset": material / "rows.jsonl"}
+    evaluate(tmp_path, **asked, max_new_tokens=2)
+    (tmp_path / "notes.txt").write_text("mine")
+    evaluate(tmp_path, **asked, measures="loss", overwrite_output_dir=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"evaluation.json", "notes.txt"}

@@ -1,6 +1,7 @@
 """The figures of a curve's points: read from their evaluations, as a table, as CSV, as numbers to draw."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Point:
     def figures(self) -> dict[str, Figure]:
         made = {}
         if "loss" in self.record:
-            mean = self.record["loss"]
+            mean = math.nan if self.record["loss"] is None else self.record["loss"]
             low, high = self.record["loss_interval"] or (None, None)  # none of a single row
             half = None if low is None else mean - low
             loss = Loss(mean, self.record["label_tokens"], self.record["loss_rows"], half)
