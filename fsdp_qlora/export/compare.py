@@ -76,7 +76,7 @@ def compare(merged: MergedModel, rows: Sequence[Sequence[int]]) -> Difference:
     source = merged.source
     saved = open_weights(ModelOptions(model_name=str(merged.folder)), merged.dtype)
     model = source.build()
-    backbone, head = backbone_of(model), head_of(model)
+    backbone, head, shape = backbone_of(model), head_of(model), logit_shape(model)
     linears = [path for path, module in model.named_modules() if is_linear(module) and module is not head]
     head_path = path_of(model, head)
     used = sorted({token for row in rows for token in row})
@@ -90,7 +90,7 @@ def compare(merged: MergedModel, rows: Sequence[Sequence[int]]) -> Difference:
         _place(model, compared, set(linears), head_path, used)
         hidden = backbone(input_ids=ids.repeat(STREAMS, 1).to(source.device), use_cache=False)[0]
         by_stream = [h.flatten(0, 1)[real.to(h.device)] for h in hidden.chunk(STREAMS)]
-        return _compare_logits(compared, by_stream, head_path, logit_shape(model.config))
+        return _compare_logits(compared, by_stream, head_path, shape)
 
 
 def _place(model: nn.Module, compared: _Compared, linears: set[str], head: str, used: Sequence[int]) -> None:

@@ -164,7 +164,7 @@ def _embedding(
 def _head(model: PreTrainedModel, recipe: Recipe, embedding: FrozenEmbedding, tied: bool) -> tuple[Head, Unit | None]:
     """The head over its own bytes, or over the embedding's where the two are tied (no unit of its own then)."""
     inner = head_of(model)
-    factor, softcap = logit_shape(model.config)
+    factor, softcap = logit_shape(model)
     dtype = recipe.precision.compute
     if tied:
         if inner.bias is not None:

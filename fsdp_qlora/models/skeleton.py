@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fsdp_qlora.errors import UserError, first_line
+from fsdp_qlora.models.logits import find_logit_shape
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.weights.checkpoint_files import check_folder
 
@@ -233,9 +234,14 @@ def persistent_buffers(root: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in root.named_buffers() if name in stored}
 
 
-def logit_shape(config: PretrainedConfig) -> tuple[float, float | None]:
-    """(factor on the logits, softcap): what a family does to its logits between head and loss."""
-    config = text_config(config)
-    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    factor /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    return float(factor), getattr(config, "final_logit_softcapping", None)
+def logit_shape(model: PreTrainedModel) -> tuple[float, float | None]:
+    """Return (factor on the logits, softcap): what a family does to its logits between head and loss.
+
+    Raises UserError where it does something else, which the head here would leave out."""
+    found = find_logit_shape(model, path_of(model, head_of(model)), text_config(model.config))
+    if found is None:
+        raise UserError(
+            f"model_name: {type(model).__name__} has more than a linear, a factor and a softcap between its decoder "
+            "layers and its logits, which is not trained here; use another model"
+        )
+    return found
