@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.activations import ACT2FN
 
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.models.fused.spec import AttentionSpec, BlockSpec, GatedMlpSpec, Norm
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes, FrozenTensor
@@ -42,7 +43,7 @@ def recognise(layer: nn.Module, frozen: FrozenBytes) -> BlockSpec:
 
 def eps_of(norm: Any) -> float:
     """Return what a family's RMSNorm adds to the mean square."""
-    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
 def standard_layer(
@@ -52,11 +53,13 @@ def standard_layer(
     norms: tuple[str, str, str, str] = PLAIN_NORMS,
     shift: float = 0.0,
     config_window: bool = False,
+    softcaps: bool = False,
 ) -> BlockSpec:
-    """Return the spec of a layer of self_attn and mlp. Raises NotFusable.
+    """Return the spec of a layer of self_attn and mlp. Raises NotFusable, and UserError for a window of no token.
 
     norms: names of its four norms in order of use, '' where there is none. shift: 1 where norms multiply by 1 + w.
-    config_window: every layer has the config's sliding window, unless its attention says otherwise."""
+    config_window: every layer has the config's sliding window, unless its attention says otherwise. softcaps: scores
+    have the softcap that the attention names; Gemma 3's names one and leaves it out."""
     # Hugging Face's modules: torch takes any attribute of a module for a tensor or a module.
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
@@ -75,6 +78,8 @@ def standard_layer(
     stacked_qkv, stacked_gate_up = hasattr(attention, "qkv_proj"), hasattr(mlp, "gate_up_proj")
     has_window = hasattr(attention, "sliding_window") or not config_window
     window = getattr(attention if has_window else config, "sliding_window", None)
+    if window is not None and window < 1:
+        raise UserError(f"model_name: the config.json has a sliding_window of {window} tokens; set 1 or more, or null")
     return BlockSpec(
         AttentionSpec(
             norm=first,
@@ -86,7 +91,7 @@ def standard_layer(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
-            masking=Masking(float(attention.scaling), window, getattr(attention, "attn_logit_softcapping", None)),
+            masking=Masking(float(attention.scaling), window, attention.attn_logit_softcapping if softcaps else None),
         ),
         GatedMlpSpec(
             norm=third,
@@ -107,11 +112,9 @@ def _activation(mlp: Any) -> str:
 
 
 def _check_attention(layer: nn.Module, attention: Any) -> None:
-    """Raise NotFusable where a layer draws random numbers of its own, or sees later tokens."""
+    """Raise NotFusable where a layer draws random numbers of its own."""
     if getattr(attention, "attention_dropout", 0.0) or any(m.p for m in layer.modules() if isinstance(m, nn.Dropout)):
         raise NotFusable("the base model has dropout of its own")
-    if getattr(attention.config, "use_bidirectional_attention", False):
-        raise NotFusable("its attention looks both ways")
 
 
 # Class of the layer -> its spec. A new family is one entry, and a function where it differs from the standard layer.
@@ -122,6 +125,6 @@ FAMILIES: dict[str, Callable[[nn.Module, FrozenBytes], BlockSpec]] = {
     "Qwen3DecoderLayer": standard_layer,
     "Phi3DecoderLayer": partial(standard_layer, config_window=True),
     "GemmaDecoderLayer": partial(standard_layer, shift=1.0),
-    "Gemma2DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0),
+    "Gemma2DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0, softcaps=True),
     "Gemma3DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0),
 }

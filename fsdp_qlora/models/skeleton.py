@@ -66,6 +66,10 @@ def _obstacle(config: PretrainedConfig) -> str:
     # Encoders have both fields; GPT-NeoX has the first, and is causal whatever it says.
     if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
         return "its attention looks both ways (is_decoder is false in its config.json); only causal LMs are trained"
+    text = text_config(config)
+    # "vision" is said of images alone. What transformers makes of these two depends on its attention implementation.
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return "its attention looks both ways, as its config.json asks; only causal LMs are trained"
     return UNSUPPORTED.get(config.model_type, "")
 
 
@@ -168,15 +172,24 @@ def build(config: PretrainedConfig, precision: Precision, attention: str) -> Pre
 def _check_heads(model: PreTrainedModel) -> None:
     """Raise UserError where queries cannot share keys evenly: kernels would divide by zero or read beyond."""
     for module in backbone_of(model).modules():
-        queries, keys, size = (getattr(module, name, None) for name in ("q_proj", "k_proj", "head_dim"))
-        if not (isinstance(queries, nn.Linear) and isinstance(keys, nn.Linear) and isinstance(size, int)):
-            continue
-        heads, shared = queries.out_features // size, keys.out_features // size
+        heads, shared = _heads_of(module)
         if shared and heads % shared:
             raise UserError(
                 f"model_name: the config.json has {heads} attention heads and {shared} key/value heads; the first must "
                 "be a multiple of the second"
             )
+
+
+def _heads_of(module: nn.Module) -> tuple[int, int]:
+    """Return how many heads of queries and of keys an attention has, (0, 0) for another module."""
+    queries, keys, stacked = (getattr(module, name, None) for name in ("q_proj", "k_proj", "qkv_proj"))
+    size, groups = getattr(module, "head_dim", None), getattr(module, "num_key_value_groups", None)
+    if isinstance(size, int) and isinstance(queries, nn.Linear) and isinstance(keys, nn.Linear):
+        return queries.out_features // size, keys.out_features // size
+    if groups is not None and isinstance(stacked, nn.Linear):  # Phi-3's: their rows do not say how many are whose
+        config = getattr(module, "config", None)
+        return getattr(config, "num_attention_heads", 0), getattr(config, "num_key_value_heads", 0)
+    return 0, 0
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:

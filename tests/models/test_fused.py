@@ -377,7 +377,6 @@ def test_an_unknown_family_is_named():
         ("Llama", {"hidden_act": "quick_gelu"}, "QuickGELU"),
         ("Llama", {"attention_dropout": 0.1}, "dropout"),
         ("Phi3", {"resid_pdrop": 0.1}, "dropout"),
-        ("Gemma3Text", {"head_dim": 16, "use_bidirectional_attention": True}, "both ways"),
     ],
 )
 def test_what_a_layer_does_beyond_the_kernels_is_named(family, more, word):

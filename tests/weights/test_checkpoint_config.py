@@ -71,6 +71,10 @@ def test_positions_of_each_kind_of_layer_are_looked_at(tmp_path):
 
 NOT_CAUSAL = {
     "Bert": ({}, "its attention looks both ways"),
+    "Llama": ({"is_causal": False}, "its attention looks both ways"),
+    "Gemma": ({"use_bidirectional_attention": True}, "its attention looks both ways"),
+    "Gemma3Text": ({"use_bidirectional_attention": True}, "its attention looks both ways"),
+    "Gemma4Text": ({"use_bidirectional_attention": "all"}, "its attention looks both ways"),
     "CpmAnt": ({}, "its attention looks at later tokens too"),
     "PaliGemma": (None, "it wraps a text model"),
 }
@@ -87,11 +91,24 @@ def test_what_cannot_be_trained_is_named_before_anything_is_read(family, tmp_pat
 
 
 @pytest.mark.parametrize("shared", [8, 3])
-def test_heads_that_do_not_divide_are_refused(shared, tmp_path, capsys):
-    """EXAONE's config has 8 key/value heads where nothing else is said."""
-    transformers.ExaoneConfig(**tiny.SHAPE | {"num_key_value_heads": shared}).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("family", ["Exaone", "Phi3"])
+def test_heads_that_do_not_divide_are_refused(family, shared, tmp_path, capsys):
+    """EXAONE's config has 8 key/value heads where nothing else is said; Phi-3 has queries and keys in one linear."""
+    config = getattr(transformers, f"{family}Config")(**tiny.SHAPE)
+    config.num_key_value_heads = shared
+    config.save_pretrained(tmp_path / "model")
     line = refused(tmp_path / "model", capsys, dummy_weights=True)
     assert f"4 attention heads and {shared} key/value heads" in line
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_in_which_a_token_does_not_see_itself_is_refused(window, tmp_path, capsys):
+    transformers.MistralConfig(**tiny.SHAPE | {"sliding_window": window}).save_pretrained(tmp_path / "model")
+    assert f"sliding_window of {window}" in refused(tmp_path / "model", capsys, dummy_weights=True)
+
+
+def test_norms_may_add_nothing_to_the_mean_square(tmp_path):
+    assert_trains_as_peft(llama(tmp_path, rms_norm_eps=0.0, pad_token_id=None), "lora")
 
 
 def test_two_dimensional_norms_are_read(tmp_path):
