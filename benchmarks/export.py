@@ -73,8 +73,8 @@ def main() -> int:
 
 def measure(name: str, adapter: Path, model: Path, out: Path) -> dict[str, object]:
     """Run one command; return its figures."""
-    shapes = {tensor: shape for file in files_of(model) for tensor, shape in open_file(file).shapes().items()}
-    numbers = {tensor: torch.Size(shape).numel() for tensor, shape in shapes.items()}
+    tensors = {name: tensor for file in files_of(model) for name, tensor in open_file(file).tensors().items()}
+    numbers = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
     block = 2 * sum(count for tensor, count in numbers.items() if ".layers.0." in tensor)
     before = wheel_rates() if name == "gguf" else {}
     took = run_measured(["-m", "fsdp_qlora", *COMMANDS[name], "--adapter", adapter, "--output_dir", out])

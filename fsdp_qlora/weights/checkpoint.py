@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.weights.checkpoint_files import TensorFile, files_of, open_file, some
-from fsdp_qlora.weights.source import Shape
+from fsdp_qlora.weights.source import Shape, StoredTensor
 
 READERS = 4  # threads: enough to keep a disk busy
 PAGE = 4096  # bytes
@@ -28,23 +28,30 @@ class Checkpoint:
         self.folder = folder
         self.workers = workers if workers > 0 else READERS
         self._file_of: dict[str, TensorFile] = {}
-        self._shape_of: dict[str, tuple[int, ...]] = {}
+        self._tensors: dict[str, StoredTensor] = {}
         self._files = files_of(folder)
         for file in map(open_file, self._files):
-            shapes = file.shapes()
-            self._shape_of |= shapes
-            self._file_of |= dict.fromkeys(shapes, file)
+            tensors = file.tensors()
+            self._tensors |= tensors
+            self._file_of |= dict.fromkeys(tensors, file)
 
     def names(self) -> Set[str]:
         return self._file_of.keys()
 
     def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
-        missing = [name for name in expected if name not in self._shape_of]
+        missing = [name for name in expected if name not in self._tensors]
+        plain = {name: shape for name, shape in expected.items() if name in self._tensors and shape is not None}
         wrong = [
-            f"{name} is {list(self._shape_of[name])} and should be {list(shape)}"
-            for name, shape in expected.items()
-            if name in self._shape_of and shape is not None and self._shape_of[name] != tuple(shape)
+            f"{name} is {list(self._tensors[name].shape)} and should be {list(shape)}"
+            for name, shape in plain.items()
+            if self._tensors[name].shape != tuple(shape)
         ]
+        coded = [name for name in plain if name.endswith(".weight") and not self._tensors[name].is_float]
+        if coded:
+            raise UserError(
+                f"model_name: {some(coded)} in {self.folder} are stored as integers or in 8 bits; nothing there says "
+                "how they were quantized; use the model in 16 or 32 bits, or one of the *-bnb-4bit kind"
+            )
         if missing or wrong:
             kinds = (("missing", missing), ("unknown", sorted(unknown)), ("mis-shaped", wrong))
             raise UserError(
@@ -66,7 +73,7 @@ class Checkpoint:
         return name
 
     def equal(self, one: str, other: str, dtype: torch.dtype) -> bool:
-        if self._shape_of[one] != self._shape_of[other]:
+        if self._tensors[one].shape != self._tensors[other].shape:
             return False
         first, second = (self._file_of[name].reader()(name) for name in (one, other))
         rows = zip(first.split(ROWS_COMPARED), second.split(ROWS_COMPARED), strict=True)

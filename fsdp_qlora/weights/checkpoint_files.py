@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.weights.pickled import QMODEL, HqqFile, PickledFile
+from fsdp_qlora.weights.source import StoredTensor
 
 # In transformers' order: the first that exists is read.
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of dtypes that hold a weight as it is
 ADAPTER_CONFIG = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_LONGEST = 1024  # bytes of a pointer file
@@ -23,8 +25,8 @@ LFS_KINDS = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 class TensorFile(Protocol):
     """One file of a checkpoint, open."""
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape of every tensor, without reading them."""
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Return what the file says of every tensor, by name, without reading them."""
 
     def reader(self) -> Callable[[str], Tensor]:
         """Return what gives tensors by name, for one thread: their numbers are read when they are first used."""
@@ -36,9 +38,10 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def tensors(self) -> dict[str, StoredTensor]:
         with self._open() as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {name: StoredTensor(tuple(s.get_shape()), s.get_dtype() in FLOATS) for name, s in slices.items()}
 
     def reader(self) -> Callable[[str], Tensor]:
         tensors: Callable[[str], Tensor] = self._open().get_tensor

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError, first_line
+from fsdp_qlora.weights.source import StoredTensor
 
 QMODEL = "qmodel.pt"
 MOST = torch.iinfo(torch.int64).max
@@ -23,8 +24,11 @@ class _Unpickled(ABC):
         self.path = path
         self._tensors: dict[str, Tensor] | None = None
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._open().items()}
+    def tensors(self) -> dict[str, StoredTensor]:
+        return {
+            name: StoredTensor(tuple(tensor.shape), tensor.is_floating_point() and tensor.itemsize > 1)
+            for name, tensor in self._open().items()
+        }
 
     def reader(self) -> Callable[[str], Tensor]:
         return self._open().__getitem__

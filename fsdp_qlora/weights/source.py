@@ -1,12 +1,19 @@
 """The protocol of a source of weights: tensors by their checkpoint names."""
 
 from collections.abc import Iterable, Mapping, Set
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...] | None  # None: checked by the reader
+
+
+class StoredTensor(NamedTuple):
+    """What a checkpoint's headers say of a tensor."""
+
+    shape: tuple[int, ...]
+    is_float: bool  # of 16 bits or more; others hold codes, or numbers that a scale beside them belongs to
 
 
 class Weights(Protocol):
@@ -16,7 +23,8 @@ class Weights(Protocol):
         """Return the names of all tensors, or None if the source makes any that is asked for."""
 
     def check(self, expected: Mapping[str, Shape], unknown: Iterable[str] = ()) -> None:
-        """Raise UserError naming every tensor that is missing or of another shape, and with them the unknown ones."""
+        """Raise UserError naming every tensor that is missing or of another shape, and with them the unknown ones; and
+        every weight of a shape that is stored as codes."""
 
     def content(self) -> str | None:
         """Return what tells the source's files from any others, without reading them; None if they are made up.

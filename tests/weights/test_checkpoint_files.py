@@ -30,6 +30,7 @@ from tests.support.checkpoint_forms import (
     llama,
     pickled,
     refused,
+    rewrite,
 )
 from tests.support.runs import flags
 
@@ -68,6 +69,26 @@ def test_weights_are_the_files_own_pages_and_no_copies(kind, tmp_path):
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name])
         assert any(first <= tensor.data_ptr() < end for first, end in ranges), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_codes_without_a_word_on_their_scales_are_refused(is_pickled, dtype, tmp_path, capsys):
+    """A config.json that lost its quantization_config; transformers reads such codes as if they were the weights."""
+    file = llama(tmp_path / "model") / "model.safetensors"
+    named = "model.layers.1.mlp.up_proj.weight"
+
+    def quantize(tensors):
+        tensors[f"{named}_scale_inv"] = torch.full((1, 1), 0.01)
+        tensors[named] = (tensors[named] * 100).to(dtype)
+
+    rewrite(tmp_path / "model", quantize)
+    if is_pickled:
+        torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+        file.unlink()
+    line = refused(tmp_path / "model", capsys)
+    assert named in line
+    assert "nothing there says how they were quantized" in line
 
 
 def test_safetensors_go_before_pickles(tmp_path):
