@@ -20,6 +20,7 @@ from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.loggers import check_installed
 from fsdp_qlora.report.machine import Stages, environment, machine_lines, rates_line
 from fsdp_qlora.report.metrics import Metrics
+from fsdp_qlora.report.profiler import check_profile
 from fsdp_qlora.report.startup import (
     adapter_count,
     are_short,
@@ -102,6 +103,7 @@ def begin(config: Config, world: World, claim: Claim) -> Checkpoint | None:
     if config.memory.plan_only:
         return None
     world.together(lambda: check_installed(config))
+    world.together(lambda: check_profile(config.profile))
     allowed = config.output.resume is not None or config.output.overwrite_output_dir
     world.main_only(lambda: claim.take(Path(config.output.output_dir), allowed))
     return find_checkpoint(config, world)

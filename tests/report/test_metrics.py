@@ -24,7 +24,7 @@ from fsdp_qlora.report.loggers.base import LoggerSpec
 from fsdp_qlora.report.loggers.table import LOGGERS, check_installed
 from fsdp_qlora.report.loss_curve import draw_loss_curve
 from fsdp_qlora.report.metrics import Metrics
-from fsdp_qlora.report.profiler import profiled
+from fsdp_qlora.report.profiler import check_profile, profiled
 from fsdp_qlora.report.progress import as_time
 from fsdp_qlora.report.records import EvalRecord, StepRecord
 from fsdp_qlora.report.scalars import eval_scalars, step_scalars
@@ -368,7 +368,7 @@ def test_a_page_shared_by_two_processes_counts_once_between_them():
     assert shared < alone - 0.1
 
 
-@pytest.mark.filterwarnings("ignore:Profiler won't be using warmup")
+@pytest.mark.filterwarnings("error")
 def test_profiling_writes_what_was_asked_for_and_nothing_otherwise(tmp_path):
     # As a run has it: on the GPU where there is one, for PyTorch asks that for its memory whatever device it is told.
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -392,3 +392,24 @@ def test_profiling_writes_what_was_asked_for_and_nothing_otherwise(tmp_path):
         assert f" {min(3, steps)} " in calls
     options = ProfileOptions(True, str(tmp_path / "timeline"), export_memory_timeline=True)
     assert run(options, 3) == ["memory_rank0.html", "table.txt"]
+
+
+def test_a_profile_that_cannot_be_written_is_told_and_the_run_goes_on(tmp_path, capsys):
+    options = ProfileOptions(True, str(tmp_path / "profiles"), export_trace=True)
+    (tmp_path / "profiles" / "table.txt").mkdir(parents=True)
+    with profiled(options, MAIN, 1) as profiler:
+        profiler.on_step(record(1))
+    assert capsys.readouterr().out.splitlines() == [
+        f"rank 0: no profile could be written in {tmp_path}/profiles (Is a directory); training goes on without it"
+    ]
+
+
+@pytest.mark.parametrize("blocked", ["profiles", "profiles/table.txt"])
+def test_a_profile_that_has_nowhere_to_go_is_a_mistake_before_anything_is_loaded(tmp_path, blocked):
+    path = tmp_path / blocked
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("") if blocked == "profiles" else path.mkdir()
+    options = ProfileOptions(True, str(tmp_path / "profiles"))
+    with pytest.raises(UserError, match="^profiling_output: .* cannot be written .*; choose another folder$"):
+        check_profile(options)
+    check_profile(replace(options, profile=False))
