@@ -13,6 +13,7 @@ from fsdp_qlora.config.options import Config
 from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.show_rows import lines_of
+from fsdp_qlora.data.sources import parts_of
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.models.skeleton import check_context
@@ -31,7 +32,7 @@ from fsdp_qlora.report.startup import (
 )
 from fsdp_qlora.run_data import Data, count_steps, lengths_to_plan, make_batches, read_data, row_lengths
 from fsdp_qlora.runtime.determinism import check_deterministic, deterministic_algorithms
-from fsdp_qlora.runtime.files import Claim, writing_to
+from fsdp_qlora.runtime.files import Claim, check_elsewhere, writing_to
 from fsdp_qlora.runtime.gpu_memory import hold_to_card
 from fsdp_qlora.runtime.host_memory import HostMemory, give_back_freed
 from fsdp_qlora.session import Session, choose_compute, prepare
@@ -105,8 +106,18 @@ def begin(config: Config, world: World, claim: Claim) -> Checkpoint | None:
     world.together(lambda: check_installed(config))
     world.together(lambda: check_profile(config.profile))
     allowed = config.output.resume is not None or config.output.overwrite_output_dir
+    world.main_only(lambda: check_elsewhere(Path(config.output.output_dir), folders_read(config)))
     world.main_only(lambda: claim.take(Path(config.output.output_dir), allowed))
     return find_checkpoint(config, world)
+
+
+def folders_read(config: Config) -> list[tuple[str, Path]]:
+    """Return what the run reads and must not write to: what each is, and its path, a folder's or not."""
+    rows = [dataset for dataset in (config.data.dataset, config.evaluation.eval_dataset) if dataset is not None]
+    return [
+        ("model", Path(config.model.model_name)),
+        *(("rows", Path(part.name)) for dataset in rows for part in parts_of(dataset)),
+    ]
 
 
 def prepare_run(

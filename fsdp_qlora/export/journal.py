@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,16 +98,6 @@ def take(folder: Path, asked: Mapping[str, Any], overwrite: bool, compares: bool
     if not overwrite:
         check_empty(folder)
     return None
-
-
-def check_elsewhere(folder: Path, sources: Iterable[tuple[str, Path]]) -> None:
-    """Raise UserError where the output would replace what it is made from. sources: what each is, and its folder."""
-    for what, source in sources:
-        if source.is_dir() and folder.resolve() == source.resolve():
-            raise UserError(
-                f"output_dir: {folder} is the folder of the {what}, which the merged model would replace; choose "
-                "another folder"
-            )
 
 
 def clear(folder: Path) -> None:

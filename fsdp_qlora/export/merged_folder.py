@@ -18,11 +18,11 @@ from fsdp_qlora.config.options import ModelOptions
 from fsdp_qlora.data.batches import load_tokenizer
 from fsdp_qlora.errors import TrainingStopped, UserError, first_line
 from fsdp_qlora.export.adapter_folder import SavedAdapter
-from fsdp_qlora.export.journal import Journal, Rounding, check_elsewhere, clear, take
+from fsdp_qlora.export.journal import Journal, Rounding, clear, take
 from fsdp_qlora.export.merged import MergeBase, Merged, Piece, reading
 from fsdp_qlora.export.peft import TokenizerNotSaved, save_tokenizer
 from fsdp_qlora.export.tensor_files import Shard, plan_shards, write_index, write_shard
-from fsdp_qlora.runtime.files import Claim
+from fsdp_qlora.runtime.files import Claim, check_elsewhere
 from fsdp_qlora.units import GIB, as_gib
 
 LEAST_KEPT, MOST_NOISE = 0.97, 0.5  # of what was learnt, below and above which the user is warned

@@ -21,7 +21,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from fsdp_qlora.errors import UserError, first_line
 from fsdp_qlora.models.logits import find_logit_shape
 from fsdp_qlora.models.precision import Precision
-from fsdp_qlora.weights.checkpoint_files import check_folder
+from fsdp_qlora.weights.checkpoint_files import check_model_name
 
 # Families of a text model wrapped with a vision tower, by model type: text alone goes through them as through the text
 # model, which the tests compare.
@@ -44,8 +44,7 @@ def read_config(model_name: str, revision: str | None) -> PretrainedConfig:
     """config.json of a local folder or a hub model. Raises UserError where there is none, or none that can be trained.
 
     Code that comes with a model is never run."""
-    if Path(model_name).is_dir():
-        check_folder(Path(model_name))
+    check_model_name(model_name)
     try:
         config = AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=False)
     except Exception as error:  # each config class checks its values in its own way
@@ -80,14 +79,14 @@ def _unreadable(model_name: str, revision: str | None, error: Exception) -> User
             "here; use a checkpoint of it in a form that transformers knows by itself"
         )
     if Path(model_name).is_dir():
-        what = "has no readable config.json"
-    elif _is_adapter_on_hub(model_name, revision):
+        return UserError(
+            f"model_name: {model_name} has no readable config.json ({first_line(error)}); download the model again"
+        )
+    if _is_adapter_on_hub(model_name, revision):
         return UserError(f"model_name: {model_name} is an adapter, not a model; set model_name to its base")
-    else:
-        what = "is neither a local folder nor a model the hub gives"
     return UserError(
-        f"model_name: {model_name} {what} ({first_line(error)}); check the name, the network, "
-        "and `hf auth login` for a gated model"
+        f"model_name: {model_name} is neither a local folder nor a model the hub gives ({first_line(error)}); "
+        "check the name, the network, and `hf auth login` for a gated model"
     )
 
 

@@ -54,7 +54,7 @@ def profiled(options: ProfileOptions, world: World, total_steps: int) -> Iterato
     left_out = min(2, total_steps - recorded)
     on_gpu = world.device.type == "cuda"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # a run of so few steps has none to leave out
+        warnings.filterwarnings("ignore", "Profiler won't be using warmup")  # in a run of few steps there are none
         steps = schedule(wait=max(0, left_out - 1), warmup=min(1, left_out), active=recorded, repeat=1)
     with profile(
         activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],

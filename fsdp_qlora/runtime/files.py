@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -47,6 +47,16 @@ def check_empty(folder: Path) -> None:
             f"output_dir: {folder} is not empty; choose another folder{resume}, or --overwrite_output_dir true "
             "to replace what an earlier run left there"
         )
+
+
+def check_elsewhere(folder: Path, sources: Iterable[tuple[str, Path]]) -> None:
+    """Raise UserError where `output_dir` is a folder that is read. sources: what each is, and where it is."""
+    for what, source in sources:
+        if source.is_dir() and folder.resolve() == source.resolve():
+            raise UserError(
+                f"output_dir: {folder} is the folder of the {what}, whose files would be replaced; "
+                "choose another folder"
+            )
 
 
 def user_cache() -> Path | None:

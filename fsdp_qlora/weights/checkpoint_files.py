@@ -1,6 +1,7 @@
 """Files of a checkpoint: those that hold weights, their tensors by name, and folders that hold something else."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,8 @@ from fsdp_qlora.weights.source import StoredTensor
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of dtypes that hold a weight as it is
+WHOLE = "config.json, weights in safetensors and tokenizer"  # what a model's folder has, in messages
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ADAPTER_CONFIG = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_LONGEST = 1024  # bytes of a pointer file
@@ -99,18 +102,32 @@ def _listed(folder: Path, index: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UserError if a folder holds an adapter or git-lfs pointers instead of a model."""
+def check_model_name(model_name: str) -> None:
+    """Raise UserError for the name of a file, of a folder that is not there, or of one that holds no model.
+
+    What could be a hub model's name passes."""
+    path = Path(model_name)
+    if path.is_dir():
+        _check_folder(path)
+    elif path.is_file():
+        what = "a GGUF file, which is not trained over" if path.suffix == ".gguf" else "a file"
+        raise UserError(f"model_name: {model_name} is {what}; set model_name to the folder with {WHOLE}")
+    elif not HUB_NAME.fullmatch(model_name):
+        raise UserError(f"model_name: there is no folder {model_name} (the current folder is {Path.cwd()})")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UserError if a folder holds an adapter, git-lfs pointers or no config.json instead of a model."""
     if (folder / ADAPTER_CONFIG).is_file():
         base = _base_of(folder / ADAPTER_CONFIG)
         if (folder / "config.json").is_file():
             raise UserError(
                 f"model_name: {folder} holds an adapter ({ADAPTER_CONFIG}) beside a model, and transformers would load "
-                "both; merge them with merge_and_unload of PEFT, or move the adapter away to train the model alone"
+                "both; move the adapter away to train the model alone, or merge them (`python -m fsdp_qlora merge`)"
             )
         raise UserError(
             f"model_name: {folder} holds an adapter ({ADAPTER_CONFIG}), not a model; set model_name to its base{base}, "
-            "or merge the two with merge_and_unload of PEFT and save that"
+            f"or merge the two: `python -m fsdp_qlora merge --adapter {folder}`"
         )
     pointers = sorted(file.name for file in folder.iterdir() if file.suffix in LFS_KINDS and _is_lfs_pointer(file))
     if pointers:
@@ -118,6 +135,11 @@ def check_folder(folder: Path) -> None:
             f"model_name: {some(pointers)} in {folder} {'is a' if len(pointers) == 1 else 'are'} git-lfs "
             f"pointer{'s' * (len(pointers) > 1)}, not the file{'s' * (len(pointers) > 1)}: run `git lfs pull` there, "
             "or download the model with `hf download`"
+        )
+    if not (folder / "config.json").is_file():
+        held = some(sorted(file.name for file in folder.iterdir())) or "nothing"
+        raise UserError(
+            f"model_name: {folder} has no config.json (it holds {held}); set model_name to the folder with {WHOLE}"
         )
 
 

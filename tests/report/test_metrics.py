@@ -410,6 +410,6 @@ def test_a_profile_that_has_nowhere_to_go_is_a_mistake_before_anything_is_loaded
     path.parent.mkdir(exist_ok=True)
     path.write_text("") if blocked == "profiles" else path.mkdir()
     options = ProfileOptions(True, str(tmp_path / "profiles"))
-    with pytest.raises(UserError, match="^profiling_output: .* cannot be written .*; choose another folder$"):
+    with pytest.raises(UserError, match=r"^profiling_output: .* cannot be written .*; choose another folder$"):
         check_profile(options)
     check_profile(replace(options, profile=False))

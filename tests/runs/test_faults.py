@@ -118,6 +118,7 @@ def _damage_models(root: Path) -> None:
     copy("no_config", lambda t: None).joinpath("config.json").unlink()
     for file in copy("no_tokenizer", lambda t: None).glob("tokenizer*"):
         file.unlink()
+    (copy("odd_config", lambda t: None) / "config.json").write_text("{")
     index = copy("odd_index", lambda t: None) / "model.safetensors.index.json"
     index.write_text('{"weight_map": ')
     index.with_name("model.safetensors").unlink()  # which would be read before it
@@ -136,6 +137,9 @@ def _damage_data(root: Path) -> None:
     prompts[poisoned_row()] = "row ~"
     _write_rows(root / "poisoned.jsonl", prompts)
     (root / "file").write_text("in the way")
+    (root / "model.gguf").write_bytes(b"GGUF")
+    (root / "rows").mkdir()
+    (root / "rows/rows.jsonl").write_text("\n".join(good))
     (root / "full").mkdir()
     (root / "full/adapter_config.json").write_text("{}")
     (root / "bad.yaml").write_text("lora_rank: 8\n  lora_alpha: [\n")
@@ -179,6 +183,18 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
     ),
     "output_dir is a file": ({"output_dir": "{root}/file"}, ["output_dir", "{root}/file", "choose another folder"]),
     "output_dir below a file": ({"output_dir": "{root}/file/out"}, ["output_dir", "file/out", "choose another folder"]),
+    "output_dir of the model": (
+        {"output_dir": "{root}/model", "overwrite_output_dir": "true"},
+        ["output_dir: {root}/model is the folder of the model, whose files would be replaced"],
+    ),
+    "output_dir of the rows": (
+        {"output_dir": "{root}/rows/", "dataset": "{root}/rows.jsonl,{root}/rows", "overwrite_output_dir": "true"},
+        ["output_dir: {root}/rows is the folder of the rows, whose files would be replaced"],
+    ),
+    "profile below a file": (
+        {"profile": "true", "profiling_output": "{root}/file/x"},
+        ["profiling_output: {root}/file/x cannot be written", "choose another folder"],
+    ),
     "output_dir in use": ({"output_dir": "{root}/full"}, ["full is not empty", "--overwrite_output_dir true"]),
     "tensors that do not fit": (
         {"model_name": "{root}/refit"},
@@ -195,7 +211,11 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str]]] = {
         {"model_name": "{root}/nan_linear"},
         ["model.layers.1.mlp.up_proj.weight of the checkpoint holds NaN or infinity", "download it again"],
     ),
-    "no config.json": ({"model_name": "{root}/no_config"}, ["no_config has no readable config.json"]),
+    "no config.json": ({"model_name": "{root}/no_config"}, ["no_config has no config.json (it holds gen"]),
+    "damaged config.json": ({"model_name": "{root}/odd_config"}, ["odd_config has no readable config.json"]),
+    "a file for a model": ({"model_name": "{root}/model/config.json"}, ["config.json is a file;", "set model_name to"]),
+    "GGUF for a model": ({"model_name": "{root}/model.gguf"}, ["model.gguf is a GGUF file, which is not trained over"]),
+    "no folder of a model": ({"model_name": "{root}/nowhere"}, ["no folder {root}/nowhere", "the current folder is"]),
     "no tokenizer": ({"model_name": "{root}/no_tokenizer"}, ["tokenizer could not be loaded", "tokenizer_config.json"]),
     "disk full at once": ({}, ["output_dir", "File too large", "free some space"]),
     "one rank's tensor": (
