@@ -13,6 +13,7 @@ from fsdp_qlora.config.option import NULL_WORDS, Raw
 from fsdp_qlora.config.options import GROUPS, OPTIONS, Config
 from fsdp_qlora.config.rules import without_effect
 
+MERGE = "tag:yaml.org,2002:merge"  # the key << , which takes another mapping's keys
 FLAT = "options are written flat, `name: value`; take the group's name away"
 
 
@@ -35,6 +36,8 @@ def read_file(path: str) -> tuple[list[Given], list[str]]:
         return [], [f"--config {path}: cannot be read ({error.strerror}); give a YAML or JSON file"]
     except UnicodeDecodeError as error:
         return [], [f"--config {path}: is not UTF-8 text (byte {error.start}); give a YAML or JSON file"]
+    if path.endswith(".toml"):
+        return [], [f"--config {path}: TOML is not read; give a YAML or JSON file"]
     try:
         return _read_json(path, text) if path.endswith(".json") else _read_yaml(path, text)
     except RecursionError:
@@ -80,8 +83,10 @@ def _read_yaml(path: str, text: str) -> tuple[list[Given], list[str]]:
         return [], []
     if not isinstance(root, yaml.MappingNode):
         return [], [f"--config {path}: must be a mapping of options to values, one `name: value` a line"]
-    pairs = [(key.value, node, f"{path}, line {key.start_mark.line + 1}") for key, node in root.value]
-    return _collect([(str(key), _yaml_raw, node, where) for key, node, where in pairs])
+    pairs = [(key, node, f"{path}, line {key.start_mark.line + 1}") for key, node in root.value]
+    odd = [where for key, _, where in pairs if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE]
+    given, mistakes = _collect([(str(key.value), _yaml_raw, node, at) for key, node, at in pairs if at not in odd])
+    return given, [*(f"{where}: is no option's name; write one `name: value` a line" for where in odd), *mistakes]
 
 
 def _read_json(path: str, text: str) -> tuple[list[Given], list[str]]:

@@ -39,7 +39,7 @@ class Spec:
     special: Mapping[int, str] = field(default_factory=dict)  # values outside the range, and what they mean
     aliases: Mapping[str, str] = field(default_factory=dict)  # another spelling of an allowed value -> the value
     refused: Mapping[object, str] = field(default_factory=dict)  # a value whose feature is not built -> what to do
-    is_path: bool = False  # a beginning ~ is the user's home, which a shell has not seen in a file or after `=`
+    is_path: bool = False  # has ~ and $VARIABLE as a shell takes them, which has not seen a file or what follows `=`
     known_as: Sequence[str] = ()  # what other programs call it: only for "did you mean"
     check: Callable[[str], object] | None = None  # reads a text that has a form; raises ValueError where it has not
 
@@ -137,7 +137,7 @@ class Option:
             self.spec.check(text)
         value = self.spec.aliases.get(text, self._convert(text))
         if self.spec.is_path:
-            value = ",".join(os.path.expanduser(part) for part in value.split(","))
+            value = ",".join(map(_as_in_a_shell, value.split(",")))
         if value in self.spec.refused:
             raise ValueError(self.spec.refused[value])
         if self.choices and value not in self.choices:
@@ -166,6 +166,16 @@ class Option:
     def _bad(self, text: str, near: str | None = None) -> str:
         meant = f"; did you mean {near}?" if near else ";"
         return f"{text!r} is not allowed{meant} give {self.allowed()}"
+
+
+def _as_in_a_shell(path: str) -> str:
+    """Return a path with the user's home for a beginning ~, and with the environment's values. Raises ValueError."""
+    path = os.path.expanduser(path)
+    expanded = os.path.expandvars(path)
+    unset = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unset and not os.path.exists(path):
+        raise ValueError(f"{unset[0]} is not set in the environment; set it, or write the path itself")
+    return path if os.path.exists(path) else expanded
 
 
 def options_of(group: str, group_class: type) -> list[Option]:

@@ -1,6 +1,7 @@
 """Flags and a config file become a checked Config; every mistake in them is found before the first is reported."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -8,7 +9,8 @@ from typing import Any, TypeVar
 from fsdp_qlora.config.compat import COMPATIBILITY
 from fsdp_qlora.config.files import Given, read_file
 from fsdp_qlora.config.hints import HINTS
-from fsdp_qlora.config.option import NULL_WORDS, REQUIRED, Option, nearest, options_of, show
+from fsdp_qlora.config.misnamed import did_you_mean, meant_by
+from fsdp_qlora.config.option import NULL_WORDS, REQUIRED, Option, options_of, show
 from fsdp_qlora.config.options import GROUPS, OPTIONS, Config
 from fsdp_qlora.config.program import Asked, Conflict, Needs, Program, broken
 from fsdp_qlora.config.rules import broken_rules
@@ -16,7 +18,8 @@ from fsdp_qlora.errors import UserError
 
 Own = TypeVar("Own")
 CONFIG = "config"
-CLOSE = 0.72  # how alike an unknown name must be to be taken for a misspelling; below it a hint leads astray
+# An option written with one hyphen, or with the dash that a word processor makes of two.
+ONE_DASH = re.compile("[-\u2013\u2014]([A-Za-z][\\w-]*)(=.*)?", re.DOTALL)
 
 
 TRAIN = Program(
@@ -88,21 +91,20 @@ def parse_as(program: Program[Asked], argv: Sequence[str]) -> Asked:
 
 
 def read_flags(argv: Sequence[str], known: Mapping[str, Option]) -> tuple[list[Given], list[str]]:
-    """Return (flags with values, mistakes of form). No value begins with `--`: a lone flag is true or lacks one."""
+    """Return (flags with values, mistakes of form). A lone flag is true or lacks a value.
+
+    No value begins as an option does, unless it is written --name=value."""
     given, mistakes, rest = [], [], list(argv)
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") or token == "--":
-            hint = f"; did you mean --config {token}?" if token.endswith((".yaml", ".yml", ".json")) else ""
-            mistakes.append(f"{token}: belongs to no option; options are written --name value{hint}")
+            mistakes.append(_stray(token, rest, known))
             continue
         flag, equals, text = token.partition("=")
         name = flag[2:].replace("-", "_")
         option = known.get(name)
         takes_many = not equals and (option.many if option else name != CONFIG)
-        values = [text] if equals else []
-        while rest and not rest[0].startswith("--") and (takes_many or not values):
-            values.append(rest.pop(0))
+        values = [text] if equals else _values_of(rest, takes_many)
         raw: str | None = ",".join(values)
         if option and not values and option.kind is bool:
             raw = "true"
@@ -111,6 +113,26 @@ def read_flags(argv: Sequence[str], known: Mapping[str, Option]) -> tuple[list[G
         given.append(Given(name, raw, " ".join([flag, *values])))
     once, twice = _once(given)
     return once, mistakes + twice
+
+
+def _values_of(rest: list[str], takes_many: bool) -> list[str]:
+    """Take the values that follow an option off `rest`: one, or all up to the next option."""
+    values: list[str] = []
+    while rest and (takes_many or not values) and not (rest[0].startswith("--") or ONE_DASH.fullmatch(rest[0])):
+        values.append(rest.pop(0))
+    return values
+
+
+def _stray(token: str, rest: list[str], known: Mapping[str, Option]) -> str:
+    """Return the mistake of a token that is neither an option nor a value; what follows `-option` goes with it."""
+    hint, dashed = "", ONE_DASH.fullmatch(token)
+    if dashed is not None:
+        token = " ".join([token, *_values_of(rest, takes_many=True)])
+        name = dashed[1].replace("-", "_")
+        hint = f"; did you mean --{name}?" if name in known else ""
+    elif token.endswith((".yaml", ".yml", ".json")):
+        hint = f"; did you mean --config {token}?"
+    return f"{token}: belongs to no option; options are written --name value{hint}"
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -137,10 +159,13 @@ def _resolve(
     values: dict[str, Any] = {}
     written: dict[str, str] = {}
     unread: set[str] = set()
+    misnamed: set[str] = set()
     mistakes = []
     for item in [*in_file, *flags]:
         if item.name not in known:
-            mistakes.append(f"{item.written}: there is no such option; {_did_you_mean(program, item.name)}")
+            meant = meant_by(program, item.name)
+            misnamed.update(meant)
+            mistakes.append(f"{item.written}: there is no such option; {did_you_mean(program, item, meant)}")
             continue
         written[item.name] = item.written
         unread.discard(item.name)
@@ -151,7 +176,7 @@ def _resolve(
             unread.add(item.name)
     for name, option in program.options.items():
         if option.default is REQUIRED and name not in values:
-            if name not in unread and not file_is_lost:
+            if name not in unread | misnamed and not file_is_lost:
                 mistakes.append(f"{name}: is required and not given; add --{name}. {option.spec.meaning}")
             unread.add(name)
             values[name] = ""
@@ -162,11 +187,3 @@ def _resolve(
 
     mistakes += program.rules(asked, values.keys(), unread, shown)
     return asked, mistakes
-
-
-def _did_you_mean(program: Program[Asked], name: str) -> str:
-    meant = {alias: option.name for option in program.known.values() for alias in (option.name, *option.spec.known_as)}
-    if name in program.hints and name not in meant:
-        return program.hints[name]
-    near = name if name in meant else nearest(name, list(meant), CLOSE)
-    return f"did you mean {meant[near]}?" if near else "--help lists all"

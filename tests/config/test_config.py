@@ -220,6 +220,26 @@ REFUSED = [
     ("--lora_rank 1 --lora-rank 2", ["--lora-rank 2", "twice"]),
     ("run.yaml", ["run.yaml", "did you mean --config run.yaml?"]),
     ("-v", ["-v", "belongs to no option"]),
+    ("-lr 3", ["-lr 3: belongs to no option; options are written --name value; did you mean --lr?"]),
+    ("-lora-rank=3", ["did you mean --lora_rank?"]),
+    ("\u2014lr 3", ["\u2014lr 3: belongs to no option", "did you mean --lr?"]),
+    ("--lora_target_modules q_proj -lr 3", ["-lr 3: belongs to no option"]),
+    ("--batch 2", ["--batch 2: there is no such option; did you mean batch_size?"]),
+    ("--hqq 2", ["did you mean hqq_group_size or hqq_axis or hqq_optimize?"]),
+    ("--e 2", ["no such option; --help lists all"]),
+    *[
+        (f"--{written}", [f"--{written}: there is no such option; use --{meant}"])
+        for written, meant in {
+            "no_save_model": "save_model false",
+            "nosave_model": "save_model false",
+            "no-gradient-checkpointing": "use_gradient_checkpointing false",
+            "no_fused": "fused false",
+            "no_rows_cache": "rows_cache null",
+        }.items()
+    ],
+    ("--no_lr", ["--no_lr", "no such option; --help lists all"]),
+    ("--load_in_4bit true", ["did you mean n_bits? It takes one of 8, 4, 3, 2, 1, or null"]),
+    ("--use_flash_attention true", ["did you mean attention? It takes one of auto, sdpa, flash_attention_2, eager"]),
     ("--config none.yaml", ["none.yaml", "No such file"]),
     *[(f"--train_type {name}", [name, "not built yet"]) for name in ("full", "bnb_llama_pro", "hqq_llama_pro")],
     ("--train_type qlor", ["--train_type qlor", "did you mean qlora?"]),
@@ -280,11 +300,36 @@ REFUSED = [
 ]
 
 
+def test_a_variable_in_a_path_is_what_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    text = "model_name: ${SCRATCH}/model\noutput_dir: $SCRATCH/out\ndataset: a.jsonl,$SCRATCH/b.jsonl\nname: $SCRATCH\n"
+    values = parse(["--config", file(tmp_path, text), "--log_to", "wandb"]).to_flat()
+    asked = ["/scratch/me/model", "/scratch/me/out", "a.jsonl,/scratch/me/b.jsonl", "$SCRATCH"]
+    assert [values[name] for name in ("model_name", "output_dir", "dataset", "name")] == asked
+
+
+def test_a_variable_that_is_not_set_is_a_mistake_and_no_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (line,) = mistakes("--output_dir", "${NOWHERE}/out")
+    assert (
+        line
+        == "--output_dir ${NOWHERE}/out: ${NOWHERE} is not set in the environment; set it, or write the path itself"
+    )
+    (tmp_path / "a$b").mkdir()
+    assert flat("--output_dir", "a$b")["output_dir"] == "a$b"
+
+
 @pytest.mark.parametrize(("argv", "words"), REFUSED, ids=[argv for argv, _ in REFUSED])
 def test_one_mistake_is_one_line_that_names_it(argv, words):
     (line,) = mistakes(*argv.split())
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--model", "--modelname"])
+def test_a_required_option_by_another_name_is_one_mistake(flag):
+    assert mistakes(flag, "m", model=False) == [f"{flag} m: there is no such option; did you mean model_name?"]
 
 
 def test_a_missing_model_name_is_one_mistake():
@@ -350,6 +395,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
         ("run.yaml", f"lr: {'[' * 50_000}", ["too deep in one another"]),
         ("run.json", f'{{"lr": {"[" * 100_000}', ["too deep in one another"]),
         ("run.json", "[1]", ["must be an object"]),
+        ("run.toml", "lr = 1\n[model]\n", ["TOML is not read; give a YAML or JSON file"]),
     ],
 )
 def test_a_malformed_file_is_one_mistake_with_its_place(tmp_path, name, text, words):
@@ -370,6 +416,8 @@ def test_a_malformed_file_is_one_mistake_with_its_place(tmp_path, name, text, wo
         ("run.yaml", "log_to: []\n", ["log_to: []", "empty"]),
         ("run.yaml", "columns: {output: a}\n", ["columns", "takes no mapping", "give a list of names"]),
         ("run.yaml", "rows_cache: '  '\n", ["rows_cache", "needs a value"]),
+        ("run.yaml", "? [lr, seed]\n: 3\n", ["run.yaml, line 1: is no option's name"]),
+        ("run.yaml", "lr: 1\n<<: {seed: 3}\n", ["run.yaml, line 2: is no option's name"]),
         ("run.yaml", "model-name: x\nmodel_name: y\n", ["model_name: y", "line 2", "twice", "line 1"]),
     ],
 )
