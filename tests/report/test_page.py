@@ -296,6 +296,15 @@ def test_numbers_that_no_run_has_are_no_end_of_the_page(tmp_path):
     assert "17 of 5" in page.sections["head"]
 
 
+def test_a_peak_that_is_no_number_has_no_bar(tmp_path):
+    folder = write_run(tmp_path, 5)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step(6, gpu_allocated_gib=[None, 22.1], gpu_reserved_gib=[22.8, None])) + "\n")
+    page = page_of(folder)
+    assert page.html.count('class="measured"') == page.html.count('class="reserved"') == 1
+    assert "nan%" not in page.html
+
+
 def test_a_folder_that_tells_only_a_part_is_shown_so_far(tmp_path):
     """As an old version left it, as the point of a curve without rows, as after a loading that failed."""
     folder = write_run(tmp_path, 3)

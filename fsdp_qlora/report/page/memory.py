@@ -75,6 +75,9 @@ def _row(name: str, value: str, pieces: Sequence[Html]) -> Html:
 
 
 def _piece(left: float, width: float, kind: str, said: str) -> Html:
+    """Return a piece of a bar, nothing where its width is not known."""
+    if math.isnan(width):
+        return Html("")
     place = f'x="{left:.2%}" width="{min(max(width, 0), 1):.2%}" y="0" height="22"'
     return Html(f'<rect class="{kind}" {place}><title>{text(said)}</title></rect>')
 
