@@ -158,10 +158,11 @@ def test_an_adapter_alone_adds_to_the_bases_file_what_merging_does(family, rslor
     assert {name for name in truth if not torch.equal(truth[name], before[name])} == set(names)
 
 
-def test_an_adapter_alone_is_halved_by_default_and_llama_cpp_opens_it(llama, tmp_path):
+def test_an_adapter_alone_is_halved_by_default_and_llama_cpp_opens_it(llama, tmp_path, monkeypatch):
     adapter = save_random_adapter(tmp_path / "a", {"model_name": llama})
-    (alone,) = convert(tmp_path / "l", adapter=adapter, lora_only=True)
-    assert alone.name.endswith("-lora-F16.gguf")
+    monkeypatch.chdir(llama)
+    (alone,) = convert(tmp_path / "l", adapter=adapter, lora_only=True, model_name=".")
+    assert alone.name == f"{llama.name}-lora-F16.gguf"
     (plain,) = convert(tmp_path / "f", model_name=llama, quantization="f16")
     assert LlamaCpp(plain).model.lora_adapter_init(str(alone)) is not None
     assert f"ADAPTER ./{alone.name}" in alone.with_name(f"{alone.stem}.Modelfile").read_text()

@@ -53,7 +53,7 @@ def convert(adapter: Path | None, given: Mapping[str, Any], merge_base: MergeBas
     config = text_config(hf_config)
     family_of(config)
     read_vocabulary(tokenizer, config.vocab_size, None)  # a mistake is told before weights are fetched
-    name = Path(base.model_name).resolve().name if Path(base.model_name).is_dir() else base.model_name.split("/")[-1]
+    name = _name_of(base)
     target = _target(wanted, f"{name}-{wanted.quantization.upper()}.gguf")
     source = Merged(base, saved, merge_base, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     source.say_notes()
@@ -71,7 +71,7 @@ def convert_lora(adapter: Path, given: Mapping[str, Any], wanted: Wanted) -> Non
     """Write an adapter alone as GGUF. Of its base only config.json is read."""
     saved = read_adapter(adapter)
     base = base_options(saved, given, stored=False)
-    name = base.model_name.rstrip("/").split("/")[-1]
+    name = _name_of(base)
     target = _target(wanted, f"{name}-lora-{wanted.quantization.upper()}.gguf")
     precision = Precision(torch.float32, torch.float32)
     model = build(read_config(base.model_name, base.revision), precision, "eager")
@@ -83,6 +83,12 @@ def convert_lora(adapter: Path, given: Mapping[str, Any], wanted: Wanted) -> Non
     except OSError as error:
         raise _stopped(target, error) from error
     print(f"written   {target}: {as_gib(nbytes, 2)}, for llama.cpp's --lora; {modelfile.name} for `ollama create`")
+
+
+def _name_of(base: ModelOptions) -> str:
+    """Return what a base's files are named after: its folder's name, wherever it is named from, or its hub id's."""
+    local = Path(base.model_name)
+    return local.resolve().name if local.is_dir() else base.model_name.rstrip("/").split("/")[-1]
 
 
 def _target(wanted: Wanted, name: str) -> Path:
