@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fsdp_qlora.atomic_files import atomic_file, sweep
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.export.peft import ADAPTER_CONFIG
 from fsdp_qlora.export.tensor_files import INDEX
 from fsdp_qlora.runtime.files import Claim, check_empty
 
@@ -83,6 +84,11 @@ def take(folder: Path, asked: Mapping[str, Any], overwrite: bool, compares: bool
     """Take the folder; return the journal of an earlier start of the same merge, which goes on.
 
     compares: whether one that is finished goes on with its comparison, where that is still to be done."""
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"output_dir: {folder} holds an adapter, whose base programs would open in place of the merged model; "
+            "choose another folder"
+        )
     claim.take(folder, overwrite=True)  # looks for other runs only
     sweep(folder, lambda name: name == "tokenizer" or name.endswith((".safetensors", ".json")), dead_only=False)
     before = read_journal(folder)

@@ -20,7 +20,7 @@ from fsdp_qlora.errors import TrainingStopped, UserError, first_line
 from fsdp_qlora.export.adapter_folder import SavedAdapter
 from fsdp_qlora.export.journal import Journal, Rounding, clear, take
 from fsdp_qlora.export.merged import MergeBase, Merged, Piece, reading
-from fsdp_qlora.export.peft import TokenizerNotSaved, save_tokenizer
+from fsdp_qlora.export.peft import ADAPTER, ADAPTER_CONFIG, TokenizerNotSaved, save_tokenizer
 from fsdp_qlora.export.tensor_files import Shard, plan_shards, write_index, write_shard
 from fsdp_qlora.runtime.files import Claim, check_elsewhere
 from fsdp_qlora.units import GIB, as_gib
@@ -161,12 +161,11 @@ def _check_finite(piece: Piece, exact: Tensor, saved: Tensor) -> None:
 
 def _fingerprint(adapter: SavedAdapter, base: ModelOptions, merge_base: str, wanted: Wanted) -> dict[str, Any]:
     """Return what a folder's files must have been made from to be gone on with."""
-    file = (adapter.folder / "adapter_model.safetensors").stat()
     return {
         "adapter": str(adapter.folder.resolve()),
-        "adapter_bytes": file.st_size,
-        "adapter_written": file.st_mtime_ns,
+        "adapter_files": _states(adapter.folder, (ADAPTER, ADAPTER_CONFIG)),
         "model_name": base.model_name,
+        "base_files": _states(Path(base.model_name), ("config.json", "*.safetensors", "*.bin")),
         "revision": base.revision,
         "merge_base": merge_base,
         "train_type": base.train_type,
@@ -179,6 +178,12 @@ def _fingerprint(adapter: SavedAdapter, base: ModelOptions, merge_base: str, wan
         "dtype": wanted.dtype,
         "max_shard_bytes": wanted.most_shard_bytes,
     }
+
+
+def _states(folder: Path, patterns: Sequence[str]) -> dict[str, list[int]]:
+    """Return (bytes, time of the last change in ns) of these files by name; of none where there is no such folder."""
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def _check_space(folder: Path, needed: int) -> None:

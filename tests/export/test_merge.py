@@ -269,6 +269,34 @@ def test_an_interrupted_merge_goes_on_from_its_last_whole_file(llama, tmp_path, 
     assert "is not empty" in merge(capsys, 2, **asked, output_dir=tmp_path / "m")
 
 
+@pytest.mark.parametrize("changed", ["adapter_config.json", "model.safetensors"])
+def test_an_interrupted_merge_does_not_go_on_over_other_files(changed, llama, tmp_path, capsys, monkeypatch):
+    base = shutil.copytree(llama, tmp_path / "b")
+    adapter = save_random_adapter(tmp_path / "a", {"model_name": base})
+    asked = {"adapter": adapter, "check_rows": 0, "output_dir": tmp_path / "m", "max_shard_gb": 5e-5}
+    with monkeypatch.context() as patched:
+        patched.setattr(merged_folder, "write_index", interrupted)
+        assert main(["merge", *flags(asked)]) == 130
+    file = next(folder / changed for folder in (base, adapter) if (folder / changed).exists())
+    file.write_bytes(file.read_bytes())  # as another run's, of the same size
+    differing = "adapter_files" if changed == "adapter_config.json" else "base_files"
+    assert f"unfinished merge of something else ({differing} differ)" in merge(capsys, 2, **asked)
+    merge(capsys, **asked, overwrite_output_dir="true")
+
+
+def interrupted(*given: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_folder_of_another_adapter_is_never_the_output(llama, tmp_path, capsys):
+    """Transformers opens the adapter's base there, and the merge would remove its weights."""
+    adapter, other = (save_random_adapter(tmp_path / name, {"model_name": llama}) for name in "ab")
+    before = {file: file.read_bytes() for file in other.iterdir()}
+    said = merge(capsys, 2, adapter=adapter, output_dir=other, overwrite_output_dir="true")
+    assert "holds an adapter" in said
+    assert before == {file: file.read_bytes() for file in other.iterdir()}
+
+
 def test_rounding_that_loses_what_was_learnt_is_told(llama, tmp_path, capsys):
     adapter = save_random_adapter(tmp_path / "a", {"model_name": llama, "train_type": "lora"}, size=2e-6)
     said = merge(capsys, adapter=adapter, output_dir=tmp_path / "m", check_rows=1)
