@@ -167,6 +167,18 @@ def test_table_record_and_picture_grow_with_the_points(material, tmp_path, fake,
     assert (grown != picture).any()
 
 
+def test_a_loss_that_is_no_number_is_a_figure_of_its_point(material, tmp_path, fake, capsys):
+    curve(asked(material, tmp_path))
+    file = tmp_path / "rows-4" / FIGURES
+    record = json.loads(file.read_text())
+    record["adapter"] |= {"loss": None, "loss_interval": None, "perplexity": None}
+    file.write_text(json.dumps(record))
+    curve(asked(material, tmp_path))
+    assert len(fake.ran) == 6, "the point was measured"
+    assert "   4  nan              4 of 10" in capsys.readouterr().out
+    assert "4,nan,,,0.4," in (tmp_path / "curve.csv").read_text()
+
+
 def test_a_finished_curve_runs_nothing_and_more_rows_add_points(material, tmp_path, fake, capsys):
     curve(asked(material, tmp_path, rows="8,2"))
     assert fake.ran == [(name, f"rows-{n}") for n in (2, 8) for name in ("train.py", "evaluate")]
