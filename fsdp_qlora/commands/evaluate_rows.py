@@ -1,11 +1,13 @@
 """The work of evaluate: rows measured with the adapter and without it, the figures as a record and as a table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.commands.answer_rows import (
@@ -119,11 +121,20 @@ def _measure(
         answers = Answers(decoder, Sampling(), ready.stops, asked.max_new_tokens, world)
         made.answers = [answer for some in answers([prompt.ids for prompt in prompts]) for answer in some]
         world.say(speed_line(answers, len(prompts), state))
-        said = [text_of(answer, ready.tokenizer) for answer in made.answers]
-        same = NORMALIZE[asked.normalize]
-        made.right = [same(text) == same(prompt.answer or "") for text, prompt in zip(said, prompts, strict=True)]
+        made.right = [
+            is_right(answer, prompt.answer or "", ready.tokenizer, NORMALIZE[asked.normalize])
+            for answer, prompt in zip(made.answers, prompts, strict=True)
+        ]
         made.exact = Share(sum(made.right), len(prompts))
     return made
+
+
+def is_right(
+    answer: Answer, expected: str, tokenizer: PreTrainedTokenizerBase, normalize: Callable[[str], str]
+) -> bool:
+    """Return whether an answer is the expected one, which may have special tokens in its text, as calls of tools do."""
+    said = (tokenizer.decode(answer.ids, skip_special_tokens=skips) for skips in (True, False))
+    return normalize(expected) in [normalize(str(text)) for text in said]
 
 
 def _record(asked: EvaluateOptions, ready: Ready, task: Task, found: dict[str, Measured]) -> dict[str, Any]:

@@ -12,15 +12,17 @@ import transformers
 from peft import PeftModel
 
 from fsdp_qlora.__main__ import main
-from fsdp_qlora.commands.evaluate_rows import Measured
+from fsdp_qlora.commands.evaluate_rows import Measured, is_right
 from fsdp_qlora.config.options import DataOptions
-from fsdp_qlora.data.asked import read_prompts
+from fsdp_qlora.data.asked import continuations, read_prompts
 from fsdp_qlora.errors import BadRow
+from fsdp_qlora.generation.answers import Answer
 from fsdp_qlora.generation.likelihood import RowLoss
 from fsdp_qlora.generation.scores import NORMALIZE, Share, best, choices_of, mean_loss, sign_test
 from tests.generation.test_generate import WORKER, by_peft, material
 from tests.support import plain
 from tests.support.runs import Options, flags
+from tests.support.small_tokenizers import gpt2_tokenizer
 from tests.support.torchrun import ROOT, run_torchrun
 
 __all__ = ["material"]  # the fixture
@@ -196,6 +198,15 @@ def test_what_of_an_answer_counts():
     assert NORMALIZE["space"](" A\n b ") == "A b"
     assert NORMALIZE["words"]("The cat, and A dog!") == "cat and dog"
     assert NORMALIZE["words"]("don't, a well-known U.S. man") == "dont wellknown us man"  # as SQuAD deletes punctuation
+
+
+def test_special_tokens_of_an_expected_answer_count_and_others_do_not():
+    tokenizer = gpt2_tokenizer()
+    call, plain_text = (continuations(tokenizer, [text])[0] for text in ("<|im_end|>fly(owl)", "fly(owl)"))
+    assert len(call) == len(plain_text) + 1
+    assert is_right(Answer(0, call, True), "<|im_end|>fly(owl)", tokenizer, NORMALIZE["none"])
+    assert is_right(Answer(0, call, True), "fly(owl)", tokenizer, NORMALIZE["none"])
+    assert not is_right(Answer(0, plain_text, True), "<|im_end|>fly(owl)", tokenizer, NORMALIZE["none"])
 
 
 def test_the_right_choice_is_found_by_text_label_number_and_letter():
