@@ -72,7 +72,7 @@ def answer_rows(asked: AnsweringOptions, sampling: Sampling, output: str, overwr
         world.main_only(lines.begin)
         rows = ready.prompts.prompts
         with tqdm(total=len(rows), desc="answers", unit="row", disable=None if world.is_main else True) as bar:
-            for some in answers([prompt.ids for prompt in rows]):
+            for some in answers([prompt.ids for prompt in rows], [prompt.index for prompt in rows]):
                 if world.is_main:
                     lines.add([record(answer, ready) for answer in some])
                 bar.update(len(some))
@@ -120,7 +120,7 @@ def load_for(ready: Ready, work: Workload, world: World) -> Loaded:
 def record(answer: Answer, ready: Ready) -> dict[str, Any]:
     """Return an answer as its line of the file has it."""
     prompt = ready.prompts.prompts[answer.row]
-    said = {"row": answer.row, "prompt": prompt.text, "answer": text_of(answer, ready.tokenizer)}
+    said = {"row": prompt.index, "prompt": prompt.text, "answer": text_of(answer, ready.tokenizer)}
     if prompt.answer is not None:
         said["expected"] = prompt.answer
     return said | {"tokens": len(answer.ids), "ended": "stop" if answer.is_ended else "length"}

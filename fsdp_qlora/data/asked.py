@@ -27,13 +27,15 @@ BLANK = "output"  # the column that stands in for an answer that a row does not 
 @dataclass(frozen=True)
 class Prompt:
     """What is asked. answer: the row's own, None where it has none. row: as it was read, for who looks for more.
-    number: the answer, where the row has an integer for it."""
+    index: of the row among all that were read, bad ones included, from 0. number: the answer, where the row has an
+    integer for it."""
 
     ids: list[int]
     text: str
     answer: str | None
     location: str
     row: Mapping[str, Any]
+    index: int
     number: int | None = None
 
 
@@ -59,10 +61,10 @@ def read_prompts(
     choose_chat_template(tokenizer, options.chat_template)
     reader = _Reader(options, tokenizer)
     prompts, bad = list[Prompt](), list[str]()
-    for location, raw in _rows(options, tokenizer):
+    for index, (location, raw) in enumerate(_rows(options, tokenizer)):
         where = f"dataset {options.dataset!r}: {location}"
         try:
-            prompt = reader.prompt(parse_line(where, raw), where)
+            prompt = reader.prompt(parse_line(where, raw), where, index)
             check(prompt)
         except BadRow as error:
             if options.bad_rows != "skip":
@@ -112,7 +114,7 @@ class _Reader:
         self.chat: ChatTemplate | None = None
         self.own: PromptTemplate | None = None
 
-    def prompt(self, row: Row, where: str) -> Prompt:
+    def prompt(self, row: Row, where: str, index: int) -> Prompt:
         """Return what a row asks. Raises BadRow where it asks nothing."""
         columns = [column for name, column in self.named.items() if column in row or name not in ANSWERS]
         named = {name: column for name, column in self.named.items() if column in columns}
@@ -139,7 +141,7 @@ class _Reader:
             raise BadRow(f"{where}: asks nothing: its prompt is empty")
         answer = answer if has_answer or self.chat is not None else None
         numbers = (fields[name] for name in ANSWERS if type(fields.get(name)) is int)
-        return Prompt(ids, text, answer, where, row, next((n for n in numbers if str(n) == answer), None))
+        return Prompt(ids, text, answer, where, row, index, next((n for n in numbers if str(n) == answer), None))
 
     def stops(self) -> list[int]:
         """Return EOS, and of chats the token that ends a turn."""

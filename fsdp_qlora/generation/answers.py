@@ -67,16 +67,19 @@ class Answers:
         self.steps = Steps(decoder, sampling, stops, most_new, world, captures)
         self.seconds, self.tokens = 0.0, 0
 
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[Answer]]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int] | None = None
+    ) -> Iterator[list[Answer]]:
         """Yield the answers of one round after the other, in the order of the prompts, alike on every rank.
 
         A collective: every rank takes all rounds. prompts: token ids, at least one each, the same on every rank.
+        numbers: by which each draws its tokens; None: its place among them.
         Raises NoMemory, unless ranks bring each other the blocks: they cannot leave a pass and stay in step."""
         world, rows = self.world, self.decoder.rows
         start = time.perf_counter()
         for first in range(0, len(prompts), rows * world.size):
             own = range(first + world.rank * rows, min(first + (world.rank + 1) * rows, len(prompts)))
-            found = self._run([prompts[i] for i in own], list(own))
+            found = self._run([prompts[i] for i in own], [i if numbers is None else numbers[i] for i in own])
             answers = self._together([Answer(i, *one) for i, one in zip(own, found, strict=True)])
             self.tokens += sum(len(answer.ids) + answer.is_ended for answer in answers)
             self.seconds = self.seconds_before + time.perf_counter() - start

@@ -112,6 +112,18 @@ def test_a_file_is_lines_of_text_by_its_last_suffix(material, tmp_path):
     assert [line["prompt"] for line in found] == ["ant", "cow"]
 
 
+def test_a_row_keeps_its_number_and_its_draws_where_one_before_it_is_left_out(material, tmp_path):
+    good, bad = {"prompt": "ant bee", "completion": "cow"}, {"prompt": "", "completion": "cow"}
+    drawn: Options = {"adapter": material / "adapter", "temperature": 5, "bad_rows": "skip"}
+    found = []
+    for name, first in (("whole", good), ("holed", bad)):
+        (tmp_path / name).with_suffix(".jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(good)}\n")
+        found.append(generate(tmp_path / f"of-{name}", dataset=tmp_path / f"{name}.jsonl", **drawn))
+    assert [line["row"] for line in found[0]] == [0, 1]
+    assert found[0][0]["answer"] != found[0][1]["answer"]
+    assert found[1] == found[0][1:]
+
+
 CASES: dict[str, Options] = {
     "replicate": {"sharding_strategy": "ddp"},
     "shard": {"sharding_strategy": "full_shard", "batch_size": 2},
