@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,8 +83,8 @@ def test_a_full_disk_leaves_the_figures_on_the_screen(asked):
 def test_an_interruption_says_what_is_left_and_the_same_command_starts_anew(command, asked, monkeypatch):
     run, call = asked(command), Answers.__call__
 
-    def interrupted(self: Answers, prompts: list[list[int]]) -> object:
-        for count, some in enumerate(call(self, prompts)):
+    def interrupted(self: Answers, *given: Any) -> object:
+        for count, some in enumerate(call(self, *given)):
             if count == 2:
                 raise KeyboardInterrupt
             yield some
