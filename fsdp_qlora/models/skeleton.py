@@ -37,6 +37,8 @@ UNSUPPORTED = {
     "xlm": "its attention looks at later tokens too",
     "xlnet": "its attention looks at later tokens too",
     "ctrl": "it changes what its embedding gave in place",
+    "git": "it changes what its embedding gave in place",
+    "trocr": "its layers look at an encoder, which is not there",
 }
 
 
@@ -65,6 +67,8 @@ def _obstacle(config: PretrainedConfig) -> str:
     # Encoders have both fields; GPT-NeoX has the first, and is causal whatever it says.
     if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
         return "its attention looks both ways (is_decoder is false in its config.json); only causal LMs are trained"
+    if getattr(config, "add_cross_attention", False):
+        return "its layers look at an encoder (add_cross_attention in its config.json), which is not there"
     text = text_config(config)
     # "vision" is said of images alone. What transformers makes of these two depends on its attention implementation.
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):

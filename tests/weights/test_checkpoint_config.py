@@ -75,6 +75,9 @@ NOT_CAUSAL = {
     "Gemma": ({"use_bidirectional_attention": True}, "its attention looks both ways"),
     "Gemma3Text": ({"use_bidirectional_attention": True}, "its attention looks both ways"),
     "Gemma4Text": ({"use_bidirectional_attention": "all"}, "its attention looks both ways"),
+    "BertGeneration": ({"is_decoder": True, "add_cross_attention": True}, "its layers look at an encoder"),
+    "TrOCR": ({}, "its layers look at an encoder"),
+    "Git": ({}, "it changes what its embedding gave in place"),
     "CpmAnt": ({}, "its attention looks at later tokens too"),
     "PaliGemma": (None, "it wraps a text model"),
 }
