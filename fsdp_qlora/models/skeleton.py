@@ -161,9 +161,10 @@ def build(config: PretrainedConfig, precision: Precision, attention: str) -> Pre
             model = auto.from_config(
                 config, attn_implementation=attention, dtype=precision.stream, trust_remote_code=False
             )
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # each model class reads its config in its own way: a KeyError for an activation, ...
         raise UserError(
-            f"model_name: a {config.model_type} model cannot be built as a causal LM: {first_line(error)}"
+            f"model_name: a {config.model_type} model cannot be built as its config.json says "
+            f"({type(error).__name__}: {first_line(error)}); a newer transformers may know it"
         ) from error
     text = text_config(model.config)
     if hasattr(text, "allow_global_per_layer_attribute_access"):  # else Gemma 4's config raises where the plan reads it
@@ -236,7 +237,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     backbone = backbone_of(model)
     count = backbone.config.num_hidden_layers
     for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0:
             return path_of(model, module), module
     raise UserError(
         f"model_name: {type(model).__name__} has no list of {count} decoder layers; "

@@ -104,6 +104,22 @@ def test_heads_that_do_not_divide_are_refused(family, shared, tmp_path, capsys):
     assert f"4 attention heads and {shared} key/value heads" in line
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("rope_parameters", {"rope_type": "spiral", "rope_theta": 10000.0}, "spiral"),
+        ("hidden_act", "relu_to_come", "relu_to_come"),
+        ("head_dim", -16, "negative dimension"),
+        ("num_hidden_layers", 0, "no list of 0 decoder layers"),
+    ],
+)
+def test_a_value_that_transformers_cannot_build_is_one_line(field, value, why, tmp_path, capsys):
+    transformers.LlamaConfig(**tiny.SHAPE).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    assert why in refused(tmp_path / "model", capsys, dummy_weights=True)
+
+
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_in_which_a_token_does_not_see_itself_is_refused(window, tmp_path, capsys):
     transformers.MistralConfig(**tiny.SHAPE | {"sliding_window": window}).save_pretrained(tmp_path / "model")
