@@ -43,14 +43,14 @@ class ClearOptions(CacheOptions):
     older_than_days: float | None = option(
         None,
         "Remove bases that no run has used for so many days.",
-        "null: however lately they were used",
+        "however lately they were used",
         unit="days",
         at_least=0,
     )
     model: str | None = option(
         None,
         "Remove the bases of this model alone, named as `cache list` shows it.",
-        "null: of all models",
+        "of all models",
         is_path=True,
         known_as=("model_name", "model_name_or_path"),
     )

@@ -23,14 +23,14 @@ class ReportOptions:
     output_file: str | None = option(
         None,
         "File of the page. An earlier report is replaced.",
-        "null: report.html in output_dir",
+        "report.html in output_dir",
         is_path=True,
         known_as=("out_file", "html", "report_file"),
     )
     evaluation_dir: str | None = option(
         None,
         "Folder that `evaluate` wrote its figures and answers to.",
-        "null: output_dir, or `evaluation` in it",
+        "output_dir, or `evaluation` in it",
         is_path=True,
         known_as=("evaluation", "eval_dir"),
     )

@@ -22,6 +22,13 @@ class Precision:
     autocast: bool = False
     scale_loss: bool = False
 
+    @property
+    def wider(self) -> str:
+        """The mode to advise where numbers were not finite; '' where there is none wider."""
+        if self.stream is torch.bfloat16:
+            return "bf16_autocast (float32 residual stream)"
+        return "" if self.compute is torch.float32 else "fp32 (many times slower)"
+
 
 MODES = {
     "fp32": Precision(torch.float32, torch.float32),

@@ -101,7 +101,15 @@ def check_evaluations(options: EvaluationOptions, steps: int, steps_per_epoch: i
     count = -(-steps // interval(options, steps, steps_per_epoch))  # without the one before the first step
     some = f"with {count_of(count, 'evaluation')} in {count_of(steps, 'step')}"
     if options.save_best and count == 1:
-        raise UserError(f"save_best: has no effect {some}; set eval_steps below {steps}, or omit save_best")
+        raise UserError(f"save_best: has no effect {some}; {_set_eval_steps(2, steps)}omit save_best")
     patience = options.early_stopping_patience
     if patience is not None and count < patience + 2:  # one is the best, and the last would stop nothing
-        raise UserError(f"early_stopping_patience {patience}: has no effect {some}; lower it or eval_steps, or omit it")
+        lower = f"set it to {count - 2}, or " if count > 2 else ""
+        remedy = f"{lower}{_set_eval_steps(patience + 2, steps)}omit it"
+        raise UserError(f"early_stopping_patience {patience}: has no effect {some}; {remedy}")
+
+
+def _set_eval_steps(count: int, steps: int) -> str:
+    """Return the advice that makes so many evaluations of a run of `steps`, '' where there is none."""
+    largest = (steps - 1) // (count - 1)
+    return f"set eval_steps to {largest}, or " if largest else ""

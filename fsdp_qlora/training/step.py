@@ -317,11 +317,12 @@ class Stepper:
         finite = math.isfinite(record.loss)
         what = f"the gradient's norm is {record.grad_norm}" if finite else f"the loss is {record.loss}"
         where = "; ".join(f"rank {rank}: {', '.join(map(str, rows[rank])) or 'none'}" for rank in bad)
+        wider = self.model.precision.wider
+        advice = f"lower lr, or try --precision {wider}" if wider else "or lower lr"
         damaged = "" if self._updated else "; so early the checkpoint itself may be damaged"
         stopped = NotFinite(
             f"step {record.step}: {what}, so nothing was updated. Rows of the dataset in it (counted from 0): "
-            f"{where}. Look at these rows, lower lr, or try --precision bf16_autocast (float32 residual stream)"
-            f"{damaged}",
+            f"{where}. Look at these rows, {advice}{damaged}",
             record,
         )
         raise stopped.on_every_rank(self.world.rank)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.distributed.world import open_world
 from fsdp_qlora.errors import TrainingStopped, UserError
-from fsdp_qlora.models.precision import precision_of
+from fsdp_qlora.models.precision import MODES, precision_of
 from fsdp_qlora.runtime.files import LOCK
 from fsdp_qlora.runtime.libraries import go_offline_if_unreachable
 from tests.support.tiny import SHAPE, save_model
@@ -236,7 +236,7 @@ STOPS: dict[str, tuple[dict[str, str], int | None, list[str]]] = {
         None,
         [
             f"step {STEPS_BEFORE_POISON + 1}: the loss is nan",
-            "--precision bf16_autocast",
+            ". Look at these rows, or lower lr. The adapter",  # in fp32 nothing is wider
             f"The adapter as of step {STEPS_BEFORE_POISON} is saved in ",
         ],
     ),
@@ -406,6 +406,17 @@ def test_bfloat16_is_refused_by_name_on_a_card_without_it(monkeypatch):
     assert precision_of("fp16_autocast", card).compute is torch.float16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert precision_of("bf16", card).compute is torch.bfloat16
+
+
+def test_what_is_advised_against_nan_is_wider_and_runs_on_the_same_card():
+    told = {mode: precision.wider.split(" ")[0] for mode, precision in MODES.items()}
+    assert told == {
+        "fp32": "",
+        "bf16": "bf16_autocast",
+        "bf16_buffers_autocast": "bf16_autocast",
+        "bf16_autocast": "fp32",
+        "fp16_autocast": "fp32",  # such a card may not have bfloat16
+    }
 
 
 def test_gpu_memory_that_runs_out_before_the_first_step_is_told_in_a_line():

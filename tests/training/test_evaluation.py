@@ -12,10 +12,12 @@ from transformers import AutoTokenizer, LlamaConfig
 
 import train
 from fsdp_qlora.config.options import DataOptions
+from fsdp_qlora.config.parse import parse
 from fsdp_qlora.data.batches import load_rows
 from fsdp_qlora.errors import TrainingStopped
 from fsdp_qlora.training import loop
 from fsdp_qlora.training.evaluate import Evaluated, Evaluator
+from fsdp_qlora.training.evaluations import check_evaluations
 from tests.support import plain, tiny
 from tests.support.built import built
 from tests.support.runs import Options, Run, flags, run_alone, run_ranks
@@ -308,8 +310,16 @@ def test_what_is_evaluated_is_told(best, options, tmp_path, capsys):
 
 
 FEW = [
-    ({"save_best": True}, "save_best: has no effect with 1 evaluation in 4 steps; set eval_steps below 4"),
-    ({"early_stopping_patience": 1, "eval_steps": 2}, "early_stopping_patience 1: has no effect with 2 evaluations"),
+    ({"save_best": True}, "with 1 evaluation in 4 steps; set eval_steps to 3, or omit save_best"),
+    ({"save_best": True, "max_steps": 1}, "save_best: has no effect with 1 evaluation in 1 step; omit save_best"),
+    ({"early_stopping_patience": 1, "eval_steps": 2}, "with 2 evaluations in 4 steps; set eval_steps to 1, or omit it"),
+    ({"early_stopping_patience": 2, "eval_steps": 1, "max_steps": 3}, "in 3 steps; set it to 1, or omit it"),
+    ({"early_stopping_patience": 3}, "early_stopping_patience 3: has no effect with 1 evaluation in 4 steps; omit it"),
+]
+WELL = [
+    {"save_best": True, "eval_steps": 3},
+    {"early_stopping_patience": 1, "eval_steps": 1},
+    {"early_stopping_patience": 1, "eval_steps": 1, "max_steps": 3},
 ]
 
 
@@ -324,3 +334,10 @@ def test_options_that_so_few_evaluations_leave_without_effect_are_refused(option
     ]
     assert words in captured.err
     assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("more", WELL)
+def test_what_is_advised_for_few_evaluations_is_taken(more):
+    asked = {"max_steps": 4, "eval_samples": 2} | more
+    evaluation = parse(["--model_name", "m", *flags(asked)]).evaluation
+    check_evaluations(evaluation, steps=asked["max_steps"], steps_per_epoch=100)

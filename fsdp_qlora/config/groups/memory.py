@@ -78,7 +78,7 @@ class MemoryOptions:
     resident_blocks: int | None = option(
         None,
         "Blocks that stay on the GPU under use_cpu_offload, spread evenly among the streamed ones.",
-        "null: as many as the plan finds room for",
+        "as many as the plan finds room for",
         "each takes its frozen bytes on every GPU (0.41 GiB at 70B) and needs no copy",
         unit="blocks",
         at_least=0,
