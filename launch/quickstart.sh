@@ -8,6 +8,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+for word in "$@"; do
+    name=${word%%=*}
+    case ${name//-/_} in
+        __config | __model_name | __dataset | __output_dir | __overwrite_output_dir)
+            echo "launch/quickstart.sh: $name is set here already; omit it, or start train.py yourself" >&2
+            exit 2
+            ;;
+    esac
+done
+
 MODEL=models/smollm2-135m-instruct
 OUTPUT=output/quickstart
 CONFIG=configs/tiny_cpu.yaml

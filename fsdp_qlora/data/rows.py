@@ -67,6 +67,9 @@ def _merged_rows(
     if not held_out:  # rows to evaluate on are read with the training rows' options
         _check_effect({rows.form for rows in every}, options)
     rows = merged(every, parts, options.dataset_samples)
+    asked = options.dataset_samples
+    if asked is not None and rows.n_read < asked:
+        rows.notes.append(f"there are no more, of {'eval' if held_out else 'dataset'}_samples {asked}")
     if rows.pad_id >= vocab_size:  # which one does not matter: padding is masked by its position
         rows.pad_id = 0
     if int(rows.ids.max()) >= vocab_size:

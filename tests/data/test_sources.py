@@ -209,6 +209,9 @@ def test_several_datasets(tmp_path: Path) -> None:
     assert learnt(mixed, 39, tokenizer) == " yellow 99</s>", "spread over the whole of it"
     assert len(load(f"{a}:3,{b}:1", tokenizer, dataset_samples=20)) == 20
     assert len(load(f"{a},{b}", tokenizer, dataset_samples=35)) == 35
+    assert "there are no more" not in load(f"{a},{b}", tokenizer, dataset_samples=35).summary
+    few = load(f"{a},{b}", tokenizer, dataset_samples=999)
+    assert few.summary.endswith("there are no more, of dataset_samples 999")
     for wrong, message in [
         (f"{a}:0.5,{b}", "give every dataset a weight"),
         (f"{a}:0.5", "a weight says nothing about one dataset alone"),

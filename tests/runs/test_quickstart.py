@@ -105,3 +105,22 @@ def test_quickstart_refuses_an_old_python(tmp_path: Path) -> None:
     )
     assert ran.returncode == 2
     assert b"Python 3.9.1 is too old, 3.11 or newer is needed" in ran.stderr
+
+
+def test_what_the_quickstart_sets_itself_is_refused_before_anything_is_installed() -> None:
+    train = (
+        next(line for line in QUICKSTART.split("\n\n") if "torchrun" in line).replace("\\\n", "").split("train.py")[1]
+    )
+    set_here = [word for word in shlex.split(train) if word.startswith("--")]
+    assert "--output_dir" in set_here
+    for option in [*set_here, "--output-dir=mine"]:
+        ran = subprocess.run(
+            [LAUNCH / "quickstart.sh", "--num_epochs", "2", option],
+            env={"PYTHON": "/nowhere", "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+        )
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert ran.stderr == (
+            f"launch/quickstart.sh: {option.split('=')[0]} is set here already; omit it, or start train.py yourself\n"
+        )
