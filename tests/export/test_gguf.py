@@ -355,6 +355,9 @@ def config_of(family: str, **more: object) -> transformers.PretrainedConfig:
         ("Qwen2", YARN | {"attention_factor": 1.0}, "scales yarn attention by 1.13863 here and the model by 1"),
         ("Qwen3", YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "scales yarn attention"),
         ("Llama", YARN | {"truncate": False}, "truncate true only"),
+        ("Llama", YARN | {"beta_fast": 32.0, "beta_slow": 1}, None),
+        ("Llama", YARN | {"beta_fast": 8.0}, "beta_fast 32 and beta_slow 1 only, and the model has 8 and 1"),
+        ("Qwen2", YARN | {"beta_slow": 2.0}, "and the model has 32 and 2"),
         ("Llama", LONG, "type longrope are not written as GGUF for llama"),
         ("Qwen2", LLAMA3, "type llama3 are not written"),
         ("Gemma", LINEAR, "type linear are not written"),
@@ -380,6 +383,10 @@ def test_rotary_positions_are_those_that_llama_cpp_turns(family, rope, says):
         ("Gemma2", {"attn_logit_softcapping": None}, "always softcaps"),
         ("Gemma2", {"final_logit_softcapping": None}, "always softcaps"),
         ("Llama", {"hidden_act": "gelu"}, "computes silu for llama, and this model gelu"),
+        *(
+            (name, {"attention_bias": True}, "no biases of attention")
+            for name in ("Qwen3", "Gemma", "Gemma2", "Gemma3Text")
+        ),
         (
             "Gemma3Text",
             {"hidden_activation": "silu"},
@@ -391,6 +398,15 @@ def test_a_graph_that_llama_cpp_does_not_have_is_refused(family, more, says):
     family_of(config_of(family))
     with pytest.raises(UserError, match=says):
         family_of(config_of(family, **more))
+
+
+def test_longrope_beyond_its_context_is_the_models_and_what_differs_below_is_told(tmp_path, capsys):
+    rope = LONG | {"original_max_position_embeddings": 16, "long_factor": [2.0 + i / 8 for i in range(8)]}
+    base = save_base(tmp_path / "b", "Phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    (file,) = convert(tmp_path / "g", model_name=base, quantization="f32")
+    assert "serve short ones with --ctx-size 16" in capsys.readouterr().out
+    truth = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    assert (LlamaCpp(file).logits(IDS) - truth).abs().max() < 2e-3 * truth.abs().max()
 
 
 def test_an_adapter_that_is_damaged_or_too_large_for_f16_is_refused(llama, tmp_path, capsys):

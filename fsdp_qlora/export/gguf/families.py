@@ -74,8 +74,22 @@ def _no_windows(config: Any) -> None:
         raise UserError(f"model_name: llama.cpp has no sliding windows for {config.model_type}, which this model uses")
 
 
+def _no_biases(config: Any) -> None:
+    if getattr(config, "attention_bias", False):
+        raise UserError(
+            f"model_name: llama.cpp has no biases of attention for {config.model_type}, which this model has; it would "
+            "not open the file"
+        )
+
+
+def _qwen3(config: Any) -> None:
+    _no_windows(config)
+    _no_biases(config)
+
+
 def _gemma(config: Any) -> None:
     """Check windows, each sixth layer (Gemma 2: each second) without one, and the scale of attention."""
+    _no_biases(config)
     every = 2 if config.model_type == "gemma2" else 6
     layers = config.num_hidden_layers
     fixed = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
@@ -98,13 +112,13 @@ def _gemma(config: Any) -> None:
 
 GELU = ("gelu_pytorch_tanh", "gelu_new")
 LLAMA = Family("LLAMA", permutes=True, extra=llama3_frequencies, ropes=("default", "linear", "yarn", "llama3"))
-_GEMMA = Family("GEMMA", norm_shift=1.0, tied=True, ropes=("default",), activations=GELU)
+_GEMMA = Family("GEMMA", norm_shift=1.0, check=_no_biases, tied=True, ropes=("default",), activations=GELU)
 # By model type of the text part's config.
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": Family("QWEN2", check=_no_windows),
-    "qwen3": Family("QWEN3", check=_no_windows),
+    "qwen3": Family("QWEN3", check=_qwen3),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, arch="GEMMA2", check=_gemma),
     "gemma3_text": replace(_GEMMA, arch="GEMMA3", check=_gemma, ropes=("default", "linear")),

@@ -69,10 +69,3 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any, size: int) -> None:
         writer.add_rope_scaling_orig_ctx_len(context or config.max_position_embeddings)
     if kind == "longrope" and context:
         writer.add_rope_scaling_attn_factors(long_scale(config.max_position_embeddings / context, context))
-    if kind == "yarn":
-        for key, add in (
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if rope.get(key) is not None:
-                add(rope[key])

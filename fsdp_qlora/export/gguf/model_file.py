@@ -21,6 +21,7 @@ from fsdp_qlora.export.gguf.families import Family, family_of, heads_permuted, p
 from fsdp_qlora.export.gguf.metadata import add_metadata, general_name
 from fsdp_qlora.export.gguf.names import Names
 from fsdp_qlora.export.gguf.quantize import K_TYPES, Model, Quantization, type_of
+from fsdp_qlora.export.gguf.rope import rope_of
 from fsdp_qlora.export.gguf.tensor_data import Entry, check_file, check_room, write_file
 from fsdp_qlora.export.gguf.vocabulary import add_vocabulary, read_vocabulary
 from fsdp_qlora.export.merged import Merged
@@ -92,6 +93,14 @@ def write_model(
     if family.arch in ("LLAMA", "PHI3") and window and window < config.max_position_embeddings:
         print(
             f"note      llama.cpp has no sliding window here: beyond {window} tokens it sees more than the model did",
+            flush=True,
+        )
+    rope = rope_of(config)
+    if rope.get("rope_type") == "longrope":
+        context = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        print(
+            f"note      where its context is above {context} tokens llama.cpp takes the long factors of longrope for "
+            f"all prompts, and the model for longer ones alone: serve short ones with --ctx-size {context}",
             flush=True,
         )
     entries = [part.entry for part in parts]
