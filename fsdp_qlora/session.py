@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.config.options import Config, MemoryOptions
 from fsdp_qlora.data.row_lengths import RowLengths
-from fsdp_qlora.distributed.world import World
+from fsdp_qlora.distributed.world import World, idle_gpus
 from fsdp_qlora.exchange.choose import check_exchange, choose_exchange
 from fsdp_qlora.kernels.quick_launch import slower_launches
 from fsdp_qlora.models.assemble import Recipe, assemble
@@ -100,6 +100,8 @@ def choose_compute(config: Config, world: World) -> Compute:
         return Compute(hf_config, precision, choose_attention(options.attention, hf_config, precision, world.device))
 
     compute = world.together(choose)
+    if idle := idle_gpus(world):
+        world.say(idle)
     if world.device.type == "cuda" and (slower := slower_launches()):
         world.say(slower)
     world.together(lambda: check_optimizer(config.training, world.device))

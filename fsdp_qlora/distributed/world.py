@@ -180,6 +180,14 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
         _within(TEARDOWN_SECONDS, dist.destroy_process_group)
 
 
+def idle_gpus(world: World) -> str | None:
+    """Return a line about GPUs of this node that no rank uses; None where there are none."""
+    gpus = torch.cuda.device_count() if world.device.type == "cuda" else 0
+    if gpus <= world.local_size:
+        return None
+    return f"cards     {world.local_size} of {gpus} GPUs used; torchrun --nproc_per_node {gpus} starts a rank on each"
+
+
 def peer_is_gone(error: BaseException) -> bool:
     """Return whether an exception, or one it was raised from, is a collective failing because its peer ended."""
     seen: BaseException | None = error

@@ -76,6 +76,10 @@ def check_launch(asked: LaunchOptions, launch: Launch) -> None:
         wrong.append(f"--master_addr {asked.master_addr}, but the launch uses {launch.address}")
     if asked.master_port is not None and launch.port is not None and asked.master_port != launch.port:
         wrong.append(f"--master_port {asked.master_port}, but the launch uses {launch.port}")
+    given = {"master_addr": asked.master_addr, "master_port": asked.master_port}
+    if launch.address is None:
+        alone = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        wrong += [f"{' '.join(alone)}, but torchrun has not started this process"] if alone else []
     if not wrong:
         return
     ranks = launch.size if asked.world_size == -1 else asked.world_size

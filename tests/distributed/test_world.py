@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.distributed import world as world_module
-from fsdp_qlora.distributed.world import open_world, peer_is_gone
+from fsdp_qlora.distributed.world import World, idle_gpus, open_world, peer_is_gone
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.runtime import launcher as environment
 from fsdp_qlora.runtime.launcher import Launch, check_launch, rank_from_environment, read_launch
@@ -56,6 +56,28 @@ def test_options_that_ask_for_another_launch_show_the_command():
         check_launch(LaunchOptions(world_size=4), launch)
     with pytest.raises(UserError, match=r"--master_port 1234, but.*29500.*--master_port=1234"):
         check_launch(LaunchOptions(master_port=1234), launch)
+
+
+@pytest.mark.parametrize("given", [{"master_addr": "localhost"}, {"master_port": 29500}])
+def test_an_address_that_nobody_meets_at_is_a_mistake(given):
+    name, value = next(iter(given.items()))
+    with pytest.raises(UserError, match=rf"^--{name} {value}, but torchrun has not started.*--{name}={value} train.py"):
+        check_launch(LaunchOptions(**given), Launch())
+    check_launch(LaunchOptions(world_size=1), Launch())
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "gpus", "line"),
+    [
+        ("cuda", 1, 2, "cards     1 of 2 GPUs used; torchrun --nproc_per_node 2 starts a rank on each"),
+        ("cuda", 2, 2, None),
+        ("cpu", 1, 2, None),
+    ],
+)
+def test_gpus_that_no_rank_uses_are_told(monkeypatch, device, ranks, gpus, line):
+    """The scripts of fsdp_qlora start train.py alone, which then starts a process for each GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert idle_gpus(World(0, ranks, 0, ranks, torch.device(device))) == line
 
 
 def test_the_rank_is_known_without_torch():
