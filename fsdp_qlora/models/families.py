@@ -53,13 +53,13 @@ def standard_layer(
     norms: tuple[str, str, str, str] = PLAIN_NORMS,
     shift: float = 0.0,
     config_window: bool = False,
-    softcaps: bool = False,
+    softcaps: bool = True,
 ) -> BlockSpec:
     """Return the spec of a layer of self_attn and mlp. Raises NotFusable, and UserError for a window of no token.
 
     norms: names of its four norms in order of use, '' where there is none. shift: 1 where norms multiply by 1 + w.
     config_window: every layer has the config's sliding window, unless its attention says otherwise. softcaps: scores
-    have the softcap that the attention names; Gemma 3's names one and leaves it out."""
+    have the softcap that the attention names, if any; Gemma 3's names one and leaves it out."""
     # Hugging Face's modules: torch takes any attribute of a module for a tensor or a module.
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
@@ -78,6 +78,7 @@ def standard_layer(
     stacked_qkv, stacked_gate_up = hasattr(attention, "qkv_proj"), hasattr(mlp, "gate_up_proj")
     has_window = hasattr(attention, "sliding_window") or not config_window
     window = getattr(attention if has_window else config, "sliding_window", None)
+    softcap = getattr(attention, "attn_logit_softcapping", None) if softcaps else None
     if window is not None and window < 1:
         raise UserError(f"model_name: the config.json has a sliding_window of {window} tokens; set 1 or more, or null")
     return BlockSpec(
@@ -91,7 +92,7 @@ def standard_layer(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
-            masking=Masking(float(attention.scaling), window, attention.attn_logit_softcapping if softcaps else None),
+            masking=Masking(float(attention.scaling), window, softcap),
         ),
         GatedMlpSpec(
             norm=third,
@@ -125,6 +126,6 @@ FAMILIES: dict[str, Callable[[nn.Module, FrozenBytes], BlockSpec]] = {
     "Qwen3DecoderLayer": standard_layer,
     "Phi3DecoderLayer": partial(standard_layer, config_window=True),
     "GemmaDecoderLayer": partial(standard_layer, shift=1.0),
-    "Gemma2DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0, softcaps=True),
-    "Gemma3DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0),
+    "Gemma2DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0),
+    "Gemma3DecoderLayer": partial(standard_layer, norms=FOUR_NORMS, shift=1.0, softcaps=False),
 }
