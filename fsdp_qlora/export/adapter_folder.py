@@ -61,6 +61,9 @@ class SavedAdapter:
 
 def read_adapter(folder: Path) -> SavedAdapter:
     """Return the adapter in `folder`. Raises UserError where there is none, or one that is not known here."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else f"is no folder (the current folder is {Path.cwd()})"
+        raise UserError(f"adapter: {folder} {what}; give the output_dir of a finished run")
     if not (folder / ADAPTER_CONFIG).is_file() or not (folder / ADAPTER).is_file():
         missing = [name for name in (ADAPTER_CONFIG, ADAPTER) if not (folder / name).is_file()]
         raise UserError(f"adapter: {folder} has no {' and no '.join(missing)}; give the output_dir of a finished run")

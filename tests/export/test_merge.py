@@ -309,7 +309,9 @@ def test_rounding_that_loses_what_was_learnt_is_told(llama, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"adapter": "{tmp}/nowhere"}, "adapter: {tmp}/nowhere has no adapter_config.json and no adapter_model"),
+        ({"adapter": "{tmp}/nowhere"}, "adapter: {tmp}/nowhere is no folder (the current folder is "),
+        ({"adapter": "{tmp}/a/adapter_config.json"}, "adapter: {tmp}/a/adapter_config.json is a file; give the output"),
+        ({"adapter": "{tmp}"}, "adapter: {tmp} has no adapter_config.json and no adapter_model"),
         ({"model_name": "{tmp}/other"}, "adapter: {tmp}/a is of another model than {tmp}/other"),
         ({"train_type": "lora"}, "train_type: lora is not what {tmp}/a was trained with (qlora, by its config.yaml)"),
         ({"precision": "fp32"}, "precision: fp32 is not what {tmp}/a was trained with"),
