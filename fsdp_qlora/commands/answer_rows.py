@@ -61,13 +61,17 @@ class Ready:
 def answer_rows(asked: AnsweringOptions, sampling: Sampling, output: str, overwrite: bool) -> None:
     """Answer the rows of `asked` and write the answers to `output`. Raises UserError and TrainingStopped."""
     with _Lines(output) as lines, open_world(LaunchOptions(), sampling.seed) as world:
-        world.main_only(lambda: lines.check(overwrite))
+        if not asked.plan_only:
+            world.main_only(lambda: lines.check(overwrite))
         with standard_input(world):
             ready = read_all(asked, world, sampling.seed)
         capacity = world.together(lambda: ready.capacity(asked.max_new_tokens))
         for line in start_lines(ready):
             world.say(line)
-        loaded = load_for(ready, ready.workload(capacity, asked.batch_size, not sampling.is_greedy), world)
+        work = ready.workload(capacity, asked.batch_size, not sampling.is_greedy)
+        loaded = load_for(ready, work, world, asked.plan_only)
+        if loaded is None:
+            return
         answers = Answers(loaded.decoder(loaded.fit.rows, capacity), sampling, ready.stops, asked.max_new_tokens, world)
         world.main_only(lines.begin)
         rows = ready.prompts.prompts
@@ -107,14 +111,14 @@ def read_all(
     return Ready(base, compute, tokenizer, prompts, stops_of(base.config.model, hf_config, prompts.stops))
 
 
-def load_for(ready: Ready, work: Workload, world: World) -> Loaded:
-    """Return the model with its weights, placed for so much work. A collective."""
+def load_for(ready: Ready, work: Workload, world: World, plan_only: bool) -> Loaded | None:
+    """Return the model with its weights, placed for so much work; None where that is only planned. A collective."""
     config = sized(ready.base.config, max(work.longest, work.widest))
     built = build(replace(ready.base, config=config), world, ready.compute)
     fit = fit_rows(built, work)
     world.say(f"blocks    {built.fusion}")
     world.say(fit.line)
-    return built.load(fit)
+    return None if plan_only else built.load(fit)
 
 
 def record(answer: Answer, ready: Ready) -> dict[str, Any]:

@@ -108,6 +108,13 @@ class AnsweringOptions:
     resident_blocks: int | None = as_in(MemoryOptions, "resident_blocks")
     gpu_memory_gib: float | None = as_in(MemoryOptions, "gpu_memory_gib")
     host_memory_gib: float | None = as_in(MemoryOptions, "host_memory_gib")
+    plan_only: bool = option(
+        False,
+        "Say how rows are read, where the base would be and how many rows go at a time, then stop: no weight is read.",
+        "answers are the usual wish",
+        "seconds",
+        known_as=("dry_run", "check_only"),
+    )
 
     def recorded(self) -> dict[str, Any]:
         """Return what the adapter's folder says too, as the user named it."""

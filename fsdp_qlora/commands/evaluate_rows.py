@@ -68,7 +68,8 @@ def evaluate_rows(asked: EvaluateOptions) -> None:
     """Measure what `asked` wants. Raises UserError, and TrainingStopped where fewer rows are right than asked for."""
     folder = Path(asked.output_dir)
     with open_world(LaunchOptions(), 42) as world:
-        world.main_only(lambda: _check_output(folder, asked.overwrite_output_dir))
+        if not asked.plan_only:
+            world.main_only(lambda: _check_output(folder, asked.overwrite_output_dir))
         with standard_input(world):
             ready = read_all(asked, world, 42, partial(check_row, asked.measures))
             task = world.together(lambda: task_of(asked, ready, world))
@@ -76,7 +77,9 @@ def evaluate_rows(asked: EvaluateOptions) -> None:
         for line in start_lines(ready):
             world.say(line)
         world.say(f"measures  {', '.join(task.measures)}")
-        loaded = load_for(ready, work, world)
+        loaded = load_for(ready, work, world, asked.plan_only)
+        if loaded is None:
+            return
         decoder = loaded.decoder(loaded.fit.rows, work.capacity) if "exact" in task.measures else None
         states = {"adapter": True} if ready.base.adapter is not None else {}
         states |= {"base": False} if asked.base_too or not states else {}

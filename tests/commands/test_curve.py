@@ -55,12 +55,17 @@ class Fake:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.commands: list[dict[str, str]] = []
+        self.checks: list[dict[str, str]] = []
         self.then: dict[int, int | type[BaseException]] = {}
+        self.check = 0  # exit code
         monkeypatch.setattr(points, "run_program", self)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
     def __call__(self, command: list[str]) -> int:
         said = words(command)
+        if "plan_only" in said:
+            self.checks.append(said)
+            return self.check
         self.commands.append(said)
         folder = Path(said["output_dir"])
         folder.mkdir(exist_ok=True)
@@ -108,7 +113,7 @@ def test_points_are_the_runs_of_train_and_the_figures_of_evaluate(material, tmp_
 
     def run_here(command: list[str]) -> int:
         ran.append(command)
-        if len(ran) == 4:
+        if len(ran) == 5:
             raise KeyboardInterrupt
         return train.main(command[2:]) if "evaluate" not in command else main(command[3:])
 
@@ -121,7 +126,7 @@ def test_points_are_the_runs_of_train_and_the_figures_of_evaluate(material, tmp_
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("rows-2/*")}
     curve(options)
     said = capsys.readouterr().out
-    assert [words(command)[""] for command in ran[4:]] == ["train.py", "evaluate"]
+    assert [words(command)[""] for command in ran[5:]] == ["train.py", "evaluate"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     found = {n: json.loads((tmp_path / "c" / f"rows-{n}" / FIGURES).read_text()) for n in (0, 2, 4)}
     table = {int(line["rows"]): line for line in csv.DictReader((tmp_path / "c" / "curve.csv").open())}
@@ -281,6 +286,29 @@ def test_a_mistake_is_one_line_before_anything_runs(more, told, material, tmp_pa
     assert len(lines) == 1
     assert all(word in lines[0] for word in told), lines
     assert not fake.commands
+    assert not (tmp_path / "c").exists()
+
+
+def test_evaluate_looks_at_its_rows_before_anything_trains_and_once(material, tmp_path, fake, capsys):
+    fake.check = 2
+    curve(asked(material, tmp_path / "c", max_new_tokens=7), 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "evaluate ended with exit code 2 and says why above; nothing has been trained" in line
+    assert not fake.commands
+    assert not (tmp_path / "c").exists()
+    fake.check = 0
+    curve(asked(material, tmp_path / "c", max_new_tokens=7, rows="2"))
+    curve(asked(material, tmp_path / "c", max_new_tokens=7, rows="2,4"))
+    assert len(fake.checks) == 2, "the points of this curve have been measured"
+    (said, _) = fake.checks
+    assert said["max_new_tokens"] == "7"
+    assert "adapter" not in said
+
+
+@pytest.mark.slow
+def test_an_answer_longer_than_the_model_takes_is_told_before_anything_trains(material, tmp_path):
+    base = tiny.save_model(transformers.Qwen2Config(**tiny.SHAPE), tmp_path / "base", torch.bfloat16)
+    curve(asked(material, tmp_path / "c", model_name=base, rows="2", precision="fp32", max_new_tokens=100_000), 2)
     assert not (tmp_path / "c").exists()
 
 

@@ -89,6 +89,20 @@ def test_a_file_of_lines_and_standard_output(material, tmp_path, capsys):
     assert "tokens/s" in said.err
 
 
+@pytest.mark.parametrize(("command", "output"), [("generate", "output_file"), ("evaluate", "output_dir")])
+def test_plan_only_says_where_the_base_would_be_and_reads_no_weight(
+    command, output, material, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delattr("fsdp_qlora.inference.load")
+    options: Options = {"adapter": material / "adapter", "dataset": material / "rows.jsonl", "max_new_tokens": NEW}
+    capsys.readouterr()
+    assert main([command, *flags(options | {output: tmp_path / "out", "plan_only": True})]) == 0
+    said = capsys.readouterr().out
+    assert "base: replicate" in said
+    assert "loaded" not in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_lines_are_json_in_any_encoding_of_standard_output(material, tmp_path, monkeypatch):
     file = tmp_path / "asked.txt"
     file.write_text("ant é \N{OWL}\n", encoding="utf-8")

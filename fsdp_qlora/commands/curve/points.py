@@ -13,7 +13,7 @@ from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.commands.curve.figures import Point, csv, read_point, table
 from fsdp_qlora.commands.curve.options import CurveOptions
 from fsdp_qlora.commands.curve.picture import draw
-from fsdp_qlora.commands.curve.programs import as_typed, measuring, run_program, train_script, training
+from fsdp_qlora.commands.curve.programs import as_typed, checking, measuring, run_program, train_script, training
 from fsdp_qlora.commands.curve.row_check import check_rows, contents_of
 from fsdp_qlora.commands.evaluate_rows import FILE
 from fsdp_qlora.config.options import OPTIONS, Config, show
@@ -38,6 +38,7 @@ def draw_curve(own: CurveOptions, train: Config) -> None:
         curve = Curve(own, train, ranks)
         curve.check_agreement()
         notes = check_rows(train.data.dataset, own.eval_dataset, train.evaluation.eval_samples, points[-1])
+        curve.check_measuring()
         claim.take(curve.folder, own.overwrite_output_dir or curve.earlier is not None)
         curve.begin(points)
         for note in notes:
@@ -73,6 +74,16 @@ class Curve:
                 "choose another folder, or --overwrite_output_dir true to make all points anew"
             )
 
+    def check_measuring(self) -> None:
+        """Let evaluate look at its rows and options before anything trains, unless it has measured a point of these.
+
+        Raises UserError or TrainingStopped where it would refuse them."""
+        if self.earlier is not None and self.finished():
+            return
+        command = checking(self.own, self.train, self.place(0), self.ranks)
+        told = "and says why above; nothing has been trained"
+        self._run("before anything trains", "evaluate", command, told)
+
     def begin(self, points: Sequence[int]) -> None:
         """Take the folder over. The points of an earlier curve that is to be replaced go now, with their checkpoints:
         none may be gone on with under other options."""
@@ -99,10 +110,10 @@ class Curve:
         if read_point(place, rows) is not None:
             return False
         if rows and not (rows in self.trained and (place / ADAPTER).exists()):
-            self._run(rows, "train.py", training(self.train, rows, place, self.ranks, self._going_on(place)))
+            self._make(rows, "train.py", training(self.train, rows, place, self.ranks, self._going_on(place)))
             self.trained = sorted({*self.trained, rows})
             self._note()
-        self._run(rows, "evaluate", measuring(self.own, self.train, rows, place, self.ranks))
+        self._make(rows, "evaluate", measuring(self.own, self.train, rows, place, self.ranks))
         if read_point(place, rows) is None:
             raise TrainingStopped(f"rows {rows}: {place / FILE} has no figures of this point; remove it, start again")
         self.write()
@@ -133,15 +144,17 @@ class Curve:
             return {"resume": "auto"}
         return {"overwrite_output_dir": True} if place.is_dir() and any(place.iterdir()) else {}
 
-    def _run(self, rows: int, name: str, command: list[str]) -> None:
-        print(f"\nrows {rows:,}: {as_typed(command)}\n", flush=True)
+    def _make(self, rows: int, name: str, command: list[str]) -> None:
+        told = "and says why above; finished points stay, and the same command goes on"
+        self._run(f"rows {rows}", name, command, told)
+
+    def _run(self, what: str, name: str, command: list[str], told: str) -> None:
+        """Run a program. what: is done by it. told: of its end where it fails."""
+        print(f"\n{what}: {as_typed(command)}\n", flush=True)
         code = run_program(command)
         if code:
             kind = UserError if code == 2 else TrainingStopped
-            raise kind(
-                f"rows {rows}: {name} ended with exit code {code} and says why above; finished points stay, and the "
-                "same command goes on"
-            )
+            raise kind(f"{what}: {name} ended with exit code {code} {told}")
 
     def _note(self) -> None:
         points = [{"rows": p.rows, "folder": self.place(p.rows).name, **p.record} for p in self.finished()]

@@ -58,6 +58,11 @@ def measuring(own: CurveOptions, train: Config, rows: int, folder: Path, ranks: 
     return [*_launcher(ranks), "-m", "fsdp_qlora", "evaluate", *flags(given, EVALUATE.program)]
 
 
+def checking(own: CurveOptions, train: Config, folder: Path, ranks: int) -> list[str]:
+    """Return the command line by which evaluate looks at its rows and options, with the base alone, and stops."""
+    return [*measuring(own, train, 0, folder, ranks), "--plan_only", "true"]
+
+
 def flags(values: dict[str, Any], program: Program[Any]) -> list[str]:
     """Return the flags that give options these values; those that have them anyway are left out."""
     words = list[str]()
