@@ -10,9 +10,9 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import OR_ELSEWHERE, UserError
 from fsdp_qlora.plan.search import Budget
 from fsdp_qlora.runtime.gpu_memory import outside_bytes
-from fsdp_qlora.runtime.host_memory import available_host_bytes
+from fsdp_qlora.runtime.host_memory import available_host_bytes, total_host_bytes
 from fsdp_qlora.runtime.launcher import allocator_grows
-from fsdp_qlora.units import GIB
+from fsdp_qlora.units import GIB, as_gib
 
 # Bytes of a GPU that go to others than PyTorch's allocator after the plan is made: kernels that are loaded when they
 # are first used, tables of the host memory that the GPU reads.
@@ -29,15 +29,26 @@ HOST_SHARE = 0.9  # of the host memory that is available: the rest is for Python
 def find_budget(memory: MemoryOptions, world: World) -> Budget:
     """What the plan may use of this machine: the least of any rank's. A collective.
 
-    Raises UserError for a limit that limits nothing."""
+    Raises UserError on every rank for a limit that limits nothing."""
     if memory.host_memory_gib is not None and world.device.type != "cuda":
         raise UserError(
             f"host_memory_gib: {memory.host_memory_gib:g} has no effect without a GPU; omit it, {OR_ELSEWHERE}"
         ).on_every_rank(world.rank)
+    world.together(lambda: check_host_limit(memory.host_memory_gib))
     given = memory.host_memory_gib
     host = whole_steps(HOST_SHARE * available_host_bytes(), HOST_STEP) if given is None else given * GIB
     found = agreed_budget(whole_steps(device_bytes(memory, world), DEVICE_STEP), host, world)
     return replace(found, outside_bytes=max(int(most) for (most,) in world.gather([outside(world)])))
+
+
+def check_host_limit(gib: float | None) -> None:
+    """Raise UserError where `host_memory_gib` is more than this machine, container or job can have."""
+    total = total_host_bytes()
+    if gib is not None and gib * GIB > total:
+        raise UserError(
+            f"host_memory_gib: {gib:g} is more than the {as_gib(total)} that this machine, its container or its job "
+            "may have; omit it or lower it"
+        )
 
 
 def whole_steps(nbytes: float, step: int) -> float:

@@ -10,9 +10,8 @@ from types import TracebackType
 
 import psutil
 
+from fsdp_qlora.runtime import control_groups
 from fsdp_qlora.units import GIB
-
-CGROUP = Path("/sys/fs/cgroup")  # inside a container: its own group; version 2
 
 
 def host_memory_gib() -> float:
@@ -30,15 +29,14 @@ def host_memory_gib() -> float:
 
 
 def available_host_bytes() -> int:
-    """Return the host memory still to be had without swapping: the machine's, or the container's if that is less."""
-    found = psutil.virtual_memory().available
-    try:
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):  # not in such a group, or "max"
-        return found
-    cache = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
-    return max(0, min(found, limit - used + cache))
+    """Return the host memory still to be had without swapping: the machine's, or a container's or job's if that is
+    less."""
+    return int(min(psutil.virtual_memory().available, control_groups.free_bytes()))
+
+
+def total_host_bytes() -> int:
+    """Return all the host memory that the machine has, or that a container or job may have if that is less."""
+    return int(min(psutil.virtual_memory().total, control_groups.most_bytes()))
 
 
 def give_back_freed() -> None:

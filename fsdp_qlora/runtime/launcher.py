@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.runtime import control_groups
 
 # Workspaces, SIZE in KiB and how many, with which PyTorch counts cuBLAS as deterministic: 32 MiB, and 128 KiB.
 REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
@@ -116,13 +117,7 @@ def usable_cores(physical: int | None) -> int:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     if physical is not None:
         cores = min(cores, physical)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, int(quota) // int(period))
-    except (OSError, ValueError):
-        pass  # no control groups, or version 1 of them: affinity has to do
-    return max(1, cores)
+    return max(1, int(min(cores, control_groups.cores())))
 
 
 def choose_allocator() -> None:
