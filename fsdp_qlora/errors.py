@@ -1,10 +1,16 @@
 """The two ways a run ends early: the user can mend it before it starts, or it stopped in the middle."""
 
+import errno
 import traceback
 from typing import Self
 
 # Words of CUDA, cuBLAS, cuDNN and Triton where they find no memory: they raise plain RuntimeErrors.
 _NO_MEMORY = ("out of memory", "alloc_failed", "host_allocation_failed", "error_memory_allocation")
+# Of the machine, its disks and its limits; others are as likely mistakes of ours, which need a traceback.
+_REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 # What to do with the options of a GPU on a machine without one.
 OR_ELSEWHERE = "or plan for a rig that is not here: --plan_only true --plan_for 2x4090"
 
@@ -35,6 +41,13 @@ class TrainingStopped(RunEnded, RuntimeError):
 def first_line(error: BaseException) -> str:
     """What `error` says, without what follows the first line; its class's name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def refused_by_system(error: BaseException) -> str:
+    """Return in words what the system refused this process: disk space, a file, host memory; "" of other errors."""
+    if isinstance(error, MemoryError):
+        return f"host memory: {first_line(error)}"
+    return str(error) if isinstance(error, OSError) and error.errno in _REFUSALS else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fsdp_qlora.config.options import LaunchOptions
-from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line
+from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line, refused_by_system
 from fsdp_qlora.runtime.gpu_memory import note_others
 from fsdp_qlora.runtime.launcher import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
 from fsdp_qlora.torch_compat import HashStore, abort_process_group
@@ -169,6 +169,10 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
                 f"rank {world.rank}: GPU memory ran out while the model was made or loaded "
                 f"({first_line(error)}); use a lower lora_rank, or another --gpu_memory_gib (the plan fills it), and "
                 "see with `nvidia-smi` what else is on the card"
+            ) from error
+        if refused := refused_by_system(error):
+            raise TrainingStopped(
+                f"rank {world.rank}: the system refused what the run needs ({refused}); see to that and start again"
             ) from error
         if world.size > 1 and isinstance(error, Exception) and peer_is_gone(error):
             raise TrainingStopped(

@@ -56,7 +56,10 @@ def save_adapter_somewhere(
     except TokenizerNotSaved:
         raise
     except TrainingStopped as stopped:
-        elsewhere = Path(tempfile.mkdtemp(prefix="fsdp_qlora_adapter_"))
+        try:
+            elsewhere = Path(tempfile.mkdtemp(prefix="fsdp_qlora_adapter_"))
+        except OSError:  # a temporary folder that is full, read-only or not there
+            raise stopped from None
         try:
             save_adapter(elsewhere, tensors, linears, config, tokenizer)
         except TrainingStopped:

@@ -14,7 +14,7 @@ from fsdp_qlora.config.options import Config
 from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.interrupt import Interrupt
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory
+from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory, refused_by_system
 from fsdp_qlora.export.peft import ADAPTER, TokenizerNotSaved, save_adapter, save_adapter_somewhere, saved_since
 from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.metrics import Metrics
@@ -65,9 +65,15 @@ class Loop:
             except TrainingStopped as stopped:  # raised on every rank alike: the last good step can be saved in full
                 what = TrainingStopped(f"{stopped}{self._save_what_there_is()}")
                 raise what.on_every_rank(self.world.rank) from stopped
-            except RuntimeError as error:  # on this rank alone, or a peer is gone: nothing collective can be done
+            except Exception as error:  # on this rank alone, or a peer is gone: nothing collective can be done
                 if is_out_of_memory(error):
                     said = out_of_memory(self.stepper.done + 1, {self.world.rank: first_line(error)})
+                    raise TrainingStopped(f"{said}{self._rescue_if_possible()}") from error
+                if refused := refused_by_system(error):
+                    said = (
+                        f"rank {self.world.rank}: the system refused what step {self.stepper.done + 1} needs "
+                        f"({refused}); see to that first"
+                    )
                     raise TrainingStopped(f"{said}{self._rescue_if_possible()}") from error
                 rescued = self._rescue_if_possible()
                 if rescued:
@@ -222,6 +228,8 @@ class Loop:
             return ""
         try:
             self._save()
+        except TrainingStopped as failed:  # on every rank alike; what stopped the run is still to be told
+            return f"; {failed}"
         except RuntimeError as error:  # where there is no GPU memory for the whole of it either
             if not is_out_of_memory(error):
                 raise
@@ -232,8 +240,8 @@ class Loop:
         """Call `_rescue`, without letting its own failure hide what happened first."""
         try:
             return self._rescue()
-        except (TrainingStopped, RuntimeError) as error:
-            return f"; the adapter could not be saved ({error})"
+        except Exception as error:
+            return f"; the adapter could not be saved ({first_line(error)})"
 
     def _rescue(self) -> str:
         """Save without the other ranks, from this one's working copy: rounded to the compute dtype, but whole.

@@ -1,5 +1,6 @@
 """What a user meets when something is wrong: one clear line, the right exit code, and no finished work lost."""
 
+import errno
 import http.server
 import json
 import math
@@ -425,6 +426,26 @@ def test_gpu_memory_that_runs_out_before_the_first_step_is_told_in_a_line():
         open_world(LaunchOptions(), seed=1),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/data/x"), "[Errno 5] Input/output error: '/data/x'"),
+        (MemoryError(), "host memory: MemoryError"),
+    ],
+)
+def test_what_the_system_refuses_before_the_first_step_is_told_in_a_line(error, told):
+    with (
+        pytest.raises(TrainingStopped, match=rf"^rank 0: the system refused .*\({re.escape(told)}\); see to that"),
+        open_world(LaunchOptions(), seed=1),
+    ):
+        raise error
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError), open_world(LaunchOptions(), seed=1):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
 
 
 def test_an_unreachable_hub_is_noticed_once_and_only_then():

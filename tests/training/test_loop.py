@@ -1,15 +1,43 @@
 """The end of a loop: what is saved by all ranks together is not replaced by what one rank can save alone."""
 
+import errno
+import tempfile
+from pathlib import Path
+
 import pytest
 import transformers
+from safetensors.torch import load_file
 
 import train
 from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.export import peft
+from fsdp_qlora.export.peft import ADAPTER
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.training.loop import Loop
 from fsdp_qlora.training.step import Stepper
 from tests.support import tiny
 from tests.support.runs import Options, flags
+
+
+def options(folder: Path) -> Options:
+    """Four steps of a tiny model."""
+    return {
+        "model_name": tiny.save_model(transformers.LlamaConfig(**tiny.SHAPE), folder / "base"),
+        "dataset": tiny.save_rows(folder / "rows.jsonl", 12), "precision": "bf16", "context_length": 64,
+        "lora_rank": 4, "max_steps": 4, "log_to": "stdout", "output_dir": folder / "out",
+    }  # fmt: skip
+
+
+def end_step_three_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the third step's passes raise, on the rank alone."""
+    begin = Stepper.begin
+
+    def begins(self: Stepper, *arguments: object) -> None:
+        if self.done == 2:
+            raise error
+        begin(self, *arguments)
+
+    monkeypatch.setattr(Stepper, "begin", begins)
 
 
 def test_an_adapter_that_is_saved_whole_is_not_replaced_by_a_rounded_one(tmp_path, monkeypatch, capsys):
@@ -34,11 +62,55 @@ def test_an_adapter_that_is_saved_whole_is_not_replaced_by_a_rounded_one(tmp_pat
 
     for owner, name, by in ((Loop, "run", noted), (Stepper, "end", stops), (Metrics, "close", closes)):
         monkeypatch.setattr(owner, name, by)
-    options: Options = {
-        "model_name": tiny.save_model(transformers.LlamaConfig(**tiny.SHAPE), tmp_path / "base"),
-        "dataset": tiny.save_rows(tmp_path / "rows.jsonl", 12), "precision": "bf16", "context_length": 64,
-        "lora_rank": 4, "max_steps": 4, "log_to": "stdout", "output_dir": tmp_path / "out",
-    }  # fmt: skip
-    assert train.main(flags(options)) == 1
+    assert train.main(flags(options(tmp_path))) == 1
     assert rescued == [f"; the adapter as of step 3 is saved in {tmp_path / 'out'}"]
     assert "a rank has had enough. The adapter as of step 3 is saved in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/kernels/cubin"),
+            "No space left on device: '/kernels/cubin'",
+        ),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_what_the_system_refuses_in_a_step_is_one_line_and_the_adapter_is_saved(
+    error, why, tmp_path, monkeypatch, capsys
+):
+    """As a kernel that has to be compiled in the middle of a run, and finds its cache's disk full."""
+    end_step_three_with(error, monkeypatch)
+    assert train.main(flags(options(tmp_path))) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert line.startswith("train.py: rank 0: the system refused what step 3 needs (")
+    assert why in line
+    assert f"; the adapter as of step 2 is saved in {tmp_path / 'out'}" in line
+    assert any(tensor.any() for name, tensor in load_file(tmp_path / "out" / ADAPTER).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "of ours"), ValueError("of ours"), KeyError("q_proj"), AssertionError()]
+)
+def test_no_fault_in_a_step_loses_the_adapter(error, tmp_path, monkeypatch, capsys):
+    end_step_three_with(error, monkeypatch)
+    with pytest.raises(type(error)):
+        train.main(flags(options(tmp_path)))
+    assert f"the adapter as of step 2 is saved in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert (tmp_path / "out" / ADAPTER).is_file()
+
+
+def test_what_stopped_a_run_is_told_also_where_nothing_can_be_saved(tmp_path, monkeypatch, capsys):
+    """The disk is full, and there is no temporary folder either."""
+    end_step_three_with(TrainingStopped("step 3: the loss is nan"), monkeypatch)
+
+    def refuses(*arguments: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(peft, "save_file", refuses)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuses)
+    assert train.main(flags(options(tmp_path))) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert line.startswith("train.py: step 3: the loss is nan; output_dir: the adapter could not be saved in")
+    assert "No space left on device" in line
