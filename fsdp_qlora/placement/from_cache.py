@@ -68,7 +68,8 @@ def place_kept(
     while ready or waiting:
         while ready and len(waiting) <= AHEAD:
             unit, contents = ready.popleft()
-            waiting.append(world.together(partial(_start, unit, contents, kept, placement, lanes, world)))
+            slot = _slot_on_all_ranks(unit, placement, world)
+            waiting.append(_start(unit, contents, slot, kept, lanes, world))
         coming = waiting.popleft()
         _wait(coming)
         lacks_direct |= coming.file is not None and coming.file.lacks_direct
@@ -120,9 +121,18 @@ def _look(kept: KeptBase, name: str) -> Contents | str:
         return _reason(error)
 
 
-def _start(unit: Unit, contents: Contents, kept: KeptBase, placement: Placement, lanes: Lanes, world: World) -> _Coming:
-    """Begin to read a unit to where this rank holds it. Raises UserError as `Placement.slot`."""
-    nbytes, slot, whole = unit.frozen.layout.nbytes, placement.slot(unit), None
+def _slot_on_all_ranks(unit: Unit, placement: Placement, world: World) -> Slot | None:
+    """Return the unit's slot on this rank; None where some rank needs all of the unit, which all of them then gather.
+
+    A collective: a system may refuse one rank the pinned memory that another has. Raises UserError as
+    `Placement.slot`."""
+    slot = world.together(partial(placement.slot, unit))
+    return slot if all(has for (has,) in world.gather([float(slot is not None)])) else None
+
+
+def _start(unit: Unit, contents: Contents, slot: Slot | None, kept: KeptBase, lanes: Lanes, world: World) -> _Coming:
+    """Begin to read a unit to where this rank holds it. slot: None: all of it goes to the rank's device."""
+    nbytes, whole = unit.frozen.layout.nbytes, None
     gathered = slot is None and world.size > 1 and nbytes % world.size == 0
     if slot is None:
         whole = torch.empty(nbytes, dtype=torch.uint8, device=world.device)

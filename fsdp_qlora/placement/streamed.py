@@ -39,6 +39,7 @@ class Streamed:
         self.world, self.resident, self.head_resident, self.buffers = world, resident, head_resident, buffers
         self.link_rate = link_rate
         self._sources: dict[str, Tensor] = {}  # a unit's bytes in host memory
+        self._refusal_told = False
 
     def prepare(self, model: CausalModel) -> None:
         self._blocks = list(model.blocks)
@@ -84,14 +85,7 @@ class Streamed:
     def finish(self) -> None:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        refused = max((store.refused for store in self._stores), default=0)
-        codes = [int(code) for (code,) in self.world.gather([refused])]  # also: every rank has written its part
-        if any(codes):
-            self.world.say(
-                f"the system refuses to page-lock the host copy of the frozen base (CUDA error {max(codes)}): blocks "
-                "are copied by way of the driver's own buffers, at about half the speed. Raise `ulimit -l` (memlock) "
-                "or the container's limit"
-            )
+        self._meet()
         self._stream()
 
     def promised_bytes(self, unit: Unit) -> int:
@@ -113,12 +107,24 @@ class Streamed:
         self._streamed |= set(leaving)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        self.world.barrier()  # every rank has written its part
+        self._meet()
         for name in self._order:
             self._units[name].frozen.acquire = None  # releases the buffers before new ones are allocated
             if name in self._streamed:
                 self._units[name].frozen.release()
         self._stream()
+
+    def _meet(self) -> None:
+        """Return when every rank has written its part; say once where the system has refused to page-lock it."""
+        refused = max((store.refused for store in self._stores), default=0)
+        code = max(int(code) for (code,) in self.world.gather([refused]))
+        if code and not self._refusal_told:
+            self.world.say(
+                f"the system refuses to page-lock the host copy of the frozen base (CUDA error {code}): blocks are "
+                "copied by way of the driver's own buffers, at about half the speed. Raise `ulimit -l` (memlock) or "
+                "the container's limit"
+            )
+        self._refusal_told = self._refusal_told or bool(code)
 
     def _place(self, unit: Unit) -> Tensor:
         """Return a unit's place in the first store. They are taken in the order in which they are page-locked."""

@@ -747,6 +747,42 @@ def test_every_placement_reads_its_part_on_every_rank(ranks, homes, names, model
     assert done.stdout.count("cannot be taken: encoded anew") == len(names)
 
 
+REFUSED = """
+    import sys
+    import torch
+    from fsdp_qlora.placement.streamed import Streamed
+    from tests.support.built import built
+    from tests.support.meeting import RANK, meet_at
+
+    model, cache = sys.argv[1:]
+    common = {"dataset": "dummy", "precision": "fp32", "lora_rank": 2, "model_name": model, "batch_size": 1,
+              "use_cpu_offload": True, "resident_blocks": 0}
+
+    def held(name, more):
+        meet_at(name)
+        with built(common | more) as ours:
+            found = {}
+            for unit in ours.model.units:
+                with unit.frozen.opened():
+                    found[unit.name] = unit.frozen.flat.detach().view(torch.uint8).clone()
+            return found
+
+    expected = held("without", {"base_cache": "null"})
+    held("first", {"base_cache": cache})
+    Streamed._is_readable = lambda self: RANK == 0  # the system has let this rank alone page-lock the memory
+    second = held("second", {"base_cache": cache})
+    same = all(torch.equal(second[name], expected[name]) for name in expected)
+    sys.stdout.write(f"rank {RANK}: {same}\\n")
+    """
+
+
+def test_ranks_that_hold_a_unit_in_different_ways_read_it_together(model, tmp_path):
+    done = run_torchrun(REFUSED, 2, [str(model), str(tmp_path)], timeout=100)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert {"rank 0: True", "rank 1: True"} <= set(done.stdout.splitlines()), f"{done.stdout}\n{done.stderr}"
+    assert "6 of 6 units" in done.stdout
+
+
 FULL = """
     import errno, os, sys
     from pathlib import Path

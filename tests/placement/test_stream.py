@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from fsdp_qlora.config.options import LaunchOptions
 from fsdp_qlora.distributed.world import open_world
@@ -20,6 +21,9 @@ from fsdp_qlora.placement.streamer import StreamedUnit, Streamer, order_of_use
 from fsdp_qlora.weights.codecs import Plain
 from fsdp_qlora.weights.frozen_bytes import FrozenBytes
 from fsdp_qlora.weights.layout import Layout
+from tests.support import tiny
+from tests.support.built import build_in
+from tests.support.runs import Options
 from tests.support.slow_gpu import CUDA, slow_gpu
 from tests.support.torchrun import run_torchrun
 
@@ -214,6 +218,28 @@ def test_another_piece_than_was_foreseen_is_our_mistake(monkeypatch):
         store = HostStore(1 << 20, replace(world, device=CUDA), pieces=[10])
         with pytest.raises(AssertionError, match="another piece"):
             store.take(11)
+
+
+def test_a_refusal_while_blocks_leave_the_device_is_told_once(tmp_path, monkeypatch, capsys):
+    take, plans = HostStore.take, []
+
+    def takes(self: HostStore, nbytes: int) -> torch.Tensor:
+        self.refused = 2
+        return take(self, nbytes)
+
+    options: Options = {
+        "model_name": tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path), "dataset": "dummy", "precision": "fp32",
+        "lora_rank": 2, "use_cpu_offload": True, "resident_blocks": 1, "base_cache": "null",
+    }  # fmt: skip
+    with open_world(LaunchOptions(), 0) as world:
+        placement = build_in(world, options, lambda plan: plans.append(plan) or plan).placement
+        monkeypatch.setattr(HostStore, "take", takes)
+        assert "refuses to page-lock" not in capsys.readouterr().out
+        none = replace(plans[0], blocks=[replace(block, resident=False) for block in plans[0].blocks])
+        for plan in (none, replace(none, staging=none.staging + 1)):
+            placement.shrink(plan)
+    out = capsys.readouterr().out
+    assert out.count("the system refuses to page-lock the host copy of the frozen base (CUDA error 2)") == 1
 
 
 SHARED = """
