@@ -67,7 +67,7 @@ def _folder(option: str, world: World) -> Path | None:
     folder = cache_folder(option, BASES)
     if option != "auto":
         return folder
-    unfit = "the user has no home" if folder is None else unfit_by_default(folder)
+    unfit = "the user has no home that may be read" if folder is None else unfit_by_default(folder)
     where = "" if folder is None or not unfit else f"{folder} "
     for line in world.gather_texts(where + unfit):
         if line:

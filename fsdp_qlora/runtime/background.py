@@ -29,14 +29,14 @@ def do_in_order(jobs: Sequence[Callable[[], T]], threads: int, device: torch.dev
 
 
 def _work(left: deque[tuple[Callable[[], Any], Future[Any]]], device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     while left:
         try:
             job, future = left.popleft()
         except IndexError:  # another thread was faster
             return
         try:
+            if device.type == "cuda":  # here, for whoever waits for the result must learn where a driver refuses it
+                torch.cuda.set_device(device)
             future.set_result(job())
         except BaseException as error:  # whoever asks for the result shall have it
             future.set_exception(error)

@@ -62,13 +62,14 @@ def check_elsewhere(folder: Path, sources: Iterable[tuple[str, Path]]) -> None:
 def user_cache() -> Path | None:
     """Return this program's folder for what any run can make again: in $XDG_CACHE_HOME, or ~/.cache.
 
-    None for a user without a home: neither $HOME nor an entry in passwd, as in containers under a number of their
-    own."""
+    None for a user without a home: neither $HOME nor an entry in passwd, or another user's $HOME, as in containers
+    under a number of their own."""
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fsdp_qlora"
+        folder.exists()  # raises where it may not be looked at
+    except (RuntimeError, OSError):
         return None
-    return Path(base) / "fsdp_qlora"
+    return folder
 
 
 def cache_folder(option: str | None, part: str) -> Path | None:

@@ -59,14 +59,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     write(tmp_path / "taken" / "rates.json", H200)
 
 
-def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's user may have neither $HOME nor an entry in passwd."""
+@pytest.mark.parametrize("error", [RuntimeError("Could not determine home directory."), None])
+def test_without_a_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """A container's user may have neither $HOME nor an entry in passwd, or root's $HOME."""
 
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def home() -> Path:
+        if error is not None:
+            raise error
+        return Path("/" + "n" * 300)  # for the superuser too this cannot be looked at: the name is too long
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", home)
     file = cache_file({"card": "any"})
     assert file is None
     write(file, H200)

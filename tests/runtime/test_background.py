@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fsdp_qlora.runtime.background import torch_threads
+from fsdp_qlora.runtime.background import do_in_order, torch_threads
 
 
 def in_a_new_thread(function: Callable[[], int]) -> int:
@@ -32,3 +32,13 @@ def test_pytorch_computes_with_as_many_threads_as_before_once_they_end(fails):
         found = torch.get_num_threads(), in_a_new_thread(torch.get_num_threads)
         torch.set_num_threads(threads)
     assert found == (3, 3)
+
+
+def test_a_thread_that_cannot_have_its_device_leaves_no_job_without_a_result(monkeypatch):
+    def refuses(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuses)
+    for future in do_in_order([lambda: 1] * 3, 2, torch.device("cuda", 0)):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            future.result(timeout=10)
