@@ -7,7 +7,7 @@ weights are pages of its files, which the system takes back where memory is shor
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from fsdp_qlora.placement.cache_use import CacheUse
 from fsdp_qlora.placement.from_cache import place_kept
 from fsdp_qlora.placement.norms import SeenNorms
 from fsdp_qlora.placement.to_cache import Keeper
+from fsdp_qlora.runtime.background import beside
 from fsdp_qlora.weights.base_cache.lanes import Lanes
 from fsdp_qlora.weights.codecs import NotFinite, Parts, companions, is_quantized, stored_codec
 from fsdp_qlora.weights.frozen_bytes import checksum
@@ -99,38 +100,38 @@ def encode_units(
     blocks: names of units that are decoder layers."""
     turns = _turns(units, blocks, world.size)
     own = deque(turn[world.rank] for turn in turns if world.rank < len(turn))
-    with ThreadPoolExecutor(1) as prefetch:
-        reading = deque[Future[Mapping[str, Tensor]]]()
+    reading = deque[Future[Mapping[str, Tensor]]]()
 
-        def read_ahead() -> None:
-            if own:
-                reading.append(prefetch.submit(_read, own.popleft(), weights, world.device))
+    def read_ahead() -> None:
+        if own:
+            # On a thread that nothing waits for: a run that ends early does not stay for a slow disk.
+            reading.append(beside(partial(_read, own.popleft(), weights, world.device), world.device))
 
-        def encode_own(turn: Sequence[Unit]) -> Tensor | None:
-            if world.rank >= len(turn):
-                return None
-            tensors = reading.popleft().result()
-            read_ahead()  # the disk reads while this rank encodes and broadcasts
-            return encode(turn[world.rank], tensors, world.device)
+    def encode_own(turn: Sequence[Unit]) -> Tensor | None:
+        if world.rank >= len(turn):
+            return None
+        tensors = reading.popleft().result()
+        read_ahead()  # the disk reads while this rank encodes and broadcasts
+        return encode(turn[world.rank], tensors, world.device)
 
-        def place(unit: Unit, source: int, encoded: Tensor | None) -> None:
-            """Place a unit's bytes, and let go of them before others arrive."""
-            whole = _broadcast(unit, encoded, source, world)
-            unit.frozen.expected = checksum(whole)
-            seen.take(unit, whole)
-            world.together(partial(placement.store, unit, whole))
-            if keeper is not None:
-                keeper.received(unit, whole, source)
+    def place(unit: Unit, source: int, encoded: Tensor | None) -> None:
+        """Place a unit's bytes, and let go of them before others arrive."""
+        whole = _broadcast(unit, encoded, source, world)
+        unit.frozen.expected = checksum(whole)
+        seen.take(unit, whole)
+        world.together(partial(placement.store, unit, whole))
+        if keeper is not None:
+            keeper.received(unit, whole, source)
 
-        read_ahead()
-        for turn in turns:
-            encoded = world.together(partial(encode_own, turn))
-            for source, unit in enumerate(turn):
-                place(unit, source, encoded if source == world.rank else None)
-                done()
-            if keeper is not None and encoded is not None:
-                keeper.encoded(turn[world.rank], encoded)
-            del encoded
+    read_ahead()
+    for turn in turns:
+        encoded = world.together(partial(encode_own, turn))
+        for source, unit in enumerate(turn):
+            place(unit, source, encoded if source == world.rank else None)
+            done()
+        if keeper is not None and encoded is not None:
+            keeper.encoded(turn[world.rank], encoded)
+        del encoded
 
 
 def _turns(units: Sequence[Unit], blocks: Collection[str], ranks: int) -> list[list[Unit]]:
