@@ -30,7 +30,9 @@ def ready_for_hub(adapter: str, model_name: str | None) -> None:
     named = model_name
     if named is None:
         try:
-            named = str(json.loads((Path(adapter) / "adapter_config.json").read_text())["base_model_name_or_path"])
+            named = str(
+                json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return  # said where the adapter is read
     note = None if Path(named).is_dir() else go_offline_if_unreachable()

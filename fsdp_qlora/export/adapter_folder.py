@@ -68,7 +68,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         missing = [name for name in (ADAPTER_CONFIG, ADAPTER) if not (folder / name).is_file()]
         raise UserError(f"adapter: {folder} has no {' and no '.join(missing)}; give the output_dir of a finished run")
     try:
-        settings: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+        settings: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
         kind, options = saved_kind(settings)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         if isinstance(error, UserError):

@@ -217,7 +217,7 @@ def _write_configs(folder: Path, base: Path, dtype: torch.dtype) -> None:
     """Write the base's own config.json without its quantization, and the files beside it on its use."""
     names = [name for name in ("generation_config.json", *PROCESSORS) if (base / name).is_file()]
     with reading(base):
-        config = json.loads((base / "config.json").read_text())
+        config = json.loads((base / "config.json").read_text("utf-8"))
         beside = {name: (base / name).read_bytes() for name in names}
     config.pop("quantization_config", None)
     name = str(dtype).removeprefix("torch.")

@@ -83,7 +83,7 @@ def files_of(folder: Path) -> list[Path]:
 
 def _listed(folder: Path, index: str) -> list[Path]:
     try:
-        names = sorted({str(name) for name in json.loads((folder / index).read_text())["weight_map"].values()})
+        names = sorted({str(name) for name in json.loads((folder / index).read_text("utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, OSError) as error:
         raise UserError(
             f"model_name: {folder / index} is damaged ({type(error).__name__}: {error}); download it again"
@@ -145,7 +145,7 @@ def _check_folder(folder: Path) -> None:
 
 def _base_of(adapter_config: Path) -> str:
     try:
-        name = json.loads(adapter_config.read_text())["base_model_name_or_path"]
+        name = json.loads(adapter_config.read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError, OSError):
         return ""
     return f" ({name})" if name else ""

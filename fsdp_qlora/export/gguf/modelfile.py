@@ -82,5 +82,5 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _write(target: Path, lines: Sequence[str]) -> Path:
     file = modelfile_of(target)
     with atomic_file(file) as part:
-        part.write_text("\n".join(lines) + "\n")
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
