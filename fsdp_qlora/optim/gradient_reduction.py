@@ -41,15 +41,16 @@ class GradientReduction:
 
     def begin_micro_batch(self, last: bool) -> None:
         """Expect gradients of all groups. last: no more micro-batches follow in this optimizer step."""
-        while self._in_flight:  # in the arena, whose places this micro-batch takes from the beginning again
-            self._finish_first()
+        self.finish()  # in the arena, whose places this micro-batch takes from the beginning again
         self._reduces = last or not self._no_sync
         self._next = len(self.groups) - 1
         for group in self.groups:
             group.n_missing = len(group.params)
 
     def finish(self) -> None:
-        """Reduce what is left. Every gradient is in place on the current stream when this returns."""
+        """Reduce what is left of a micro-batch, so that every rank reduces every block in each.
+
+        Every gradient is in place on the current stream when this returns."""
         while self._next >= 0:  # adapters that took no part in the loss have no gradient and count as zero
             self._reduce_next()
         while self._in_flight:

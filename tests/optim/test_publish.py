@@ -241,6 +241,23 @@ def test_gradients_that_do_not_divide_by_the_ranks_are_padded_with_zeros(no_sync
     )
 
 
+@pytest.mark.slow
+def test_every_block_is_reduced_in_every_micro_batch_whatever_took_part_in_it(tmp_path):
+    """Else a rank on which all blocks took part would reduce more often than another."""
+    model = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path)
+    options = OPTIONS | {"model_name": model, "lora_rank": 3, "lora_target_modules": "q_proj"}
+    with built(options | {"gradient_accumulation_steps": 2}) as ours:
+        adapters = ShardedAdapters(ours.model, replace(ours.world, size=2), parse(flags(options)), accumulates=True)
+        adapters.exchange = summing = Summing(0)
+        ids = torch.arange(4, 24, device=ours.world.device)[None]
+        adapters.begin_micro_batch(last=False)  # no gradient comes
+        adapters.begin_micro_batch(last=True)
+        assert [whole.any().item() for whole in summing.wholes] == [False] * 3
+        ours.loss(ids, ids, 1.0).backward()
+        adapters.finish()
+        assert [whole.any().item() for whole in summing.wholes] == [False] * 3 + [True] * 3
+
+
 TWO = """
     import sys, time
     import torch
