@@ -27,7 +27,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.models.fitting import fit, has_its_own_head
 from fsdp_qlora.models.fused.fuse import Fusion, fuse
 from fsdp_qlora.models.precision import MODES, Precision, needs_bf16
-from fsdp_qlora.models.skeleton import build, check_context, quantization_of, read_config
+from fsdp_qlora.models.skeleton import build, check_context, check_layers_stay, quantization_of, read_config
 from fsdp_qlora.optim.optimizers import state_bytes
 from fsdp_qlora.plan.budget import HOST_SHARE
 from fsdp_qlora.plan.expected import expected_rates, link_rate
@@ -78,6 +78,7 @@ def plan_for_rig(config: Config, notes: Sequence[str] = ()) -> int:
     rig = check_rig(config)
     hf_config = read_config(config.model.model_name, config.model.revision)
     check_context(config.data.context_length, hf_config)
+    check_layers_stay(hf_config)
     with deterministic_algorithms(config.training.deterministic):
         lines = [*notes, *rig_lines(config, rig, hf_config)]
     for line in lines:

@@ -16,7 +16,7 @@ from fsdp_qlora.data.show_rows import lines_of
 from fsdp_qlora.data.sources import parts_of
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.export.peft import check_space
-from fsdp_qlora.models.skeleton import check_context
+from fsdp_qlora.models.skeleton import check_context, check_layers_stay
 from fsdp_qlora.plan.planning import packed_speed, with_micro_batch, write_plan
 from fsdp_qlora.report.loggers import check_installed
 from fsdp_qlora.report.machine import Stages, environment, machine_lines, rates_line
@@ -126,6 +126,7 @@ def prepare_run(
     """Read the rows, build the model and plan the run. A collective. done: told of each stage that has ended."""
     compute = choose_compute(config, world)
     world.together(lambda: check_context(config.data.context_length, compute.hf_config))
+    world.together(lambda: check_layers_stay(compute.hf_config))
     reads = not config.memory.plan_only or config.data.show_rows
     data = read_data(config, compute.hf_config, world) if reads else None
     lengths = None if data is None else row_lengths(config, data.rows)

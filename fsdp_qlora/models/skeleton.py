@@ -142,6 +142,17 @@ def check_context(context_length: int, config: PretrainedConfig) -> None:
         raise UserError(f"context_length {context_length}: the model takes at most {most} tokens; lower it")
 
 
+def check_layers_stay(config: PretrainedConfig) -> None:
+    """Raise UserError for a model that leaves out layers at random while it trains: ranks would each leave out others,
+    and wait for shards and gradients that never come."""
+    share = getattr(text_config(config), "layerdrop", 0.0)
+    if share:
+        raise UserError(
+            f"model_name: a step leaves out layers at random (layerdrop {share:g} in the model's config.json), which "
+            "ranks cannot do in step; set layerdrop to 0 there"
+        )
+
+
 def _scaled_positions(rope: dict[str, Any], most: int) -> int:
     if rope.get("rope_type", "default") == "default":
         return most

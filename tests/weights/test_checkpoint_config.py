@@ -93,6 +93,14 @@ def test_what_cannot_be_trained_is_named_before_anything_is_read(family, tmp_pat
     assert f"is a {config.model_type} model" in line
 
 
+@pytest.mark.parametrize("planned_for", [{}, {"plan_only": True, "plan_for": "2x4090"}])
+def test_layers_that_are_left_out_at_random_are_refused(planned_for, tmp_path, capsys):
+    transformers.OPTConfig(**tiny.SHAPE | {"ffn_dim": 96, "layerdrop": 0.1}).save_pretrained(tmp_path / "model")
+    assert "(layerdrop 0.1 in the model's config.json)" in refused(
+        tmp_path / "model", capsys, dummy_weights=True, **planned_for
+    )
+
+
 @pytest.mark.parametrize("shared", [8, 3])
 @pytest.mark.parametrize("family", ["Exaone", "Phi3"])
 def test_heads_that_do_not_divide_are_refused(family, shared, tmp_path, capsys):
