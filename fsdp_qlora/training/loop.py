@@ -122,7 +122,7 @@ class Loop:
                     self._checkpoint(step + 1, interrupt)
                     stops = stops or interrupt.agreed()  # a signal that came while it was written
                 if is_last:
-                    return True
+                    return not self._is_due(step + 1)  # a signal came before the last evaluation was done
                 if stops:
                     return False
         return True
@@ -165,9 +165,8 @@ class Loop:
 
     def _checkpoint(self, step: int, interrupt: Interrupt) -> None:
         """Write a checkpoint and tell the listeners of it."""
-        with interrupt.busy():
+        with self.stepper.between_steps(), interrupt.busy():
             path = self.checkpoints.save(step)
-        self.stepper.paused()
         if path is not None:
             for callback in self.callbacks:
                 callback.on_checkpoint(step, path)

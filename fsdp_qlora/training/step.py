@@ -135,10 +135,6 @@ class Stepper:
         """Count from a step that another process has done: before the first one here."""
         self._begun = self._updated = step
 
-    def paused(self) -> None:
-        """Count the seconds of the next step from its own beginning: something else took place since the last."""
-        self._ended = None
-
     def prepare(self, batches: list[Batch]) -> Ready:
         """Return the micro-batches (as many as every rank's) ready for `begin`. A collective, on the host."""
         each = [(len(batch.rows), batch.labels.numel(), batch.tokens) for batch in batches]
@@ -232,7 +228,7 @@ class Stepper:
         """Let the seconds and copies of what runs inside count for no step."""
         yield
         self._link()
-        self.paused()
+        self._ended = None  # the seconds of the next step count from its own beginning
 
     def lend(self, schedule: Schedule | None) -> Arena | None:
         """Return the arena's memory for other tensors between two steps; None where there is none, or too little."""

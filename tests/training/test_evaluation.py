@@ -15,6 +15,7 @@ from fsdp_qlora.config.options import DataOptions
 from fsdp_qlora.config.parse import parse
 from fsdp_qlora.data.batches import load_rows
 from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.training import loop
 from fsdp_qlora.training.evaluate import Evaluated, Evaluator
 from fsdp_qlora.training.evaluations import check_evaluations
@@ -262,6 +263,29 @@ def test_a_signal_ends_an_evaluation_and_the_adapter_is_saved(options, tmp_path,
     assert (len(run.records), run.evaluations) == (1, [])
     assert run.tensors
     assert "trained 1 of 3 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moment", ["in the last step", "in its evaluation"])
+def test_a_signal_before_the_last_evaluation_is_no_end_by_itself(moment, options, tmp_path, monkeypatch):
+    """All steps are done, but not what the run was to tell of them: the resumed run makes up for it."""
+    more = {"batch_size": 4, "max_steps": 2, "eval_samples": 2, "eval_steps": 2, "resume": "auto"}
+    owner, name = {"in the last step": (Metrics, "on_step"), "in its evaluation": (Evaluator, "__call__")}[moment]
+    original = getattr(owner, name)
+
+    def interrupted(self, argument):
+        if getattr(argument, "step", 2) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, argument)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        assert train.main(flags(options | more | {"output_dir": tmp_path / "out"})) == 143
+    run = Run(tmp_path / "out")
+    assert (len(run.records), run.evaluations) == (2, [])
+    assert run.tensors
+    assert "stopped by SIGTERM" in (tmp_path / "out/environment.json").read_text()
+    run_alone(options | more, tmp_path / "out")
+    assert [e["step"] for e in run.evaluations] == [2]
 
 
 def test_a_run_that_goes_on_evaluates_as_one_that_was_never_stopped(options, tmp_path, monkeypatch):

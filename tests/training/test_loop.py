@@ -12,11 +12,14 @@ import train
 from fsdp_qlora.errors import TrainingStopped
 from fsdp_qlora.export import peft
 from fsdp_qlora.export.peft import ADAPTER
+from fsdp_qlora.memory.host_link import TRAFFIC
 from fsdp_qlora.report.metrics import Metrics
+from fsdp_qlora.training.checkpoint import Checkpoints
 from fsdp_qlora.training.loop import Loop
 from fsdp_qlora.training.step import Stepper
+from fsdp_qlora.units import GIB
 from tests.support import tiny
-from tests.support.runs import Options, flags
+from tests.support.runs import Options, flags, run_alone
 
 
 def options(folder: Path) -> Options:
@@ -114,3 +117,24 @@ def test_what_stopped_a_run_is_told_also_where_nothing_can_be_saved(tmp_path, mo
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
     assert line.startswith("train.py: step 3: the loss is nan; output_dir: the adapter could not be saved in")
     assert "No space left on device" in line
+
+
+def test_copies_and_seconds_of_a_checkpoint_count_for_no_step(tmp_path, monkeypatch):
+    """Through an exchange in host memory ranks copy the master weights that a checkpoint takes."""
+    save, link, counted = Checkpoints.save, Stepper._link, list[float]()
+
+    def copies(self: Checkpoints, step: int) -> Path | None:
+        monkeypatch.setattr(TRAFFIC, "from_device", TRAFFIC.from_device + GIB)
+        return save(self, step)
+
+    def ends(self: Stepper, *arguments: float) -> object:
+        monkeypatch.setattr(self, "_link", lambda: counted.append(link(self)[1]) or (0.0, 0.0))
+        record = end(self, *arguments)
+        monkeypatch.delattr(self, "_link")
+        return record
+
+    end = Stepper.end
+    for owner, name, by in ((Checkpoints, "save", copies), (Stepper, "end", ends)):
+        monkeypatch.setattr(owner, name, by)
+    run_alone(options(tmp_path) | {"save_steps": 1}, tmp_path / "out")
+    assert counted == [0.0] * 4
