@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from fsdp_qlora.config.options import Config
 from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.interrupt import Interrupt
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import TrainingStopped, first_line, is_out_of_memory, refused_by_system
+from fsdp_qlora.errors import TrainingStopped, UserError, first_line, is_out_of_memory, refused_by_system
 from fsdp_qlora.export.peft import ADAPTER, TokenizerNotSaved, save_adapter, save_adapter_somewhere, saved_since
 from fsdp_qlora.report.callback import Callback
 from fsdp_qlora.report.metrics import Metrics
@@ -65,23 +66,16 @@ class Loop:
             except TrainingStopped as stopped:  # raised on every rank alike: the last good step can be saved in full
                 what = TrainingStopped(f"{stopped}{self._save_what_there_is()}")
                 raise what.on_every_rank(self.world.rank) from stopped
-            except Exception as error:  # on this rank alone, or a peer is gone: nothing collective can be done
-                if is_out_of_memory(error):
-                    said = out_of_memory(self.stepper.done + 1, {self.world.rank: first_line(error)})
-                    raise TrainingStopped(f"{said}{self._rescue_if_possible()}") from error
-                if refused := refused_by_system(error):
-                    said = (
-                        f"rank {self.world.rank}: the system refused what step {self.stepper.done + 1} needs "
-                        f"({refused}); see to that first"
-                    )
-                    raise TrainingStopped(f"{said}{self._rescue_if_possible()}") from error
-                rescued = self._rescue_if_possible()
-                if rescued:
-                    tqdm.write(rescued.lstrip("; "), file=sys.stdout)
-                raise error
-            saved = self._save_at_end() if self.config.output.save_model else []
-            if not finished and self.checkpoints.is_due_at_stop(self._taken):
-                self._checkpoint(self._taken, interrupt)
+            except Exception as error:
+                self._end_alone(error)
+            try:
+                saved = self._save_at_end() if self.config.output.save_model else []
+                if not finished and self.checkpoints.is_due_at_stop(self._taken):
+                    self._checkpoint(self._taken, interrupt)
+            except TrainingStopped:  # on every rank alike: the adapter is where it says
+                raise
+            except Exception as error:
+                self._end_alone(error)
             peaks = [peak for (peak,) in self.world.gather([self.host.peak])]
             self.metrics.close(saved, peaks, "" if finished else f"stopped by {interrupt.name}")
         return 0 if finished else interrupt.exit_code
@@ -229,11 +223,30 @@ class Loop:
             self._save()
         except TrainingStopped as failed:  # on every rank alike; what stopped the run is still to be told
             return f"; {failed}"
-        except RuntimeError as error:  # where there is no GPU memory for the whole of it either
-            if not is_out_of_memory(error):
-                raise
+        except Exception:  # no GPU memory for the whole of it either, or a peer has ended meanwhile
             return self._rescue_if_possible()
         return f". The adapter as of step {self.stepper.done} is saved in {self._last_folder}"
+
+    def _end_alone(self, error: Exception) -> NoReturn:
+        """Rescue the adapter and raise what ends this rank alone, or because a peer is gone: no collective can follow.
+
+        Raises TrainingStopped for what memory, the system or an option refuses, else `error` itself."""
+        step, rank = min(self.stepper.done + 1, self.steps), self.world.rank
+        said = ""
+        if is_out_of_memory(error):
+            said = out_of_memory(step, {rank: first_line(error)})
+        elif refused := refused_by_system(error):
+            said = f"rank {rank}: the system refused what step {step} needs ({refused}); see to that first"
+        elif isinstance(error, UserError):  # what has begun is no mistake of the user's any more
+            said = f"step {step}: {error}"
+        rescued = self._rescue_if_possible()
+        if said:
+            stopped = TrainingStopped(f"{said}{rescued}")
+            stopped.told_elsewhere = isinstance(error, UserError) and error.told_elsewhere
+            raise stopped from error
+        if rescued:
+            tqdm.write(rescued.lstrip("; "), file=sys.stdout)
+        raise error
 
     def _rescue_if_possible(self) -> str:
         """Call `_rescue`, without letting its own failure hide what happened first."""

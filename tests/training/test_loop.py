@@ -9,10 +9,11 @@ import transformers
 from safetensors.torch import load_file
 
 import train
-from fsdp_qlora.errors import TrainingStopped
+from fsdp_qlora.errors import TrainingStopped, UserError
 from fsdp_qlora.export import peft
 from fsdp_qlora.export.peft import ADAPTER
 from fsdp_qlora.memory.host_link import TRAFFIC
+from fsdp_qlora.optim.sharded_adapters import ShardedAdapters
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.training.checkpoint import Checkpoints
 from fsdp_qlora.training.loop import Loop
@@ -138,3 +139,30 @@ def test_copies_and_seconds_of_a_checkpoint_count_for_no_step(tmp_path, monkeypa
         monkeypatch.setattr(owner, name, by)
     run_alone(options(tmp_path) | {"save_steps": 1}, tmp_path / "out")
     assert counted == [0.0] * 4
+
+
+def test_nothing_is_the_users_mistake_once_steps_have_been_made(tmp_path, monkeypatch, capsys):
+    """Exit code 2 says that nothing was trained."""
+    end_step_three_with(UserError("use_cpu_offload: no memory is left to page-lock"), monkeypatch)
+    assert train.main(flags(options(tmp_path))) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    assert line.startswith("train.py: step 3: use_cpu_offload: no memory is left")
+    assert f"; the adapter as of step 2 is saved in {tmp_path / 'out'}" in line
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["at the end", "after a fault"])
+def test_a_peer_that_ends_before_the_adapter_is_gathered_loses_nothing(stops, tmp_path, monkeypatch, capsys):
+    def gathers(self: ShardedAdapters) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(ShardedAdapters, "named_tensors", gathers)
+    if stops:
+        end_step_three_with(TrainingStopped("step 3: the loss is nan"), monkeypatch)
+        assert train.main(flags(options(tmp_path))) == 1
+    else:
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            train.main(flags(options(tmp_path)))
+    captured = capsys.readouterr()
+    assert ("train.py: step 3: the loss is nan; the adapter" in captured.err) == stops
+    assert f"the adapter as of step {2 if stops else 4} is saved in {tmp_path / 'out'}" in captured.err + captured.out
+    assert (tmp_path / "out" / ADAPTER).is_file()
