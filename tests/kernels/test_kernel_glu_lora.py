@@ -56,7 +56,7 @@ def test_plain_form(shape, dtype, activation):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", some_slow(SHAPES, 2), ids=str)
+@pytest.mark.parametrize("shape", some_slow(SHAPES, 4), ids=str)
 def test_kernel(shape, dtype, triton_device):
     check(shape, dtype, triton_device, "silu")
     check(shape, dtype, triton_device, "gelu_tanh")

@@ -85,7 +85,7 @@ BASE = set(transformers.PretrainedConfig.__dataclass_fields__)
 CASES = [f"{family}.{field}" for family in FUSED for field in fields_of(family)]
 
 
-@pytest.mark.parametrize("case", some_slow(CASES, 12))
+@pytest.mark.parametrize("case", some_slow(CASES, 24))
 def test_a_model_with_another_value_of_a_field_trains_as_under_peft(case: str, tmp_path: Path) -> None:
     family, field = case.split(".")
     assert field in OTHERS, f"{family} has a field that no test knows: does it change what a fused block computes?"

@@ -191,7 +191,10 @@ def speeds(gpu_gib: str, rigs: list[str], *options: list[str]) -> list[float]:
 
 
 # At 5.4 GiB a search that only went from mixes that use up both memories was 3 % slower with 8 GiB than with 6.
-@pytest.mark.parametrize(("context", "gpu_gib"), [("2048", "5.4"), ("2048", "5.9"), ("512", "4.8")])
+MORE = [("2048", "5.4"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("2048", "5.9"), ("512", "4.8")))]
+
+
+@pytest.mark.parametrize(("context", "gpu_gib"), MORE)
 @pytest.mark.usefixtures("bare_memory")
 def test_more_of_anything_is_never_slower(context: str, gpu_gib: str) -> None:
     tokens = ["--context_length", context]
