@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from benchmarks.base_cache import forget
 from benchmarks.rig import ROOT, SHAPES
+from benchmarks.timing import environment
 
 SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
          "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048}  # fmt: skip
@@ -84,8 +85,7 @@ def start(model: Path, out: Path, cache: str | Path, asked: argparse.Namespace) 
         "said": said,
         "losses": [record["loss"] for record in records if "loss" in record],
         "options": asked.train_options,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
+        **environment(),
     }
 
 

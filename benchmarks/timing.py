@@ -83,8 +83,9 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit or "unknown",
         "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
     }
-    for package in ("torch", "triton", "bitsandbytes", "hqq", "liger_kernel", "unsloth"):
+    for package in ("torch", "triton", "transformers", "bitsandbytes", "hqq", "liger_kernel", "unsloth"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

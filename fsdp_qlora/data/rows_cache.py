@@ -52,7 +52,7 @@ class Cache:
 
     def load(self) -> dict[str, Any] | None:
         """Return the fields of Rows that were saved, their arrays mapped from the disk; None where there are none."""
-        if self.path is None or not _is_file(self.path / NOTE):
+        if self.path is None or not os.path.isfile(self.path / NOTE):  # nor where its folder may not be entered
             return None
         try:
             held: dict[str, Any] = json.loads((self.path / NOTE).read_text())
@@ -91,14 +91,6 @@ class Cache:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         _remove_old(self.path.parent)
-
-
-def _is_file(path: Path) -> bool:
-    """Return whether it is there for this user: one who may not enter its folder has none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _remove_old(folder: Path) -> None:

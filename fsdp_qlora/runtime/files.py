@@ -66,7 +66,8 @@ def user_cache() -> Path | None:
     under a number of their own."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fsdp_qlora"
-        folder.exists()  # raises where it may not be looked at
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.stat()  # `exists` hides from Python 3.14 on that it may not be looked at
     except (RuntimeError, OSError):
         return None
     return folder

@@ -178,7 +178,7 @@ def _on_ranks(ran_out: Mapping[int, str]) -> str:
 def _moved(before: Plan, after: Plan) -> str:
     """Say what of the base leaves the GPU."""
     left = sum(block.resident for block in before.blocks) - sum(block.resident for block in after.blocks)
-    units = [f"{count_of(left, 'block')}"] if left else []
+    units = [count_of(left, "block")] if left else []
     units += ["the head"] if before.head_resident and not after.head_resident else []
     text = f"; {' and '.join(units)} moved to host memory" if units else ""
     return text + (f"; {after.staging} buffers" if after.staging != before.staging else "")

@@ -688,13 +688,7 @@ RANKS = """
     def held(name, options):
         meet_at(name)
         with built(common | options) as ours:
-            found = {}
-            for unit in ours.model.units:
-                with unit.frozen.opened():
-                    flat = unit.frozen.flat.detach()
-                    flat = flat.full_tensor() if hasattr(flat, "full_tensor") else flat
-                    found[unit.name] = flat.view(torch.uint8).clone()
-            return found
+            return ours.frozen_bytes()
 
     encoding, encode = [0], load.encode
     def counted(*args):
@@ -761,11 +755,7 @@ REFUSED = """
     def held(name, more):
         meet_at(name)
         with built(common | more) as ours:
-            found = {}
-            for unit in ours.model.units:
-                with unit.frozen.opened():
-                    found[unit.name] = unit.frozen.flat.detach().view(torch.uint8).clone()
-            return found
+            return ours.frozen_bytes()
 
     expected = held("without", {"base_cache": "null"})
     held("first", {"base_cache": cache})

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ class Built:
             named = zip(group.names, pieces, group.params, strict=True)
             found |= {name: piece.view(p.shape).to("cpu", copy=True) for name, piece, p in named}
         self.adapters.zero_grad()
+        return found
+
+    def frozen_bytes(self) -> dict[str, Tensor]:
+        """Unit -> all of its bytes, wherever they are. A collective where they are sharded."""
+        found = {}
+        for unit in self.model.units:
+            with unit.frozen.opened():
+                flat: Any = unit.frozen.flat.detach()
+                flat = flat.full_tensor() if hasattr(flat, "full_tensor") else flat
+                found[unit.name] = flat.view(torch.uint8).clone()
         return found
 
     def logits(self, ids_BS: Tensor) -> Tensor:

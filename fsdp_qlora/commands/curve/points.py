@@ -81,8 +81,7 @@ class Curve:
         if self.earlier is not None and self.finished():
             return
         command = checking(self.own, self.train, self.place(0), self.ranks)
-        told = "and says why above; nothing has been trained"
-        self._run("before anything trains", "evaluate", command, told)
+        self._run("before anything trains", "evaluate", command, "nothing has been trained")
 
     def begin(self, points: Sequence[int]) -> None:
         """Take the folder over. The points of an earlier curve that is to be replaced go now, with their checkpoints:
@@ -145,16 +144,15 @@ class Curve:
         return {"overwrite_output_dir": True} if place.is_dir() and any(place.iterdir()) else {}
 
     def _make(self, rows: int, name: str, command: list[str]) -> None:
-        told = "and says why above; finished points stay, and the same command goes on"
-        self._run(f"rows {rows}", name, command, told)
+        self._run(f"rows {rows}", name, command, "finished points stay, and the same command goes on")
 
-    def _run(self, what: str, name: str, command: list[str], told: str) -> None:
-        """Run a program. what: is done by it. told: of its end where it fails."""
+    def _run(self, what: str, name: str, command: list[str], left: str) -> None:
+        """Run a program. what: it is run for. left: by one that fails, for the user."""
         print(f"\n{what}: {as_typed(command)}\n", flush=True)
         code = run_program(command)
         if code:
             kind = UserError if code == 2 else TrainingStopped
-            raise kind(f"{what}: {name} ended with exit code {code} {told}")
+            raise kind(f"{what}: {name} ended with exit code {code} and says why above; {left}")
 
     def _note(self) -> None:
         points = [{"rows": p.rows, "folder": self.place(p.rows).name, **p.record} for p in self.finished()]

@@ -76,14 +76,11 @@ def _check_yarn(rope: dict[str, Any]) -> None:
     both = rope.get("mscale") and rope.get("mscale_all_dim")
     scale = rope.get("attention_factor") or (part[0] / part[1] if both else _yarn_scale(factor, 1.0))
     _check_scale("yarn", scale, _yarn_scale(factor, 1.0))
-    betas = [
-        rope.get("beta_fast") or 32,
-        rope.get("beta_slow") or 1,
-    ]  # llama.cpp reads those of a file for no family here
-    if betas != [32, 1]:
+    fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    if (fast, slow) != (32, 1):  # for no family here are a file's own read
         raise UserError(
             f"model_name: llama.cpp has yarn positions with beta_fast 32 and beta_slow 1 only, and the model has "
-            f"{betas[0]:g} and {betas[1]:g}"
+            f"{fast:g} and {slow:g}"
         )
     if rope.get("truncate", True) is not True:
         raise UserError("model_name: llama.cpp has yarn positions with truncate true only")
