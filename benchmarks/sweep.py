@@ -101,7 +101,9 @@ class Lane:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("sweep.jsonl"), help="a line for each is appended here")
-    parser.add_argument("--only", default="", help="names of settings, or beginnings of them, with commas between")
+    parser.add_argument(
+        "--only", default="", help="names of settings, or beginnings of several names, with commas between"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="of the machine; larger settings are left out")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--list", action="store_true")
@@ -111,11 +113,12 @@ def main() -> int:
     if asked.table:
         print(table([json.loads(line) for file in asked.table for line in file.read_text().splitlines()]))
         return 0
-    wanted = [name for name in asked.only.split(",") if name]
+    known, wanted = settings(), [name for name in asked.only.split(",") if name]
     chosen = {
         name: one
-        for name, one in settings().items()
-        if one.gpus <= asked.gpus and (not wanted or any(name.startswith(part) for part in wanted))
+        for name, one in known.items()
+        if one.gpus <= asked.gpus
+        and (not wanted or any(name == part if part in known else name.startswith(part) for part in wanted))
     }
     if asked.list:
         print("\n".join(f"{name:28} {one}" for name, one in chosen.items()))

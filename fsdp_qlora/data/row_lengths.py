@@ -38,6 +38,13 @@ class RowLengths:
         """Return the mean tokens of what counts as a row of a batch."""
         return float(self.lengths.sum()) / self.items
 
+    def flat(self, batch_size: int) -> bool:
+        """Tell whether rows of most micro-batches lie one after the other, by what `collate` asks of the rows."""
+        together = min(batch_size, self.items) * len(self.lengths) / self.items
+        widths = np.minimum(-(-self.lengths // PAD_TO) * PAD_TO, self.widest)
+        alike = bool((widths == widths[0]).all()) and together * widths[0] <= self.most_tokens(batch_size)
+        return together > 1 and not alike
+
     def most_tokens(self, batch_size: int) -> int:
         """Return the most tokens that a micro-batch of so many rows can have, padding at its end included."""
         if self.bins is not None:

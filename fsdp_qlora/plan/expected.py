@@ -25,6 +25,9 @@ CROWDING, CROWDING_SHORT, CROWDING_PEERS, SHORT = 1.32, 1.73, 2.11, 4096
 # Attention's share of `reached` at S tokens is most * S / (S + half): fits the rows at 2,048 to 32,768 tokens to
 # a tenth (0.55 forward and 0.42 backward at 2,048), and is up to 1.6 times theirs at 512, where attention is little.
 ATTENTION, ATTENTION_BACKWARD, ATTENTION_HALF = 0.776, 0.588, 850
+# Rows that lie one after the other, several hundred tokens and more in a micro-batch: to a fifth at 146 to 2,048 tokens
+# a row (0.28 forward and 0.26 backward at 2,048).
+FLAT_HALF, FLAT_HALF_BACKWARD = 3200, 2300
 # Not measured: PyTorch's memory-efficient attention before Ampere, and plain float32 attention, which makes some ten
 # passes over a float32 score of every pair of tokens, seen or not: bytes that 512 FLOPs of a seen pair move.
 ATTENTION_BEFORE_AMPERE = 0.5  # of what the others reach
@@ -70,8 +73,10 @@ def _attention(card: Card, facts: Facts, reached: float, copy: float) -> tuple[f
     if facts.attention in ("math", "cpu"):
         plain = min(PRODUCTS * card.float32 * TERA / 2, MATH_INTENSITY * copy)  # half of the pairs are not seen
         return plain, plain
-    share = facts.usual_row / (facts.usual_row + ATTENTION_HALF) * (1 if card.has_bf16 else ATTENTION_BEFORE_AMPERE)
-    return ATTENTION * share * reached, ATTENTION_BACKWARD * share * reached
+    row, most = facts.usual_row, reached * (1 if card.has_bf16 else ATTENTION_BEFORE_AMPERE)
+    halves = (FLAT_HALF, FLAT_HALF_BACKWARD) if facts.flat else (ATTENTION_HALF, ATTENTION_HALF)
+    forward, backward = (row / (row + half) * most for half in halves)
+    return ATTENTION * forward, ATTENTION_BACKWARD * backward
 
 
 def _crowding(facts: Facts, peers: bool) -> float:

@@ -90,6 +90,7 @@ class Facts:
     # Not in rows of the grid that were recorded before
     paged_bytes: int = 0  # of optimizer state in host memory for each adapter parameter, where a GPU is full
     longest_row: int = 0  # tokens, padded; 0: as many as `context` has
+    flat: bool = False  # rows of most micro-batches lie one after the other
 
     @property
     def tokens(self) -> int:
@@ -178,6 +179,7 @@ def facts_of(
     training, memory = config.training, config.memory
     reduce_bytes = {"fp32": 4, "bf16": 2}[memory.reduce_dtype]
     context = config.data.context_length
+    flat = bool(fusion.blocks) and lengths is not None and lengths.flat(training.batch_size)
     if lengths is not None:
         context = lengths.width(training.batch_size) if fusion.blocks else lengths.widest
     return Facts(
@@ -211,13 +213,14 @@ def facts_of(
         exchange_by_host=False,
         fused=bool(fusion.blocks),
         remat=memory.use_gradient_checkpointing,
-        attention=_attention(fusion, lengths),
+        attention=_attention(fusion, flat),
         multiprocessors=0,
         workspace_bytes=workspace(world.device, capability),
         dummy_weights=config.model.dummy_weights,
         master_bytes=master_bytes(model.precision.compute),
         paged_bytes=paged_bytes(training.optimizer) if world.device.type == "cuda" else 0,
         longest_row=0 if lengths is None else lengths.widest,
+        flat=flat,
         **(_fused(model, context, lengths) if fusion.blocks else _generic(model, config, context)),
         **_usual(lengths if fusion.blocks else None, training.batch_size),
     )
@@ -259,9 +262,9 @@ def _adapted(specs: list[Any]) -> str:
     return "".join("1" if any(m.lora_A is not None for m in linears) else "0" for linears in by_linear)
 
 
-def _attention(fusion: "Fusion", lengths: "RowLengths | None") -> str:
-    """Return the backend of most micro-batches, "" for generic blocks: rows are seldom of one length."""
-    if lengths is not None and fusion.documents and lengths.lengths.min() < lengths.lengths.max():
+def _attention(fusion: "Fusion", flat: bool) -> str:
+    """Return the backend of most micro-batches, "" for generic blocks."""
+    if flat and fusion.documents:
         return fusion.documents[0]
     return fusion.attention[0] if fusion.attention else ""
 

@@ -169,7 +169,8 @@ def packed_speed(planned: Planned, lengths: RowLengths, world: World) -> float |
         return None
     bins = Bins(config.data.context_length, lengths.lengths)
     filled = round(facts.batch * bins.fill * bins.capacity)
-    packed = replace(facts, context=bins.capacity, mean_tokens=filled)
+    flat = facts.fused and replace(lengths, bins=bins).flat(facts.batch)
+    packed = replace(facts, context=bins.capacity, mean_tokens=filled, flat=flat)
     try:
         with remembering(world.device.type == "cuda"):
             plan = make_plan(packed, planned.rates, wishes_of(config.memory, world.size), planned.budget)

@@ -16,7 +16,11 @@ PAD = 2  # also EOS: padding must be told from it by position
 
 def make_rows(count: int, context_length: int = 20) -> Rows:
     """Rows of unequal length whose ids tell the row; each ends in EOS, which is learnt."""
-    lengths = np.random.default_rng(1).integers(2, context_length + 1, count)
+    return of_lengths(np.random.default_rng(1).integers(2, context_length + 1, count).tolist(), context_length)
+
+
+def of_lengths(lengths: list[int], context_length: int) -> Rows:
+    count = len(lengths)
     ids = [[100 + number] * (length - 1) + [PAD] for number, length in enumerate(lengths)]
     trains = [[False] * (length // 2) + [True] * (length - length // 2) for length in lengths]
     return Rows(
@@ -176,6 +180,29 @@ def test_rows_of_about_one_length_stay_a_batch() -> None:
     batch = Batches(rows, 8, 1, 1, 0, 0, flat=RowLengths.of(rows)).step(0, 0)[0]
     assert batch.segments is None
     assert batch.input_ids.shape == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "packed", "flat"),
+    [
+        ([100, 20, 60, 90, 30, 70], 1, False, False),
+        ([100, 20, 60, 90, 30, 70], 2, False, True),
+        ([60, 40, 50, 45, 30, 70], 1, True, True),
+        ([120, 119, 117, 120], 2, False, False),
+        ([90, 91, 92, 93], 2, True, False),  # a bin of each
+        ([40, 40, 40, 40], 1, True, False),
+        ([10] * 8, 4, False, True),  # 4 x 16 are more than the rows take one after the other
+        ([33] * 6, 1, True, True),  # three of 40 as well, in a bin of 100
+    ],
+)
+def test_rows_are_flat_where_micro_batches_are(lengths: list[int], batch_size: int, packed: bool, flat: bool) -> None:
+    rows = of_lengths(lengths, 120 if max(lengths) > 100 else 100)
+    bins = Bins(rows.context_length, rows.lengths) if packed else None
+    known = RowLengths.of(rows, bins)
+    batches = Batches(rows, batch_size, 1, 1, 0, 0, flat=known)
+    found = [batch.segments is not None for i in range(batches.steps_per_epoch) for batch in batches.step(0, i)]
+    assert known.flat(batch_size) == flat
+    assert sum(found) > len(found) / 2 if flat else not any(found)
 
 
 def test_the_most_tokens_of_a_micro_batch_are_those_of_the_longest_rows() -> None:

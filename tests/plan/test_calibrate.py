@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.models.fused.block import FusedBlock
@@ -176,6 +178,25 @@ def test_what_is_measured_on_one_card_runs(clocked: None, one_thread: None) -> N
     assert found.keys() == set(NAMES) - link
     assert all(value > 0 for name, value in found.items() if name not in ("gather", "reduce"))
     assert all(p.device == META for p in model.parameters()), "the model itself is left as it was"
+
+
+def test_attention_is_measured_as_micro_batches_come(clocked: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one length are a batch: one after the other they took twice as long on an H200."""
+    model, config, fusion = planned(LlamaConfig(**SHAPE), batch_size=4, context_length=64, lora_rank=8)
+    computed: list[tuple[tuple[int, ...], bool]] = []
+    attend = measure.attend
+
+    def watched(q: torch.Tensor, *given: Any) -> Any:
+        computed.append((tuple(q.shape[:2]), given[-1] is not None))
+        return attend(q, *given)
+
+    monkeypatch.setattr(measure, "attend", watched)
+    for lengths, shape, flat in (([64] * 8, (4, 64), False), ([40, 60] * 4, (1, 200), True)):
+        rows = RowLengths(np.array(lengths), 64, 1.0)
+        known = facts_of(model, config, WORLD, fusion, 8, lengths=rows)
+        measure.attention(dataclasses.replace(known, attention="cpu"), Masking(0.1), torch.float32, CPU)
+        assert set(computed) == {(shape, flat)}
+        computed.clear()
 
 
 @pytest.mark.gpu

@@ -183,5 +183,7 @@ def test_the_facts_of_rows_are_those_of_the_rows() -> None:
     assert 100 + 3 * 20 <= known.tokens <= 4 * 48
     assert (known.mean_tokens, known.mean_row, known.label_share) == (120, 30, 0.5)
     assert known.keys_per_query == pytest.approx(sum(n * (n + 1) / 2 for n in lengths.lengths) / 240)
+    assert known.flat
+    assert in_bins.flat
     assert in_bins.tokens == 4 * 128
     assert (in_bins.mean_tokens, in_bins.keys_per_query) == (round(240 / 2 * 2), known.keys_per_query)

@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 tests/support/ranks_that_run_out.py CASES.json RESULTS
 
 CASES.json: name -> {"arguments": [...], "keep": level, "offloaded": bool, "shrinks": bool, "faults": [[rank, place,
-call], ...]}: the plan's blocks keep that level, and the call (from 1, over the whole run) of that rank at that place of
-`PLACES` raises what PyTorch's allocator does. shrinks: resident blocks and the head go to host memory then. Writes
-RESULTS/NAME.RANK.json.
+call], ...]}: the plan's blocks keep that level, or the plan has nothing to give, and the call (from 1, over the whole
+run) of that rank at that place of `PLACES` raises what PyTorch's allocator does. shrinks: resident blocks and the head
+go to host memory then. Writes RESULTS/NAME.RANK.json.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ from tests.support.pictures import without_pictures
 
 train.HEAD_START_SECONDS = 0.0  # this launch does not end with the first rank that does
 MESSAGE = "CUDA out of memory. Tried to allocate 226.00 MiB. GPU 0 has a total capacity of 23.99 GiB\nSee documentation"
+LEANEST = "leanest"  # a keep level of a case
 LIBRARY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 
 # name -> (where it is looked up, its name there, whether memory runs out after it has done its work)
@@ -107,12 +108,21 @@ def planned(keep: str, offloaded: bool) -> Callable[..., Plan]:
 
     def otherwise(*arguments: Any) -> Plan:
         plan = make(*arguments)
+        if keep == LEANEST:
+            return leanest(plan, *arguments)
         blocks = tuple(replace(block, keep=keep, offloaded=offloaded) for block in plan.blocks)
         for layout in arguments[4:]:
             layout(blocks)  # before anything is loaded
         return replace(plan, blocks=blocks)
 
     return otherwise
+
+
+def leanest(plan: Plan, *arguments: Any) -> Plan:
+    """What is left of a plan once no refit gives anything: on a GPU not always the level that saves least."""
+    while (less := plans.refit_plan(plan, *arguments)) is not None:
+        plan = less
+    return plan
 
 
 def shrunk(*arguments: Any) -> Plan | None:

@@ -101,8 +101,8 @@ CHOSEN = {
 STAYS: Options = REPLICATED | {"use_activation_cpu_offload": False}  # on a GPU host memory could take something else
 REFUSED: dict[str, tuple[Options, str, tuple[int, str, int], str]] = {
     "kept as asked": (STAYS | {"keep_activations": "qkv"}, "", (LAST, "forward", call(1, 1)), "saved in"),
-    "least already": (STAYS, "input", (LAST, "backward", back(1, 1)), "saved in"),
-    "first step": (STAYS, "input", (LAST, "backward", back(0, 1)), "context_length"),
+    "least already": (STAYS, "leanest", (LAST, "backward", back(1, 1)), "saved in"),
+    "first step": (STAYS, "leanest", (LAST, "backward", back(0, 1)), "context_length"),
     "generic": (REPLICATED | {"fused": "false"}, "", (LAST, "head", MICRO + 1), "saved in"),
     # At the end of the launch: the others learn of it when the rank's process ends.
     "sharded": (

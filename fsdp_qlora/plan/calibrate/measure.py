@@ -91,7 +91,7 @@ def attention(facts: Facts, masking: Masking, dtype: torch.dtype, device: torch.
     s = min(facts.usual_row, MOST_TOKENS if slow else MOST_CONTEXT)
     b = max(1, min(facts.usual_tokens, MOST_TOKENS) // s)
     segments = None
-    if facts.mean_row and b > 1:  # rows of any lengths, as they come
+    if facts.flat and b > 1:
         segments, b, s = segments_of([s] * b).to(device), 1, b * s
     q, d_out = (torch.randn(b, s, facts.heads, facts.head_dim, device=device, dtype=dtype) for _ in range(2))
     k, v = (torch.randn(b, s, facts.kv_heads, facts.head_dim, device=device, dtype=dtype) for _ in range(2))

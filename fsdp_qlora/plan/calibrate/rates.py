@@ -52,7 +52,7 @@ def slowest(by_rank: Sequence[Sequence[float]]) -> Rates:
 def key_of(facts: Facts, world: World) -> dict[str, Any]:
     """All that rates depend on."""
     shape = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "codec", "compute_bytes", "fused")
-    attention = ("attention", "multiprocessors")
+    attention = ("attention", "multiprocessors", "flat")
     return {name: getattr(facts, name) for name in shape + attention} | {
         "version": VERSION,
         "machine": platform.node(),
