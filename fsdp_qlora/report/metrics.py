@@ -23,12 +23,12 @@ from fsdp_qlora.report.loss_curve import draw_loss_curve, is_finite, what_is_wro
 from fsdp_qlora.report.page import REPORT, write_report
 from fsdp_qlora.report.parts import FILE as PARTS
 from fsdp_qlora.report.parts import begin_part, end_part
-from fsdp_qlora.report.progress import Bar, Lines, Progress, as_time
+from fsdp_qlora.report.progress import Bar, Lines, Pace, Progress
 from fsdp_qlora.report.records import ANSWERS, STEPS, EvalRecord, StepRecord
 from fsdp_qlora.report.scalars import eval_scalars, step_scalars
 from fsdp_qlora.report.series import WARM_UP_STEPS
 from fsdp_qlora.runtime.files import writing_to
-from fsdp_qlora.units import count_of
+from fsdp_qlora.units import as_time, count_of
 
 # Steps of which a page takes 2 s of a core, and more on a busy machine: torchrun kills what takes long to end.
 MOST_STEPS_IN_A_HURRY = 200_000
@@ -61,7 +61,7 @@ class Metrics(Callback):
         self._closed = self._file_failed = False
         self._is_noted = False  # this start of the program, in the folder's environment.json
         self._loggers: list[Behind] = []
-        self._progress: list[Progress] = []
+        self._progress, self._pace = list[Progress](), Pace()
         check_installed(config)
         if not world.is_main:
             return
@@ -113,6 +113,7 @@ class Metrics(Callback):
         self._records.append(record)
         self._note_host(record.host_rss_gib)
         self._note(record)
+        self._pace.note(record.seconds)
         if not self._progress:
             self._progress = self._start_progress()
         for progress in self._progress:
@@ -168,6 +169,7 @@ class Metrics(Callback):
         if self._closed or not self.world.is_main:
             return
         self._closed = True
+        self._pace.note()
         for progress in self._progress:
             progress.close()
         for logger in self._loggers:
@@ -240,11 +242,11 @@ class Metrics(Callback):
         """Choose and start the progress displays: at the first step, as other lines may be printed until then."""
         where, chosen = self.config.output.log_to, list[Progress]()
         if "stdout" in where:
-            chosen.append(Lines(self.world.say, self.total_steps, every_seconds=0))
+            chosen.append(Lines(self.world.say, self.total_steps, self._pace, every_seconds=0))
         if "tqdm" in where and sys.stderr.isatty():
-            chosen.append(Bar(self.total_steps))
+            chosen.append(Bar(self.total_steps, self._pace))
         elif "tqdm" in where and not chosen:
-            chosen.append(Lines(self.world.say, self.total_steps))
+            chosen.append(Lines(self.world.say, self.total_steps, self._pace))
         return chosen
 
     def _speed(self) -> str:
@@ -252,6 +254,14 @@ class Metrics(Callback):
         typical = self._records[WARM_UP_STEPS:]
         speed = statistics.median(record.tokens_per_second for record in typical or self._records)
         return f"median {speed:,.0f} tok/s {'after' if typical else 'with'} warm-up"
+
+    def _beside_steps(self) -> list[str]:
+        """Return a line where more than a hundredth of this process' time went elsewhere, and a second."""
+        steps, beside = sum(record.seconds for record in self._records[self._taken_over :]), self._pace.beside
+        if beside < max(1.0, steps / 100):
+            return []
+        evaluations = "evaluations, " if self._evaluations else ""
+        return [f"        {as_time(beside)} more between steps, for {evaluations}checkpoints and the adapter"]
 
     def _note_host(self, per_rank: Sequence[float]) -> None:
         if not per_rank:
@@ -277,6 +287,7 @@ class Metrics(Callback):
         lines = [
             f"trained {steps} in {as_time(sum(record.seconds for record in self._records))}, "
             f"{sum(record.tokens for record in self._records):,} tokens, {self._speed()}",
+            *self._beside_steps(),
             *([f"        {left_out} of them left out: float16 gradients overflowed"] if left_out else []),
             f"loss    {first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}",
         ]

@@ -9,6 +9,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from fsdp_qlora.report.records import EvalRecord, StepRecord
+from fsdp_qlora.units import as_time
 
 
 class Progress(Protocol):
@@ -21,11 +22,34 @@ class Progress(Protocol):
     def close(self) -> None: ...
 
 
-class Bar:
-    """A tqdm bar. Time left comes from the last steps' median: the first, slow ones would mislead for long."""
+class Pace:
+    """How long steps take, and what lies between them: evaluations, answers, checkpoints, displays."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._total, self._evaluated = total_steps, ""
+    def __init__(self) -> None:
+        self.beside = 0.0  # seconds since the first step that was noted, those of steps not counted
+        self._last: float | None = None
+        self._steps = 0
+
+    def note(self, step_seconds: float = 0.0) -> None:
+        """Count the time since the last call, of which a step took so much, if one did."""
+        now = time.monotonic()
+        if self._last is not None:
+            self.beside += max(0.0, now - self._last - step_seconds)
+            self._steps += step_seconds > 0
+        self._last = now
+
+    def left(self, so_far: Sequence[StepRecord], steps: int) -> float:
+        """Return the seconds of so many steps more, by the median of the last: the first, slow ones would mislead for
+        long. What lies between steps is spread over them evenly."""
+        typical = statistics.median(earlier.seconds for earlier in so_far[-20:])
+        return steps * (typical + self.beside / max(self._steps, 1))
+
+
+class Bar:
+    """A tqdm bar."""
+
+    def __init__(self, total_steps: int, pace: Pace) -> None:
+        self._total, self._pace, self._evaluated = total_steps, pace, ""
         self._bar = tqdm(
             total=total_steps,
             dynamic_ncols=True,
@@ -34,7 +58,8 @@ class Bar:
         )
 
     def show(self, step: StepRecord, so_far: Sequence[StepRecord]) -> None:
-        self._bar.set_postfix_str(_told(step, so_far, self._total) + self._evaluated, refresh=False)
+        told = _told(step, self._pace.left(so_far, self._total - step.step))
+        self._bar.set_postfix_str(told + self._evaluated, refresh=False)
         if self._bar.n == 0:
             self._bar.start_t -= sum(earlier.seconds for earlier in so_far)  # made after the first step had run
         self._bar.update(step.step - self._bar.n)
@@ -49,8 +74,8 @@ class Bar:
 class Lines:
     """A line for the first and the last step and at most one in `every_seconds` between, for logs and pipes."""
 
-    def __init__(self, say: Callable[[str], None], total_steps: int, every_seconds: float = 15.0) -> None:
-        self._say, self._total, self._every = say, total_steps, every_seconds
+    def __init__(self, say: Callable[[str], None], total_steps: int, pace: Pace, every_seconds: float = 15.0) -> None:
+        self._say, self._total, self._pace, self._every = say, total_steps, pace, every_seconds
         self._last = -math.inf
 
     def show(self, step: StepRecord, so_far: Sequence[StepRecord]) -> None:
@@ -59,7 +84,8 @@ class Lines:
             return
         self._last = now
         width = len(str(self._total))
-        self._say(f"step {step.step:>{width}}/{self._total}  {_told(step, so_far, self._total)}")
+        left = self._pace.left(so_far, self._total - step.step)
+        self._say(f"step {step.step:>{width}}/{self._total}  {_told(step, left)}")
 
     def show_eval(self, record: EvalRecord) -> None:
         pass  # it has a line of its own
@@ -68,18 +94,11 @@ class Lines:
         pass
 
 
-def as_time(seconds: float) -> str:
-    """Return seconds as a clock shows them: 7 -> 0:07, 3725 -> 1:02:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _told(step: StepRecord, so_far: Sequence[StepRecord], total: int) -> str:
-    typical = statistics.median(earlier.seconds for earlier in so_far[-20:])
+def _told(step: StepRecord, left: float) -> str:
     if step.gpu_reserved_gib:
         memory = f"{max(step.gpu_reserved_gib):.1f} GiB"
     else:
         memory = f"{sum(step.host_rss_gib):.1f} GiB host"
-    left = as_time(typical * (total - step.step))
-    return f"loss {step.loss:.4f}  lr {step.lr:.2e}  {step.tokens_per_second:,.0f} tok/s  {memory}  {left} left"
+    return (
+        f"loss {step.loss:.4f}  lr {step.lr:.2e}  {step.tokens_per_second:,.0f} tok/s  {memory}  {as_time(left)} left"
+    )

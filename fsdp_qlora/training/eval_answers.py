@@ -6,6 +6,7 @@ runs out, or the disk does, nothing is answered any more, which is said once: tr
 """
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.plan.budget import device_bytes
 from fsdp_qlora.report.records import ANSWERS
 from fsdp_qlora.training.eval_questions import Asked
-from fsdp_qlora.units import as_gib
+from fsdp_qlora.units import as_gib, as_time, count_of
 
 SHOWN = 120  # letters of an answer that is printed
 LESS_MEMORY = "ask the saved adapter with `python -m fsdp_qlora generate`, or lower eval_generate_tokens in another run"
@@ -44,11 +45,13 @@ class EvalAnswers:
         """Answer after `step` steps, write the answers and print the first. A collective."""
         if self._refused or not self._fits():
             return
+        start = time.monotonic()
         try:
             found = self._answers()
         except NoMemory as stopped:
             self._refuse(str(stopped), LESS_MEMORY)
             return
+        taken = time.monotonic() - start
         lines = [
             {"step": step, "row": question.row, "prompt": self._text(question.prompt),
              "answer": self._text(answer.ids), "expected": self._text(question.expected)}
@@ -59,8 +62,10 @@ class EvalAnswers:
             self._refuse(unwritten, "free some space before the end, when the adapter is saved")
             return
         first = lines[0]
-        self.world.say(f"step {step}: row {first['row']} is answered {_short(first['answer'])!r} "
-                       f"(right: {_short(first['expected'])!r})")  # fmt: skip
+        self.world.say(
+            f"step {step}: row {first['row']} is answered {_short(first['answer'])!r} "
+            f"(right: {_short(first['expected'])!r}); {count_of(len(lines), 'answer')} in {as_time(taken)}"
+        )
 
     def _answers(self) -> list[Answer]:
         """Return the answers in the order of the questions. Raises NoMemory on every rank alike."""

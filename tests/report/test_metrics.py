@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,16 +21,17 @@ from matplotlib.figure import Figure
 from fsdp_qlora.config.options import Config, ModelOptions, OutputOptions, ProfileOptions
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.report import progress
 from fsdp_qlora.report.loggers.base import LoggerSpec
 from fsdp_qlora.report.loggers.table import LOGGERS, check_installed
 from fsdp_qlora.report.loss_curve import draw_loss_curve
 from fsdp_qlora.report.metrics import Metrics
 from fsdp_qlora.report.profiler import check_profile, profiled
-from fsdp_qlora.report.progress import as_time
 from fsdp_qlora.report.records import EvalRecord, StepRecord
 from fsdp_qlora.report.scalars import eval_scalars, step_scalars
 from fsdp_qlora.report.series import running_mean
 from fsdp_qlora.runtime.host_memory import HostMemory, host_memory_gib
+from fsdp_qlora.units import as_time
 
 MAIN = World(0, 2, 0, 2, torch.device("cpu"))
 OTHER = World(1, 2, 1, 2, torch.device("cpu"))
@@ -102,6 +104,25 @@ def test_the_summary_tells_steps_speed_loss_memory_and_places(tmp_path, capsys):
     for place in ("out/adapter_model.safetensors", tmp_path / "metrics.jsonl", tmp_path / "loss.png"):
         assert str(place) in out
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_between_steps_counts_for_what_is_left_and_is_told(tmp_path, capsys, monkeypatch):
+    """Ten steps of 2 s with an evaluation of 30 s after every second one take 170 s, and 150 more than the steps."""
+    now = 1000.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    metrics = Metrics(config_for(tmp_path, "stdout"), MAIN, 10)
+    for step in range(1, 11):
+        now += 2.0
+        metrics.on_step(record(step, seconds=2.0))
+        if step % 2 == 0:
+            now += 30.0
+    metrics.close()
+    out = capsys.readouterr().out
+    left = re.findall(r"([\d:]+) left", out)
+    assert left[0] == "0:18"  # nothing but steps is known
+    assert left[2] == "1:59"  # 7 steps of 2 s, and as long after each as after the first two: 15 s
+    assert left[8] == "0:17"
+    assert "        2:30 more between steps, for checkpoints and the adapter" in out
 
 
 def test_memory_that_was_too_tight_is_told(tmp_path, capsys):

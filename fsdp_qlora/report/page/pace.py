@@ -10,9 +10,9 @@ from fsdp_qlora.report.page.files import Missing
 from fsdp_qlora.report.page.html import Html, paragraph, section, table, text
 from fsdp_qlora.report.page.plan import Plan
 from fsdp_qlora.report.page.steps import Steps
-from fsdp_qlora.report.progress import as_time
 from fsdp_qlora.report.records import STEPS
 from fsdp_qlora.report.series import Numbers
+from fsdp_qlora.units import as_time
 
 
 def time_section(steps: Steps | Missing, plan: Plan | Missing, parts: list[Part] | Missing, going_on: str) -> Html:
