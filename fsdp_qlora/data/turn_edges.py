@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from fsdp_qlora.data.messages import ASSISTANT, Message, Talk
 from fsdp_qlora.data.stand_ins import NONCE, take_apart
@@ -23,6 +23,7 @@ class Template:
         self.special = re.compile("|".join(sorted(map(re.escape, specials), key=len, reverse=True)) or r"(?!)")
         self.beginnings: dict[str, str | None] = {}
         self.headers: dict[str, str] = {}
+        self.unasked_headers: dict[str, str] = {}
 
     def tail(self, messages: list[Message], answer_next: bool, talk: Talk, behind: int | None) -> str | None:
         """Return what `messages` render behind stand-in `behind` (None: from the beginning); None if that is not last.
@@ -41,14 +42,19 @@ class Template:
             return None
         return numbers[-1] if numbers else None, between[-1]
 
-    def until_next(self, messages: list[Message], talk: Talk, behind: int) -> str | None:
-        """Return the text between stand-in `behind`, the last of `messages`, and a next question; None if unknown."""
-        question: Message = {"role": "user", "content": f"{NONCE}{PLACE}k"}
+    def until_next(self, messages: list[Message], talk: Talk, behind: int | None, role: str = "user") -> str | None:
+        """Return the text from stand-in `behind` (None: the beginning) to the next word, if a turn of `role` follows.
+
+        That word may be a system text, which templates put before the last question. None: unknown."""
+        following: Message = {"role": role, "content": f"{NONCE}{PLACE}k"}
         try:
-            between, numbers = take_apart(self.render([*messages, question], False, talk))
+            between, numbers = take_apart(self.render([*messages, following], False, talk))
         except Exception:
             return None
-        return between[-2] if numbers[-2:] == [behind, PLACE] else None
+        if behind is not None and behind not in numbers:
+            return None
+        at = len(numbers) - numbers[::-1].index(behind) if behind is not None else 0
+        return between[at] if PLACE in numbers[at:] else None
 
     def start(self, before: str, asked: str | None, talk: Talk) -> int | None:
         """Return where the turn begins in the text before its first word; None if it is not known to begin there.
@@ -56,11 +62,11 @@ class Template:
         asked: what the template puts there when it asks for the answer."""
         header = self.header(talk)
         if asked is not None and before.startswith(asked) and self._is_border(before, len(asked)):
-            if header and header in before[len(asked) :]:  # asked for where another turn goes on
+            if header.strip() and header in before[len(asked) :]:  # asked for where another turn goes on
                 return before.rindex(header) + len(header)
             if header or not before[len(asked) :].strip():
                 return len(asked)
-        elif header and before.count(header) == 1:
+        elif header.strip() and before.count(header) == 1:
             return before.index(header) + len(header)
         return None
 
@@ -88,9 +94,12 @@ class Template:
 
         before: the text before its first word. continued: what follows its last word where a question comes next: what
         both have is not of a header. holds_arguments: `after` begins in a tool call, whose arguments may hold anything.
+        Raises Unclear for text without a special token that may be a header.
         """
         every = list(self.special.finditer(after))
         if not every:
+            if continued is None and after.strip():
+                raise Unclear(f"the last turn is followed by {after!r:.40}, which may or may not be its end")
             return len(after) if continued is None or continued.startswith(after) or not after.strip() else 0
         last = every[-1].start() if holds_arguments else every[0].start()
         while holds_arguments and (earlier := next((m for m in every if self._joins(after, m.end(), last)), None)):
@@ -104,6 +113,20 @@ class Template:
                 return 0  # a header that is put at the end whether or not an answer is asked for
             ends = run[:1]
         return next((end for end in reversed(run) if end > ends[-1] and after.endswith(self.eos, 0, end)), ends[-1])
+
+    def end_of_nothing(self, asked: str, rest: str, continued: str | None, talk: Talk) -> int:
+        """Return the end of a turn without a word in `rest`, what is rendered behind `asked`; 0: not certain.
+
+        No header may come before that end, and nothing behind it but one that is put there unasked."""
+        try:
+            end = self.last_end(asked, rest, continued, holds_arguments=True)
+        except Unclear:
+            return 0
+        ends = [match for match in self.special.finditer(rest, 0, end) if match.end() == end]
+        behind = rest[end:].lstrip()
+        if not ends or (behind and not asked.endswith(behind)):
+            return 0
+        return end if self.header(talk) or not rest[: ends[0].start()].strip() else 0
 
     def _joins(self, text: str, end: int, start: int) -> bool:
         return end <= start and not text[end:start].strip()
@@ -126,17 +149,18 @@ class Template:
             yield match.end()
             at = match.end()
 
-    def end(self, after: str, alone: str | None, role: str, number: int, talk: Talk) -> int:
+    def end(self, after: str, alone: str | None, roles: Collection[str], number: int, talk: Talk) -> int:
         """Return the end of a turn that others follow, in the text up to the next word.
 
-        alone: what follows it where it is the last. What both have, and the token that ends it here, is its own."""
+        alone: what follows it where it is the last. What both have, and the token that ends it here, is its own.
+        roles: of the turns behind it, through that of the next word."""
         same = self._same(after, alone) if alone is not None else 0
         if alone is not None and same == len(alone) and self.special.search(alone):
             return list(self.special.finditer(alone))[-1].end()
         matched = self._without_beginnings(after, [match.end() for match in self.special.finditer(after[:same])])
         next_one = self.special.match(after, same + len(after[same:]) - len(after[same:].lstrip()))
         if next_one is not None and (alone is None or self.special.search(alone[same:]) or next_one[0] == self.eos):
-            ends = self._is_end(next_one[0], after[next_one.start() :], role, talk)
+            ends = self._is_end(next_one[0], after[next_one.start() :], roles, talk)
             if ends:
                 return next_one.end()
             if ends is None and not matched:
@@ -144,6 +168,34 @@ class Template:
         if matched:
             return matched[-1]
         return same if alone is not None and same == len(alone) else 0
+
+    def unasked(self, talk: Talk) -> str:
+        """Return the header that the template puts behind every conversation, asked for or not; '' where it does not.
+
+        It stands behind a question and behind an answer, and is not how the conversation goes on behind that."""
+        if self.header(talk):
+            return ""
+        key = json.dumps(talk.settings, default=str)
+        if key not in self.unasked_headers:
+            self.unasked_headers[key] = self._find_unasked(talk)
+        return self.unasked_headers[key]
+
+    def _find_unasked(self, talk: Talk) -> str:
+        question: Message = {"role": "user", "content": f"{NONCE}0k"}
+        answer: Message = {"role": ASSISTANT, "content": f"{NONCE}1k"}
+        asked = self.last([question], False, talk)
+        said = self.last([question, answer], False, talk)
+        answered = self.until_next([question], talk, 0, ASSISTANT)
+        continued = self.until_next([question, answer], talk, 1)
+        if asked is None or said is None or answered is None or continued is None:
+            return ""
+        if not answered.startswith(asked[1]) or continued.startswith(said[1]):
+            return ""
+        matches = self.special.finditer(said[1][: self._same(said[1], continued)])
+        own = self._without_beginnings(said[1], [match.end() for match in matches])
+        header = said[1][own[-1] if own else 0 :]
+        both = next((header[at:] for at in range(len(header)) if asked[1].endswith(header[at:])), "")
+        return both if both.replace(self.eos, "").strip() else ""
 
     def _same(self, one: str, other: str) -> int:
         """Return the length of the common beginning, with no special token cut in two."""
@@ -156,13 +208,30 @@ class Template:
                     length = match.start()
         return length
 
-    def _is_end(self, token: str, rest: str, role: str, talk: Talk) -> bool | None:
-        """Return whether `token`, at the beginning of `rest`, ends a turn rather than beginning the next, of `role`."""
+    def _is_end(self, token: str, rest: str, roles: Collection[str], talk: Talk) -> bool | None:
+        """Return whether `token`, at the beginning of `rest`, ends a turn rather than beginning one of `roles`.
+
+        rest: the text up to the next word; several turns without a word may begin in it. None: unknown."""
         if token == self.eos:
             return True
         header = self.special.match(self.header(talk))
         if header is not None and token != header[0] and rest[len(token) :].lstrip().startswith(header[0]):
             return True  # behind it begins what every turn begins with
+        begins = [self._beginning(role) for role in roles]
+        known = [*begins, *([self.header(talk)] if ASSISTANT in roles else [])]
+        if any(text and (text.endswith(rest) or self._opens(text, token, rest)) for text in known):
+            return False
+        return True if begins and all(begins) else None
+
+    def _opens(self, begins: str, token: str, rest: str) -> bool:
+        """Return whether `rest` begins as what a turn begins with does from its last `token` on.
+
+        Either may be longer: by another turn without a word, or by a thought that only the last turn shows."""
+        opening = begins[begins.rindex(token) :] if token in begins else ""
+        return bool(opening) and (rest.startswith(opening) or opening.startswith(rest))
+
+    def _beginning(self, role: str) -> str | None:
+        """Return what a conversation of one turn begins with, up to its word; None where it has none."""
         if role not in self.beginnings:
             try:
                 between, numbers = take_apart(
@@ -171,8 +240,7 @@ class Template:
                 self.beginnings[role] = between[0] if numbers else None
             except Exception:
                 self.beginnings[role] = None
-        begins = self.beginnings[role]
-        return not begins.endswith(rest) if begins else None
+        return self.beginnings[role]
 
     def header(self, talk: Talk) -> str:
         """Return what the template puts at the end to ask for an answer, '' where it has no such thing."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fsdp_qlora.data.messages import ASSISTANT, Message, Talk
+from fsdp_qlora.data.messages import ASSISTANT, THOUGHTS, Message, Talk
 from fsdp_qlora.data.stand_ins import NONCE, Spot, Word, explain, replace_words, take_apart
 from fsdp_qlora.data.turn_edges import Render, Template, Unclear
 
@@ -111,7 +111,8 @@ class TurnFinder:
         return spans, {word.message: word.message not in there for word in left_out}
 
     def _span(self, edge: Edge, spots: list[Spot], between: list[str]) -> Span:
-        first = spots[edge.first].start if edge.first < len(spots) else spots[-1].end + len(between[-1])
+        behind = spots[-1].end if spots else 0  # no word at all: what is learnt is the end of an empty answer
+        first = spots[edge.first].start if edge.first < len(spots) else behind + len(between[-1])
         last = spots[edge.last].end if edge.last >= 0 else 0
         return first - len(between[edge.first]) + edge.start, last + edge.end
 
@@ -136,6 +137,8 @@ class TurnFinder:
         if not own:
             if any(word.message == number and not word.is_call for word in words):
                 raise Unclear(f"message {number} is not in what it renders")
+            if any(str(made[number].get(key) or "").strip() for key in (*THOUGHTS, "content")):
+                raise Unclear(f"message {number} holds nothing but tags, which the template may take for its own")
             return self._wordless(talk, made, plan, number)
         repeated = [n for n in shown if shown.count(n) > 1] + [plan.numbers[spot] for spot in places[len(own) :]]
         if own != list(range(own[0], own[-1] + 1)) or not all(words[n].is_call for n in repeated):
@@ -147,16 +150,28 @@ class TurnFinder:
         if start is None and words[shown[0]].is_call:
             start = template.start_of_call(before, made, number, talk, previous)
         if start is None:  # the first word itself; its token holds the space before it, where no header ends there
-            start = len(before) if template.header(talk) else len(before.rstrip(" "))
+            lead = self._lead(made[number], shown[0])
+            start = len(before.removesuffix(lead)) if lead.strip() else len(before)
+            start = start if template.header(talk) else len(before[:start].rstrip(" "))
         following = plan.numbers[own[-1] + 1] if own[-1] + 1 < len(plan.numbers) else None
         if number == len(made) - 1:
             continued = template.until_next(made, talk, shown[-1])
+            after = after.removesuffix(template.unasked(talk))
             end = template.last_end(before, after, continued, bool(made[number].get("tool_calls")))
         else:
-            next_one = words[following].message if following is not None else number
-            role = made[next_one]["role"] if next_one != number else ""
-            end = template.end(after, template.tail(made[: number + 1], False, talk, shown[-1]), role, number, talk)
+            until = words[following].message + 1 if following is not None else 0
+            behind = made[number + 1 : until if until > number + 1 else None]
+            roles = dict.fromkeys(str(message["role"]) for message in behind)
+            alone = template.tail(made[: number + 1], False, talk, shown[-1])
+            alone = alone.removesuffix(template.unasked(talk)) if alone is not None else None
+            end = template.end(after, alone, roles, number, talk)
         return Edge(own[0], own[-1], start, end)
+
+    def _lead(self, message: Message, number: int) -> str:
+        """Return what stands before stand-in `number` in the message's own text: a tag that templates know, space."""
+        texts = [str(message.get(key) or "") for key in (*THOUGHTS, "content")]
+        leads = [text.partition(f"{NONCE}{number}k")[0] for text in texts if f"{NONCE}{number}k" in text]
+        return next((lead.lstrip() for lead in leads if NONCE not in lead), "")
 
     def _own(self, talk: Talk, made: list[Message], plan: Plan, places: list[int], number: int) -> list[int]:
         """Return the places of a turn's words in the turn itself: a tool's answer may repeat the name of a call.
@@ -178,17 +193,20 @@ class TurnFinder:
 
     def _wordless(self, talk: Talk, made: list[Message], plan: Plan, number: int) -> Edge | None:
         """Return the span of a turn without a word: its end alone is learnt, if that is found for certain."""
-        before = self.template.last(made[:number], True, talk)
-        after = self.template.last(made[: number + 1], False, talk)
+        template = self.template
+        before, after = template.last(made[:number], True, talk), template.last(made[: number + 1], False, talk)
         if before is None or after is None or before[0] != after[0]:
             return None
         previous, asked, said = before[0], before[1], after[1]
         if not asked or not said.startswith(asked):
             return None
+        continued = template.until_next(made[: number + 1], talk, previous)
+        continued = continued[len(asked) :] if continued is not None and continued.startswith(asked) else None
+        rest = said[len(asked) :]
+        ends = template.end_of_nothing(asked, rest, continued, talk)
         for spot, text in enumerate(plan.between):
-            if (plan.numbers[spot - 1] if spot else None) == previous and text.startswith(said):
-                ends = [match.end() for match in self.special.finditer(said, len(asked))]
-                return Edge(spot, spot - 1, len(asked), ends[-1]) if ends else None
+            if ends and (plan.numbers[spot - 1] if spot else None) == previous and text.startswith(said):
+                return Edge(spot, spot - 1, len(asked), len(asked) + ends)
         return None
 
     def _by_content(self, talk: Talk, whole: str, number: int) -> tuple[dict[int, Span], dict[int, bool]]:
