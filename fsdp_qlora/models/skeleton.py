@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fsdp_qlora.errors import UserError, first_line
+from fsdp_qlora.models.layer_kinds import check_kinds
 from fsdp_qlora.models.logits import find_logit_shape
 from fsdp_qlora.models.precision import Precision
 from fsdp_qlora.weights.checkpoint_files import check_model_name
@@ -83,9 +85,9 @@ def _unreadable(model_name: str, revision: str | None, error: Exception) -> User
             "here; use a checkpoint of it in a form that transformers knows by itself"
         )
     if Path(model_name).is_dir():
-        return UserError(
-            f"model_name: {model_name} has no readable config.json ({first_line(error)}); download the model again"
-        )
+        known = isinstance(error, StrictDataclassError)  # whose first line names transformers' check, not what is wrong
+        why = first_line(error.__cause__ if known and error.__cause__ is not None else error)
+        return UserError(f"model_name: {model_name} has no readable config.json ({why}); download the model again")
     if _is_adapter_on_hub(model_name, revision):
         return UserError(f"model_name: {model_name} is an adapter, not a model; set model_name to its base")
     return UserError(
@@ -181,6 +183,8 @@ def build(config: PretrainedConfig, precision: Precision, attention: str) -> Pre
     if hasattr(text, "allow_global_per_layer_attribute_access"):  # else Gemma 4's config raises where the plan reads it
         text.allow_global_per_layer_attribute_access = True
     _check_heads(model)
+    if getattr(text, "layer_types", None):
+        check_kinds(config.model_type, backbone_of(model), decoder_layers(model)[1])
     return model
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,33 @@ def test_a_value_that_transformers_cannot_build_is_one_line(field, value, why, t
 def test_a_window_in_which_a_token_does_not_see_itself_is_refused(window, tmp_path, capsys):
     transformers.MistralConfig(**tiny.SHAPE | {"sliding_window": window}).save_pretrained(tmp_path / "model")
     assert f"sliding_window of {window}" in refused(tmp_path / "model", capsys, dummy_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds", "said"),
+    [
+        ("Gemma2", ["full_attention", "chunked_attention"], "chunked_attention, which a gemma2 model does not have"),
+        ("Qwen2", ["linear_attention", "full_attention"], "linear_attention, which a qwen2 model does not have"),
+        ("Cohere2", ["full_attention", "chunked_attention"], "chunked_attention, which a cohere2 model does not have"),
+        ("Qwen3", ["full_attention", "windowed"], "The `layer_types` entries must be in ('full_attention', "),
+        ("Llama", ["full_attention"], "`num_hidden_layers` (2) must be equal to the number of `layer_types` (1)"),
+    ],
+)
+def test_layers_of_a_kind_that_a_family_lacks_are_one_line_before_anything_is_read(
+    family: str, kinds: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model" / "config.json"
+    getattr(transformers, f"{family}Config")(**tiny.SHAPE | {"num_hidden_layers": 2}).save_pretrained(file.parent)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_types": kinds}))
+    assert said in refused(file.parent, capsys, dummy_weights=True)
+
+
+def test_a_family_that_does_not_read_the_kinds_of_its_layers_trains_whatever_they_are(tmp_path: Path) -> None:
+    """As transformers has it."""
+    kinds = ["linear_attention", "full_attention"]
+    llama(tmp_path / "model", num_hidden_layers=2, layer_types=kinds)
+    options = {"model_name": tmp_path / "model", "output_dir": tmp_path / "out", "dataset_samples": 2, "max_steps": 1}
+    assert train.main(flags(OPTIONS | options)) == 0
 
 
 def test_norms_may_add_nothing_to_the_mean_square(tmp_path):
