@@ -32,7 +32,7 @@ from fsdp_qlora.plan.planning import Planned, micro_batches, plan_run
 from fsdp_qlora.runtime.background import beside
 from fsdp_qlora.runtime.gpu_memory import cap_gpu_memory
 from fsdp_qlora.weights.base_cache.disk import NOTHING_OWED, Owed
-from fsdp_qlora.weights.choose import Told, codec_chooser, open_weights, told_forms
+from fsdp_qlora.weights.choose import Told, check_asked_groups, codec_chooser, open_weights, told_forms
 from fsdp_qlora.weights.codecs import is_quantized
 from fsdp_qlora.weights.hub import OnHub
 from fsdp_qlora.weights.source import Weights
@@ -168,9 +168,11 @@ def make_recipe(
     told: Told,
 ) -> Recipe:
     """Return how the options and the checkpoint say that the model's pieces are made. told: its `told_forms`."""
+    quantization = quantization_of(hf_config)
+    published = quantization is not None or bool(told)
     return Recipe(
         precision,
-        codec_chooser(config.model, quantization_of(hf_config), weights, precision.compute, told),
+        codec_chooser(config.model, quantization, weights, precision.compute, told),
         checkpointing_kind(config.memory),
         shards=world.size,  # also if the placement shards nothing: the padding is a few hundred bytes
         host_embedding=world.device.type == "cuda",
@@ -178,6 +180,7 @@ def make_recipe(
         is_quantized=lambda name: is_quantized(name, weights.names()),
         buffers=weights.names() is not None,
         adapter=choose_adapter(config.model.train_type),
+        check_linears=(lambda linears: None) if published else partial(check_asked_groups, config.model),
     )
 
 

@@ -48,7 +48,8 @@ class Recipe:
     ranks among which each unit's bytes must divide evenly. host_embedding: whether an embedding that is not also the
     head stays in host memory. own_head: whether the head has its own weights whatever the config says.
     is_quantized: whether the checkpoint holds the weight of that name quantized. buffers: whether persistent buffers
-    are in it, or keep their first values. adapter: what trains.
+    are in it, or keep their first values. adapter: what trains. check_linears: raises UserError where the options do
+    not fit the linears, given (codec, shape) of each.
     """
 
     precision: Precision
@@ -60,6 +61,7 @@ class Recipe:
     is_quantized: Callable[[str], bool] = lambda name: False
     buffers: bool = False
     adapter: AdapterKind = field(default_factory=LoRA)
+    check_linears: Callable[[Sequence[tuple[Codec, tuple[int, ...]]]], None] = lambda linears: None
 
 
 def assemble(
@@ -79,6 +81,11 @@ def assemble(
     tied = f"{path_of(model, head_of(model))}.weight" in model.all_tied_weights_keys and not recipe.own_head
     on_host = recipe.host_embedding and type(model.get_input_embeddings()) is nn.Embedding and not tied
     backbone, current = backbone_of(model), CurrentSegments()
+
+    inner = {
+        f"{path_of(model, backbone)}.{name}".lstrip("."): m for name, m in backbone.named_modules() if is_linear(m)
+    }
+    recipe.check_linears([(_codec_of(name, m, recipe), tuple(m.weight.shape)) for name, m in inner.items()])
 
     # Layers over frozen bytes, adapters declared: what the spec of a fused block is read off.
     frozen = [_freeze(path, layer, recipe, adapter, targets) for path, layer in by_path.items()]
@@ -115,9 +122,7 @@ def _freeze(
     for name, parameter in layer.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if owner in linears and leaf == "weight":
-            quantizes = type(linears[owner]) is nn.Linear or recipe.is_quantized(f"{path}.{name}")
-            codec = recipe.codec_of(f"{path}.{name}") if quantizes else Plain(recipe.precision.compute)
-            tensors[name] = (codec, tuple(parameter.shape))
+            tensors[name] = (_codec_of(f"{path}.{owner}", linears[owner], recipe), tuple(parameter.shape))
         elif parameter.ndim < 2 or "Norm" in type(layer.get_submodule(owner)).__name__:  # Cohere's has a row a head
             tensors[name] = (Plain(recipe.precision.stream), tuple(parameter.shape))
         else:
@@ -142,6 +147,12 @@ def _freeze(
     unit = _unit(path, frozen, tensors)
     stored_norms = {entry: RowNorms(f"{name}.weight", recipe.precision.compute) for name, entry in norms_of.items()}
     return FrozenLayer(layer, frozen, _take_views(layer, frozen)), replace(unit, norms=stored_norms)
+
+
+def _codec_of(path: str, linear: nn.Module, recipe: Recipe) -> Codec:
+    """Return how the weight of a linear at that path of the model is stored."""
+    quantizes = type(linear) is nn.Linear or recipe.is_quantized(f"{path}.weight")
+    return recipe.codec_of(f"{path}.weight") if quantizes else Plain(recipe.precision.compute)
 
 
 def _frozen_linear(

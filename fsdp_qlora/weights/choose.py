@@ -1,6 +1,6 @@
 """The source of weights that the options name, and the codec of each of its linears."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from fsdp_qlora.weights.codecs import (
     Codec,
     CodecOf,
     Plain,
+    check_groups,
     choose_codec,
     described,
     is_quantized,
@@ -78,6 +79,12 @@ def codec_chooser(
         return codec
 
     return codec_of
+
+
+def check_asked_groups(options: ModelOptions, linears: Sequence[tuple[Codec, tuple[int, ...]]]) -> None:
+    """Raise UserError where the groups that the options ask for do not fit all linears: (codec, shape) of each."""
+    grouped = [(codec, shape) for codec, shape in linears if isinstance(codec, HQQ)]
+    check_groups(grouped, train_type_over("nf4", options.train_type))
 
 
 def told_forms(

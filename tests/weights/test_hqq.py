@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.hqq_format import BITS
-from fsdp_qlora.weights.codecs import HQQ, codec_named, companions, hqq_groups, stored_codec
+from fsdp_qlora.weights.codecs import HQQ, check_groups, codec_named, companions, hqq_groups, stored_codec
 from tests.support.metered import Meter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -144,19 +144,39 @@ def test_a_checkpoint_that_says_something_else_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    ("codec", "shape", "words"),
+    ("codec", "shapes", "words"),
     [
-        (HQQ(4, 128, 1, torch.float32), (64, 192), ["its 192 inputs are no multiple of 128", "set it to 32 or 64"]),
-        (HQQ(4, 32, 1, torch.float32), (72, 144), ["its 144 inputs", "use --train_type qlora"]),
-        (HQQ(4, 64, 0, torch.float32), (96, 192), ["along axis 0", "its 96 outputs are no multiple of 64", "to 32"]),
-        (HQQ(4, 64, 0, torch.float32), (64, 100), ["its 100 inputs are no multiple of 8", "use --train_type qlora"]),
+        (HQQ(4, 128, 1, torch.float32), [(64, 192)], ["its 192 inputs are no multiple of 128", "set it to 32 or 64"]),
+        (HQQ(4, 128, 1, torch.float32), [(64, 192), (64, 96)], ["[64, 192]", "its 192 inputs", "; set it to 32"]),
+        (HQQ(4, 128, 1, torch.float32), [(64, 256), (64, 96)], ["[64, 96]", "its 96 inputs", "; set it to 32"]),
+        (
+            HQQ(4, 32, 1, torch.float32),
+            [(64, 144)],
+            ["its 144 inputs", "; use --hqq_axis 0 and --hqq_group_size 32 or 64"],
+        ),
+        (HQQ(4, 32, 1, torch.float32), [(64, 144), (72, 64)], ["its 144 inputs", "; use --train_type bnb_dora"]),
+        (
+            HQQ(4, 64, 0, torch.float32),
+            [(96, 192)],
+            ["along axis 0", "its 96 outputs are no multiple of 64", "; set it to 32"],
+        ),
+        (
+            HQQ(4, 64, 0, torch.float32),
+            [(64, 100)],
+            ["its 100 inputs are no multiple of 8", "; use --train_type bnb_dora"],
+        ),
     ],
 )
-def test_a_weight_without_such_groups_is_refused_in_one_line(codec, shape, words):
+def test_weights_without_such_groups_are_refused_in_one_line(codec, shapes, words):
     with pytest.raises(UserError) as caught:
-        codec.parts(shape)
+        check_groups([(codec, shape) for shape in shapes], "bnb_dora")
     told = str(caught.value)
     assert told.startswith("hqq_group_size: ")
     assert "\n" not in told
-    for word in [str(list(shape)), *words]:
+    for word in words:
         assert word in told
+    assert told.endswith(words[-1])
+
+
+def test_weights_that_all_have_such_groups_are_taken():
+    check_groups([(HQQ(4, 32, 1, torch.float32), shape) for shape in ((64, 192), (72, 96))], "qlora")

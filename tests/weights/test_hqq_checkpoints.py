@@ -237,13 +237,28 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(model, tmp_path, capsys):
     assert "is no table of modules as hqq saves it" in refused(tmp_path / "pickle", capsys, **anew)
 
 
-def test_unfit_groups_are_one_line_before_anything_is_read(tmp_path, capsys):
-    folder = tiny.save_model(LlamaConfig(**tiny.SHAPE), tmp_path / "model")
-    line = refused(folder, capsys, "hqq_group_size", **OPTIONS)
-    assert line == (
-        "train.py: hqq_group_size: 64 along axis 1 does not fit a linear of [64, 144]: its 144 inputs are no multiple "
-        "of 64; use --train_type qlora"
-    )
+@pytest.mark.parametrize(
+    ("shape", "options", "said"),
+    [
+        ({}, {}, "64 along axis 1 does not fit a linear of [64, 144]: its 144 inputs are no multiple of 64; use "
+         "--train_type qlora"),
+        ({}, {"train_type": "hqq_dora"}, "64 along axis 1 does not fit a linear of [64, 144]: its 144 inputs are no "
+         "multiple of 64; use --train_type bnb_dora"),
+        ({"hidden_size": 128, "intermediate_size": 192, "head_dim": 24}, {"hqq_group_size": 128},
+         "128 along axis 1 does not fit a linear of [128, 96]: its 96 inputs are no multiple of 128; set it to 32"),
+        ({"hidden_size": 128, "intermediate_size": 192}, {"hqq_group_size": 128, "hqq_axis": 0},
+         "128 along axis 0 does not fit a linear of [64, 128]: its 64 outputs are no multiple of 128; set it to 32 or "
+         "64"),
+        ({"intermediate_size": 144, "hidden_size": 144, "num_attention_heads": 8, "num_key_value_heads": 8,
+          "head_dim": 16}, {}, "64 along axis 1 does not fit a linear of [128, 144]: its 144 inputs are no multiple of "
+         "64; use --train_type qlora"),
+    ],
+    ids=["no groups", "dora", "of all linears", "axis 0", "first of all"],
+)  # fmt: skip
+def test_unfit_groups_are_one_line_before_anything_is_read(shape, options, said, tmp_path, capsys):
+    """The groups that it names fit every linear, and the train type trains what was asked for."""
+    folder = tiny.save_model(LlamaConfig(**tiny.SHAPE | shape), tmp_path / "model")
+    assert refused(folder, capsys, "hqq_group_size", **OPTIONS | options) == f"train.py: hqq_group_size: {said}"
 
 
 @pytest.mark.parametrize(

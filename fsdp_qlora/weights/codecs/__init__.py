@@ -2,7 +2,7 @@
 
 from fsdp_qlora.weights.codecs.base import Codec, CodecOf, Decoder, FewRowsCodec, Parts
 from fsdp_qlora.weights.codecs.finite import NotFinite, all_finite
-from fsdp_qlora.weights.codecs.hqq import HQQ
+from fsdp_qlora.weights.codecs.hqq import HQQ, check_groups
 from fsdp_qlora.weights.codecs.nf4 import NF4
 from fsdp_qlora.weights.codecs.plain import Plain
 from fsdp_qlora.weights.codecs.table import (
@@ -30,6 +30,7 @@ __all__ = [
     "Parts",
     "Plain",
     "all_finite",
+    "check_groups",
     "choose_codec",
     "codec_named",
     "companions",

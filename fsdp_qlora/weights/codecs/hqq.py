@@ -73,8 +73,7 @@ class HQQ:
         why = unfit(self.form, shape)
         if why:
             raise UserError(
-                f"hqq_group_size: {self.group} along axis {self.axis} does not fit a linear of {list(shape)}: {why}; "
-                f"{_remedy(self, shape)}"
+                f"hqq_group_size: {self.group} along axis {self.axis} does not fit a linear of {list(shape)}: {why}"
             )
         groups = (math.prod(shape) // self.group,)
         return planes(self.bits, math.prod(shape)) | {"scale": (self.dtype, groups), "zero": (self.dtype, groups)}
@@ -193,6 +192,24 @@ def _words(form: Form) -> str:
     return f"{form.bits} bits in groups of {form.group} along axis {form.axis}"
 
 
-def _remedy(codec: HQQ, shape: tuple[int, ...]) -> str:
-    fitting = [str(group) for group in GROUPS if not unfit(codec.form._replace(group=group), shape)]
-    return f"set it to {' or '.join(fitting)}" if fitting else "use --train_type qlora"
+def check_groups(linears: Sequence[tuple[HQQ, tuple[int, ...]]], without: str) -> None:
+    """Raise UserError where one of a model's linears has no such groups, with the options that fit all of them.
+
+    linears: (codec, shape) of each; codecs are alike. without: the train type whose base has no groups."""
+    for codec, shape in linears:
+        try:
+            codec.parts(shape)
+        except UserError as error:
+            raise UserError(f"{error}; {_remedy(codec.axis, {shape for _, shape in linears}, without)}") from None
+
+
+def _remedy(axis: int, shapes: Set[tuple[int, ...]], without: str) -> str:
+    def fitting(axis: int) -> str:
+        groups = (g for g in GROUPS if not any(unfit(USUAL._replace(group=g, axis=axis), shape) for shape in shapes))
+        return " or ".join(map(str, groups))
+
+    if groups := fitting(axis):
+        return f"set it to {groups}"
+    if groups := fitting(1 - axis):
+        return f"use --hqq_axis {1 - axis} and --hqq_group_size {groups}"
+    return f"use --train_type {without}"
