@@ -6,14 +6,14 @@ of templates' habits.
 """
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.data.marks import CLOSES, MARK, MARKING, OPENS, as_calls, read_marks
-from fsdp_qlora.data.messages import ASSISTANT, THOUGHTS, Message, Talk, TalkReader
+from fsdp_qlora.data.marked_turns import MarkedTurns
+from fsdp_qlora.data.marks import MARK
+from fsdp_qlora.data.messages import ASSISTANT, Message, Talk, TalkReader, is_wordless
 from fsdp_qlora.data.stand_ins import NONCE, TAG, take_apart
 from fsdp_qlora.data.templates import WORDLESS, Example, Piece, Row
 from fsdp_qlora.data.turns import Span, TurnFinder
@@ -80,7 +80,9 @@ class ChatTemplate:
         self.reader = TalkReader(texts)
         tags = set(TAG.findall(texts))
         self.finder = TurnFinder(self.render, set(self.specials), self.eos, tags)
-        self.marked = self._marked_template() if isinstance(chosen, str) else None
+        self.marked: MarkedTurns | None = None
+        if isinstance(chosen, str) and MarkedTurns.has_marks(chosen):
+            self.marked = MarkedTurns(self.render, chosen, tags, self.specials, self.end_tokens)
         self.wants_parts = self._wants_parts()
         self.ends: list[str] | None = None
 
@@ -90,8 +92,10 @@ class ChatTemplate:
         try:
             whole = self._whole(talk)
             if self.whole_row:
-                return Example([Piece(whole, True)], complete=True, notes=talk.notes)
+                return self._whole_example(talk, whole, location)
             spans = self._spans(talk, whole)
+        except BadRow:
+            raise
         except Exception as error:  # a template is a program: it raises whatever it raises
             raise BadRow(
                 f"{location}: the model's chat template does not take these messages ({first_line(error)})"
@@ -143,14 +147,11 @@ class ChatTemplate:
     def _spans(self, talk: Talk, whole: str) -> list[Span]:
         if not any(talk.learn):
             return []
-        if self.marked is not None:
-            marked = self._marked_spans(talk, whole)
-            if marked is not None:
-                return marked
-        found, missing = self.finder.find(talk, whole)
+        marked = self.marked.find(talk, whole) if self.marked is not None else None
+        found, missing = marked if marked is not None else self.finder.find(talk, whole)
         taken = {number for number, _ in found}
         for number, (message, learn) in enumerate(zip(talk.messages, talk.learn, strict=True)):
-            if learn and _is_wordless(message):
+            if learn and is_wordless(message):
                 what = "its end" if number in taken else "nothing"
                 talk.notes.append(WORDLESS.format(what))
         for number, all_of_it in missing.items():
@@ -158,40 +159,6 @@ class ChatTemplate:
             turn = f"{'an' if role == ASSISTANT else 'a'} {role} turn"
             talk.notes.append(f"{what} of {turn}, which the chat template leaves out")
         return [span for _, span in found]
-
-    def _marked_template(self) -> str | None:
-        """Return the template with private characters around what it marks as generated, None if it marks nothing."""
-        if not any(mark[2] == "generation" for mark in MARK.finditer(self.text)):
-            return None
-
-        return MARKING + as_calls(self.text)
-
-    def _marked_spans(self, talk: Talk, whole: str) -> list[Span] | None:
-        """Return the spans that the template marks, None if it marks no turn, or if some turns are not to be learnt and
-        marks cannot be told apart."""
-        if OPENS in whole or CLOSES in whole:
-            return None
-        plain, spans = read_marks(self.render(talk.messages, False, talk, self.marked))
-        if plain != whole or not spans:
-            return None
-        answers = [
-            learn for message, learn in zip(talk.messages, talk.learn, strict=True) if message["role"] == ASSISTANT
-        ]
-        if not all(answers):
-            if len(answers) != len(spans):
-                return None
-            spans = [span for span, learn in zip(spans, answers, strict=True) if learn]
-        ended = [(start, self._through_end(whole, end)) for start, end in spans if start < end]
-        return [(max(start, before), end) for (_, before), (start, end) in pairwise([(0, 0), *ended]) if end > before]
-
-    def _through_end(self, whole: str, end: int) -> int:
-        """Include the token that ends a turn where the template's mark stops short of it.
-
-        The turn would never be learnt to end otherwise."""
-        if whole[:end].rstrip().endswith(self.specials):
-            return end
-        at = end + len(whole[end:]) - len(whole[end:].lstrip())
-        return next((at + len(token) for token in self.end_tokens() if whole.startswith(token, at)), end)
 
     def end_tokens(self) -> list[str]:
         """Return EOS, and the special token that the template puts behind an answer at the end of a conversation."""
@@ -221,6 +188,18 @@ class ChatTemplate:
             example.empty = f"no {what} the assistant's to learn (roles: {', '.join(roles)})"
         return example
 
+    def _whole_example(self, talk: Talk, whole: str, location: str) -> Example:
+        """Return the row with all of it learnt, EOS behind an answer that the template leaves open too."""
+        if talk.excluded:
+            raise BadRow(
+                f"{location}: message {talk.excluded[0]} is excluded from the loss, but train_on_prompt true learns "
+                "every turn; omit train_on_prompt, or take the turn's weight away"
+            )
+        header = self.finder.template.unasked(talk)
+        if header and whole.endswith(header):
+            return Example([Piece(whole, True)], complete=True, notes=talk.notes)
+        return self._example(talk, whole, [(0, len(whole))])
+
     def _wants_parts(self) -> bool:
         """Return whether the template takes content only as a list of parts, as some of vision-language models do."""
         self.wants_parts = False
@@ -232,11 +211,6 @@ class ChatTemplate:
             except Exception:
                 continue
         return False
-
-
-def _is_wordless(message: Message) -> bool:
-    texts = [message["content"], *(message.get(name) for name in THOUGHTS)]
-    return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
 
 
 def _with_arguments_as_text(message: Message) -> Message:

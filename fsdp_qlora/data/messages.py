@@ -42,6 +42,7 @@ class Talk:
     tools: list[dict[str, Any]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # variables for the template (enable_thinking, ...)
     notes: list[str] = field(default_factory=list)
+    excluded: list[int] = field(default_factory=list)  # the assistant's messages that the row itself excludes
 
 
 class TalkReader:
@@ -57,9 +58,9 @@ class TalkReader:
         """
         if "completion" in row and "messages" not in row:
             asked, answers = _list(row, "prompt", location), _list(row, "completion", location)
-            given = [*({**_object(m, location, i), "weight": 0} for i, m in enumerate(asked)), *answers]
+            given = [*asked, *answers]
         else:
-            given = _list(row, "messages", location)
+            asked, given = [], _list(row, "messages", location)
         talk = Talk([], [])
         system = text_of(row, "system", location, optional=True)
         if system and not self._is_system(given[0]):
@@ -68,7 +69,8 @@ class TalkReader:
         elif system and system != _content(given[0], location, False):
             talk.notes.append("system column not taken, as messages begin with another system text")
         for number, message in enumerate(given):
-            self._add(talk, _object(message, location, number), f"{location}: message {number}")
+            where = f"{location}: message {number}"
+            self._add(talk, _object(message, location, number), where, number < len(asked))
         talk.tools = _tools(row, location)
         settings = row.get("chat_template_kwargs") or {}
         if not isinstance(settings, dict) or set(settings) & RESERVED:
@@ -84,7 +86,7 @@ class TalkReader:
         role = str(message.get("role", message.get("from"))) if isinstance(message, dict) else ""
         return ROLES.get(role.strip().lower()) == "system"
 
-    def _add(self, talk: Talk, given: Mapping[str, Any], where: str) -> None:
+    def _add(self, talk: Talk, given: Mapping[str, Any], where: str, is_asked: bool) -> None:
         named = given.get("role", given.get("from"))
         if not isinstance(named, str):
             raise BadRow(f"{where} must be an object with 'role' and 'content', but is {dict(given)!r:.80}")
@@ -103,10 +105,12 @@ class TalkReader:
         for key in sorted(set(message) - {"role", "content", "tool_calls"}):
             if key not in self.template and not (key in THOUGHTS and any(name in self.template for name in THOUGHTS)):
                 talk.notes.append(f"{key!r} of messages, which the chat template does not use")
+        if role == ASSISTANT and not is_asked and not _is_learnt(given, where):
+            talk.excluded.append(len(talk.messages))
         talk.messages.append(message)
-        if role != ASSISTANT and any(given.get(key) for key in SHARES):
+        if role != ASSISTANT and not is_asked and any(given.get(key) for key in SHARES):
             talk.notes.append(f"a {role} turn is marked to be learnt, but only the assistant's are")
-        talk.learn.append(role == ASSISTANT and _is_learnt(given, where))
+        talk.learn.append(role == ASSISTANT and not is_asked and len(talk.learn) not in talk.excluded)
 
     def _role(self, named: str, where: str) -> str:
         plain = named.strip().lower()
@@ -120,6 +124,12 @@ class TalkReader:
                 f"roles are {', '.join(ROLES)}"
             )
         return role
+
+
+def is_wordless(message: Message) -> bool:
+    """Return whether a turn says nothing: no text, no thought and no call."""
+    texts = [message["content"], *(message.get(name) for name in THOUGHTS)]
+    return not message.get("tool_calls") and not any(isinstance(text, str) and text.strip() for text in texts)
 
 
 def _list(row: Row, key: str, location: str) -> list[Any]:

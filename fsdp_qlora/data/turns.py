@@ -8,6 +8,7 @@ cut before and after the turn.
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -37,6 +38,19 @@ class Plan:
     between: list[str]
     numbers: list[int]
     edges: dict[int, Edge | str | None]  # by message; None: nothing of it is rendered
+
+
+def words_left_out(talk: Talk, words: list[Word], shown: Collection[int]) -> dict[int, bool]:
+    """Return {message of which a word is not rendered: whether none is}. shown: the numbers of stand-ins that are.
+
+    Raises Unclear for a tool call to learn: the turn would be learnt without it."""
+    numbers = set(shown)  # two calls of a turn may have one name
+    left_out = [word for number, word in enumerate(words) if number not in numbers]
+    dropped = next((word.message for word in left_out if word.is_call and talk.learn[word.message]), None)
+    if dropped is not None:
+        raise Unclear(f"it leaves out a tool call of message {dropped}")
+    there = {words[number].message for number in numbers}
+    return {word.message: word.message not in there for word in left_out}
 
 
 class TurnFinder:
@@ -102,13 +116,7 @@ class TurnFinder:
                     raise Unclear(edge)
                 if edge is not None:
                     spans[number] = self._span(edge, spots, plan.between)
-        shown = {spot.number for spot in spots}  # by number: two calls of a turn may have one name
-        left_out = [word for number, word in enumerate(words) if number not in shown]
-        dropped = next((word.message for word in left_out if word.is_call and talk.learn[word.message]), None)
-        if dropped is not None:
-            raise Unclear(f"it leaves out a tool call of message {dropped}")
-        there = {spot.word.message for spot in spots}
-        return spans, {word.message: word.message not in there for word in left_out}
+        return spans, words_left_out(talk, words, [spot.number for spot in spots])
 
     def _span(self, edge: Edge, spots: list[Spot], between: list[str]) -> Span:
         behind = spots[-1].end if spots else 0  # no word at all: what is learnt is the end of an empty answer
