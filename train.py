@@ -21,6 +21,7 @@ from fsdp_qlora.errors import RunEnded, UserError
 from fsdp_qlora.runtime.launcher import (
     choose_allocator,
     keep_cpu_products_inside,
+    local_rank_from_environment,
     make_libraries_repeatable,
     rank_from_environment,
 )
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         if config.training.deterministic:
             make_libraries_repeatable()
     except UserError as error:
-        return _tell(error.on_every_rank(rank_from_environment()))
+        return _tell(error.on_every_rank(local_rank_from_environment()))  # a node's own command line
     silence()
     leave_out_compiler()
     choose_allocator()

@@ -14,6 +14,7 @@ from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.show_rows import lines_of
 from fsdp_qlora.data.sources import parts_of
+from fsdp_qlora.distributed.alike import check_nodes
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.models.skeleton import check_context, check_layers_stay
@@ -87,6 +88,7 @@ def run(config: Config, notes: Sequence[str] = ()) -> int:
         deterministic_algorithms(config.training.deterministic),
     ):
         stages.done("ranks")
+        check_nodes(config, world)
         checkpoint = begin(config, world, claim)
         ready = prepare_run(config, world, checkpoint, stages.done)
         for line in [*notes, *start_lines(ready)]:

@@ -10,6 +10,7 @@ from fsdp_qlora.data.held_out import rows_to_evaluate
 from fsdp_qlora.data.packing import Bins
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.sources import check_sources, forget_stdin
+from fsdp_qlora.distributed.alike import check_alike
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.skeleton import text_config
@@ -30,10 +31,15 @@ def read_data(config: Config, hf_config: PretrainedConfig, world: World) -> Data
 
     A collective."""
     try:
-        return world.first_on_node(lambda: load_data(config, hf_config, progress=world.is_main))
+        data = world.first_on_node(lambda: load_data(config, hf_config, progress=world.is_main))
     finally:
         if world.local_rank == 0:
             forget_stdin()
+    if world.has_several_nodes:
+        read = {"dataset": data.rows} | ({} if data.held_out is None else {"rows held out": data.held_out})
+        told = {name: f"{len(rows):,} rows with the checksum {rows.digest[:12]}" for name, rows in read.items()}
+        check_alike(told, world, "give every node the same files of rows, tokenizer and templates")
+    return data
 
 
 def load_data(config: Config, hf_config: PretrainedConfig, progress: bool) -> Data:

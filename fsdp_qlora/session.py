@@ -3,6 +3,8 @@
 The stages are apart: a plan ends before the weights are read, and a run sets what blocks keep before they are loaded.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +14,7 @@ from transformers import PretrainedConfig
 from fsdp_qlora.adapters.table import choose_adapter
 from fsdp_qlora.config.options import Config, MemoryOptions
 from fsdp_qlora.data.row_lengths import RowLengths
+from fsdp_qlora.distributed.alike import check_alike
 from fsdp_qlora.distributed.world import World, idle_gpus
 from fsdp_qlora.exchange.choose import check_exchange, choose_exchange
 from fsdp_qlora.kernels.quick_launch import slower_launches
@@ -93,6 +96,7 @@ def choose_compute(config: Config, world: World) -> Compute:
     A collective. Limits how much of the device's memory may be allocated from now on."""
     options = config.model
     hf_config = world.first_on_node(lambda: read_config(options.model_name, options.revision))
+    check_alike({"model_name": _checksum(hf_config)}, world, "give every node the same config.json")
 
     def choose() -> Compute:
         cap_gpu_memory(config.memory.gpu_memory_gib, world.device)
@@ -107,6 +111,11 @@ def choose_compute(config: Config, world: World) -> Compute:
     world.together(lambda: check_optimizer(config.training, world.device))
     world.together(lambda: check_exchange(config.memory, world))
     return compute
+
+
+def _checksum(hf_config: PretrainedConfig) -> str:
+    text = json.dumps(hf_config.to_diff_dict() | {"_name_or_path": ""}, sort_keys=True, default=str)
+    return f"a config.json with the checksum {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def prepare(

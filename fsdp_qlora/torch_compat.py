@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore as HashStore  # 2.11 to 2.13: torch.distributed has it, untyped
+from torch._C._distributed_c10d import HashStore as HashStore  # 2.11 to 2.13: torch.distributed has them, untyped
+from torch._C._distributed_c10d import PrefixStore as PrefixStore
+from torch._C._distributed_c10d import Store as Store
 
 # 2.11 and 2.12 have the second names only; 2.13 has the first, and warns of the second.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

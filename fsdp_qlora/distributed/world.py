@@ -3,11 +3,9 @@
 import os
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Generic, TypeVar
 
 import numpy
@@ -17,14 +15,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fsdp_qlora.config.options import LaunchOptions
+from fsdp_qlora.distributed.group import abort_group, open_group, within
 from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line, refused_by_system
 from fsdp_qlora.runtime.gpu_memory import note_others
 from fsdp_qlora.runtime.launcher import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
-from fsdp_qlora.torch_compat import HashStore, abort_process_group
 
-# A rank that dies is noticed by torchrun in a second, so this only bounds real deadlocks. It must outlast what ranks
-# lawfully wait for: rank 0 tokenising a large dataset, or its turn at encoding a block on a slow disk.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 TEARDOWN_SECONDS = 10.0
 
 # What gloo, NCCL and the store say when the other end of a connection is gone, across torch 2.11 to 2.13.
@@ -66,6 +61,10 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def has_several_nodes(self) -> bool:
+        return self.local_size != self.size
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the progress bar where one is up; nothing on other ranks."""
@@ -156,14 +155,14 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
         raise error.on_every_rank(place.local_rank) from None  # of this node
     _set_threads(place)
     _seed(seed)
-    _open_group(place, device)
+    open_group(place, device)
     world = World(place.rank, place.size, place.local_rank, place.local_size, device)
     try:
         yield world
         world.barrier()  # a rank that is done early waits here, not inside NCCL's teardown
     except BaseException as error:
         # Peers may be gone or may be waiting for us in a collective that will never come: abort, do not negotiate.
-        _within(TEARDOWN_SECONDS, _abort_group)
+        within(TEARDOWN_SECONDS, abort_group)
         if isinstance(error, torch.OutOfMemoryError):
             raise TrainingStopped(
                 f"rank {world.rank}: GPU memory ran out while the model was made or loaded "
@@ -181,7 +180,7 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
             ) from error
         raise
     else:
-        _within(TEARDOWN_SECONDS, dist.destroy_process_group)
+        within(TEARDOWN_SECONDS, dist.destroy_process_group)
 
 
 def idle_gpus(world: World) -> str | None:
@@ -232,55 +231,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # every CUDA device's generator too
-
-
-def _open_group(place: Launch, device: torch.device) -> None:
-    if not dist.is_available() or not dist.is_gloo_available():
-        raise UserError("this PyTorch is built without torch.distributed's gloo backend: install one from pytorch.org")
-    if device.type == "cuda" and place.size > 1 and not dist.is_nccl_available():
-        raise UserError(
-            "this PyTorch is built without NCCL, which several GPUs need to exchange tensors: install a CUDA build of "
-            "PyTorch for Linux, or start one rank"
-        )
-    cuda = device.type == "cuda" and dist.is_nccl_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    device_id = device if cuda else None
-    if place.size == 1:  # nobody to meet: no address, no port, nothing that a firewall could refuse
-        dist.init_process_group(
-            backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT, device_id=device_id
-        )
-        return
-    try:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device_id)
-    except dist.DistNetworkError as error:
-        raise TrainingStopped(
-            f"rank {place.rank} could not reach the other ranks at {place.address}:{place.port} ({error}): check that "
-            "every node started, that the address is reachable and that the port is free"
-        ) from error
-
-
-def _abort_group() -> None:
-    """End the group without its peers' help: pending NCCL work is cancelled, for destroying would wait for it."""
-    if not dist.is_initialized():
-        return
-    if dist.get_backend_config().find("nccl") >= 0 and abort_process_group is not None:
-        abort_process_group()
-        return
-    dist.destroy_process_group()
-
-
-def _within(seconds: float, close: Callable[[], None]) -> None:
-    """Run `close` for at most `seconds`. What has not returned by then is left to the end of the process: a second
-    failure while closing must neither hide the first nor keep the process alive."""
-
-    def attempt() -> None:
-        try:
-            close()
-        except Exception as error:
-            print(f"while closing the process group: {error}", file=sys.stderr, flush=True)
-
-    closing = threading.Thread(target=attempt, daemon=True, name="close process group")
-    closing.start()
-    closing.join(seconds)
-    if closing.is_alive():
-        print(f"the process group did not close within {seconds:.0f} s; going on without", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ def through_host(options: MemoryOptions, world: World) -> bool:
     """Return whether adapters shall be exchanged through host memory, as far as this rank can see its machine."""
     if options.exchange_by != "auto":
         return options.exchange_by == "host"
-    if world.device.type != "cuda" or world.size == 1 or world.local_size != world.size:
+    if world.device.type != "cuda" or world.size == 1 or world.has_several_nodes:
         return False
     return not _peer_access(world)
 
@@ -37,7 +37,7 @@ def check_exchange(options: MemoryOptions, world: World) -> None:
     if world.size == 1 or world.device.type != "cuda":
         where = "without GPUs" if world.device.type != "cuda" else "on one rank"
         raise UserError(f"exchange_by: {options.exchange_by} has no effect {where}; omit it")
-    if options.exchange_by == "host" and world.local_size != world.size:
+    if options.exchange_by == "host" and world.has_several_nodes:
         raise UserError("exchange_by: host is for ranks of one node, and these are several; take auto or nccl")
 
 

@@ -79,6 +79,9 @@ class Fitted:
     def content(self) -> str | None:
         return self.source.content()
 
+    def sample(self) -> str | None:
+        return self.source.sample()
+
     def name_in_files(self, name: str) -> str:
         return self.source.name_in_files(self._stored(name))
 

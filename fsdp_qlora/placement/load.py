@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from fsdp_qlora.distributed.alike import check_alike
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels.dora import row_norms
@@ -61,6 +62,10 @@ def load(
 
     cache: None: there is none for this base. Returns, of each linear whose norms by rows are stored with it: its path
     -> these norms [O], on the CPU."""
+    if world.has_several_nodes:
+        sample = world.first_on_node(weights.sample)
+        told = {"model_name": "made-up weights" if sample is None else f"weights with the checksum {sample[:12]}"}
+        check_alike(told, world, "give every node the same checkpoint")
     left, start, said, seen = list(model.units), time.perf_counter(), "", SeenNorms()
     bar = tqdm(total=len(left), desc="loading", unit="block", disable=None if world.is_main else True, leave=False)
     if cache is None:

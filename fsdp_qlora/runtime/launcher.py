@@ -31,11 +31,12 @@ class Launch:
 
 def rank_from_environment() -> int:
     """Return this process's rank (0 when started alone), from the launcher's variables; never fails, needs no torch."""
-    for name in ("RANK", "SLURM_PROCID"):
-        value = os.environ.get(name, "")
-        if value.isdecimal():
-            return int(value)
-    return 0
+    return _first_number("RANK", "SLURM_PROCID")
+
+
+def local_rank_from_environment() -> int:
+    """Return this process's rank on its node (0 when started alone), as `rank_from_environment` does."""
+    return _first_number("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
@@ -161,6 +162,11 @@ def cublas_workspace_bytes() -> int | None:
     """Return the bytes of the workspace that CUBLAS_WORKSPACE_CONFIG gives each stream; None where it is not set."""
     pieces = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
     return sum(int(size) * int(count) for size, count in pieces) * 1024 if pieces else None
+
+
+def _first_number(*names: str) -> int:
+    values = (os.environ.get(name, "") for name in names)
+    return next((int(value) for value in values if value.isdecimal()), 0)
 
 
 def _kernel() -> str:

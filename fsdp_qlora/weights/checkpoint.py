@@ -1,5 +1,6 @@
 """A checkpoint in a folder as a source of weights."""
 
+import hashlib
 import json
 import re
 import threading
@@ -18,6 +19,7 @@ from fsdp_qlora.weights.source import Shape, StoredTensor
 READERS = 4  # threads: enough to keep a disk busy
 PAGE = 4096  # bytes
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SAMPLED = 512  # numbers of a tensor, which lie on one or two pages
 ROWS_COMPARED = 4096  # of an embedding and a head at a time
 
 
@@ -68,6 +70,17 @@ class Checkpoint:
                 f"model_name: {error.filename or self.folder} cannot be read any more ({error.strerror}): was it moved "
                 "or removed since the start? Download it again, or name the folder that it is in"
             ) from error
+
+    def sample(self) -> str:
+        opened, total = _Opened(), hashlib.sha256()
+        for name in sorted(self._file_of):
+            try:
+                numbers = opened.reader(self._file_of[name])(name).flatten()[:SAMPLED]
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"model_name: {name} in {self.folder} cannot be read ({error})") from error
+            total.update(f"{name} {self._tensors[name]} {numbers.dtype}\n".encode())
+            total.update(numbers.contiguous().view(torch.uint8).numpy().data)
+        return total.hexdigest()
 
     def name_in_files(self, name: str) -> str:
         return name

@@ -28,6 +28,9 @@ class Dummy:
     def content(self) -> None:
         return None
 
+    def sample(self) -> None:
+        return None
+
     def name_in_files(self, name: str) -> str:
         return name
 

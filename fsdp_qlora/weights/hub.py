@@ -35,6 +35,9 @@ class OnHub:
     def content(self) -> str:
         return self._open().content()
 
+    def sample(self) -> str:
+        return self._open().sample()
+
     def name_in_files(self, name: str) -> str:
         return name
 

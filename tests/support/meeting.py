@@ -5,15 +5,15 @@ a part of that store to itself.
 """
 
 import os
-from functools import partial
 
 import torch.distributed as dist
 
+from fsdp_qlora.distributed import group
+
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 _STORE = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-_OPEN = dist.init_process_group
 
 
 def meet_at(name: str) -> None:
     """The next group of these processes meets in the part of that name."""
-    dist.init_process_group = partial(_OPEN, store=dist.PrefixStore(name, _STORE), rank=RANK, world_size=SIZE)
+    group.store_of = lambda launch: dist.PrefixStore(name, _STORE)

@@ -20,13 +20,18 @@ _SCRIPTS = tempfile.TemporaryDirectory(prefix="fsdp_qlora_ranks_")  # gone with 
 
 
 def start_torchrun(
-    script: str | Path, nproc: int = 2, args: Sequence[str] = (), env: Mapping[str, str | None] | None = None
+    script: str | Path,
+    nproc: int = 2,
+    args: Sequence[str] = (),
+    env: Mapping[str, str | None] | None = None,
+    launch: Sequence[str] = ("--standalone",),
 ) -> subprocess.Popen[str]:
     """Starts torchrun and returns at once; stdout and stderr are pipes of text. The caller must end it.
 
     Ranks that write at the same time keep whole lines with sys.stdout.write("...\\n"): torchrun runs Python unbuffered,
     where print writes the text and its end apart.
-    script: a path, or the text of a script (dedented). env: variables to add, None to remove one."""
+    script: a path, or the text of a script (dedented). env: variables to add, None to remove one. launch: options of
+    torchrun's own."""
     if isinstance(script, str) and "\n" in script:
         with tempfile.NamedTemporaryFile("w", suffix=".py", dir=_SCRIPTS.name, delete=False) as file:
             file.write(textwrap.dedent(script))
@@ -46,7 +51,7 @@ def start_torchrun(
             environ.pop(name, None)
         else:
             environ[name] = value
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc_per_node={nproc}"]
     return subprocess.Popen(
         [*command, str(script), *args],
         stdout=subprocess.PIPE,
@@ -115,6 +120,7 @@ def run_torchrun(
     args: Sequence[str] = (),
     env: Mapping[str, str | None] | None = None,
     timeout: float = 120,
+    launch: Sequence[str] = ("--standalone",),
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script (path or text) on `nproc` ranks to its end, whatever its exit code; `.stdout`, `.stderr`,
     `.returncode` say what happened.
@@ -122,4 +128,4 @@ def run_torchrun(
     Skips on a machine whose GPUs are too few for a rank each."""
     if 0 < torch.cuda.device_count() < nproc and (env or {}).get("CUDA_VISIBLE_DEVICES") != "":
         pytest.skip(f"{nproc} ranks need as many GPUs, or none")
-    return finish(start_torchrun(script, nproc, args, env), timeout)
+    return finish(start_torchrun(script, nproc, args, env, launch), timeout)
