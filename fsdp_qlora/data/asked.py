@@ -154,7 +154,7 @@ class _Reader:
             self.own = PromptTemplate(text, options.prompt_template, self.named)
             self.form = PromptTemplate.FORM
             return
-        self.form = form_of(row, options.dataset_format, options.dataset)
+        self.form = form_of(row, options.dataset_format, options.dataset, set(self.named) & set(row))
         if self.form.name in CHAT:
             self.chat = ChatTemplate(self.tokenizer, options.dataset)
         elif options.chat_template is not None:

@@ -153,9 +153,12 @@ def _rows_in(value: Any, name: str) -> list[Any] | None:
         return value
     if not isinstance(value, dict):
         raise UserError(f"{name}: is one {type(value).__name__}; rows are read from a list or from one object a line")
-    if any(form.fields(value) is not None for form in FORMS):
+    if any(form.fields(value) is not None for form in FORMS) or ("chosen" in value and "rejected" in value):
         return None
     lists = [key for key, held in value.items() if isinstance(held, list) and all(isinstance(h, dict) for h in held)]
+    talks = [key for key in lists if value[key] and all("role" in held or "from" in held for held in value[key])]
+    if lists and talks == lists:
+        return None  # turns of a conversation under a name that --columns may give
     chosen = lists if len(lists) == 1 else [key for key in ROW_KEYS if key in lists][:1]
     if chosen:
         return list(value[chosen[0]])

@@ -112,10 +112,8 @@ def _tokenized(
     template = _template(form, options, prompt, tokenizer, source.name)
     split = form.name == "text" and options.text_overflow != "cut"
     encoder = Encoder(tokenizer, options.train_on_prompt)
-    work = Work(
-        source.name, Columns(form, named), template, encoder, context, split,
-        options.bad_rows == "skip",
-    )  # fmt: skip
+    columns = Columns(form, named, wary=options.dataset_format == "auto" and form not in (GUANACO, PromptTemplate.FORM))
+    work = Work(source.name, columns, template, encoder, context, split, options.bad_rows == "skip")
     chunks = tokenize(work, chain(bad, first, source.rows), progress)
     held = _gathered(chunks, context)
     labels = held["offsets"][-1]
@@ -141,7 +139,7 @@ def _first(source: Source, options: DataOptions, named: dict[str, str]) -> tuple
         elif options.dataset_format == "auto" and source.form == "guanaco":
             form = GUANACO
         else:
-            form = form_of(row, options.dataset_format, source.name)
+            form = form_of(row, options.dataset_format, source.name, named)
             if options.dataset_format == "auto":
                 refuse_verdicts(row, form, source.name)
         return [(location, raw)], form, bad
