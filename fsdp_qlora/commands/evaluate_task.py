@@ -100,7 +100,7 @@ def _choices(ready: Ready) -> tuple[list[tuple[int, int]], Rows]:
         one = _choices_of(prompt)
         if one is None:
             raise UserError(f"measures: choice needs the column choices, which {prompt.location} does not have")
-        ids = continuations(ready.tokenizer, one[0])
+        ids = continuations(ready.tokenizer, one[0], prompt.text, ready.prompts.form)
         if not all(ids):
             raise BadRow(f"{prompt.location}: its choice {one[0][ids.index([])]!r} has no tokens")
         longest = len(prompt.ids) + max(map(len, ids))

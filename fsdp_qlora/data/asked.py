@@ -86,10 +86,12 @@ def read_prompts(
     return Prompts(prompts, reader.form.name, reader.stops(), notes)
 
 
-def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of texts that each follow a prompt, as an answer's are in training."""
+def continuations(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt: str = "", form: str = ""
+) -> list[list[int]]:
+    """Return the ids of texts that each follow the prompt of a row of this form, as an answer's are in training."""
     encoder = Encoder(tokenizer, False)
-    return [encoder.continuation(text) for text in texts]
+    return [encoder.continuation(text, prompt if form in CHAT else "") for text in texts]
 
 
 def stop_ids(options: DataOptions, form: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,8 +1,8 @@
 """The tokenizer, and pieces of text -> ids and what trains of them: BOS once, EOS learnt, no token over a border."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,9 @@ class Encoder:
             self.fast.no_truncation()
             self.fast.no_padding()
         self.sentinels = {sentinel: self._plain([sentinel])[0] for sentinel in SENTINELS}
+        self.added = {int(number): str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+        self.added_words = tuple(sorted(filter(str.strip, self.added.values()), key=len, reverse=True))
+        self.lead_ids: dict[str, list[int]] = {}
         # SentencePiece tokenizers put a space before whatever they are given. An answer that follows a prompt has none.
         self.adds_space = self._plain(["x"])[0] != self._plain(["\nx"])[0][len(self.sentinels["\n"]) :]
 
@@ -82,15 +85,17 @@ class Encoder:
         ids = [i for piece, part in zip(example.pieces, parts, strict=True) for i in self._ended(piece.ends, part)]
         return ids if example.complete or ids[: len(self.start)] == self.start else self.start + ids
 
-    def continuation(self, text: str) -> list[int]:
-        """Return the ids of a text that follows another one, as `encode` has an answer's."""
-        return self._continued([text])[0]
+    def continuation(self, text: str, chat: str = "") -> list[int]:
+        """Return the ids of a text that follows another one, as `encode` has an answer's. chat: the prompt of one."""
+        return self._continued([text], [self._lead(chat)])[0]
 
     def _by_characters(self, example: Example, text: str, encoding: Any) -> Tokens | None:
-        """Return the row's tokens; None where one lies across a border between pieces."""
+        """Return the row's tokens; None where one lies across a border between pieces.
+
+        An added token that swallows the space behind it, as Phi-3's do, ends at its own end: that space has none."""
         trains = np.zeros(len(encoding.ids), dtype=np.bool_)
         edges = list(accumulate((len(piece.text) for piece in example.pieces), initial=0))
-        tokens = [_token_at(encoding, edge, len(text)) for edge in edges]
+        tokens = [_token_at(encoding, edge, text, self.added) for edge in edges]
         if None in tokens:
             return None
         for piece, start, end in zip(example.pieces, tokens, tokens[1:], strict=False):
@@ -99,7 +104,9 @@ class Encoder:
 
     def _by_pieces(self, examples: Sequence[Example]) -> list[Tokens]:
         firsts = iter(self._plain([example.pieces[0].text for example in examples if example.pieces]))
-        rests = iter(self._continued([piece.text for example in examples for piece in example.pieces[1:]]))
+        pairs = [(pair, example.complete) for example in examples for pair in pairwise(example.pieces)]
+        leads = [self._lead(before.text) if complete else "" for (before, _), complete in pairs]
+        rests = iter(self._continued([piece.text for (_, piece), _ in pairs], leads))
         return [
             self._row(example, [next(firsts), *(next(rests) for _ in example.pieces[1:])] if example.pieces else [])
             for example in examples
@@ -138,29 +145,49 @@ class Encoder:
         )
         return [list(ids) for ids in encoded["input_ids"]]
 
-    def _continued(self, texts: list[str]) -> list[list[int]]:
-        """Tokenize the text as after another one: as _plain does, without the space that a beginning gets."""
-        if not self.adds_space:
-            return self._plain(texts)
+    def _lead(self, before: str) -> str:
+        """Return the added token that a text ends with, with the space that it swallows; '' where another text does."""
+        words = before.rstrip()
+        if not words.endswith(self.added_words):
+            return ""
+        token = next(token for token in self.added_words if words.endswith(token))
+        lead = before[len(words) - len(token) :]
+        if lead not in self.lead_ids:
+            self.lead_ids[lead] = self._plain([lead])[0]
+        return lead if len(self.lead_ids[lead]) == 1 else ""
+
+    def _continued(self, texts: list[str], leads: Sequence[str] = ()) -> list[list[int]]:
+        """Tokenize the text as after another one: as _plain does, without the space that a beginning gets.
+
+        leads: the added token that comes right before each text, '' for none: behind one, tokenizers begin anew."""
         done: dict[int, list[int]] = {}
-        for sentinel, lead in self.sentinels.items():
+        behind = [number for number, lead in enumerate(leads) if lead]
+        for number, ids in zip(behind, self._plain([leads[n] + texts[n] for n in behind]), strict=True):
+            if ids[:1] == self.lead_ids[leads[number]]:
+                done[number] = ids[1:]
+        for sentinel, lead in self.sentinels.items() if self.adds_space else ():
             left = [number for number in range(len(texts)) if number not in done]
             for number, ids in zip(left, self._plain([sentinel + texts[number] for number in left]), strict=True):
                 if ids[: len(lead)] == lead:  # else the sentinel has merged with the text: try the next
                     done[number] = ids[len(lead) :]
-        return [done[number] if number in done else self._plain([text])[0] for number, text in enumerate(texts)]
+        left = [number for number in range(len(texts)) if number not in done]
+        done |= dict(zip(left, self._plain([texts[number] for number in left]), strict=True))
+        return [done[number] for number in range(len(texts))]
 
 
-def _token_at(encoding: Any, edge: int, length: int) -> int | None:
+def _token_at(encoding: Any, edge: int, text: str, added: Container[int]) -> int | None:
     """Return the first token that begins at character `edge` or behind it; None where one lies across it.
 
-    Space that a tokenizer takes for no token's is passed over."""
+    Space that a tokenizer takes for no token's is passed over, and so is what an added token has swallowed."""
     if edge == 0:
         return 0
-    for character in range(edge, length):
+    for character in range(edge, len(text)):
         token = encoding.char_to_token(character)
         if token is not None:
-            if encoding.token_to_chars(token)[0] < edge:
+            start, end = encoding.token_to_chars(token)
+            if start < edge and encoding.ids[token] in added and text[edge:end].isspace():
+                return int(token) + 1
+            if start < edge:
                 return None
             while token and encoding.token_to_chars(token - 1)[0] > edge:  # a token of spaces that were cut off it
                 token -= 1
