@@ -15,6 +15,7 @@ from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.data.show_rows import lines_of
 from fsdp_qlora.data.sources import parts_of
 from fsdp_qlora.distributed.alike import check_nodes
+from fsdp_qlora.distributed.shared_folder import check_shared
 from fsdp_qlora.distributed.world import World, open_world
 from fsdp_qlora.export.peft import check_space
 from fsdp_qlora.models.skeleton import check_context, check_layers_stay
@@ -110,6 +111,8 @@ def begin(config: Config, world: World, claim: Claim) -> Checkpoint | None:
     allowed = config.output.resume is not None or config.output.overwrite_output_dir
     world.main_only(lambda: check_elsewhere(Path(config.output.output_dir), folders_read(config)))
     world.main_only(lambda: claim.take(Path(config.output.output_dir), allowed))
+    if config.output.makes_checkpoints and world.has_several_nodes:
+        check_shared(Path(config.output.output_dir), world)
     return find_checkpoint(config, world)
 
 

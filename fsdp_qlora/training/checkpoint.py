@@ -6,6 +6,7 @@ meanwhile. Rank 0 writes the master weights once, as the adapter that PEFT opens
 optimizer's state beside it: at 70B and rank 64 that is 3.3 GB and 6.6 GB, and no byte twice.
 """
 
+import platform
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import torch.distributed as dist
 import transformers
 
 from fsdp_qlora.config.options import Config, OutputOptions
+from fsdp_qlora.distributed.shared_folder import SHARED, UNSEEN
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.export.peft import ADAPTER, ADAPTER_CONFIG, adapter_settings, settings_text
 from fsdp_qlora.optim.optimizers import state_bytes
@@ -173,6 +175,8 @@ class Checkpoints:
         """Write the tensors. Returns why it failed on some rank, or "", and what each file has. A collective."""
         own = part / rank_file(self.world.rank, self.world.size)
         why = self._agree(tried(partial(find_room, self.stepper, self.world))[0])
+        if not why and self.world.has_several_nodes:
+            why = self._agree("" if part.is_dir() else f"rank {self.world.rank} on {platform.node()} {UNSEEN}")
         if why:
             return why, {}
         why, adapter = write_adapter(part / ADAPTER, self.stepper, self.config, self.world)
@@ -188,7 +192,7 @@ class Checkpoints:
         """Make the folder a checkpoint and give it its name; then remove those that are too many."""
         for name, file in written.items():
             if not (part / name).is_file() or (part / name).stat().st_size != file.nbytes:
-                raise OSError(f"{name} of another node is not there: output_dir must be on a disk that all nodes share")
+                raise OSError(f"{name} of another node is not there: {SHARED}")
         names = [name for name, _ in self.adapters]
         settings = settings_text(adapter_settings(names, self.stepper.model.linear_paths, self.config)).encode()
         write_synced(part / ADAPTER_CONFIG, settings)
