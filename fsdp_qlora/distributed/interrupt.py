@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.torch_compat import torchrun_patience
 
 # SIGHUP: the terminal or the connection was closed. SIGUSR1: what batch systems are often told to send before they end
 # a job. SIGQUIT: Ctrl-backslash.
@@ -20,9 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 HURRY = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)  # a second one of these means: at once
 # Batch systems signal torchrun and its ranks, and torchrun passes on what it got: that is one wish, not two.
 SAME_REQUEST_SECONDS = 1.0
-# Torchrun kills its ranks 30 s after it has passed a signal on. A rank that waits on a dead peer inside CUDA would
+# Torchrun kills its ranks some time after it has passed a signal on. A rank that waits on a dead peer inside CUDA would
 # vanish without a word then; it leaves a little earlier, saying why, with what it can save alone.
-STUCK_SECONDS = 20.0
+STUCK_SECONDS = max(5.0, torchrun_patience() - 10)
 RESCUE_SECONDS = 8.0
 UNWIND_SECONDS = 5.0
 
