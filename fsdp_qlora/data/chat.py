@@ -165,7 +165,8 @@ class ChatTemplate:
         if self.ends is None:
             said: list[Message] = [{"role": r, "content": f"{NONCE}{i}k"} for i, r in enumerate(("user", "assistant"))]
             try:
-                behind = self.finder.special.search(take_apart(self.render(said, False, Talk([], [])))[0][-1])
+                last = take_apart(self.render(said, False, Talk([], [])))[0][-1]
+                behind = self.finder.special.search(last.removesuffix(self.finder.template.unasked(Talk([], []))))
             except Exception:
                 behind = None
             self.ends = [token for token in (self.eos, behind[0] if behind else "") if token]

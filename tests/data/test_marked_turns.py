@@ -7,6 +7,7 @@ import pytest
 from test_chat import load, spans
 from test_turns import A1, A2, CALL, EOS_BETWEEN, IM, MARKS, RESULT, TWO, U1, U2, S, tokenizer_for
 
+from fsdp_qlora.data.chat import ChatTemplate
 from fsdp_qlora.errors import UserError
 from tests.support.small_tokenizers import CHATML
 
@@ -37,6 +38,17 @@ def test_an_excluded_answer_without_words_is_left_to_the_proof(tmp_path: Path) -
     tokenizer = tokenizer_for(template.replace("bot\n{% endif", "{{ 'bot\n' }}{% endif"), IM)
     rows = load(tmp_path, [[U1, {**A1, "content": "", "weight": 0}, U2, A2]], tokenizer)
     assert spans(rows, 0, tokenizer) == ["fellow" + IM]
+
+
+def test_a_header_that_nobody_asked_for_ends_no_mark_and_no_answer(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content + '\n' }}{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
+        "{{ '<|im_start|>assistant\n' }}"
+    )
+    tokenizer = tokenizer_for(template, "</s>")
+    assert spans(load(tmp_path, [TWO], tokenizer), 0, tokenizer) == ["mellow user\n", "fellow\n"]
+    assert ChatTemplate(tokenizer, "d").end_tokens() == ["</s>"]
 
 
 TOLD: dict[str, tuple[list[dict[str, Any]], str]] = {
