@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.options import Config
 from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.interrupt import Interrupt
-from fsdp_qlora.distributed.world import World
+from fsdp_qlora.distributed.world import World, peer_is_gone
 from fsdp_qlora.errors import TrainingStopped, UserError, first_line, is_out_of_memory, refused_by_system
 from fsdp_qlora.export.peft import ADAPTER, TokenizerNotSaved, save_adapter, save_adapter_somewhere, saved_since
 from fsdp_qlora.report.callback import Callback
@@ -67,6 +67,8 @@ class Loop:
                 what = TrainingStopped(f"{stopped}{self._save_what_there_is()}")
                 raise what.on_every_rank(self.world.rank) from stopped
             except Exception as error:
+                if interrupt.requested and not self._taken and peer_is_gone(error):
+                    raise KeyboardInterrupt from error  # the peer was asked too, while it was still loading
                 self._end_alone(error)
             try:
                 saved = self._save_at_end() if self.config.output.save_model else []

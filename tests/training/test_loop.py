@@ -21,6 +21,7 @@ from fsdp_qlora.training.step import Stepper
 from fsdp_qlora.units import GIB
 from tests.support import tiny
 from tests.support.runs import Options, flags, run_alone
+from tests.support.torchrun import run_torchrun
 
 
 def options(folder: Path) -> Options:
@@ -166,3 +167,37 @@ def test_a_peer_that_ends_before_the_adapter_is_gathered_loses_nothing(stops, tm
     assert ("train.py: step 3: the loss is nan; the adapter" in captured.err) == stops
     assert f"the adapter as of step {2 if stops else 4} is saved in {tmp_path / 'out'}" in captured.err + captured.out
     assert (tmp_path / "out" / ADAPTER).is_file()
+
+
+def test_ctrl_c_while_some_ranks_have_begun_to_train_is_one_message(tmp_path: Path) -> None:
+    """A rank that is still loading ends at once; one that trains would end its step, for which it needs the other."""
+    tiny.save_model(transformers.LlamaConfig(**tiny.SHAPE), tmp_path / "model")
+    done = run_torchrun(
+        """
+        import os, signal, sys
+        import train
+        from fsdp_qlora.training import loop
+
+        class Late(loop.Interrupt):
+            def __enter__(self):
+                if self.world.is_main:
+                    raise KeyboardInterrupt
+                entered = super().__enter__()
+                os.kill(os.getpid(), signal.SIGINT)
+                return entered
+
+        loop.Interrupt = Late
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to the rank that is left
+        code = train.main(sys.argv[1:])
+        sys.stdout.write(f"ended with {code}\\n")
+        sys.stdout.flush()
+        os._exit(0)
+        """,
+        args=[
+            "--model_name", str(tmp_path / "model"), "--dataset", "dummy", "--max_steps", "3", "--context_length",
+            "32", "--lora_rank", "4", "--precision", "fp32", "--output_dir", str(tmp_path / "out"),
+        ],
+    )  # fmt: skip
+    assert done.stdout.count("ended with 130") == 2, done.stdout + done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ") or "rank" in line]
+    assert said == ["train.py: interrupted, nothing more was saved"]
