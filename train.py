@@ -47,8 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     leave_out_compiler()
     choose_allocator()
     keep_cpu_products_inside()
-    unreachable = go_offline_if_unreachable() if needs_hub(config) else None
     try:
+        unreachable = go_offline_if_unreachable() if needs_hub(config) else None
         notes = [unreachable] if unreachable else []
         if config.memory.plan_for is not None:
             from fsdp_qlora.rig_plan import plan_for_rig

@@ -16,11 +16,18 @@ from fsdp_qlora.commands.table import COMMANDS
 from fsdp_qlora.config.help import help_text
 from fsdp_qlora.config.parse import parse_as, wants_help
 from fsdp_qlora.errors import RunEnded, UserError
-from fsdp_qlora.runtime.launcher import choose_allocator, keep_cpu_products_inside, rank_from_environment, read_launch
+from fsdp_qlora.runtime.launcher import (
+    choose_allocator,
+    keep_cpu_products_inside,
+    local_rank_from_environment,
+    rank_from_environment,
+    read_launch,
+)
 from fsdp_qlora.runtime.libraries import leave_out_compiler, silence
 from fsdp_qlora.runtime.terminal import prepare_streams, print_to_pager
 
 HEAD_START_SECONDS = 2.0
+INTERRUPTED = 130  # exit code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             asked = parse_as(command.program, rest)
         except UserError as error:
-            raise error.on_every_rank(rank_from_environment()) from None
+            raise error.on_every_rank(local_rank_from_environment()) from None  # a node's own command line
         if read_launch().size > 1 and not command.ranks:
             raise UserError(f"{name} runs in one process: start it without torchrun")
         silence()
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if rank_from_environment() == 0:
             print(f"{name}: interrupted; {command.interrupted}", file=sys.stderr, flush=True)
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -64,7 +71,14 @@ def entry() -> int:
     """Run the command of this process's arguments, as the console script does. Returns the exit code."""
     prepare_streams()
     signal.signal(signal.SIGTERM, _interrupt)
-    return main()
+    code = main()
+    # Threads of the process group may still hold tensors, as in train.py; and an interrupted download waits for nobody.
+    if code == INTERRUPTED or read_launch().size > 1:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -101,10 +115,4 @@ def _show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    code = entry()
-    if read_launch().size > 1:  # threads of the process group may still hold tensors: see train.py
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(entry())

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping, Set
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import UserError, first_line
+from fsdp_qlora.runtime.background import beside
 from fsdp_qlora.weights.checkpoint import Checkpoint
 from fsdp_qlora.weights.checkpoint_files import PICKLED_INDEX
 from fsdp_qlora.weights.pickled import QMODEL
@@ -77,9 +79,12 @@ def fetch(model_name: str, revision: str | None) -> Path:
     def download(*patterns: str) -> Path:
         # Some models hold their weights a second time in another layout: `consolidated*`, or a folder.
         unwanted = ["consolidated*", "*/*"]
-        return Path(
-            snapshot_download(model_name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted)
+        job = partial(
+            snapshot_download, model_name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted
         )
+        # On a thread that nothing waits for: by itself the hub's client ends at Ctrl-C once the files that its threads
+        # have begun are there, which may take an hour.
+        return Path(beside(job, torch.device("cpu")).result())
 
     try:
         folder = download("*.safetensors", "*.json")

@@ -1,7 +1,11 @@
 """Files of a checkpoint: pickles, pointers, adapters, code; the same tensors are read or one line says why not."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +37,7 @@ from tests.support.checkpoint_forms import (
     rewrite,
 )
 from tests.support.runs import flags
+from tests.support.torchrun import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,6 +222,43 @@ def test_pickles_are_downloaded_only_where_there_is_nothing_better(tmp_path, mon
     (tmp_path / "model.safetensors").touch()
     weights.fetch("somebody/something", None)
     assert len(asked) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", ["train", "fsdp_qlora.__main__"])
+def test_one_ctrl_c_ends_a_download(door):
+    """The hub's client has a thread for each file, and waits for them before it ends."""
+    code = f"""
+        import os, signal, sys, time
+        from concurrent.futures import ThreadPoolExecutor
+        import huggingface_hub
+        import {door} as door
+        from fsdp_qlora.weights.hub import fetch
+
+        def begun(_):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            time.sleep(60)
+
+        def download(*_, **__):
+            with ThreadPoolExecutor() as files:
+                list(files.map(begun, range(2)))
+
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        huggingface_hub.snapshot_download = download
+        if "{door}" == "train":
+            import fsdp_qlora.run
+            fsdp_qlora.run.run = lambda *_: fetch("somebody/something", None)
+            door._leave(door.main(["--model_name", "somebody/something"]))
+        door.parse_as = lambda *_: fetch("somebody/something", None)
+        sys.argv[1:] = ["merge"]
+        sys.exit(door.entry())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environ = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_head_that_cannot_be_compared_without_a_download_is_read(tmp_path, monkeypatch):
