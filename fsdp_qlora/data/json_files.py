@@ -1,16 +1,15 @@
 """Rows in JSON: one a line, in a list, in an object, or pretty-printed one after the other."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.data.forms import FORMS
+from fsdp_qlora.data.json_text import JsonText
 from fsdp_qlora.data.packed import WRONG, Placed, Raw, open_bytes
 from fsdp_qlora.errors import BadRow, UserError, first_line
 
-SPACE = re.compile(r"[ \t\r\n]*")
 ROW_KEYS = ("data", "train", "rows", "examples")  # preferred, where an object holds several lists of objects
 
 
@@ -92,59 +91,32 @@ def _is_whole(line: bytes) -> bool:
 def _json_whole(path: Path, name: str) -> Iterator[Placed]:
     """Yield the rows of a list, an object with one in it, or objects one after the other over any number of lines."""
     with open_bytes(path) as file:
-        text = file.read().decode("utf-8-sig")
-    at = _skip(text, 0)
-    if text.startswith("[", at):
-        yield from _elements(text, at, name)
-        return
-    first, end = _value(text, at, name)
-    held = _rows_in(first, name) if _skip(text, end) == len(text) else None
-    if held is not None:
-        yield from ((f"row {number}", row) for number, row in enumerate(held))
-        return
-    line, done = 1, 0
-    while at < len(text):
-        line, done = line + text.count("\n", done, at), at
-        value, end = _value(text, at, name)
-        yield f"line {line}", value
-        at = _skip(text, end)
+        text = JsonText(file, name, DECODER)
+        if text.skip("["):
+            yield from _elements(text)
+            return
+        line = text.next_line()
+        first = text.value()
+        held = _rows_in(first, name) if text.ended() else None
+        if held is not None:
+            yield from ((f"row {number}", row) for number, row in enumerate(held))
+            return
+        yield f"line {line}", first
+        while not text.ended():
+            line = text.next_line()
+            yield f"line {line}", text.value()
 
 
-def _elements(text: str, at: int, name: str) -> Iterator[Placed]:
-    """Yield the elements of the list that begins at character `at`, one decoded at a time."""
-    number, at = 0, _skip(text, at + 1)
-    more = not text.startswith("]", at)
+def _elements(text: JsonText) -> Iterator[Placed]:
+    """Yield the elements of the list that `text` is in, one decoded at a time."""
+    number, more = 0, not text.skip("]")
     while more:
-        value, end = _value(text, at, name)
-        yield f"row {number}", value
-        number, at = number + 1, _skip(text, end)
-        more = text.startswith(",", at)
-        at = _skip(text, at + 1) if more else at
-    if not text.startswith("]", at):
-        raise _malformed(json.JSONDecodeError("Expecting ',' delimiter", text, at), name)
-    if (rest := _skip(text, at + 1)) < len(text):
-        raise _malformed(json.JSONDecodeError("Extra data", text, rest), name)
-
-
-def _skip(text: str, at: int) -> int:
-    space = SPACE.match(text, at)
-    assert space is not None
-    return space.end()
-
-
-def _value(text: str, at: int, name: str) -> tuple[Any, int]:
-    """Return the JSON value at character `at`, and where it ends. Raises UserError with its line."""
-    try:
-        return DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        raise _malformed(error, name) from error
-    except (ValueError, RecursionError) as error:
-        line = text.count("\n", 0, at) + 1
-        raise UserError(f"{name}: line {line}: malformed JSON ({first_line(error)})") from error
-
-
-def _malformed(error: json.JSONDecodeError, name: str) -> UserError:
-    return UserError(f"{name}: line {error.lineno}, column {error.colno}: malformed JSON ({error.msg})")
+        yield f"row {number}", text.value()
+        number, more = number + 1, text.skip(",")
+        if not more and not text.skip("]"):
+            raise text.malformed("Expecting ',' delimiter")
+    if not text.ended():
+        raise text.malformed("Extra data")
 
 
 def _rows_in(value: Any, name: str) -> list[Any] | None:

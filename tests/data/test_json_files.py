@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_data import load
 
+from fsdp_qlora.data import json_text
 from fsdp_qlora.data.readers import read_file
 from fsdp_qlora.errors import UserError
 from tests.support.small_tokenizers import bytes_tokenizer
@@ -62,6 +63,56 @@ def test_a_long_list_is_decoded_row_by_row(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 3 * path.stat().st_size, "the text, not all its rows"
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("letter", ["y", "😀"])
+def test_a_long_list_is_not_held_as_a_whole(tmp_path: Path, letter: str) -> None:
+    path = save(tmp_path, json.dumps([{"prompt": "a", "completion": letter * 100_000}] * 150, ensure_ascii=False))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_file(path)) == 150
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20, "one letter that is wide makes all of a text wide"
+    finally:
+        tracemalloc.stop()
+
+
+SPLIT = [
+    '[{"prompt": "a\\n\\u00e9", "completion": 12345}, {"prompt": "😀", "completion": -1.5e3}]', "[\n]", "[1, 23]",
+    '{"prompt": 1,\n"completion": 2}\n\n {"prompt":\n3, "completion": 45}', '{"rows": [{"a": true}, {"a": null}]}',
+    '[{"a": 1},\n {"a": 2} {"a": 3}]', '[{"a": 1},\n {"a": tru}]', '[{"a": 1}]\n x', '[{"a": "b\n"}]', '[{"a": 1',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SPLIT)
+def test_where_a_file_is_cut_into_pieces_decides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path = save(tmp_path, text)
+
+    def told(piece: int) -> object:
+        monkeypatch.setattr(json_text, "PIECE", piece)
+        try:
+            return list(read_file(path))
+        except UserError as error:
+            return str(error)
+
+    whole = told(1 << 20)
+    assert [told(piece) for piece in range(1, 8)] == [whole] * 7
+
+
+@pytest.mark.parametrize("text", [text for text in SPLIT if text.startswith("[")])
+def test_a_list_is_what_the_json_library_takes_it_for(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path, text)
+    try:
+        expected, place = json.loads(text), None
+    except json.JSONDecodeError as error:
+        expected, place = None, f"line {error.lineno}, column {error.colno}: malformed JSON ({error.msg})"
+    if place is None:
+        assert [row for _, row in read_file(path)] == expected
+    else:
+        with pytest.raises(UserError) as caught:
+            list(read_file(path))
+        assert place in str(caught.value)
 
 
 def test_pretty_printed_rows_take_time_in_proportion_and_have_their_lines(tmp_path: Path) -> None:
