@@ -30,8 +30,9 @@ OPTIONS = (
     "dataset_format", "columns", "context_length", "text_overflow", "train_on_prompt", "bad_rows",
 )  # fmt: skip
 SOURCES = (
-    "chat", "forms", "json_files", "json_text", "marked_turns", "marks", "messages", "packed", "prompts", "readers",
-    "row_set", "rows", "rows_cache", "sources", "stand_ins", "templates", "tokenizing", "tokens", "turn_edges", "turns",
+    "chat", "folders", "forms", "json_files", "json_text", "marked_turns", "marks", "messages", "packed", "prompts",
+    "readers", "row_set", "rows", "rows_cache", "sources", "stand_ins", "templates", "tokenizing", "tokens",
+    "turn_edges", "turns",
 )  # fmt: skip
 PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets")
 

@@ -13,13 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.data.folders import HELD_OUT, files_of
 from fsdp_qlora.data.packed import Placed
 from fsdp_qlora.data.readers import SUFFIXES, kind_of, read_file, without_nulls
 from fsdp_qlora.errors import UserError, first_line
 
 STDIN = "-"
-TRAIN = {"train", "training"}
-HELD_OUT = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")  # the first one first
 
 
 @dataclass(frozen=True)
@@ -218,28 +217,14 @@ def _folder(dataset: str, path: Path, samples: int | None, held_out: bool) -> So
     """Open a folder: one that `save_to_disk` wrote, or files, those of them that are for training, or held out."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _hub(dataset, Named(str(path), held_out=held_out), samples)
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and kind_of(file) and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    )
-    files = [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
-    kept_back = [file for file in files if _words(file, path) & set(HELD_OUT) and not _words(file, path) & TRAIN]
-    chosen = [file for file in files if _words(file, path) & TRAIN]
-    chosen = chosen or [file for file in files if file not in kept_back]
-    chosen = kept_back or chosen if held_out else chosen
+    chosen, left = files_of(dataset, path, held_out)
     if not chosen:
         raise UserError(
             f"dataset {dataset!r}: the folder could not be loaded as a dataset (it holds no file of rows to train on); "
             f"give one of {', '.join(['dummy', *NAMES])}, or files ending in {', '.join(SUFFIXES)}"
         )
-    left = [file for file in files if file not in chosen]
     notes = [f"{dataset}: left out {', '.join(str(file.relative_to(path)) for file in left)}"] if left else []
     return Source(dataset, islice(_of_files(chosen, path), samples), content=lambda: digest(chosen), notes=notes)
-
-
-def _words(file: Path, root: Path) -> set[str]:
-    return set(re.split(r"[^a-z]+", str(file.relative_to(root)).lower()))
 
 
 def _of_files(files: list[Path], root: Path) -> Iterator[Placed]:

@@ -246,3 +246,16 @@ def test_standard_input_is_read_once_for_all_ranks(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="dataset '-': line 2, column"):
         load("-", tokenizer)
     sources.forget_stdin()
+
+
+def test_a_folder_tells_of_files_that_are_not_read_and_misses_no_part(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    for name in ("a.jsonl", "b.zip", "notes.md", "c.jsonl.incomplete"):
+        write(tmp_path / name, rows)
+    assert f"{tmp_path}: left out b.zip, c.jsonl.incomplete" in load(str(tmp_path), bytes_tokenizer()).summary
+    for number in (0, 2):
+        write(tmp_path / f"train-{number:05d}-of-00003.jsonl", rows)
+    with pytest.raises(UserError, match=r"holds 2 of 3 parts, train-00001-of-00003.jsonl is missing; fetch it"):
+        load(str(tmp_path), bytes_tokenizer())
+    write(tmp_path / "train-00001-of-00003.jsonl", rows)
+    assert len(load(str(tmp_path), bytes_tokenizer())) == 3
