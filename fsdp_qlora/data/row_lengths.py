@@ -40,17 +40,30 @@ class RowLengths:
 
     def flat(self, batch_size: int) -> bool:
         """Tell whether rows of most micro-batches lie one after the other, by what `collate` asks of the rows."""
-        together = min(batch_size, self.items) * len(self.lengths) / self.items
+        most, together = self._own_tokens(batch_size), min(batch_size, self.items)
         widths = np.minimum(-(-self.lengths // PAD_TO) * PAD_TO, self.widest)
-        alike = bool((widths == widths[0]).all()) and together * widths[0] <= self.most_tokens(batch_size)
-        return together > 1 and not alike
+        if self.bins is None:
+            counts, of_items = (
+                np.ones(self.items, np.int64),
+                widths,
+            )  # rows of each item, and their width where they are alike
+        else:
+            counts, of_items = _of_bins(self.bins, widths)
+        rows, share = together * counts, 1 / self.items  # of an item, in a micro-batch of such items
+        batches = (of_items > 0) & ((rows == 1) | (rows * of_items <= most))
+        _, alike = np.unique(of_items[batches], return_counts=True)
+        return bool(((alike * share) ** together).sum() < 0.5)
 
     def most_tokens(self, batch_size: int) -> int:
         """Return the most tokens that a micro-batch of so many rows can have, padding at its end included."""
+        return max(self._own_tokens(batch_size), self.at_least if self.bins is None else 0)
+
+    def _own_tokens(self, batch_size: int) -> int:
+        """Return the same of the rows that train, which is what `collate` is told."""
         if self.bins is not None:
             return batch_size * self.widest
         longest = int(np.partition(self.lengths, -min(batch_size, len(self.lengths)))[-batch_size:].sum())
-        return max(min(-(-longest // FLAT_TO) * FLAT_TO, batch_size * self.widest), self.at_least)
+        return min(-(-longest // FLAT_TO) * FLAT_TO, batch_size * self.widest)
 
     def width(self, batch_size: int) -> int:
         """Return so many tokens a row that micro-batches of such rows have no fewer than `most_tokens`."""
@@ -61,3 +74,12 @@ class RowLengths:
         inside = self.lengths if window is None else np.minimum(self.lengths, window)
         seen = inside * (inside + 1) / 2 + (self.lengths - inside) * inside
         return float(seen.sum() / self.lengths.sum())
+
+
+def _of_bins(bins: Bins, widths: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return (rows, their width or 0 where it is not one) of each bin. widths: of each row."""
+    sorted_widths = widths[np.argsort(-bins.lengths, kind="stable")]  # as `bin_of` has the rows
+    most, least = np.zeros(len(bins), np.int64), np.full(len(bins), np.iinfo(np.int64).max)
+    np.maximum.at(most, bins.bin_of, sorted_widths)
+    np.minimum.at(least, bins.bin_of, sorted_widths)
+    return np.bincount(bins.bin_of), np.where(most == least, most, 0)

@@ -1,5 +1,6 @@
 """Batches: a step's rows however many ranks share them, each row once an epoch, padding that teaches nothing."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -193,6 +194,10 @@ def test_rows_of_about_one_length_stay_a_batch() -> None:
         ([40, 40, 40, 40], 1, True, False),
         ([10] * 8, 4, False, True),  # 4 x 16 are more than the rows take one after the other
         ([33] * 6, 1, True, True),  # three of 40 as well, in a bin of 100
+        ([100] * 36 + [20] * 4, 2, False, False),  # four of five micro-batches are of rows that were cut
+        ([100] * 36 + [20] * 4, 8, False, True),  # two of five
+        ([100] * 30 + [20] * 10, 1, True, False),  # 30 bins of one row, and 2 of five
+        ([100] * 8 + [20] * 160, 1, True, True),  # of 40 bins 32
     ],
 )
 def test_rows_are_flat_where_micro_batches_are(lengths: list[int], batch_size: int, packed: bool, flat: bool) -> None:
@@ -202,7 +207,17 @@ def test_rows_are_flat_where_micro_batches_are(lengths: list[int], batch_size: i
     batches = Batches(rows, batch_size, 1, 1, 0, 0, flat=known)
     found = [batch.segments is not None for i in range(batches.steps_per_epoch) for batch in batches.step(0, i)]
     assert known.flat(batch_size) == flat
-    assert sum(found) > len(found) / 2 if flat else not any(found)
+    assert sum(found) > len(found) / 2 if flat else sum(found) < len(found) / 2
+
+
+def test_a_long_row_to_evaluate_on_changes_no_micro_batch_that_trains() -> None:
+    rows = of_lengths([10] * 8, 100)
+    known = RowLengths.of(rows)
+    planned = replace(known, widest=96, at_least=96)  # as `run_data.lengths_to_plan` makes it of one of 96 tokens
+    batches = Batches(rows, 4, 1, 1, 0, 0, flat=known)
+    assert all(batch.segments is not None for i in range(2) for batch in batches.step(0, i))
+    assert planned.most_tokens(4) == 96
+    assert planned.flat(4)
 
 
 def test_the_most_tokens_of_a_micro_batch_are_those_of_the_longest_rows() -> None:

@@ -175,7 +175,7 @@ def test_short_rows_take_the_memory_of_the_most_tokens_and_the_time_of_the_usual
 
 def test_the_facts_of_rows_are_those_of_the_rows() -> None:
     model, config, fusion = planned(LlamaConfig(**SHAPE), batch_size=4, context_length=128, lora_rank=16)
-    lengths = RowLengths(np.array([100, 20, 20, 20, 20, 20, 20, 20]), 104, 0.5)
+    lengths = RowLengths(np.array([100, 10, 30, 20, 20, 20, 20, 20]), 104, 0.5)
     with open_world(config.launch, 0) as world:
         known = facts_of(model, config, world, fusion, 8.0, lengths=lengths)
         packed = replace(lengths, widest=128, bins=Bins(128, lengths.lengths))
