@@ -81,6 +81,10 @@ class Clock:
         micro = max(self.computing(kinds), *self.copying(placement, kinds, homes))
         return micro * self.facts.accumulation + self.beside
 
+    def unhindered(self, kinds: Kinds) -> float:
+        """Return the seconds of a step of such blocks that waits for no copy of bytes: no walk takes less."""
+        return self.computing(kinds) * self.facts.accumulation + self.beside
+
     def arithmetic(self, candidate: Candidate) -> float:
         """Seconds of a micro-batch that the GPU computes, with nothing to wait for."""
         return self.computing(candidate.kinds)

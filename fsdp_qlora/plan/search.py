@@ -1,7 +1,7 @@
 """Every candidate worth looking at for one placement, and the fastest of them that fits.
 
-A candidate is at most two kinds of block (keep level, offloaded or not), the second kind and the resident blocks each
-spread evenly; from the best of them `climb.py` goes on to more. Given the kinds, as many blocks stay resident as
+A candidate is at most two kinds of block (keep level, offloaded or not), of few blocks three, blended evenly as the
+resident blocks are; from the best of them `mixes.py` goes on to more. Given the kinds, as many blocks stay resident as
 fit: that is never slower and takes host memory away from nobody. What remains is small enough to bound all of it and
 walk through the few that may be the fastest.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import combinations
+from itertools import chain, combinations
 from typing import NamedTuple
 
 from fsdp_qlora.plan.candidate import BlockPlan, Candidate, Homes, Kind, Kinds, Placed
@@ -23,10 +23,13 @@ from fsdp_qlora.plan.simulate import NEVER
 
 COARSE = 16  # counts of blocks of the second kind that are tried first, before those beside the best one
 TIE = 1.0005  # plans within 0.05 % of the fastest count as equally fast: the most frugal of them is taken
-CORNERS = 30  # mixes of three kinds that are tried
+CORNERS = 15  # mixes of three kinds, and as many of two, that are tried for each amount of host memory
+STARTS = 3  # mixes, of unlike kinds each, from which single moves lead on
+NEAR = 1.02  # times the seconds of the best mix of three kinds that such a mix may have
+FEW = 8  # blocks: of so many or fewer every mix of three kinds is tried
 WALKS = 1500  # candidates walked through at most, best bounds first: some 0.3 s
 
-SIMPLER = 1.01  # of placements whose plans' times are within this ratio the first of `PLACEMENT_COSTS` is taken
+SIMPLER = 1.0005  # of placements whose plans' times are within this ratio the first of `PLACEMENT_COSTS` is taken
 
 
 @dataclass(frozen=True)
@@ -139,14 +142,20 @@ class Search:
             found = self._evaluate(kinds, homes, limit)
             return NEVER if found is None else found.seconds
 
-        starts = [one for k in (like, *self._of_three(homes)) if (one := self._evaluate(k, homes)) is not None]
-        if not starts:
-            return None
-        first = min(starts, key=lambda f: f.speed)
-        return self._evaluate(climb(first.kinds, first.seconds, self._kinds(), seconds), homes)
+        starts: dict[frozenset[Kind], _Timed] = {}  # of the same kinds the fastest
+        least = NEVER
+        for kinds in dict.fromkeys((like, *self._of_three(homes))):
+            one, before = self._evaluate(kinds, homes, NEAR * least), starts.get(frozenset(kinds))
+            if one is not None and (before is None or one.speed < before.speed):
+                starts[frozenset(kinds)] = one
+                least = min(least, one.seconds)
+        near = sorted((f for f in starts.values() if f.seconds <= NEAR * least), key=lambda f: f.speed)
+        ends = (self._evaluate(climb(f.kinds, f.seconds, self._kinds(), seconds), homes) for f in near[:STARTS])
+        return min((end for end in ends if end is not None), key=lambda f: f.speed, default=None)
 
     def _of_three(self, homes: Homes) -> Iterator[Kinds]:
-        """The most promising mixes of three kinds that use up both memories."""
+        """The most promising mixes of three kinds that use up both memories, or of the host's as much as one kind can:
+        what is good with less of it is good with more."""
         assert self.clock is not None
         facts, of, kinds = self.facts, self.memory.of, self._kinds()
         costs = {
@@ -160,15 +169,17 @@ class Search:
         standing = self.memory.standing(self.placement, homes)
         gpu = self.limit - standing.device_bytes(nothing.peak) + facts.layers * costs[kinds[0]].gpu
         host = self.budget.host_bytes - standing.host
-        for counts in (
-            *corners(costs, facts.layers, gpu, host)[:CORNERS],
-            *edges(costs, facts.layers, gpu, host)[:CORNERS],
-        ):
-            yield blend(counts, kinds)
+        useful = {facts.layers * cost.host for cost in costs.values()}
+        for used in sorted({min(host, most) for most in useful}):
+            for counts in chain(*(found(costs, facts.layers, gpu, used)[:CORNERS] for found in (corners, edges))):
+                yield blend(counts, kinds)
 
     def _evaluate(self, kinds: Kinds, homes: Homes, limit: float = NEVER) -> _Timed | None:
         """With as many resident blocks as fit, or as were asked for; None where it does not fit, or takes longer than
         `limit`. homes: with no resident block under `stream`."""
+        assert self.clock is not None
+        if self.clock.unhindered(kinds) > limit:
+            return None
         mix = self._mix(kinds)
         if self.cost.streams:
             standing = self.memory.standing(self.placement, homes)
@@ -261,8 +272,9 @@ class Search:
     def _candidates(self, counts: list[int], pairs: list[tuple[Kind, ...]] | None) -> Iterator[tuple[_Mix, Homes]]:
         """Every mix of kinds with every form, with no resident block under `stream`."""
         homes = [self._homes(head, staging) for head, staging in self._forms()]
-        for first, second, count in _mixes(self._kinds(), counts, self.facts.layers, pairs):
-            mix = self._mix(tuple(map((first, second).__getitem__, spread(count, self.facts.layers))))
+        kinds = self._kinds()
+        for counted in _mixes(kinds, counts, self.facts.layers, pairs):
+            mix = self._mix(blend(counted, kinds))
             for one in homes:
                 yield mix, one
 
@@ -297,14 +309,18 @@ class Search:
 
 def _mixes(
     kinds: list[Kind], counts: list[int], layers: int, pairs: list[tuple[Kind, ...]] | None
-) -> Iterator[tuple[Kind, Kind, int]]:
+) -> Iterator[dict[Kind, int]]:
+    """Blocks of each kind: of two; where no pairs are given of every kind alone too, and of few blocks of three."""
     if pairs is None:
         for kind in kinds:
-            yield kind, kind, 0
+            yield {kind: layers}
+        for three in combinations(kinds, 3) if layers <= FEW else ():
+            for i, j in combinations(range(1, layers), 2):
+                yield dict(zip(three, (i, j - i, layers - j), strict=True))
     for first, second in pairs or combinations(kinds, 2):
         for count in counts:
             if 0 < count < layers:
-                yield first, second, count
+                yield {first: layers - count, second: count}
 
 
 @cache
