@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 KEEP = tuple(level.label for level in Keep)
 FLOAT = 4  # bytes of float32
 LINE = 64  # numbers: rows that a fused block makes begin on whole cache lines (`kernels/lora_wide.py`, PITCH)
+# Attention's backends by the memory that they take, least first; "": Hugging Face's own, of generic blocks.
+ATTENTION = ("", "cudnn", "flash", "flash_attn", "cpu", "math")
 RANK_ALIGN = 8  # numbers: the adapters' columns beside an input (`kernels/lora_wide.py`, ALIGN)
 
 
@@ -84,7 +86,7 @@ class Facts:
     # How blocks compute
     fused: bool
     remat: bool  # unfused blocks run under checkpointing
-    attention: str  # backend
+    attention: str  # backend; where blocks have several, the one that takes most memory
     multiprocessors: int  # over which attention's backward splits keys in its deterministic form; 0: default form
     workspace_bytes: int  # that PyTorch gives to cuBLAS on each thread that multiplies
     # Not in rows of the grid that were recorded before
@@ -263,10 +265,8 @@ def _adapted(specs: list[Any]) -> str:
 
 
 def _attention(fusion: "Fusion", flat: bool) -> str:
-    """Return the backend of most micro-batches, "" for generic blocks."""
-    if flat and fusion.documents:
-        return fusion.documents[0]
-    return fusion.attention[0] if fusion.attention else ""
+    """Return the backend of most micro-batches, of the blocks whose takes most memory; "" for generic blocks."""
+    return max(fusion.documents if flat else fusion.attention, key=ATTENTION.index, default="")
 
 
 def _usual(lengths: "RowLengths | None", batch_size: int) -> dict[str, Any]:
@@ -324,5 +324,13 @@ def _generic(model: "CausalModel", config: "Config", context: int) -> dict[str, 
         "lora_rank_down": rank,
         "has_output_norms": False,
         "has_head_norms": False,
-        "keys_per_query": keys_seen(context, getattr(hf, "sliding_window", None)),
+        "keys_per_query": sum(keys_seen(context, w) for w in generic_windows(hf, len(model.blocks)))
+        / len(model.blocks),
     }
+
+
+def generic_windows(hf_config: Any, layers: int) -> list[int | None]:
+    """Return the window of each layer, None where it has none, as a Hugging Face config says them."""
+    window = getattr(hf_config, "sliding_window", None)
+    kinds = getattr(hf_config, "layer_types", None) or ["sliding_attention"] * layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -28,16 +28,13 @@ from fsdp_qlora.models.fused.fuse import Fusion
 from fsdp_qlora.optim.optimizers import state_bytes
 from fsdp_qlora.plan.budget import HOST_SHARE, agreed_budget, device_bytes, find_budget
 from fsdp_qlora.plan.calibrate.rates import calibrate
-from fsdp_qlora.plan.inputs import Facts, facts_of
+from fsdp_qlora.plan.inputs import ATTENTION, Facts, facts_of
 from fsdp_qlora.plan.layouts import Layouts
 from fsdp_qlora.plan.plan import BlockPlan, Budget, Plan, Wishes, make_plan, plan_record, refit_plan, table
 from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.plan.remembered import remembering
 from fsdp_qlora.runtime.host_memory import available_host_bytes
 from fsdp_qlora.units import as_gib
-
-# Attention's backends by the memory that they take, least first; "": Hugging Face's own, of generic blocks.
-ATTENTION = ("", "cudnn", "flash", "flash_attn", "cpu", "math")
 
 
 @dataclass(frozen=True)

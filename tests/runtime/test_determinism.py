@@ -21,14 +21,12 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.kernels import attention
 from fsdp_qlora.kernels.attention import Masking, attend, attend_backward, fastest, possible
 from fsdp_qlora.kernels.device import deterministic
-from fsdp_qlora.plan.calibrate.rates import key_of
 from fsdp_qlora.plan.costs import block_costs
 from fsdp_qlora.plan.inputs import workspace
 from fsdp_qlora.runtime import launcher as environment
 from fsdp_qlora.runtime.determinism import deterministic_algorithms
 from tests.support import tiny
 from tests.support.known_runs import facts
-from tests.support.metered import WORLD
 from tests.support.torchrun import ROOT
 
 GPU, BF16, PLAIN = torch.device("cuda"), torch.bfloat16, Masking(1.0)
@@ -240,12 +238,6 @@ def test_the_plan_counts_a_sum_for_each_part_of_the_keys(heads: int, parts: int)
     assert apart.loose - plain.loose == (parts - 1) * whole
     other = replace(known, attention="cudnn", multiprocessors=132)
     assert block_costs(other) == block_costs(replace(other, multiprocessors=0))
-
-
-def test_rates_of_the_default_are_not_those_of_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    known = facts("llama3_8b", 1, 4096, 16)
-    assert key_of(known, WORLD) != key_of(replace(known, multiprocessors=132), WORLD)
 
 
 # ---- the benchmark's words

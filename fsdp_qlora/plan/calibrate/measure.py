@@ -11,48 +11,26 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.kernels.attention import Masking, attend, attend_backward
-from fsdp_qlora.kernels.attention_on_meta import keys_seen
 from fsdp_qlora.kernels.lora_wide import wide
-from fsdp_qlora.kernels.segments import Segments, segments_of
 from fsdp_qlora.memory.pinned import try_page_lock
 from fsdp_qlora.memory.shared import HostStore
 from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.plan.calibrate import timing
+from fsdp_qlora.plan.calibrate.timing import seconds
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.torch_compat import all_gather, reduce_scatter
 
 WARM_SECONDS = 0.2  # of products before anything is timed: a cold card clocks higher than a step lets it
-SPAN = 0.02  # seconds that a rate is measured for, at least three calls
 MOST_TOKENS = 4096  # of products: beyond, the rates hardly change, and a slow card would take seconds
-MOST_CONTEXT = 32768  # of attention in one kernel, whose rates still grow there
 COPIED = 256 << 20  # bytes copied in device memory: several times the largest cache
 PINNED = 64 << 20  # bytes of a copy between host and device
 CROSSINGS = 12  # such copies timed: 15 ms at 55 GB/s, 65 ms at 12
 PIECE = 64 << 20  # bytes that a rank sends into an all-gather, and gets from a reduce-scatter
 COLLECTIVES = 4  # of those that are timed
-
-
-def seconds(call: Callable[[], object], span: float = SPAN) -> float:
-    """Of one call on the current stream, when many are queued behind each other."""
-    call()
-    first = _events(call, 1)
-    return _events(call, max(3, min(50, int(span / max(first, 1e-6)))))
-
-
-def _events(call: Callable[[], object], repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    milliseconds: float = start.elapsed_time(end)
-    return milliseconds / 1e3 / repeats
 
 
 def products(facts: Facts, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
@@ -83,52 +61,6 @@ def _warm(call: Callable[[], object]) -> None:
         for _ in range(5):
             call()
         torch.cuda.synchronize()
-
-
-def attention(facts: Facts, masking: Masking, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """FLOP/s of attention's passes, counting the keys that are seen."""
-    slow = facts.attention in ("", "math", "cpu")
-    s = min(facts.usual_row, MOST_TOKENS if slow else MOST_CONTEXT)
-    b = max(1, min(facts.usual_tokens, MOST_TOKENS) // s)
-    segments = None
-    if facts.flat and b > 1:
-        segments, b, s = segments_of([s] * b).to(device), 1, b * s
-    q, d_out = (torch.randn(b, s, facts.heads, facts.head_dim, device=device, dtype=dtype) for _ in range(2))
-    k, v = (torch.randn(b, s, facts.kv_heads, facts.head_dim, device=device, dtype=dtype) for _ in range(2))
-    seen = keys_seen(s if segments is None else segments.lengths[0], masking.window)
-    flops = 4 * b * s * seen * facts.queries
-    if not facts.attention:
-        forward, both = _plain_attention(q, k, v, d_out)
-        return {"attention_forward": flops / forward, "attention_backward": 2.5 * flops / max(both - forward, 1e-9)}
-    given = (masking, facts.attention, segments)
-    out, stats = attend(q, k, v, *given)
-    forward = seconds(lambda: attend(q, k, v, *given))
-    if facts.attention == "flash_attn":  # its stats are a graph, which backward uses up
-        both = seconds(lambda: _both(q, k, v, d_out, *given))
-        return {"attention_forward": flops / forward, "attention_backward": 2.5 * flops / max(both - forward, 1e-9)}
-    backward = seconds(lambda: attend_backward(d_out, q, k, v, out, stats, *given))
-    return {"attention_forward": flops / forward, "attention_backward": 2.5 * flops / backward}
-
-
-def _both(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, masking: Masking, backend: str, segments: Segments | None
-) -> None:
-    out, stats = attend(q, k, v, masking, backend, segments)
-    attend_backward(d_out, q, k, v, out, stats, masking, backend, segments)
-
-
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> tuple[float, float]:
-    """Seconds of PyTorch's own attention forward, and forward and backward, as Hugging Face calls it."""
-    queries, keys, values = (x.transpose(1, 2).requires_grad_() for x in (q, k, v))
-    shared = q.shape[2] != k.shape[2]
-
-    def forward() -> Tensor:
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=shared)
-
-    def both() -> object:
-        return torch.autograd.grad(forward(), (queries, keys, values), d_out.transpose(1, 2))
-
-    return seconds(forward), seconds(both)
 
 
 def memory(model: CausalModel, device: torch.device) -> dict[str, float]:
@@ -204,7 +136,7 @@ def collectives(facts: Facts, dtype: torch.dtype, world: World) -> dict[str, flo
     for call in (lambda: all_gather(whole, mine), lambda: reduce_scatter(mine, whole)):
         call()
         world.barrier()
-        times.append(_events(call, COLLECTIVES))
+        times.append(timing.events(call, COLLECTIVES))
     slowest = max(row[0] for row in world.gather([times[0]]))
     return {
         "gather": received / times[0],
@@ -224,7 +156,7 @@ def _crowding(
     count = max(3, min(200, int(2 * gather_seconds / alone)))
     world.barrier()
     works = [start_gather() for _ in range(4)]  # longer than the products, were these twice as slow
-    beside = _events(lambda: x @ weight, count)
+    beside = timing.events(lambda: x @ weight, count)
     for work in works:
         work.wait()
     torch.cuda.synchronize()

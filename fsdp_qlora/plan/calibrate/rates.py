@@ -14,13 +14,13 @@ import torch
 
 from fsdp_qlora.atomic_files import atomic_file
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.kernels.attention import Masking
 from fsdp_qlora.models.causal_lm import CausalModel
+from fsdp_qlora.plan.calibrate.attention import attention, forms_of
 from fsdp_qlora.plan.inputs import Facts
 from fsdp_qlora.plan.rates import Rates
 from fsdp_qlora.runtime.files import user_cache
 
-VERSION = 4  # of how rates are measured: others' files are measured again
+VERSION = 5  # of how rates are measured: others' files are measured again
 SLOWER_IS_MORE = {"crowding", "launch"}  # of all other rates the slowest rank has the least
 NAMES = [field.name for field in fields(Rates)]
 
@@ -32,7 +32,7 @@ def calibrate(facts: Facts, model: CausalModel, world: World) -> Rates | None:
     driver, PyTorch, group of ranks and shape."""
     if world.device.type != "cuda":
         return None
-    file = cache_file(key_of(facts, world))
+    file = cache_file(key_of(facts, model, world))
     mine = read(file)
     known = min(found[0] for found in world.gather([float(mine is not None)])) == 1
     mine = mine if known and mine is not None else _measure(facts, model, world)
@@ -49,19 +49,27 @@ def slowest(by_rank: Sequence[Sequence[float]]) -> Rates:
     return Rates(**{name: max(column) if name in SLOWER_IS_MORE else min(column) for name, column in columns})
 
 
-def key_of(facts: Facts, world: World) -> dict[str, Any]:
+def key_of(facts: Facts, model: CausalModel, world: World) -> dict[str, Any]:
     """All that rates depend on."""
-    shape = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "codec", "compute_bytes", "fused")
-    attention = ("attention", "multiprocessors", "flat")
-    return {name: getattr(facts, name) for name in shape + attention} | {
+    shape = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "codec", "fused", "multiprocessors", "flat")
+    block = ("adapter", "lora_rank", "dropout", "has_output_norms", "has_head_norms")  # what the host has to launch
+    forms = forms_of(model, facts, world.device)
+    attention = [[*form.masking[1:], form.backend, count] for form, count in sorted(forms.items(), key=repr)]
+    card = torch.cuda.get_device_properties(world.device)
+    return {name: getattr(facts, name) for name in shape + block} | {
         "version": VERSION,
         "machine": platform.node(),
-        "card": torch.cuda.get_device_name(world.device),
+        "card": [
+            card.name,
+            str(getattr(card, "uuid", "")),
+        ],  # one of two alike may have fewer lanes, or another power limit
         "torch": torch.__version__,
         "driver": _driver(),
         "ranks": world.size,
         "local_ranks": world.local_size,
         "peer_access": os.environ.get("NCCL_P2P_DISABLE", ""),
+        "dtype": str(model.precision.compute),
+        "attention": attention,
         "batch": facts.batch,
         "context": facts.context,
         "mean_tokens": facts.mean_tokens,
@@ -106,7 +114,7 @@ def _measure(facts: Facts, model: CausalModel, world: World) -> Rates:
 
     dtype, device = model.precision.compute, world.device
     values = measure.products(facts, dtype, device)
-    values |= measure.attention(facts, _masking(model), dtype, device)
+    values |= attention(facts, forms_of(model, facts, device), dtype, device)
     values |= measure.memory(model, device)
     values |= measure.link(world)
     values |= measure.collectives(facts, dtype, world)
@@ -114,11 +122,6 @@ def _measure(facts: Facts, model: CausalModel, world: World) -> Rates:
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     return Rates(**values)
-
-
-def _masking(model: CausalModel) -> Masking:
-    blocks = model.fused_blocks
-    return blocks[0].spec.attention.masking if blocks else Masking(1.0)
 
 
 def _driver() -> str:
