@@ -7,7 +7,7 @@ from typing import Any
 
 from fsdp_qlora.data.forms import FORMS
 from fsdp_qlora.data.json_text import JsonText
-from fsdp_qlora.data.packed import WRONG, Placed, Raw, open_bytes
+from fsdp_qlora.data.packed import WRONG, Placed, Raw, kind_by_bytes, open_bytes
 from fsdp_qlora.errors import BadRow, UserError, first_line
 
 ROW_KEYS = ("data", "train", "rows", "examples")  # preferred, where an object holds several lists of objects
@@ -66,6 +66,8 @@ def read_lines(path: Path, name: str) -> Iterator[Placed]:
         line = line.removeprefix(b"\xef\xbb\xbf")
         if line.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"{name}: is UTF-16 text, not UTF-8; save it as UTF-8")
+        if kind := kind_by_bytes(line):
+            raise UserError(f"{name}: is {kind}, not JSON lines; unpack it, or give a file with that suffix")
         second = next(numbered, None)
         alone = second is None and line.lstrip().startswith(b"{")
         if line.lstrip().startswith(b"[") or alone or (second and not _is_whole(line) and not _is_whole(second[1])):

@@ -12,7 +12,16 @@ Raw = dict[str, Any] | bytes  # a row, or the JSON line that holds it
 Placed = tuple[str, Raw]  # its location, as 'line 17', and the row
 
 PACKED = (".gz", ".zst", ".bz2", ".xz")
+BEGINS = {  # the first bytes of files that are packed, or of a kind that has no lines
+    b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip",
+    b"PAR1": "parquet",
+}  # fmt: skip
 WRONG = "\0wrong"  # the only key of a row that its reader could not make out; its value says why
+
+
+def kind_by_bytes(begins: bytes) -> str:
+    """Return what a file is by its first bytes, '' where it may be text."""
+    return next((kind for mark, kind in BEGINS.items() if begins.startswith(mark)), "")
 
 
 def open_bytes(path: Path) -> IO[bytes]:

@@ -34,6 +34,7 @@ MANY = 2 * CHUNK  # rows from which on it pays to start processes
 BAD_SHOWN = 3  # bad rows that are named
 BEYOND = "no answer token within context_length {context}"
 NOTHING = "nothing to learn"
+UNKNOWN = "characters that the tokenizer does not know, taken for its unknown token"
 BAR_AFTER_SECONDS = 2.0
 LINE_EVERY_SECONDS = 15.0
 
@@ -113,6 +114,7 @@ class Work:
             if parts:
                 blank = not example.complete and any(p.is_answer and not p.text.strip() for p in example.pieces)
                 made.notes.update([WORDLESS.format("its end")] * blank)
+                made.notes.update([UNKNOWN] * self.encoder.has_unknown(example, row))
                 kept += [(number, part) for part in parts]
             else:
                 made.dropped[example.empty or (BEYOND if row.trains.any() else NOTHING)] += 1

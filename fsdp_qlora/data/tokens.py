@@ -52,6 +52,9 @@ class Encoder:
             )
         self.tokenizer, self.train_on_prompt, self.eos = tokenizer, train_on_prompt, int(tokenizer.eos_token_id)
         self.start = _start_ids(tokenizer)
+        # What stands for characters that the vocabulary does not have; None: the tokenizer has bytes for them.
+        others = {tokenizer.eos_token_id, tokenizer.bos_token_id, None}
+        self.unknown = None if tokenizer.unk_token_id in others else int(tokenizer.unk_token_id)
         # The Rust tokenizer itself: half the time of transformers' call, which makes Python lists of all it knows.
         self.fast: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         if self.fast is not None:
@@ -63,6 +66,12 @@ class Encoder:
         self.lead_ids: dict[str, list[int]] = {}
         # SentencePiece tokenizers put a space before whatever they are given. An answer that follows a prompt has none.
         self.adds_space = self._plain(["x"])[0] != self._plain(["\nx"])[0][len(self.sentinels["\n"]) :]
+
+    def has_unknown(self, example: Example, row: Tokens) -> bool:
+        """Return whether a row's tokens stand for characters that the tokenizer does not know."""
+        if self.unknown is None or not (row.ids == self.unknown).any():
+            return False
+        return not any(str(self.tokenizer.unk_token) in piece.text for piece in example.pieces)
 
     def encode(self, examples: Sequence[Example]) -> list[Tokens]:
         """Tokenize complete examples as one text, whose characters tell what of it is learnt.

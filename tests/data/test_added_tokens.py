@@ -61,6 +61,13 @@ def test_only_the_token_that_lies_across_an_edge_is_two(tmp_path: Path) -> None:
     assert [*both[:at], *both[at + 2 :]] == [*whole["input_ids"][:at], *whole["input_ids"][at + 2 :]]
 
 
+def test_characters_that_the_tokenizer_does_not_know_are_told(tmp_path: Path) -> None:
+    told = "characters that the tokenizer does not know, taken for its unknown token (1 row)"
+    talks = [TALK[:2], [TALK[0], {**TALK[1], "content": "日本"}], [TALK[0], {**TALK[1], "content": "<unk>"}]]
+    assert told in load(tmp_path, talks, tokenizer_with(False, False, "spaced")).summary
+    assert "does not know" not in load(tmp_path, talks, tokenizer_with(False, False, "bytes")).summary
+
+
 def test_a_choice_begins_as_an_answer_does(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(False, True, "spaced")
     rows = load(tmp_path, [[TALK[0], {**TALK[1], "content": "yellow"}]], tokenizer)

@@ -1,5 +1,6 @@
 """Rows in JSON: places in messages are right, no key counts twice, and no file is held twice."""
 
+import gzip
 import json
 import time
 import tracemalloc
@@ -113,6 +114,13 @@ def test_a_list_is_what_the_json_library_takes_it_for(tmp_path: Path, text: str)
         with pytest.raises(UserError) as caught:
             list(read_file(path))
         assert place in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_packed_file_by_another_name_is_called_what_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(ONCE.encode()))
+    with pytest.raises(UserError, match=r"rows.jsonl?': is gzip, not JSON lines; unpack it, or give a file with that"):
+        load(str(tmp_path / name), bytes_tokenizer())
 
 
 def test_pretty_printed_rows_take_time_in_proportion_and_have_their_lines(tmp_path: Path) -> None:
