@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fsdp_qlora.config.options import LaunchOptions
-from fsdp_qlora.distributed.group import abort_group, open_group, within
+from fsdp_qlora.distributed.group import COLLECTIVE_TIMEOUT, abort_group, open_group, within
 from fsdp_qlora.errors import RunEnded, TrainingStopped, UserError, first_line, refused_by_system
 from fsdp_qlora.runtime.gpu_memory import note_others
 from fsdp_qlora.runtime.launcher import Launch, check_launch, read_launch, usable_cores, user_set_omp_threads
@@ -30,13 +30,12 @@ _PEER_GONE = (
     "broken pipe",
     "remote process exited",
     "nccl communicator was aborted",
-    "socket timeout",
-    "timed out waiting",
     "failed to recv",
     "recvvalue failed",
     "sendbytes failed",
     "gloo connectfullmesh failed",
 )
+_SILENT = ("socket timeout", "timed out waiting")  # and where it is there, but sends nothing
 
 
 T = TypeVar("T")
@@ -174,10 +173,7 @@ def open_world(launch: LaunchOptions, seed: int) -> Iterator[World]:
                 f"rank {world.rank}: the system refused what the run needs ({refused}); see to that and start again"
             ) from error
         if world.size > 1 and isinstance(error, Exception) and peer_is_gone(error):
-            raise TrainingStopped(
-                f"rank {world.rank} stopped because another rank ended while this one was waiting for it: the cause "
-                "is in that rank's messages (killed without one: out of host memory, see `dmesg`)"
-            ) from error
+            raise TrainingStopped(f"rank {world.rank} stopped because {_why_gone(error)}") from error
         raise
     else:
         within(TEARDOWN_SECONDS, dist.destroy_process_group)
@@ -192,15 +188,34 @@ def idle_gpus(world: World) -> str | None:
 
 
 def peer_is_gone(error: BaseException) -> bool:
-    """Return whether an exception, or one it was raised from, is a collective failing because its peer ended."""
+    """Return whether an exception, or one it was raised from, is a collective failing because its peer ended or has
+    been silent for too long."""
+    return any(
+        isinstance(one, dist.DistNetworkError) or _says(one, (*_PEER_GONE, *_SILENT)) for one in _with_causes(error)
+    )
+
+
+def _why_gone(error: BaseException) -> str:
+    if any(_says(one, _SILENT) for one in _with_causes(error)):
+        return (
+            f"another rank sent nothing for {COLLECTIVE_TIMEOUT.total_seconds() / 60:.0f} minutes: it hangs "
+            "(`py-spy dump --pid` of its process says where), or its node or the network to it is down"
+        )
+    return (
+        "another rank ended while this one was waiting for it: the cause is in that rank's messages (killed without "
+        "one: out of host memory, see `dmesg`)"
+    )
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, dist.DistNetworkError):
-            return True
-        if isinstance(seen, RuntimeError) and any(sign in str(seen).lower() for sign in _PEER_GONE):
-            return True
+        yield seen
         seen = seen.__cause__ or seen.__context__
-    return False
+
+
+def _says(error: BaseException, signs: Sequence[str]) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
 def _choose_device(place: Launch) -> torch.device:

@@ -130,6 +130,33 @@ def test_which_errors_mean_that_a_peer_is_gone(error, gone):
     assert peer_is_gone(outer) is gone
 
 
+def test_a_peer_that_hangs_is_not_said_to_have_ended():
+    done = run_torchrun(
+        """
+        import os, signal, sys, time
+        from datetime import timedelta
+        from fsdp_qlora.config.options import LaunchOptions
+        from fsdp_qlora.distributed import group, world as worlds
+        from fsdp_qlora.errors import TrainingStopped
+
+        group.COLLECTIVE_TIMEOUT = worlds.COLLECTIVE_TIMEOUT = timedelta(seconds=3)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            with worlds.open_world(LaunchOptions(), 0) as world:
+                if world.rank == 1:
+                    time.sleep(8)
+                    os._exit(0)
+                world.barrier()
+        except TrainingStopped as stopped:
+            sys.stdout.write(f"{stopped}\\n")
+        sys.stdout.flush()
+        os._exit(0)
+        """
+    )
+    assert "rank 0 stopped because another rank sent nothing for 0 minutes: it hangs" in done.stdout, done.stderr
+    assert "dmesg" not in done.stdout
+
+
 def test_two_ranks_meet_share_cores_and_part():
     done = run_torchrun(
         """
