@@ -25,6 +25,7 @@ from fsdp_qlora.runtime.host_memory import HostMemory
 from fsdp_qlora.training.checkpoint import Checkpoints
 from fsdp_qlora.training.evaluations import Evaluations
 from fsdp_qlora.training.retry import Refit, out_of_memory
+from fsdp_qlora.training.stall import StallNotice
 from fsdp_qlora.training.step import NotFinite, Ready, Stepper
 
 LAST = "last"  # folder in output_dir for the last step's adapter, where output_dir has the best
@@ -58,6 +59,7 @@ class Loop:
         self.callbacks: list[Callback] = [metrics, checkpoints.best]
         self.started = time.time()
         self._rescuing = threading.Lock()
+        self._stall = StallNotice(world)
 
     def run(self) -> int:
         with Interrupt(self.world, self._rescue) as interrupt, self.metrics:
@@ -89,7 +91,7 @@ class Loop:
             return False
         if first == self.steps or self._is_exhausted():
             return True
-        with profiled(self.config.profile, self.world, self.steps - first) as profiler:
+        with profiled(self.config.profile, self.world, self.steps - first) as profiler, self._stall:
             ready = self._ready(first)
             for step in range(first, self.steps):
                 self._begin(ready, step + 1)
@@ -102,6 +104,7 @@ class Loop:
                         callback.on_failed_step(stopped.record)
                     raise
                 self._taken = step + 1
+                self._stall.ended(step + 1, record.seconds)
                 for callback in [*self.callbacks, profiler]:
                     callback.on_step(record)
                 if self.stepper.overflowed:
@@ -129,7 +132,7 @@ class Loop:
     def _evaluate(self, step: int, epoch: float, interrupt: Interrupt) -> bool:
         """Evaluate after `step` steps, and save the adapter where it is the best; return False where a signal came."""
         assert self.evaluations is not None
-        with self.stepper.between_steps():
+        with self.stepper.between_steps(), self._stall.paused():
             record = self.evaluations.evaluate(step, epoch, interrupt.agreed)
             if record is None:
                 return False
@@ -161,7 +164,7 @@ class Loop:
 
     def _checkpoint(self, step: int, interrupt: Interrupt) -> None:
         """Write a checkpoint and tell the listeners of it."""
-        with self.stepper.between_steps(), interrupt.busy():
+        with self.stepper.between_steps(), self._stall.paused(), interrupt.busy():
             path = self.checkpoints.save(step)
         if path is not None:
             for callback in self.callbacks:

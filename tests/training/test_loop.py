@@ -201,3 +201,38 @@ def test_ctrl_c_while_some_ranks_have_begun_to_train_is_one_message(tmp_path: Pa
     assert done.stdout.count("ended with 130") == 2, done.stdout + done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ") or "rank" in line]
     assert said == ["train.py: interrupted, nothing more was saved"]
+
+
+def test_a_step_that_waits_for_a_rank_is_told_once_and_goes_on(tmp_path: Path) -> None:
+    tiny.save_model(transformers.LlamaConfig(**tiny.SHAPE), tmp_path / "model")
+    done = run_torchrun(
+        """
+        import os, sys, time
+        import train
+        from fsdp_qlora.training import stall, step
+        from fsdp_qlora.training.checkpoint import Checkpoints
+
+        stall.LEAST_SECONDS, stall.LOOK_SECONDS, stall.TIMES = 1.0, 0.1, 0
+        end, save = step.Stepper.end, Checkpoints.save
+
+        def late(stepper, *args):
+            if stepper.updated == 2 and os.environ["RANK"] == "1":
+                time.sleep(2.5)
+            return end(stepper, *args)
+
+        def long(checkpoints, step):
+            time.sleep(1.5)
+            return save(checkpoints, step)
+
+        step.Stepper.end, Checkpoints.save = late, long
+        train._leave(train.main(sys.argv[1:]))
+        """,
+        args=[
+            "--model_name", str(tmp_path / "model"), "--dataset", "dummy", "--max_steps", "4", "--context_length", "32",
+            "--lora_rank", "4", "--precision", "fp32", "--output_dir", str(tmp_path / "out"), "--save_steps", "2",
+        ],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "has not ended" in line]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("rank 0: step 3 has not ended for 1 s, the longest before it took 0.")
