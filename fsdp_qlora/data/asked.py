@@ -129,10 +129,10 @@ class _Reader:
         if self.form is None:
             self._begin(fields)
         assert self.form is not None
-        if self.chat is not None:
-            example, answer = self.chat.prompt(Columns(self.form, {}).fields(fields, where), where)
-        else:
-            example, answer = self._apart(Columns(self.form, {}).fields(fields, where), where)
+        learnt = (*ANSWERS, "messages")  # of which --columns may have named one of several
+        chosen = {name: name for name in self.named if name in learnt and name in fields}
+        given = Columns(self.form, chosen).fields(fields, where)
+        example, answer = self.chat.prompt(given, where) if self.chat is not None else self._apart(given, where)
         text = "".join(piece.text for piece in example.pieces)
         try:
             (text + (answer or "")).encode()

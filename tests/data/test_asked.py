@@ -47,6 +47,17 @@ def test_a_prompt_is_what_a_row_of_training_begins_with(name, tmp_path):
     assert tokenizer().decode(whole[len(prompt.ids) :]).lstrip().startswith("yellow")
 
 
+def test_one_of_two_answers_is_named_as_in_training(tmp_path):
+    row = {"prompt": "hello:", "response": "mellow", "gold": "yellow"}
+    named = DataOptions(dataset=saved(tmp_path, row), columns=["completion=gold"], rows_cache=None)
+    (prompt,) = read_prompts(named, tokenizer(), 500).prompts
+    assert prompt.answer == "yellow"
+    assert load_rows(named, tokenizer(), 500).ids[: len(prompt.ids)].tolist() == prompt.ids
+    open_ = DataOptions(dataset=saved(tmp_path, {**row, "answer": "yellow"}))
+    with pytest.raises(BadRow, match="line 1: what is to be learnt may be in response or answer"):
+        read_prompts(open_, tokenizer(), 500)
+
+
 @pytest.mark.parametrize("name", ["prompt", "alpaca", "question", "messages"])
 def test_a_row_without_an_answer_asks_the_same(name, tmp_path):
     row = ROWS[name]
