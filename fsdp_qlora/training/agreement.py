@@ -11,6 +11,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.models.causal_lm import CausalModel
 from fsdp_qlora.optim.optimizers import OPTIMIZERS
 from fsdp_qlora.training.checkpoint_folder import Checkpoint
+from fsdp_qlora.units import count_of
 
 DECISIVE = ("model", "adapter", "data", "training")  # groups whose options must be those of the checkpoint's run
 # Except for these. What is compared of the base and of the rows is their bytes: they may have other names by now.
@@ -45,8 +46,9 @@ def check_options(checkpoint: Checkpoint, config: Config, ranks: int) -> None:
         )
     if manifest.ranks != ranks and OPTIMIZERS[config.training.optimizer].is_blockwise:
         raise UserError(
-            f"resume: {checkpoint.path} was made on {manifest.ranks} ranks and this run has {ranks}: the 8-bit state "
-            f"of {config.training.optimizer} cannot be cut anew; start {manifest.ranks} ranks, {ANEW}"
+            f"resume: {checkpoint.path} was made on {count_of(manifest.ranks, 'rank')} and this run has {ranks}: the "
+            f"8-bit state of {config.training.optimizer} cannot be cut anew; start {count_of(manifest.ranks, 'rank')}, "
+            f"{ANEW}"
         )
 
 

@@ -24,6 +24,7 @@ from fsdp_qlora.training.checkpoint_folder import (
     remove,
     remove_unfinished,
 )
+from fsdp_qlora.units import count_of
 
 AUTO = "auto"
 SILENT = ("output", "profile", "launch")  # groups of options that change nothing of what is trained
@@ -75,7 +76,8 @@ def notes_of(checkpoint: Checkpoint, config: Config, world: World) -> list[str]:
     if manifest.ranks != world.size:
         dropout = ", dropout's random numbers are new ones" * (config.adapter.lora_dropout > 0)
         lines.append(
-            f"          {world.size} ranks instead of {manifest.ranks}: sums over ranks round otherwise{dropout}"
+            f"          {count_of(world.size, 'rank')} instead of {manifest.ranks}: sums over ranks round otherwise"
+            f"{dropout}"
         )
     return lines
 

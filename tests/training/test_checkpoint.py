@@ -103,7 +103,7 @@ def test_on_two_ranks_a_run_goes_on_to_the_bit_with_another_placement_and_other_
     assert same_run(on_two[name], on_two[f"{name} goes on"])
 
 
-def test_from_one_rank_to_two_and_back_a_run_goes_on_as_one_of_that_number(place, alone, on_two):
+def test_from_one_rank_to_two_and_back_a_run_goes_on_as_one_of_that_number(place, alone, on_two, capsys):
     back = run_alone(
         place.options(precision="fp32", optimizer="fused_adamw", wd=0.1)
         | {"resume": on_two["fp32"].folder / f"checkpoint-{SAVED}"},
@@ -112,6 +112,7 @@ def test_from_one_rank_to_two_and_back_a_run_goes_on_as_one_of_that_number(place
     for run, whole in ((on_two["from one"], on_two["fp32"]), (back, alone)):
         assert run.losses == pytest.approx(whole.losses, rel=EXACT)
         assert not same_run(run, whole), "sums over another number of ranks round otherwise: nothing was resumed"
+    assert "1 rank instead of 2: sums over ranks round otherwise" in capsys.readouterr().out
 
 
 def test_optimizer_state_that_belongs_to_slices_needs_as_many_ranks(place, on_two, capsys):
