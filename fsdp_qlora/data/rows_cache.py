@@ -7,12 +7,14 @@ import re
 import shutil
 import tempfile
 import time
+import zlib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.options import DataOptions
@@ -57,13 +59,13 @@ class Cache:
             return None
         try:
             held: dict[str, Any] = json.loads((self.path / NOTE).read_text())
-            lengths = held.pop("lengths")
+            checks = held.pop("checks")
             for name in ARRAYS:
                 held[name] = np.load(self.path / f"{name}.npy", mmap_mode="r")
-                if len(held[name]) != lengths[name]:
+                if _check(held[name]) != checks[name]:
                     raise ValueError(name)
             os.utime(self.path / NOTE)
-        except (OSError, ValueError, KeyError):  # another process has removed it, or the disk has cut it short
+        except (OSError, ValueError, KeyError):  # removed by another process, cut short or spoiled by the disk
             shutil.rmtree(self.path, ignore_errors=True)  # or nothing whole would ever take its place
             return None
         self.notes.append(f"tokenized before, read from {self.path}")
@@ -83,7 +85,7 @@ class Cache:
             for name in ARRAYS:
                 np.save(part / f"{name}.npy", held[name])
             note = {name: value for name, value in held.items() if name not in ARRAYS}
-            note["lengths"] = {name: len(held[name]) for name in ARRAYS}
+            note["checks"] = {name: _check(held[name]) for name in ARRAYS}
             (part / NOTE).write_text(json.dumps(note))
             with suppress(OSError):  # another run has put the same there
                 part.rename(self.path)
@@ -92,6 +94,11 @@ class Cache:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         _remove_old(self.path.parent)
+
+
+def _check(values: npt.NDArray[Any]) -> list[int]:
+    """Return (elements, CRC-32 of their bytes): 0.1 s for 100 M tokens, less than their digest takes at start."""
+    return [len(values), zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data)]
 
 
 def _remove_old(folder: Path) -> None:

@@ -141,3 +141,17 @@ def test_all_cores_make_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest
     assert many.notes == alone.notes
     assert "2 bad rows left out (line 701: 'messages' is an empty list; line 2501: " in many.summary
     assert "line 701: 'messages' is an empty list" in str(first.value), "the first of all, whichever was met first"
+
+
+@pytest.mark.parametrize("name", rows_cache.ARRAYS)
+def test_an_entry_that_the_disk_has_spoiled_is_made_anew(tmp_path: Path, name: str) -> None:
+    path, cache = write(tmp_path / "a.jsonl"), tmp_path / "cache"
+    made = load(path, cache=cache)
+    (entry,) = cache.iterdir()
+    held = bytearray((entry / f"{name}.npy").read_bytes())
+    held[-9] ^= 1
+    (entry / f"{name}.npy").write_bytes(held)
+    anew = load(path, cache=cache)
+    assert same(made, anew)
+    assert "tokenized before" not in anew.summary
+    assert "tokenized before" in load(path, cache=cache).summary
