@@ -26,7 +26,7 @@ TIE = 1.0005  # plans within 0.05 % of the fastest count as equally fast: the mo
 CORNERS = 15  # mixes of three kinds, and as many of two, that are tried for each amount of host memory
 STARTS = 3  # mixes, of unlike kinds each, from which single moves lead on
 NEAR = 1.02  # times the seconds of the best mix of three kinds that such a mix may have
-FEW = 8  # blocks: of so many or fewer every mix of three kinds is tried
+FEW = 16  # blocks: of so many or fewer mixes of three kinds are tried, in steps of an eighth
 WALKS = 1500  # candidates walked through at most, best bounds first: some 0.3 s
 
 SIMPLER = 1.0005  # of placements whose plans' times are within this ratio the first of `PLACEMENT_COSTS` is taken
@@ -315,7 +315,7 @@ def _mixes(
         for kind in kinds:
             yield {kind: layers}
         for three in combinations(kinds, 3) if layers <= FEW else ():
-            for i, j in combinations(range(1, layers), 2):
+            for i, j in combinations(range(1, layers, -(-layers // 8)), 2):
                 yield dict(zip(three, (i, j - i, layers - j), strict=True))
     for first, second in pairs or combinations(kinds, 2):
         for count in counts:

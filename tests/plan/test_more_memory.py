@@ -37,6 +37,12 @@ MORE = {
         [10],
         [7.19, 7.84, 9.2, 39],
     ),
+    "12 of 70B": (
+        of_layers(12, "llama2_70b", 2, 8192, 8, 4, exchange_by_host=True),
+        card(12e9, 1),
+        [12, 16],
+        [4.41, 5.4, 6.39, 7.37],
+    ),
     "24 of 13B": (
         of_layers(24, "llama2_13b", 1, 1024, 64, 2, accumulation=4),
         card(55e9, 1),
