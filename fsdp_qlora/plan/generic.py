@@ -19,9 +19,12 @@ def layer_costs(facts: Facts) -> dict[Kind, BlockCost]:
     like = block_costs(replace(facts, adapted=""))["all", False]
     multiplied = facts.hidden * (facts.qkv + facts.queries + 3 * facts.intermediate)
     scale = facts.linear_numbers / multiplied  # a family's layer may have other linears
+    reads_norms = ADAPTERS[facts.adapter].reads_norms
+    products = 2 if reads_norms and facts.dropout else 1  # with each weight, of the dropped input and of the other
     kept, forward_bytes, backward_bytes = _layer_bytes(facts)
-    forward, backward = (_scaled(cost, scale) for cost in (like.forward, like.backward))
-    cost = BlockCost(kept, 0, forward_bytes, backward_bytes, 0, forward, backward)
+    forward, backward = (_scaled(cost, scale * products) for cost in (like.forward, like.backward))
+    once = _scaled(like.once, scale)
+    cost = BlockCost(kept, 0, forward_bytes, backward_bytes, 0, forward, backward, once)
     return {(keep, offloaded): cost for keep in KEEP for offloaded in (False, True)}
 
 

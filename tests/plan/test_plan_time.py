@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from fsdp_qlora.config.keep import Keep
+from fsdp_qlora.config.options import AdapterOptions
 from fsdp_qlora.data.packing import Bins
 from fsdp_qlora.data.row_lengths import RowLengths
 from fsdp_qlora.distributed.world import open_world
@@ -15,9 +17,15 @@ from fsdp_qlora.models.fused.block import FusedBlock
 from fsdp_qlora.plan.candidate import BlockPlan, Candidate
 from fsdp_qlora.plan.clock import Clock
 from fsdp_qlora.plan.costs import block_costs, trace
+from fsdp_qlora.plan.generic import layer_costs
 from fsdp_qlora.plan.inputs import KEEP, facts_of
 from fsdp_qlora.plan.rates import Rates
+from fsdp_qlora.weights.codecs import Plain
+from fsdp_qlora.weights.frozen_bytes import FrozenTensor
+from tests.models.test_fused import CPU
 from tests.plan.test_plan_memory import SHAPE
+from tests.support import tiny
+from tests.support.fusable import inputs, subject
 from tests.support.known_runs import H200, MEASURED, facts
 from tests.support.metered import planned
 
@@ -187,3 +195,35 @@ def test_the_facts_of_rows_are_those_of_the_rows() -> None:
     assert in_bins.flat
     assert in_bins.tokens == 4 * 128
     assert (in_bins.mean_tokens, in_bins.keys_per_query) == (round(240 / 2 * 2), known.keys_per_query)
+
+
+ONE_BLOCK = LlamaConfig(**tiny.SHAPE | {"num_hidden_layers": 1})
+
+
+def test_dora_with_dropout_multiplies_twice_with_each_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such blocks are generic: the dropped input and the other both meet the weight, forward and back."""
+    decoded: list[str] = []
+    decode = FrozenTensor.decode
+
+    def counted(weight: FrozenTensor, *given: Any) -> torch.Tensor:
+        decoded.append(weight.name)
+        return decode(weight, *given)
+
+    monkeypatch.setattr(FrozenTensor, "decode", counted)
+
+    def decodings(dropout: float) -> int:
+        """Of a weight, in a layer's passes."""
+        adapter = AdapterOptions(lora_rank=2, lora_dropout=dropout)
+        of = subject(ONE_BLOCK, torch.float32, CPU, Plain(torch.float32), adapter, kind="dora")
+        of.fuse(fused="false")
+        decoded.clear()
+        of.run(*inputs(of.hf_config, (2, 16), torch.float32, CPU))
+        return decoded.count("mlp.down_proj.weight")
+
+    assert decodings(0.1) == decodings(0.0) + 2
+    known = replace(facts("llama3_8b", 2, 512, 16), adapter="dora", fused=False, attention="")
+    alone, both = (layer_costs(replace(known, dropout=p))["input", False] for p in (0.0, 0.1))
+    assert both.forward.forward / alone.forward.forward == pytest.approx(2, rel=0.01)
+    assert both.backward.backward / alone.backward.backward == pytest.approx(2, rel=0.01)
+    assert both.backward.dequantized == 2 * alone.backward.dequantized
+    assert alone.once.dequantized == both.once.dequantized > 0, "rows are measured once a step"
