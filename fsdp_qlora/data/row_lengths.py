@@ -42,13 +42,8 @@ class RowLengths:
         """Tell whether rows of most micro-batches lie one after the other, by what `collate` asks of the rows."""
         most, together = self._own_tokens(batch_size), min(batch_size, self.items)
         widths = np.minimum(-(-self.lengths // PAD_TO) * PAD_TO, self.widest)
-        if self.bins is None:
-            counts, of_items = (
-                np.ones(self.items, np.int64),
-                widths,
-            )  # rows of each item, and their width where they are alike
-        else:
-            counts, of_items = _of_bins(self.bins, widths)
+        # Rows of each item, and their width where they are alike.
+        counts, of_items = (np.ones_like(widths), widths) if self.bins is None else _of_bins(self.bins, widths)
         rows, share = together * counts, 1 / self.items  # of an item, in a micro-batch of such items
         batches = (of_items > 0) & ((rows == 1) | (rows * of_items <= most))
         _, alike = np.unique(of_items[batches], return_counts=True)
