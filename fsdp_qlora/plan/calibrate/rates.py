@@ -55,14 +55,11 @@ def key_of(facts: Facts, model: CausalModel, world: World) -> dict[str, Any]:
     block = ("adapter", "lora_rank", "dropout", "has_output_norms", "has_head_norms")  # what the host has to launch
     forms = forms_of(model, facts, world.device)
     attention = [[*form.masking[1:], form.backend, count] for form, count in sorted(forms.items(), key=repr)]
-    card = torch.cuda.get_device_properties(world.device)
+    card = torch.cuda.get_device_properties(world.device)  # one of two alike may have fewer lanes, or a lower limit
     return {name: getattr(facts, name) for name in shape + block} | {
         "version": VERSION,
         "machine": platform.node(),
-        "card": [
-            card.name,
-            str(getattr(card, "uuid", "")),
-        ],  # one of two alike may have fewer lanes, or another power limit
+        "card": [card.name, str(getattr(card, "uuid", ""))],
         "torch": torch.__version__,
         "driver": _driver(),
         "ranks": world.size,
