@@ -243,6 +243,7 @@ def test_one_ctrl_c_ends_a_download(door):
             with ThreadPoolExecutor() as files:
                 list(files.map(begun, range(2)))
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
         huggingface_hub.snapshot_download = download
         if "{door}" == "train":
