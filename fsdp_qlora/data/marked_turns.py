@@ -10,6 +10,7 @@ from fsdp_qlora.data.stand_ins import explain, replace_words, take_apart
 from fsdp_qlora.data.turns import PLANS, Span, words_left_out
 
 Render = Callable[[list[Message], bool, Talk, str], str]  # (messages, ask for an answer, the talk, the template)
+FIRST: tuple[int | None, Span] = (None, (0, 0))  # before all marks
 UNMARKED = "an assistant turn that the chat template does not mark, of which nothing is learnt"
 
 
@@ -55,12 +56,10 @@ class MarkedTurns:
             silent = [n for n in answers if talk.learn[n] and n not in owned and n not in missing]
             talk.notes += [UNMARKED for n in silent if not is_wordless(talk.messages[n])]
         found = [(owner, (start, self._through_end(whole, end))) for owner, (start, end) in found]
-        cut = [
-            (owner, (max(start, before), end)) for (_, (_, before)), (owner, (start, end)) in pairwise([_FIRST, *found])
-        ]
-        return [
-            (owner, span) for owner, span in cut if span[0] < span[1] and (owner is None or talk.learn[owner])
-        ], missing
+        pairs = pairwise([FIRST, *found])
+        cut = [(owner, (max(start, before), end)) for (_, (_, before)), (owner, (start, end)) in pairs]
+        learnt = [(owner, span) for owner, span in cut if owner is None or talk.learn[owner]]
+        return [(owner, span) for owner, span in learnt if span[0] < span[1]], missing
 
     def _owners(self, talk: Talk, whole: str, count: int) -> tuple[list[int | None], dict[int, bool]]:
         """Return the message of each mark, and which messages are left out as `TurnFinder.find` does.
@@ -99,6 +98,3 @@ class MarkedTurns:
             return end
         at = end + len(whole[end:]) - len(whole[end:].lstrip())
         return next((at + len(token) for token in self.end_tokens() if whole.startswith(token, at)), end)
-
-
-_FIRST: tuple[int | None, Span] = (None, (0, 0))
